@@ -1,0 +1,57 @@
+# make figure: everything, from an empty machine to the figure. make help lists the rest.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+EXPERIMENTS ?= openmoji
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help figure dry-run report ui track test test-all lint format clean clean-all
+
+help:  ## these lines
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+figure: $(READY)  ## train, sample, evaluate and draw reports/fid_curves.png (EXPERIMENTS=a,b chooses studies)
+	snakemake --cores all --config experiments=$(EXPERIMENTS) -- reports/fid_curves.png
+
+dry-run: $(READY)  ## what `make figure` would do
+	snakemake --cores all --dry-run --config experiments=$(EXPERIMENTS) -- reports/fid_curves.png
+
+ui: $(READY)  ## browse the runs in MLflow, at http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
+	  --artifacts-destination ./mlartifacts --workers 1 --host 127.0.0.1 --port 5000
+
+track: $(READY)  ## forward to MLflow what an earlier run could not
+	python -m workflow.tracking sync $(patsubst %,experiments/%.yaml,$(subst $(comma), ,$(EXPERIMENTS)))
+
+test: $(READY)  ## the tests, in minutes
+	pytest -m "not slow"
+
+test-all: $(READY)  ## the slow ones too
+	pytest
+
+lint: $(READY)  ## style of Python and Snakemake files
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow/rules
+	snakemake --lint
+
+format: $(READY)  ## mend what lint finds, where that can be automatic
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow/rules
+
+clean:  ## drop figures, tables, logs and MLflow's store; keep datasets, checkpoints and metrics
+	rm -rf reports/*.png reports/*.svg reports/*.csv mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache
+
+clean-all: clean  ## drop all results too, with every trained net
+	rm -rf results .snakemake
+
+comma := ,
+
+$(READY): requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" \
+	  || { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,407 @@
+"""The experiment file: its schema and defaults, validated once, without torch.
+
+An `Experiment` is one study. `Experiment.run(arm)` gives the `RunConfig` of an arm: exactly what determines a training
+run, and therefore what its directory is named after.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from diffusion import StudyError
+
+# Bump by hand when a change in `diffusion/` alters what a run computes: every run then starts a new directory.
+TRAIN_VERSION = 1
+
+GROUP_NORM_GROUPS = 32
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """A scheme by name, with or without parameters: `uniform`, or `{p2: {gamma: 0.5}}`. Exactly one field is set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if not isinstance(value, dict) or len(value) != 1:
+            raise ValueError(f"name exactly one of {', '.join(cls.model_fields)}")
+        return {name: {} if parameters is None else parameters for name, parameters in value.items()}
+
+    @property
+    def chosen(self) -> tuple[str, dict[str, float]]:
+        """(name, parameters) of the scheme that was chosen."""
+        name = next(iter(self.model_fields_set))
+        return name, getattr(self, name).model_dump()
+
+
+class NoParameters(Section):
+    pass
+
+
+class P2(Section):
+    gamma: NonNegativeFloat = 0.5
+    k: PositiveFloat = 1.0
+
+
+class Density(Choice):
+    """Density over timesteps; the functions are in `diffusion.timesteps`."""
+
+    uniform: NoParameters | None = None
+    p2: P2 | None = None
+
+
+class Weight(Choice):
+    """Weight over timesteps; the functions are in `diffusion.losses`."""
+
+    unweighted: NoParameters | None = None
+    p2: P2 | None = None
+
+
+class OpenMoji(Section):
+    source: Literal["openmoji"]
+    image_size: PositiveInt
+
+
+class Folder(Section):
+    source: Literal["folder"]
+    path: Path
+    image_size: PositiveInt
+
+
+Dataset = Annotated[OpenMoji | Folder, Field(discriminator="source")]
+
+
+class Model(Section):
+    """The ADM U-Net (Dhariwal & Nichol 2021); keys are the keyword arguments of `diffusion.unet.UNet`."""
+
+    channels: PositiveInt = 128
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1)
+    res_blocks: PositiveInt = 2
+    attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    head_channels: PositiveInt = 64
+    scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    learn_sigma: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _channels_divide(self) -> "Model":
+        widths = {self.channels * multiplier for multiplier in self.channel_mult}
+        if any(width % GROUP_NORM_GROUPS for width in widths):
+            raise ValueError(
+                f"channels x channel_mult gives widths {sorted(widths)}, but each must be a multiple of "
+                f"{GROUP_NORM_GROUPS}: change channels"
+            )
+        return self
+
+
+class Diffusion(Section):
+    timesteps: int = Field(1000, ge=2)
+    schedule: Literal["linear", "cosine"] = "linear"
+
+
+class Train(Section):
+    """What one optimiser step does. A step is one batch of `batch_size` images, in pieces of `micro_batch`."""
+
+    batch_size: PositiveInt = 256
+    micro_batch: PositiveInt | None = None
+    learning_rate: PositiveFloat = 1e-4
+    learning_rate_warmup: int = Field(0, ge=0)
+    weight_decay: NonNegativeFloat = 0.0
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_warmup: bool = True
+    random_flip: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: PositiveInt = 1
+    log_every: PositiveInt = 50
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> "Train":
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}: choose a divisor"
+            )
+        return self
+
+
+class Scheme(Section):
+    """How the timesteps of a run are drawn and weighted."""
+
+    timesteps: Density = Density(uniform=NoParameters())
+    mse_weight: Weight = Weight(unweighted=NoParameters())
+    vb_weight: Weight = Weight(unweighted=NoParameters())
+
+
+class Arm(Scheme):
+    """A scheme as the experiment file writes it, with the arm it is matched to and its own training settings."""
+
+    match: str | None = None
+    weigh_twice: bool = False
+    train: dict[str, Any] = {}
+
+    @field_validator("train")
+    @classmethod
+    def _train_keys(cls, train: dict[str, Any]) -> dict[str, Any]:
+        Train.model_validate(train)
+        return train
+
+    @model_validator(mode="after")
+    def _weigh_once(self) -> "Arm":
+        density, weight = self.timesteps.chosen[0], self.mse_weight.chosen[0]
+        if density != "uniform" and weight != "unweighted" and not self.weigh_twice:
+            raise ValueError(
+                f"draws timesteps by {density} and weights the loss by {weight}, which weights twice: drop mse_weight, "
+                "or say weigh_twice: true if it is meant"
+            )
+        if self.match and {"mse_weight", "vb_weight"} & self.model_fields_set:
+            raise ValueError("match sets both weights: drop mse_weight and vb_weight, or drop match")
+        return self
+
+
+class Regular(Section):
+    """Checkpoints from `start` (default: `every`) to `until`, `every` steps apart."""
+
+    every: PositiveInt
+    until: PositiveInt
+    start: int | None = Field(None, ge=0)
+
+    @property
+    def steps(self) -> list[int]:
+        return list(range(self.every if self.start is None else self.start, self.until + 1, self.every))
+
+
+class Sample(Section):
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    steps: PositiveInt = 25
+    images: int = Field(10_000, ge=2)
+    batch_size: PositiveInt = 256
+    seed: int = Field(0, ge=0)
+    keep: bool = False
+
+
+class Evaluate(Section):
+    features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
+    metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = Field(("fd",), min_length=1)
+    reference: Literal["train"] = "train"
+    reference_images: int | None = Field(None, ge=2)
+
+
+class Primary(Section):
+    candidate: str
+    metric: Literal["fd", "kid", "precision", "recall"] = "fd"
+
+
+class Compare(Section):
+    baseline: str
+    candidates: tuple[str, ...] = Field(min_length=1)
+    primary: Primary
+
+
+class Frozen(Section):
+    """A section whose JSON is canonical, so that equal content has an equal hash."""
+
+    def canonical(self) -> str:
+        """Sorted-key JSON of what differs from the defaults: a new key with a default changes no old hash."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+
+    @property
+    def hash8(self) -> str:
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
+
+
+class Initial(Frozen):
+    """What determines the untrained weights, beside the seed: arms that agree in it start from the same net."""
+
+    dataset: Dataset
+    model: Model
+    diffusion: Diffusion
+    train_version: int
+
+
+class RunConfig(Initial):
+    """What determines a training run, beside the seed and the number of steps."""
+
+    train: Train
+    scheme: Scheme
+    match: Scheme | None = None
+
+    @property
+    def initial(self) -> Initial:
+        return Initial(**{name: getattr(self, name) for name in Initial.model_fields})
+
+
+class Experiment(Section):
+    """One study: arms x seeds on one dataset."""
+
+    name: Name
+    dataset: Dataset
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    train: Train = Train()
+    checkpoints: Regular | tuple[int, ...]
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    arms: dict[Name, Arm] = Field(min_length=1)
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    compare: Compare | None = None
+    tracking: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    RESERVED_ARMS: ClassVar[set[str]] = {"init"}
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice: every seed is one run per arm")
+        return seeds
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _checkpoints_in_order(cls, value: Regular | tuple[int, ...]) -> Regular | tuple[int, ...]:
+        steps = value.steps if isinstance(value, Regular) else list(value)
+        if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"steps must grow from 0 or more to at least 1, but are {steps}: put them in order")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        _check_image_size(self.dataset.image_size, self.model)
+        for name, arm in self.arms.items():
+            if name in self.RESERVED_ARMS:
+                raise ValueError(f"arms.{name}: this name is taken by the untrained net: choose another")
+            target = self.arms.get(arm.match) if arm.match else None
+            if arm.match and (target is None or target.match):
+                raise ValueError(f"arms.{name}.match: {arm.match} must be another arm that is not matched itself")
+            self.run(name)
+        for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
+            if name not in self.arms:
+                raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")
+        if self.compare and self.compare.primary.candidate not in self.compare.candidates:
+            raise ValueError(f"compare.primary: {self.compare.primary.candidate} is not among the candidates")
+        return self
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, growing; 0 is the untrained net."""
+        return self.checkpoints.steps if isinstance(self.checkpoints, Regular) else list(self.checkpoints)
+
+    def run(self, arm_name: str) -> RunConfig:
+        """The run of an arm: shared sections, the arm's own training settings, its scheme, and whom it is matched to."""
+        arm = self.arms[arm_name]
+        return RunConfig(
+            dataset=self.dataset,
+            model=self.model,
+            diffusion=self.diffusion,
+            train=Train(**{**self.train.model_dump(), **arm.train}),
+            scheme=_scheme(arm),
+            match=_scheme(self.arms[arm.match]) if arm.match else None,
+            train_version=TRAIN_VERSION,
+        )
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and validate an experiment file.
+
+    Raises:
+        StudyError: the file is missing, no YAML, or breaks the schema; one line per mistake, naming file, key and remedy.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        raise StudyError(f"{path}: no such experiment; there are: {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read ({error}): an experiment is a UTF-8 text file") from None
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise StudyError(f"{path}: must hold keys and values such as `name: {path.stem}`, not {type(content).__name__}")
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise StudyError("\n".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
+    if experiment.name != path.stem:
+        raise StudyError(f"{path}: name is {experiment.name}, but the file is called {path.stem}: make them equal")
+    return experiment
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a later key overwrite an earlier one in silence; a study must not lose an arm that way."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _scheme(arm: Arm) -> Scheme:
+    return Scheme(**{name: getattr(arm, name) for name in Scheme.model_fields})
+
+
+def _check_image_size(image_size: int, model: Model) -> None:
+    halvings = len(model.channel_mult) - 1
+    if image_size % 2**halvings:
+        raise ValueError(
+            f"dataset.image_size: {image_size} cannot be halved {halvings} times, as model.channel_mult with "
+            f"{halvings + 1} entries asks: use a multiple of {2**halvings}"
+        )
+    levels = {image_size // 2**level: model.channels * m for level, m in enumerate(model.channel_mult)}
+    for resolution in model.attention_resolutions:
+        if resolution not in levels:
+            raise ValueError(
+                f"model.attention_resolutions: the net has no resolution {resolution}, only {', '.join(map(str, levels))}"
+            )
+    # The middle block always attends.
+    for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
+        if width % model.head_channels:
+            raise ValueError(f"model.head_channels: {model.head_channels} does not divide the attended width {width}")
+
+
+def _known_keys(section: type[BaseModel]) -> set[str]:
+    keys = set(section.model_fields)
+    for field in section.model_fields.values():
+        for inner in _sections_in(field.annotation):
+            keys |= _known_keys(inner)
+    return keys
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections_in(argument)]
+
+
+def _sentence(error: Any) -> str:
+    """One mistake that pydantic found, in words."""
+    # Union tags and class names in the location are pydantic's, not the user's.
+    location = ".".join(
+        str(part) for part in error["loc"] if part not in {"openmoji", "folder", "Regular"} and "[" not in str(part)
+    )
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(Experiment), n=1)
+        return f"{location}: unknown key" + (f"; did you mean {close[0]}?" if close else ": remove it")
+    if error["type"] == "missing":
+        return f"{location}: missing: add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{location}: {message}" if location else message
+    return f"{location}: {message[0].lower() + message[1:]}, but it is {error['input']!r}"

@@ -1,0 +1,102 @@
+"""Sampling from a trained model: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021, arXiv 2010.02502).
+
+A model is called as model(x, t) with x [B, 3, H, W] and t [B], and gives epsilon with or without the variance's v.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion.gaussian import NoiseSchedule, at, p_mean_variance, respaced
+from diffusion.streams import generator
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def ddim_timesteps(timesteps: int, steps: int) -> Tensor:
+    """Every (T / steps)-th timestep from 0, in the order of use, noisiest first. int64 [steps].
+
+    Raises:
+        ValueError: no whole stride gives that many timesteps.
+    """
+    for stride in range(1, timesteps + 1):
+        chosen = torch.arange(0, timesteps, stride)
+        if len(chosen) == steps:
+            return chosen.flip(0)
+    raise ValueError(f"no whole stride through {timesteps} timesteps takes {steps} steps: try {_nearest(timesteps, steps)}")
+
+
+def ddpm_timesteps(timesteps: int, steps: int) -> Tensor:
+    """Timesteps spread evenly from 0 to T - 1, both included, in the order of use. int64 [steps].
+
+    Raises:
+        ValueError: steps is not in 2..T.
+    """
+    if not 2 <= steps <= timesteps:
+        raise ValueError(f"{steps} steps do not fit {timesteps} timesteps: choose 2 to {timesteps}")
+    return torch.linspace(0, timesteps - 1, steps, dtype=torch.float64).round().long().flip(0)
+
+
+@torch.inference_mode()
+def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int) -> Tensor:
+    """Deterministic DDIM (eta = 0), x_0 clipped at every step (Song et al. 2021, eq. 12).
+
+    Args:
+        latents: x_T, standard normal, [B, 3, H, W].
+        steps: number of model evaluations; see `ddim_timesteps`.
+
+    Returns:
+        images [B, 3, H, W] in [-1, 1].
+    """
+    used = ddim_timesteps(schedule.timesteps, steps)
+    coarse = respaced(schedule, used.flip(0))
+    x = latents
+    for index in reversed(range(steps)):
+        t, i = _repeated(used[steps - 1 - index], x), _repeated(torch.tensor(index), x)
+        x_start = p_mean_variance(coarse, model(x, t), x, i).pred_x_start
+        # Clipping x_0 changes the noise that the image implies.
+        epsilon = (at((1 / coarse.alphas_cumprod).sqrt(), i, x) * x - x_start) / at(
+            (1 / coarse.alphas_cumprod - 1).sqrt(), i, x
+        )
+        a_prev = at(coarse.alphas_cumprod_prev, i, x)
+        x = a_prev.sqrt() * x_start + (1 - a_prev).sqrt() * epsilon
+    return x
+
+
+@torch.inference_mode()
+def ddpm_sample(
+    model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int, noise: Callable[[int], Tensor]
+) -> Tensor:
+    """Ancestral sampling with the model's variance, x_0 clipped at every step (Ho et al. 2020, algorithm 2).
+
+    Args:
+        latents: x_T, standard normal, [B, 3, H, W].
+        steps: number of model evaluations; see `ddpm_timesteps`.
+        noise: gives the standard normal noise [B, 3, H, W] of step 0..steps-1 (none is added in the last).
+
+    Returns:
+        images [B, 3, H, W], nearly in [-1, 1].
+    """
+    used = ddpm_timesteps(schedule.timesteps, steps)
+    coarse = respaced(schedule, used.flip(0))
+    x = latents
+    for index in reversed(range(steps)):
+        t, i = _repeated(used[steps - 1 - index], x), _repeated(torch.tensor(index), x)
+        mean, log_variance, _ = p_mean_variance(coarse, model(x, t), x, i)
+        x = mean + (0.5 * log_variance).exp() * noise(steps - 1 - index) if index else mean
+    return x
+
+
+def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
+    """Standard normal latents of some samples, each dependent on (seed, its index) alone. float32 [len(indices), *shape]."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, stream, index)) for index in indices])
+
+
+def _repeated(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.device).expand(len(x))
+
+
+def _nearest(timesteps: int, steps: int) -> int:
+    possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
+    return min(possible, key=lambda count: abs(count - steps))

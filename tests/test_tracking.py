@@ -1,0 +1,344 @@
+"""Tracking against a real SQLite store, with files as training leaves them and real processes killed for real."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from workflow import layout, tracking
+
+ROOT = Path(__file__).parents[1]
+STUDY = """
+name: toy
+dataset: {source: openmoji, image_size: 16}
+model: {channels: 32, channel_mult: [1, 2], attention_resolutions: [8], head_channels: 32}
+train: {batch_size: 10}
+checkpoints: [0, 100, 200]
+seeds: [0]
+arms:
+  uniform: {}
+  uni05: {mse_weight: {p2: {gamma: 0.5, k: 1}}}
+  matched05: {timesteps: {p2: {gamma: 0.5, k: 1}}, match: uni05}
+"""
+LOG_COLUMNS = ["step", "images", "seconds", "loss", "mse", "vb", "loss_q0", "grad_norm", "images_per_second"]
+METRIC_COLUMNS = "study,arm,seed,step,images,seconds,features,metric,value,stderr,n,reason".split(",")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("toy.yaml").write_text(STUDY)
+    return tracking.load_experiment(Path("toy.yaml"))
+
+
+@pytest.fixture
+def processes():
+    """Whatever a test starts is killed at its end."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def directory(study, step, arm="uniform"):
+    path = layout.step_directory("toy", arm, study.run(arm), 0, step)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def log_row(step, **cells):
+    row = dict.fromkeys(LOG_COLUMNS, 1 / step) | {
+        "step": step,
+        "images": 10 * step,
+        "images_per_second": 50.0,
+    }
+    return ",".join(str(value) for value in (row | cells).values()) + "\n"
+
+
+def write_log(path, steps):
+    (path / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n" + "".join(log_row(step) for step in steps))
+
+
+def write_checkpoint(path, step, fd, diverged=None):
+    row = ["toy", "uniform", 0, step, 10 * step, 1.5, "efficientnet-lite0", "fd", fd, "", 500, ""]
+    with (path / "metrics.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([METRIC_COLUMNS, row])
+    Image.fromarray(np.full((8, 16, 3), step % 256, np.uint8)).save(path / "preview.png")
+    facts = {"step": step, "diverged": diverged, "git_commit": "abc", "git_dirty": True, "host": "here"}
+    (path / "provenance.json").write_text(json.dumps(facts | {"versions": {"torch": "2.9"}}))
+
+
+def run_process(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    command = [sys.executable, "-m", "workflow.tracking", *arguments, "toy.yaml"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def sync():
+    process = run_process("sync")
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+
+
+def client():
+    from mlflow import MlflowClient
+
+    return MlflowClient("sqlite:///mlflow.db")
+
+
+def runs():
+    """Name -> run, as the store has them."""
+    experiment = client().get_experiment_by_name("toy") if Path("mlflow.db").exists() else None
+    found = client().search_runs([experiment.experiment_id]) if experiment else []
+    return {run.info.run_name: run for run in found}
+
+
+def steps_of(run, metric="train/loss"):
+    return [point.step for point in client().get_metric_history(run.info.run_id, metric)]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.3)
+
+
+# Pure parts
+
+
+def test_incomplete_last_line_waits(tmp_path):
+    (tmp_path / "log.csv").write_text("step,images\n1,10\n2,2")
+    assert tracking.read_rows(tmp_path / "log.csv") == [{"step": "1", "images": "10"}]
+    (tmp_path / "log.csv").write_text("step,im")
+    assert tracking.read_rows(tmp_path / "log.csv") == []
+
+
+def test_train_metrics_skip_what_cannot_be_plotted():
+    row = {
+        "step": "5",
+        "images": "50",
+        "seconds": "2",
+        "loss": "nan",
+        "mse": "",
+        "vb": "inf",
+        "grad_norm": "3.5",
+    }
+    assert tracking.train_metrics(row, 50, 200) == {"train/grad_norm": 3.5, "progress": 0.25}
+    rate = {"images_per_second": "30"}
+    assert tracking.train_metrics(rate, 50, 200)["time_left_s"] == 5.0
+    assert tracking.train_metrics({"loss": None}, 50, 200) == {"progress": 0.25}
+
+
+def test_only_inception_gives_fid_and_kid():
+    def row(features, metric, value="2.5"):
+        return {"features": features, "metric": metric, "value": value, "images": "100"}
+
+    rows = [row(f, m) for f in ("inception-v3-compat", "efficientnet-lite0") for m in ("fd", "kid", "recall")]
+    names = [name for name, _ in tracking.eval_metrics(rows)]
+    assert names == [
+        *("eval/fid inception-v3-compat", "eval/kid inception-v3-compat", "eval/recall inception-v3-compat"),
+        *("eval/fd efficientnet-lite0", "eval/kd efficientnet-lite0", "eval/recall efficientnet-lite0"),
+    ]
+    assert tracking.eval_metrics([row("efficientnet-lite0", "fd", "")]) == {}
+
+
+def test_batches_cut_no_row():
+    rows = [[(row, column) for column in range(1 + row % 7)] for row in range(100)]
+    joined = list(tracking.batches(rows, limit=20))
+    assert [cell for batch in joined for cell in batch] == [cell for row in rows for cell in row]
+    assert max(map(len, joined)) <= 20
+    assert all(
+        len([c for batch in joined if row[0] in batch for c in batch if c[0] == row[0][0]]) == len(row)
+        for row in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ((True, True, True), "FAILED"),
+        ((True, True), "FINISHED"),
+        ((False, True), "RUNNING"),
+        ((False, False), "KILLED"),
+    ],
+)
+def test_state(facts, expected):
+    assert tracking.state(*facts) == expected
+
+
+# The store
+
+
+def test_a_finished_run_is_told_whole(study):
+    facts = {"source": "drawn", "count": 7, "image_size": 16, "sha256": "f" * 64, "licence": "CC"}
+    layout.dataset_directory(study.dataset).mkdir(parents=True)
+    (layout.dataset_directory(study.dataset) / "manifest.json").write_text(json.dumps(facts))
+    for step, fd in ((0, 90.0), (100, 50.0), (200, 40.0)):
+        write_log(directory(study, step), range(step - 99, step + 1)) if step else None
+        write_checkpoint(directory(study, step), step, fd)
+    write_log(directory(study, 100, "matched05"), range(1, 51))
+    Path("reports").mkdir()
+    Path("reports/fid_curves.png").write_bytes(b"figure of another study")
+    Path("reports/metrics.csv").write_text("study,value\nother,1\n")
+    sync()
+
+    found = runs()
+    assert set(found) == {"toy", "uniform seed 0", "matched05 seed 0"}
+    run, parent = found["uniform seed 0"], found["toy"]
+    assert steps_of(run) == list(range(10, 2001, 10))
+    history = client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")
+    assert [(point.step, point.value) for point in history] == [(0, 90.0), (1000, 50.0), (2000, 40.0)]
+    assert run.data.metrics["progress"] == 1.0 and run.data.metrics["time_left_s"] == 0.0
+    assert run.info.status == "FINISHED"
+    assert found["matched05 seed 0"].info.status == parent.info.status == "KILLED"
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id and parent.data.tags["role"] == "study"
+    assert run.data.tags["git_dirty"] == "true" and "diverged" not in run.data.tags
+    assert run.data.tags["versions"] == "torch 2.9"
+    assert run.data.tags["checkpoint"] == (directory(study, 200) / "weights.safetensors").as_posix()
+    expected = {"arm": "uniform", "seed": "0", "timesteps": "uniform", "model.channel_mult": "[1, 2]"}
+    assert expected.items() <= run.data.params.items()
+    matched = found["matched05 seed 0"].data.params
+    assert matched["timesteps"] == "p2 (gamma 0.5, k 1)" and matched["mse_weight"] == "matched to uni05"
+    dataset = run.inputs.dataset_inputs[0].dataset
+    assert dataset.digest == "f" * 16 and dataset.name == layout.dataset_directory(study.dataset).name
+    pictures = [
+        file.path for file in client().list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")
+    ]
+    assert sorted(int(name.replace("%", "+").split("+")[2]) for name in pictures) == [0, 1000, 2000]
+    assert [file.path for file in client().list_artifacts(parent.info.run_id)] == ["toy.yaml"]
+
+    # A second pass by another process repeats nothing, and takes the figures now that they are about this study.
+    Path("reports/metrics.csv").write_text("study,value\ntoy,1\n")
+    sync()
+    assert steps_of(runs()["uniform seed 0"]) == list(range(10, 2001, 10))
+    assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
+    assert len(client().list_artifacts(run.info.run_id, "images")) == 6
+    artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
+    assert artifacts == {"toy.yaml", "metrics.csv", "fid_curves.png"}
+    assert len(runs()) == 3
+
+
+def test_a_diverged_run_failed(study):
+    write_log(directory(study, 100), range(1, 50))
+    with (directory(study, 100) / "log.csv").open("a") as log:
+        log.write(log_row(50, loss=math.nan))
+    for step in (0, 100, 200):
+        write_checkpoint(directory(study, step), step, "" if step else 90.0, diverged=50 if step else None)
+    sync()
+    run = runs()["uniform seed 0"]
+    assert run.info.status == "FAILED" and run.data.tags["diverged"] == "50"
+    assert steps_of(run) == list(range(10, 500, 10))
+    assert max(steps_of(run, "progress")) == 500
+
+
+def test_an_edited_arm_gets_a_new_run(study):
+    write_log(directory(study, 100, "uni05"), range(1, 11))
+    write_log(directory(study, 100), range(1, 11))
+    sync()
+    before = runs()
+    client().update_run(before["uni05 seed 0"].info.run_id, "RUNNING")
+    Path("toy.yaml").write_text(
+        STUDY.replace(
+            "uni05: {mse_weight: {p2: {gamma: 0.5, k: 1}}}", "uni05: {mse_weight: {p2: {gamma: 1, k: 1}}}"
+        )
+    )
+    study = tracking.load_experiment(Path("toy.yaml"))
+    write_log(directory(study, 100, "uni05"), range(1, 6))
+    sync()
+    experiment = client().get_experiment_by_name("toy").experiment_id
+    named = [run for run in client().search_runs([experiment]) if run.info.run_name == "uni05 seed 0"]
+    assert sorted(len(steps_of(run)) for run in named) == [5, 10]
+    assert {run.info.status for run in named} == {"KILLED"}
+    assert runs()["toy"].info.run_id == before["toy"].info.run_id
+
+
+# The process
+
+
+def test_follow_until_told_to_stop(study, processes):
+    process = run_process("follow")
+    processes.append(process)
+    path = directory(study, 100)
+    write_log(path, range(1, 21))
+    wait_for(lambda: "uniform seed 0" in runs() and runs()["uniform seed 0"].info.status == "RUNNING")
+    assert runs()["toy"].info.status == "RUNNING"
+    with (path / "log.csv").open("a") as log:
+        log.write(log_row(21) + log_row(22) + "23,2")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    found = runs()
+    assert steps_of(found["uniform seed 0"]) == list(range(10, 221, 10))
+    assert found["uniform seed 0"].info.status == found["toy"].info.status == "KILLED"
+
+
+def test_a_killed_follower_repeats_nothing(study, processes):
+    path = directory(study, 100)
+    write_log(path, range(1, 2001))
+    write_checkpoint(directory(study, 0), 0, 90.0)
+    processes.append(run_process("follow"))
+    wait_for(lambda: "uniform seed 0" in runs() and "progress" in runs()["uniform seed 0"].data.metrics)
+    processes[0].kill()
+    processes[0].wait()
+    forwarded = len(steps_of(runs()["uniform seed 0"]))
+    assert forwarded > 0
+    # The segment is restarted meanwhile, from an earlier row.
+    write_log(path, range(1, 1501))
+    processes.append(run_process("follow"))
+    wait_for(lambda: len(steps_of(runs()["uniform seed 0"])) >= 1500)
+    write_log(path, range(1, 2011))
+    processes[1].send_signal(signal.SIGTERM)
+    assert processes[1].wait(timeout=60) == 0
+    assert steps_of(runs()["uniform seed 0"]) == list(range(10, 20101, 10))
+    assert steps_of(runs()["uniform seed 0"], "eval/fd efficientnet-lite0") == [0]
+    assert runs()["uniform seed 0"].info.status == "KILLED"
+
+
+def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'workflow.tracking', 'follow', 'toy.yaml']); time.sleep(99)"
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    processes.append(parent)
+    wait_for(lambda: Path("results/.tracking.lock").exists())
+    write_log(directory(study, 100), range(1, 11))
+    wait_for(lambda: "uniform seed 0" in runs() and runs()["uniform seed 0"].info.status == "RUNNING")
+    parent.kill()
+    wait_for(lambda: runs()["uniform seed 0"].info.status == "KILLED")
+    with FileLock("results/.tracking.lock", timeout=30):
+        assert runs()["toy"].info.status == "KILLED"
+
+
+def test_a_second_follower_leaves_it_to_the_first(study, processes):
+    Path("results").mkdir()
+    with FileLock("results/.tracking.lock"):
+        processes.append(run_process("follow"))
+        assert processes[0].wait(timeout=60) == 0
+    assert processes[0].stderr.read().count("\n") == 1
+    assert not Path("mlflow.db").exists()
+
+
+def test_an_unreachable_store_fails_nothing(study, processes):
+    write_log(directory(study, 100), range(1, 11))
+    processes.append(run_process("follow", "--uri", "http://127.0.0.1:1"))
+    time.sleep(8)
+    processes[0].send_signal(signal.SIGTERM)
+    assert processes[0].wait(timeout=60) == 0
+    told = processes[0].stderr.read()
+    assert told.count("\n") == 1 and "127.0.0.1:1" in told and "next start" in told
+
+
+def test_a_mistake_in_the_experiment_is_one_sentence(study):
+    Path("toy.yaml").write_text(STUDY + "colour: red\n")
+    process = run_process("sync")
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read().count("\n") == 1

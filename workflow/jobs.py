@@ -1,0 +1,146 @@
+"""What the Snakefile and the scripts of all phases share: loading studies, running one job, the tracking process."""
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from diffusion import Stopped, StudyError
+from diffusion.config import Experiment, Folder, load_experiment
+from workflow import layout
+
+FIGURE = Path("reports/fid_curves.png")
+_tracker: subprocess.Popen | None = None
+
+
+def set_environment(root: str) -> None:
+    """What the processes of all jobs inherit: where our packages are, and how memory is kept."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # Keep freed memory: page faults cost a third of the time of small convolutions. glibc reads these at start only.
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
+
+
+def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Experiment]:
+    """The studies that `--config experiments=a,b` names, validated; openmoji when it names none.
+
+    Raises:
+        StudyError: a file is missing or wrong, or the images of a study are not there.
+    """
+    unknown = set(config) - {"experiments", "tracking"}
+    if unknown:
+        raise StudyError(f"--config {unknown.pop()}: unknown key; there are experiments=NAME,NAME and tracking=off")
+    names = str(config.get("experiments", "openmoji")).split(",")
+    experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
+    for name, experiment in experiments.items():
+        dataset = experiment.dataset
+        prepared = layout.dataset_directory(dataset) / "images.npy"
+        if isinstance(dataset, Folder) and not dataset.path.exists() and not prepared.exists():
+            raise StudyError(
+                f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put the images there or mend the path"
+            )
+    return experiments
+
+
+def gpus(experiment: Experiment) -> int:
+    """GPUs that one of its jobs needs: with `device: auto`, one where this machine has any."""
+    return int(experiment.device == "cuda" or (experiment.device == "auto" and Path("/dev/nvidia0").exists()))
+
+
+@contextmanager
+def job(snakemake: Any) -> Iterator[None]:
+    """Run the body of a script: its log goes to the terminal and to the rule's log file, a mistake becomes one sentence."""
+    name = snakemake.rule + "".join(f" {value}" for value in snakemake.wildcards)
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s  {name}: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(), logging.FileHandler(snakemake.log[0])],
+    )
+    try:
+        yield
+    except (StudyError, Stopped) as error:
+        logging.error("%s", error)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
+            raise
+        logging.error("%s: %s: make room or mend the permission, then run the same command again",
+                      error.filename or Path.cwd(), error.strerror)  # fmt: skip
+        sys.exit(1)
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep a second trainer off a run: one may still be at work after its Snakemake was killed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StudyError(
+            f"{directory}: another process is training this run: wait until it ends, or stop it, and start again"
+        ) from None
+    with lock:
+        yield
+
+
+def use_torch(threads: int) -> str:
+    """Set torch's threads for this process and give the device to work on."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:
+    """Start the process that forwards what the jobs write to MLflow; see `workflow.tracking`."""
+    global _tracker
+    root = Path(__file__).resolve().parents[1]
+    files = [str(root / "experiments" / f"{name}.yaml") for name, e in experiments.items() if e.tracking]
+    if not files or config.get("tracking") is False:
+        return
+    layout.RESULTS.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "workflow.tracking", "follow", "--parent-pid", str(os.getpid()), *files]
+    with (layout.RESULTS / "tracking.log").open("a") as log:
+        # A session of its own: Ctrl-C is for the jobs, and the tracker then reports how they ended.
+        _tracker = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def stop_tracking() -> None:
+    """Let the tracking process forward what is left and close the runs. Never an error: it can be done later."""
+    if _tracker is None:
+        return
+    _tracker.send_signal(signal.SIGTERM)
+    try:
+        _tracker.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        print("MLflow is slow to answer: `make track` forwards the rest later", file=sys.stderr)
+
+
+def tell_results() -> None:
+    """The last lines of a run."""
+    if FIGURE.exists():
+        print(f"\nThe figure: {FIGURE.resolve()}\nMLflow: `make ui`, then open http://127.0.0.1:5000\n", file=sys.stderr)
+
+
+class TimeLeft(logging.Handler):
+    """After each job of the workflow, tells how long the rest may take, judging by the jobs so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "progress" in str(getattr(record, "event", "")).lower() and record.done < record.total:
+            seconds = (time.monotonic() - self.began) / record.done * (record.total - record.done)
+            print(f"about {seconds // 60:.0f} min {seconds % 60:.0f} s left", file=sys.stderr)

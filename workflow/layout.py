@@ -1,0 +1,54 @@
+"""Where results lie. Paths are relative to the directory Snakemake runs in."""
+
+import hashlib
+from pathlib import Path
+
+from diffusion.config import Dataset, Evaluate, Experiment, RunConfig
+
+RESULTS = Path("results")
+
+
+def dataset_directory(dataset: Dataset) -> Path:
+    """`results/datasets/<source>-<hash8>`: named after what determines the pixels."""
+    return RESULTS / "datasets" / f"{dataset.source}-{_hash8(dataset.model_dump_json())}"
+
+
+def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
+    """Reference statistics of a dataset, shared by all studies on it."""
+    name = f"{dataset_directory(dataset).name}-{features}-{evaluate.reference}-{evaluate.reference_images or 'all'}"
+    return RESULTS / "references" / f"{name}.npz"
+
+
+def run_directory(study: str, arm: str, run: RunConfig, seed: int) -> Path:
+    """`results/<study>/<arm>-<hash8>/seed<k>`: one training run."""
+    return RESULTS / study / f"{arm}-{run.hash8}" / f"seed{seed}"
+
+
+def step_directory(study: str, arm: str, run: RunConfig, seed: int, step: int) -> Path:
+    """Where one checkpoint lies. The untrained net (step 0) is shared by all arms that start from it."""
+    if step == 0:
+        return RESULTS / study / f"init-{run.initial.hash8}" / f"seed{seed}" / "step0"
+    return run_directory(study, arm, run, seed) / f"step{step}"
+
+
+def drop_older_states(state: Path) -> None:
+    """Remove the states of a run before this one. A segment does so when it starts from this one, which Snakemake then
+    knows to be complete; the two newest states of a run always stay."""
+    step = int(state.parent.name.removeprefix("step"))
+    for older in state.parent.parent.glob("step*/state.pt"):
+        if int(older.parent.name.removeprefix("step")) < step:
+            older.unlink()
+
+
+def checkpoints(experiment: Experiment) -> list[tuple[str, int, int, Path]]:
+    """(arm, seed, step, directory) of every checkpoint of a study."""
+    return [
+        (arm, seed, step, step_directory(experiment.name, arm, experiment.run(arm), seed, step))
+        for arm in experiment.arms
+        for seed in experiment.seeds
+        for step in experiment.steps
+    ]
+
+
+def _hash8(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,95 @@
+# Loads the chosen experiments and finds, for the wildcards of a rule, the settings that it needs.
+
+import sys
+from pathlib import Path
+
+# The packages that this file and the scripts import lie beside the Snakefile.
+sys.path.insert(0, workflow.basedir)
+
+from diffusion import StudyError
+from workflow import jobs, layout
+
+jobs.set_environment(workflow.basedir)
+try:
+    EXPERIMENTS = jobs.load_experiments(config, Path(workflow.basedir) / "experiments")
+except StudyError as error:
+    raise WorkflowError(error)
+
+DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
+REFERENCES = {
+    layout.reference_path(e.dataset, features, e.evaluate).stem: (e, features)
+    for e in EXPERIMENTS.values()
+    for features in e.evaluate.features
+}
+# (study, directory of the arm) -> (experiment, arm); the untrained net stands for the first arm that starts from it.
+RUNS = {
+    (e.name, directory): (e, arm)
+    for e in EXPERIMENTS.values()
+    for arm in reversed(e.arms)
+    for directory in (f"init-{e.run(arm).initial.hash8}", f"{arm}-{e.run(arm).hash8}")
+}
+
+
+wildcard_constraints:
+    study="[a-z0-9_]+",
+    arm="[a-z0-9_]+-[0-9a-f]{8}",
+    seed=r"\d+",
+    step=r"\d+",
+
+
+onstart:
+    jobs.start_tracking(config, EXPERIMENTS)
+
+
+onsuccess:
+    jobs.stop_tracking()
+    jobs.tell_results()
+
+
+onerror:
+    jobs.stop_tracking()
+
+
+def experiment_of(wildcards):
+    return RUNS[wildcards.study, wildcards.arm][0]
+
+
+def run_of(wildcards):
+    experiment, arm = RUNS[wildcards.study, wildcards.arm]
+    return experiment.run(arm)
+
+
+def dataset_files(experiment):
+    directory = layout.dataset_directory(experiment.dataset)
+    return {"images": directory / "images.npy", "manifest": directory / "manifest.json"}
+
+
+def threads_of(wildcards):
+    return run_of(wildcards).train.threads
+
+
+def gpus_of(wildcards):
+    return jobs.gpus(experiment_of(wildcards))
+
+
+def previous_state(wildcards):
+    """The state that a segment goes on from; the first one starts from the seed alone."""
+    step = int(wildcards.step)
+    earlier = [s for s in experiment_of(wildcards).steps if 0 < s < step]
+    if not earlier:
+        return []
+    return f"results/{wildcards.study}/{wildcards.arm}/seed{wildcards.seed}/step{earlier[-1]}/state.pt"
+
+
+def droppable(path):
+    """Kept if any chosen study asks for it: whether an output is temporary cannot depend on wildcards."""
+    return path if any(e.sample.keep for e in EXPERIMENTS.values()) else temp(path)
+
+
+def references_of(wildcards):
+    e = experiment_of(wildcards)
+    return [layout.reference_path(e.dataset, features, e.evaluate) for features in e.evaluate.features]
+
+
+def checkpoint_files(study, name):
+    return [directory / name for *_, directory in layout.checkpoints(EXPERIMENTS[study])]

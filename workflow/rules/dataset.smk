@@ -1,0 +1,17 @@
+# Pictures from anywhere become one array of equal squares.
+
+
+rule dataset:
+    output:
+        images="results/datasets/{dataset}/images.npy",
+        manifest="results/datasets/{dataset}/manifest.json",
+    log:
+        "results/datasets/{dataset}/prepare.log",
+    conda:
+        "../../environment.yml"
+    params:
+        dataset=lambda wildcards: DATASETS[wildcards.dataset].model_dump_json(),
+    message:
+        "Prepare the dataset {wildcards.dataset}"
+    script:
+        "../scripts/dataset.py"

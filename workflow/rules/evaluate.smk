@@ -1,0 +1,47 @@
+# Samples against the dataset, by the features of a fixed network.
+
+
+rule reference:
+    input:
+        unpack(lambda wildcards: dataset_files(REFERENCES[wildcards.reference][0])),
+    output:
+        "results/references/{reference}.npz",
+    log:
+        "results/references/{reference}.log",
+    conda:
+        "../../environment.yml"
+    threads: lambda wildcards: REFERENCES[wildcards.reference][0].train.threads
+    resources:
+        gpu=lambda wildcards: jobs.gpus(REFERENCES[wildcards.reference][0]),
+    params:
+        features=lambda wildcards: REFERENCES[wildcards.reference][1],
+        reference_images=lambda wildcards: REFERENCES[wildcards.reference][0].evaluate.reference_images,
+    message:
+        "Reference features {wildcards.reference}"
+    script:
+        "../scripts/reference.py"
+
+
+rule evaluate:
+    input:
+        unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
+        samples="results/{study}/{arm}/seed{seed}/step{step}/samples.npy",
+        provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
+        references=references_of,
+    output:
+        "results/{study}/{arm}/seed{seed}/step{step}/metrics.csv",
+    log:
+        "results/{study}/{arm}/seed{seed}/step{step}/evaluate.log",
+    conda:
+        "../../environment.yml"
+    threads: threads_of
+    resources:
+        gpu=gpus_of,
+    params:
+        features=lambda wildcards: list(experiment_of(wildcards).evaluate.features),
+        reference_images=lambda wildcards: experiment_of(wildcards).evaluate.reference_images,
+        metrics=lambda wildcards: list(experiment_of(wildcards).evaluate.metrics),
+    message:
+        "Evaluate {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"
+    script:
+        "../scripts/evaluate.py"

@@ -1,0 +1,70 @@
+# One table and its figures.
+
+
+localrules:
+    collect,
+    metrics,
+    figures,
+
+
+rule collect:
+    input:
+        lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
+    output:
+        "results/{study}/metrics.csv",
+    log:
+        "results/{study}/collect.log",
+    conda:
+        "../../environment.yml"
+    params:
+        arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
+    message:
+        "Collect the metrics of {wildcards.study}"
+    script:
+        "../scripts/collect.py"
+
+
+rule metrics:
+    input:
+        expand("results/{study}/metrics.csv", study=EXPERIMENTS),
+    output:
+        "reports/metrics.csv",
+    log:
+        "results/metrics.log",
+    conda:
+        "../../environment.yml"
+    message:
+        "Collect the metrics of all studies"
+    script:
+        "../scripts/metrics.py"
+
+
+rule figures:
+    input:
+        metrics="reports/metrics.csv",
+        previews=[path for study in EXPERIMENTS for path in checkpoint_files(study, "preview.png")],
+    output:
+        curves="reports/fid_curves.png",
+        curves_svg="reports/fid_curves.svg",
+        samples="reports/samples.png",
+    log:
+        "results/figures.log",
+    conda:
+        "../../environment.yml"
+    params:
+        # The first seed of each arm is shown.
+        cells=[
+            (
+                arm if len(EXPERIMENTS) == 1 else f"{e.name} {arm}",
+                step,
+                step * e.run(arm).train.batch_size,
+                str(path / "preview.png"),
+            )
+            for e in EXPERIMENTS.values()
+            for arm, seed, step, path in layout.checkpoints(e)
+            if seed == e.seeds[0]
+        ],
+    message:
+        "Draw the figures"
+    script:
+        "../scripts/figures.py"

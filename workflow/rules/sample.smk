@@ -1,0 +1,22 @@
+# Every checkpoint is sampled from the same latents; the array is dropped after evaluation, unless it is to be kept.
+
+
+rule sample:
+    input:
+        weights="results/{study}/{arm}/seed{seed}/step{step}/weights.safetensors",
+    output:
+        samples=droppable("results/{study}/{arm}/seed{seed}/step{step}/samples.npy"),
+        preview="results/{study}/{arm}/seed{seed}/step{step}/preview.png",
+    log:
+        "results/{study}/{arm}/seed{seed}/step{step}/sample.log",
+    conda:
+        "../../environment.yml"
+    threads: threads_of
+    resources:
+        gpu=gpus_of,
+    params:
+        sample=lambda wildcards: experiment_of(wildcards).sample.model_dump_json(exclude={"keep"}),
+    message:
+        "Sample {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"
+    script:
+        "../scripts/sample.py"

@@ -1,0 +1,46 @@
+# A run is a chain of segments, checkpoint to checkpoint, and each segment is a job.
+
+
+rule initialise:
+    output:
+        weights="results/{study}/{arm}/seed{seed}/step0/weights.safetensors",
+        provenance="results/{study}/{arm}/seed{seed}/step0/provenance.json",
+    log:
+        "results/{study}/{arm}/seed{seed}/step0/initialise.log",
+    wildcard_constraints:
+        arm="init-[0-9a-f]{8}",
+    conda:
+        "../../environment.yml"
+    params:
+        initial=lambda wildcards: run_of(wildcards).initial.canonical(),
+    message:
+        "Initialise the net of {wildcards.study}, seed {wildcards.seed}"
+    script:
+        "../scripts/initialise.py"
+
+
+rule train:
+    input:
+        unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
+        previous=previous_state,
+    output:
+        weights="results/{study}/{arm}/seed{seed}/step{step}/weights.safetensors",
+        state="results/{study}/{arm}/seed{seed}/step{step}/state.pt",
+        log_csv="results/{study}/{arm}/seed{seed}/step{step}/log.csv",
+        provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
+    log:
+        "results/{study}/{arm}/seed{seed}/step{step}/train.log",
+    wildcard_constraints:
+        arm="(?!init-)[a-z0-9_]+-[0-9a-f]{8}",
+        step=r"[1-9]\d*",
+    conda:
+        "../../environment.yml"
+    threads: threads_of
+    resources:
+        gpu=gpus_of,
+    params:
+        run=lambda wildcards: run_of(wildcards).canonical(),
+    message:
+        "Train {wildcards.study} {wildcards.arm} seed {wildcards.seed} to step {wildcards.step}"
+    script:
+        "../scripts/train.py"

@@ -1,0 +1,10 @@
+"""Collect the metrics of one study."""
+
+from pathlib import Path
+
+from workflow.jobs import job
+from workflow.tables import collect, write_table
+
+with job(snakemake):
+    paths = [Path(path) for path in snakemake.input]
+    write_table(collect(paths, snakemake.params.arms), Path(snakemake.output[0]))

@@ -1,0 +1,14 @@
+"""Write the untrained net of a seed."""
+
+from pathlib import Path
+
+from diffusion.config import Initial
+from diffusion.training import initial_weights
+from workflow.jobs import job
+from workflow.provenance import write_provenance
+
+with job(snakemake):
+    weights, provenance = (Path(path) for path in snakemake.output)
+    initial = Initial.model_validate_json(snakemake.params.initial)
+    initial_weights(initial, int(snakemake.wildcards.seed), weights)
+    write_provenance(provenance, "cpu", step=0, images=0, seconds=0.0, diverged=None)

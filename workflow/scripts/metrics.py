@@ -1,0 +1,12 @@
+"""Put the metrics of all chosen studies into one table."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from workflow.jobs import job
+from workflow.tables import write_table
+
+with job(snakemake):
+    table = pd.concat([pd.read_csv(path) for path in snakemake.input], ignore_index=True)
+    write_table(table, Path(snakemake.output[0]))

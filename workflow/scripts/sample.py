@@ -1,0 +1,17 @@
+"""Sample one checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+
+from diffusion.checkpoint import load_checkpoint, sample_checkpoint
+from diffusion.config import Sample
+from workflow.figures import preview
+from workflow.jobs import job, use_torch
+
+with job(snakemake):
+    device = use_torch(snakemake.threads)
+    samples = Path(snakemake.output.samples)
+    checkpoint = load_checkpoint(Path(snakemake.input.weights), device)
+    sample_checkpoint(checkpoint, Sample.model_validate_json(snakemake.params.sample), samples, device)
+    preview(np.load(samples, mmap_mode="r"), Path(snakemake.output.preview))

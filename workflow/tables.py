@@ -1,0 +1,19 @@
+"""The long table of metrics: one row per checkpoint, features and metric."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from diffusion.files import write_atomically
+COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table with exactly the columns of the long table."""
+    write_atomically(path, lambda temporary: table[COLUMNS].to_csv(temporary, index=False))
+
+
+def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
+    """The rows of all checkpoints of a study, each counted for its arm: the untrained net counts for every one."""
+    tables = [pd.read_csv(path).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
+    return pd.concat(tables, ignore_index=True)
