@@ -63,7 +63,10 @@ def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
         model, schedule = build(config)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise StudyError(f"{path}: not a whole checkpoint ({error}): delete it and run the same command again") from None
+        reason = " ".join(str(error).split())[:120]
+        raise StudyError(
+            f"{path}: not a whole checkpoint ({reason}): delete it and run the same command again"
+        ) from None
     return Checkpoint(
         model.to(device).eval().requires_grad_(False),
         schedule,

@@ -158,7 +158,8 @@ class Arm(Scheme):
     @field_validator("train")
     @classmethod
     def _train_keys(cls, train: dict[str, Any]) -> dict[str, Any]:
-        Train.model_validate(train)
+        for key in set(train) - set(Train.model_fields):
+            raise ValueError(f"{key}: unknown key; there are {', '.join(Train.model_fields)}")
         return train
 
     @model_validator(mode="after")
@@ -283,13 +284,19 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         _check_image_size(self.dataset.image_size, self.model)
+        _check_sampling_steps(self.sample, self.diffusion.timesteps)
         for name, arm in self.arms.items():
             if name in self.RESERVED_ARMS:
                 raise ValueError(f"arms.{name}: this name is taken by the untrained net: choose another")
             target = self.arms.get(arm.match) if arm.match else None
             if arm.match and (target is None or target.match):
                 raise ValueError(f"arms.{name}.match: {arm.match} must be another arm that is not matched itself")
-            self.run(name)
+            try:
+                self.run(name)
+            except ValidationError as error:
+                raise ValueError(
+                    f"arms.{name}.train.{_sentence(error.errors()[0])}".replace("train.micro", "train: micro")
+                ) from None
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
             if name not in self.arms:
                 raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")
@@ -303,7 +310,7 @@ class Experiment(Section):
         return self.checkpoints.steps if isinstance(self.checkpoints, Regular) else list(self.checkpoints)
 
     def run(self, arm_name: str) -> RunConfig:
-        """The run of an arm: shared sections, the arm's own training settings, its scheme, and whom it is matched to."""
+        """The run of an arm: shared sections, its own training settings, its scheme, and whom it is matched to."""
         arm = self.arms[arm_name]
         return RunConfig(
             dataset=self.dataset,
@@ -320,7 +327,7 @@ def load_experiment(path: Path) -> Experiment:
     """Read and validate an experiment file.
 
     Raises:
-        StudyError: the file is missing, no YAML, or breaks the schema; one line per mistake, naming file, key and remedy.
+        StudyError: the file is missing, no YAML, or breaks the schema; a line per mistake with file, key and remedy.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
@@ -367,13 +374,24 @@ def _check_image_size(image_size: int, model: Model) -> None:
     levels = {image_size // 2**level: model.channels * m for level, m in enumerate(model.channel_mult)}
     for resolution in model.attention_resolutions:
         if resolution not in levels:
-            raise ValueError(
-                f"model.attention_resolutions: the net has no resolution {resolution}, only {', '.join(map(str, levels))}"
-            )
+            known = ", ".join(map(str, levels))
+            raise ValueError(f"model.attention_resolutions: the net has no resolution {resolution}, only {known}")
     # The middle block always attends.
     for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
         if width % model.head_channels:
             raise ValueError(f"model.head_channels: {model.head_channels} does not divide the attended width {width}")
+
+
+def _check_sampling_steps(sample: Sample, timesteps: int) -> None:
+    # DDIM takes every n-th timestep, so only some numbers of steps exist.
+    possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
+    if sample.sampler == "ddim" and sample.steps not in possible:
+        near = min(possible, key=lambda steps: abs(steps - sample.steps))
+        raise ValueError(
+            f"sample.steps: no whole stride through {timesteps} timesteps takes {sample.steps} steps: take {near}"
+        )
+    if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
+        raise ValueError(f"sample.steps: {sample.steps} do not fit {timesteps} timesteps: take 2 to {timesteps}")
 
 
 def _known_keys(section: type[BaseModel]) -> set[str]:

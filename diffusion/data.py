@@ -162,9 +162,7 @@ def _open_source(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
                 names = sorted({info.filename for info in archive.infolist() if not info.is_dir()})
                 yield {name: partial(archive.open, name) for name in names if _is_image(name)}
         except zipfile.BadZipFile as error:
-            raise StudyError(
-                f"{source} is neither a folder nor a whole zip file ({error}): name one."
-            ) from error
+            raise StudyError(f"{source} is neither a folder nor a whole zip file ({error}): name one.") from error
     else:
         raise StudyError(f"There is no {source}: name the folder or zip file that holds the images.")
 

@@ -58,9 +58,7 @@ def _moments(features: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.T
             f"A covariance needs features [N, D] with N >= 2, not {list(features.shape)}: sample more images."
         )
     if not features.isfinite().all():
-        raise StudyError(
-            "The features hold NaN or infinite numbers: check the images and the extractor's weights."
-        )
+        raise StudyError("The features hold NaN or infinite numbers: check the images and the extractor's weights.")
     mean = features.mean(0)
     factor = (features - mean) / math.sqrt(len(features) - 1)
     return mean, factor if len(factor) <= factor.shape[1] else torch.linalg.qr(factor, mode="r").R
@@ -74,8 +72,7 @@ def _frechet(mean_a: torch.Tensor, root_a: torch.Tensor, mean_b: torch.Tensor, r
     """
     if mean_a.shape != mean_b.shape:
         raise StudyError(
-            f"Features of {len(mean_a)} and {len(mean_b)} dimensions cannot be compared: "
-            "use one extractor for both."
+            f"Features of {len(mean_a)} and {len(mean_b)} dimensions cannot be compared: use one extractor for both."
         )
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
@@ -153,9 +150,7 @@ class EfficientNetLite0(nn.Module):
         in_channels = 32
         for kernel, stride, expansion, channels, count in LITE0_STAGES:
             for block in range(count):
-                self._blocks.append(
-                    _InvertedResidual(in_channels, channels, kernel, 1 if block else stride, expansion)
-                )
+                self._blocks.append(_InvertedResidual(in_channels, channels, kernel, 1 if block else stride, expansion))
                 in_channels = channels
         self._conv_head = _SameConv2d(in_channels, 1280, 1)
         self._bn1 = _batch_norm(1280)
@@ -191,9 +186,7 @@ def lite0_weights() -> Path:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != LITE0_SHA256:
-        raise StudyError(
-            f"{path} has sha256 {found[:12]}..., not {LITE0_SHA256[:12]}...: reinstall {LITE0_PACKAGE}."
-        )
+        raise StudyError(f"{path} has sha256 {found[:12]}..., not {LITE0_SHA256[:12]}...: reinstall {LITE0_PACKAGE}.")
     return path
 
 
@@ -222,9 +215,7 @@ class _TorchFidelityExtractor(nn.Module):
 
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             known = ", ".join([LITE0, *FEATURE_EXTRACTORS_REGISTRY])
-            raise StudyError(
-                f"evaluate.features names '{name}', which is no feature extractor: choose from {known}."
-            )
+            raise StudyError(f"evaluate.features names '{name}', which is no feature extractor: choose from {known}.")
         layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
         chatter = io.StringIO()
         try:
@@ -292,9 +283,7 @@ def extract_features(
     Raises StudyError for images of another shape or type.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise StudyError(
-            f"Images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}: convert them."
-        )
+        raise StudyError(f"Images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}: convert them.")
     device = next(extractor.parameters()).device
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     features = []
@@ -307,9 +296,7 @@ def extract_features(
             if now - logged >= LOG_SECONDS:
                 logged, rate = now, done / (now - start)
                 left = (len(indices) - done) / rate
-                logger.info(
-                    "features of %d/%d images, %.1f img/s, %.0f s left", done, len(indices), rate, left
-                )
+                logger.info("features of %d/%d images, %.1f img/s, %.0f s left", done, len(indices), rate, left)
     return np.concatenate(features)
 
 
@@ -335,9 +322,7 @@ class Reference:
         os.replace(partial, path)
 
 
-def reference_key(
-    extractor: nn.Module, dataset_sha256: str, count: int, seed: int = 0
-) -> dict[str, str | int]:
+def reference_key(extractor: nn.Module, dataset_sha256: str, count: int, seed: int = 0) -> dict[str, str | int]:
     """What determines the numbers of a reference: the images, how many, which of them, and the extractor."""
     return {"dataset_sha256": dataset_sha256, "count": count, "seed": seed, **extractor.identity}
 
@@ -360,14 +345,10 @@ def make_reference(
             f"A reference of {count} images cannot be drawn from {len(images)}: ask for 2 to {len(images)}."
         )
     extractor = load_extractor(features_name, device)
-    indices = np.sort(
-        np.random.default_rng(seed).permutation(len(images))[:count]
-    )  # sorted: read in file order
+    indices = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])  # sorted: read in file order
     features = extract_features(images, extractor, batch_size, indices)
     mean, root = _moments(features)
-    return Reference(
-        features, mean.numpy(), root.numpy(), reference_key(extractor, dataset_sha256, count, seed)
-    )
+    return Reference(features, mean.numpy(), root.numpy(), reference_key(extractor, dataset_sha256, count, seed))
 
 
 def load_reference(path: str | Path, expected_key: dict[str, str | int]) -> Reference:
@@ -378,19 +359,13 @@ def load_reference(path: str | Path, expected_key: dict[str, str | int]) -> Refe
     except FileNotFoundError as error:
         raise StudyError(f"The reference {path} does not exist: make it from the dataset first.") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise StudyError(
-            f"The reference {path} is damaged ({error}): delete it and make it again."
-        ) from error
+        raise StudyError(f"The reference {path} is damaged ({error}): delete it and make it again.") from error
     differing = sorted(
         name for name in expected_key | reference.key if expected_key.get(name) != reference.key.get(name)
     )
     if differing:
-        told = "; ".join(
-            f"{name} is {reference.key.get(name)}, not {expected_key.get(name)}" for name in differing
-        )
-        raise StudyError(
-            f"The reference {path} was made for something else ({told}): delete it and make it again."
-        )
+        told = "; ".join(f"{name} is {reference.key.get(name)}, not {expected_key.get(name)}" for name in differing)
+        raise StudyError(f"The reference {path} was made for something else ({told}): delete it and make it again.")
     return reference
 
 
@@ -453,9 +428,7 @@ _METRICS: dict[Callable[[np.ndarray, Reference, int], dict[str, float]], tuple[t
 }
 
 
-def evaluate(
-    features: np.ndarray, reference: Reference, metrics: Sequence[str], seed: int = 2020
-) -> list[MetricRow]:
+def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str], seed: int = 2020) -> list[MetricRow]:
     """The metrics ("fd", "kid", "precision", "recall") of generated features [N, D] against a reference.
 
     `seed` draws KID's subsets (the default is torch-fidelity's). A set too small for a metric, or empty
@@ -466,9 +439,7 @@ def evaluate(
     known = [name for names, _ in _METRICS.values() for name in names]
     unknown = [name for name in metrics if name not in known]
     if unknown:
-        raise StudyError(
-            f"evaluate.metrics names '{unknown[0]}', which is no metric: choose from {', '.join(known)}."
-        )
+        raise StudyError(f"evaluate.metrics names '{unknown[0]}', which is no metric: choose from {', '.join(known)}.")
     n = len(features)
     if n and features.shape[1:] != reference.features.shape[1:]:
         raise StudyError(
@@ -476,9 +447,7 @@ def evaluate(
             f"{list(reference.features.shape)}: use one extractor for both."
         )
     if not np.isfinite(features).all():
-        raise StudyError(
-            "The features hold NaN or infinite numbers: check the images and the extractor's weights."
-        )
+        raise StudyError("The features hold NaN or infinite numbers: check the images and the extractor's weights.")
     values: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for compute, (names, fewest) in _METRICS.items():
@@ -487,10 +456,6 @@ def evaluate(
         if min(n, len(reference.features)) >= fewest:
             values |= compute(features, reference, seed)
         else:
-            reason = (
-                f"needs {fewest} images, got {n} and {len(reference.features)} real ones"
-                if n
-                else "no samples"
-            )
+            reason = f"needs {fewest} images, got {n} and {len(reference.features)} real ones" if n else "no samples"
             reasons |= dict.fromkeys(names, reason)
     return [MetricRow(m, values.get(m, math.nan), math.nan, n, reasons.get(m, "")) for m in metrics]

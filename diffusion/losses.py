@@ -53,7 +53,7 @@ def hybrid_loss(
     mse_weight: Tensor | float = 1.0,
     vb_weight: Tensor | float = 1.0,
 ) -> HybridLoss:
-    """The hybrid loss of Nichol & Dhariwal 2021, eq. 16: the noise's mean squared error plus a scaled variational bound.
+    """The hybrid loss of Nichol & Dhariwal 2021, eq. 16: the noise's mean squared error plus a scaled bound.
 
     The bound, in bits per dimension times T / 1000, trains the variance alone: the mean is detached in it.
 

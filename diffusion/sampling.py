@@ -24,7 +24,7 @@ def ddim_timesteps(timesteps: int, steps: int) -> Tensor:
         chosen = torch.arange(0, timesteps, stride)
         if len(chosen) == steps:
             return chosen.flip(0)
-    raise ValueError(f"no whole stride through {timesteps} timesteps takes {steps} steps: try {_nearest(timesteps, steps)}")
+    raise ValueError(f"no whole stride through {timesteps} timesteps takes {steps} steps")
 
 
 def ddpm_timesteps(timesteps: int, steps: int) -> Tensor:
@@ -89,14 +89,9 @@ def ddpm_sample(
 
 
 def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
-    """Standard normal latents of some samples, each dependent on (seed, its index) alone. float32 [len(indices), *shape]."""
+    """Standard normal latents of some samples, each dependent on (seed, its index) alone. float32 [B, *shape]."""
     return torch.stack([torch.randn(shape, generator=generator(seed, stream, index)) for index in indices])
 
 
 def _repeated(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.device).expand(len(x))
-
-
-def _nearest(timesteps: int, steps: int) -> int:
-    possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
-    return min(possible, key=lambda count: abs(count - steps))

@@ -205,9 +205,7 @@ def train_step(state: TrainState, images: Tensor) -> None:
     for i in (slice(first, first + micro_batch) for first in range(0, size, micro_batch)):
         with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
             output = state.model(x_t[i], t[i])
-        losses = hybrid_loss(
-            schedule, output.float(), x_start[i], x_t[i], t[i], noise[i], mse_weight[i], vb_weight[i]
-        )
+        losses = hybrid_loss(schedule, output.float(), x_start[i], x_t[i], t[i], noise[i], mse_weight[i], vb_weight[i])
         (losses.loss.sum() / size).backward()
         with torch.no_grad():
             quarter = t[i] * 4 // schedule.timesteps
@@ -248,8 +246,8 @@ def train_segment(
 ) -> TrainState:
     """Train to step `until` and write weights.safetensors, state.pt and log.csv into `directory`.
 
-    Starts from the state file `previous` (None: from the seed), or from state.partial.pt in `directory` where an earlier
-    attempt at the same segment stopped. SIGTERM and SIGINT stop it after the current step.
+    Starts from the state file `previous` (None: from the seed), or from state.partial.pt in `directory`, where an
+    earlier attempt at the same segment stopped. SIGTERM and SIGINT stop it after the current step.
 
     Args:
         images: the dataset, uint8 [N, H, W, 3].

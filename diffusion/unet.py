@@ -113,7 +113,7 @@ class Stage(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip; the timestep enters between. May halve or double the resolution."""
+    """Norm, SiLU, convolution, twice, around a skip; the timestep enters between. May change the resolution."""
 
     def __init__(
         self,

@@ -391,9 +391,7 @@ def test_every_epoch_visits_every_image_once_in_its_own_order(count, batch_size)
     batches = [data.epoch_batch(count, batch_size, step, order) for step in range(3 * count)]
     assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
     visits = torch.cat(batches).view(-1, count)
-    torch.testing.assert_close(
-        visits, torch.stack([order(epoch) for epoch in range(len(visits))]), rtol=0, atol=0
-    )
+    torch.testing.assert_close(visits, torch.stack([order(epoch) for epoch in range(len(visits))]), rtol=0, atol=0)
 
 
 def test_a_batch_depends_on_its_step_alone():
@@ -422,9 +420,7 @@ def test_to_uint8_is_the_inverse_of_to_model_range_for_every_level():
 
 
 def test_model_range_puts_channels_first():
-    images = torch.randint(
-        0, 256, (2, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x = data.to_model_range(images)
     torch.testing.assert_close(x[1, 2], images[1, :, :, 2] / 127.5 - 1)
     back = data.to_uint8(x)

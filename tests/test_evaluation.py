@@ -325,8 +325,7 @@ def test_distances_grow_with_damage(real, real_features, extractor):
     noise = np.random.default_rng(0).standard_normal(real.shape)
     damaged = [(real + level * noise).clip(0, 255).astype(np.uint8) for level in (8, 60)]
     rows = [
-        values(x, reference, "fd", "kid")
-        for x in (real_features, *(extract_features(d, extractor) for d in damaged))
+        values(x, reference, "fd", "kid") for x in (real_features, *(extract_features(d, extractor) for d in damaged))
     ]
     fd, kid = zip(*rows, strict=True)
     assert fd[0] < 1e-6 and fd[0] < fd[1] < fd[2]
@@ -335,9 +334,7 @@ def test_distances_grow_with_damage(real, real_features, extractor):
 
 def test_kid_is_the_unbiased_cubic_mmd():
     x, y = correlated(40, 16, seed=0).astype(float), correlated(40, 16, seed=1).astype(float) + 0.3
-    within = [
-        (a @ b / 16 + 1) ** 3 for z in (x, y) for i, a in enumerate(z) for j, b in enumerate(z) if i != j
-    ]
+    within = [(a @ b / 16 + 1) ** 3 for z in (x, y) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]
     between = [(a @ b / 16 + 1) ** 3 for a in x for b in y]
     expected = np.sum(within) / (40 * 39) - 2 * np.mean(between)
     (kid,) = values(x.astype(np.float32), reference_of(y.astype(np.float32)), "kid")
@@ -390,9 +387,7 @@ def test_rows_come_in_the_order_asked_for(capsys):
     ],
 )
 def test_a_set_too_small_says_so(n, reasons):
-    rows = evaluate(
-        correlated(n, 8, seed=0), reference_of(correlated(30, 8, seed=1)), ["fd", "kid", "recall"]
-    )
+    rows = evaluate(correlated(n, 8, seed=0), reference_of(correlated(30, 8, seed=1)), ["fd", "kid", "recall"])
     assert [row.reason for row in rows] == reasons
     assert [math.isnan(row.value) for row in rows] == [bool(reason) for reason in reasons]
     assert all(row.n == n for row in rows)

@@ -28,9 +28,7 @@ COLUMNS = [
 LITE0, INCEPTION = "efficientnet-lite0", "inception-v3-compat"
 
 
-def table(
-    arms=2, seeds=2, steps=(100, 200, 400), study="small", features=LITE0, n=500, metric="fd", floor=20.0
-):
+def table(arms=2, seeds=2, steps=(100, 200, 400), study="small", features=LITE0, n=500, metric="fd", floor=20.0):
     rng = np.random.default_rng(0)
     rows = [
         (study, arm, seed, step, 32 * step, 1.5, features, metric, value, np.nan, n, "")
@@ -92,9 +90,7 @@ def test_label_says_what_was_measured(features, metric, n, label):
 def test_fid_is_the_name_for_inception_features_alone():
     for features, called_fid in ((LITE0, False), (INCEPTION, True)):
         figure = figures._draw_curves(table(features=features), "fd")
-        words = " ".join(
-            text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))
-        )
+        words = " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
         assert ("FID" in words) == called_fid
     assert "FD (EfficientNet-Lite0), 500 samples" in axes_of(table())[0].get_ylabel()
 
@@ -123,9 +119,7 @@ def test_band_is_the_t_interval_of_the_mean_log():
         edges = drawn[drawn[:, 0] == images, 1]
         np.testing.assert_allclose(edges.min(), np.exp(interval.low[column]))
         np.testing.assert_allclose(edges.max(), np.exp(interval.high[column]))
-    np.testing.assert_allclose(
-        mean_lines(ax)[0].get_ydata(), stats.gmean(metrics["value"].to_numpy().reshape(3, 3))
-    )
+    np.testing.assert_allclose(mean_lines(ax)[0].get_ydata(), stats.gmean(metrics["value"].to_numpy().reshape(3, 3)))
     assert "95% t-interval of the mean of the log" in caption(ax)
 
 
@@ -239,6 +233,15 @@ def test_other_gaps_are_named_but_not_called_diverged():
     (ax,) = axes_of(metrics)
     assert not crosses(ax)
     assert "No value, needs 4 images, got 2: uni05 seed 0." in caption(ax)
+
+
+@pytest.mark.parametrize("reason", ["", np.nan])
+def test_a_gap_without_a_reason_is_a_gap(reason):
+    metrics = table(seeds=1).assign(reason=reason)
+    metrics.loc[0, "value"] = np.nan
+    (ax,) = axes_of(metrics)
+    assert not crosses(ax)
+    assert caption(ax) == "One seed: no interval."
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

@@ -17,7 +17,7 @@ def as_images(values: list[float]) -> torch.Tensor:
 
 
 def posterior_by_bayes(schedule: NoiseSchedule, x_start: float, x_t: float, t: int) -> tuple[float, float]:
-    """Mean and variance of one pixel's q(x_{t-1} | x_t, x_0), proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0)."""
+    """Mean and variance of one pixel's q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0)."""
     betas = schedule.betas.numpy()
     kept_before = np.prod(1 - betas[:t])
     x = np.linspace(-12, 12, 100_001)

@@ -21,7 +21,7 @@ from diffusion.unet import UNet
 DATA = Path(__file__).parent / "data"
 GOLDEN = dict(np.load(DATA / "adm_reference.npz"))
 KEYS = json.loads((DATA / "adm_state_dict_keys.json").read_text())
-# The timesteps of the loss's batch are an input: all that can be asked of them is that they are used.
+# The timesteps of the loss's batch are given, not computed.
 INPUTS = {"linear_p2_0.5/t", "linear_p2_0/t"}
 TINY32 = {
     "image_size": 32,

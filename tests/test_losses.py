@@ -62,7 +62,7 @@ def test_vb_is_the_kl_divergence_in_bits(t):
 
 
 def levels() -> tuple[torch.Tensor, torch.Tensor]:
-    """Likelihood at t = 0 of each of 256 grey levels that share one x_t and one prediction; the predicted x_0."""
+    """Likelihoods at t = 0 of the 256 grey levels under one x_t and one prediction; the predicted x_0."""
     x_start = torch.linspace(-1, 1, 256, dtype=torch.float64).view(-1, 1, 1, 1)
     x_t, epsilon = torch.full_like(x_start, 0.21), torch.full_like(x_start, -0.7)
     t = torch.zeros(256, dtype=torch.int64)
@@ -99,9 +99,7 @@ def test_gradient_of_mse_reaches_only_epsilon():
     case["model_output"].requires_grad_()
     hybrid_loss(SHORT, **case).mse.sum().backward()
     gradient = case["model_output"].grad
-    torch.testing.assert_close(
-        gradient[:, :3], 2 / 12 * (case["model_output"].detach()[:, :3] - case["noise"])
-    )
+    torch.testing.assert_close(gradient[:, :3], 2 / 12 * (case["model_output"].detach()[:, :3] - case["noise"]))
     assert (gradient[:, 3:] == 0).all()
 
 
@@ -135,9 +133,7 @@ def test_weights_scale_their_own_term_of_each_image():
 def test_images_of_a_batch_have_their_own_loss():
     case = batch([0, 7, 19])
     together = hybrid_loss(SHORT, **case).loss
-    alone = [
-        hybrid_loss(SHORT, **{name: value[i : i + 1] for name, value in case.items()}).loss for i in range(3)
-    ]
+    alone = [hybrid_loss(SHORT, **{name: value[i : i + 1] for name, value in case.items()}).loss for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 

@@ -1,7 +1,7 @@
 """Samplers where the optimal model is known: data that are Gaussian, N(0, s^2), in every pixel.
 
-Then E[x_0 | x_t] = s^2 sqrt(a) x_t / (s^2 a + 1 - a), and p(x_{t-1} | x_t) is Gaussian, its variance in closed
-form. s is small, so that clipping x_0 to [-1, 1] touches nothing.
+Then E[x_0 | x_t] = s^2 sqrt(a) x_t / (s^2 a + 1 - a), and p(x_{t-1} | x_t) is Gaussian, its variance in
+closed form. s is small, so that clipping x_0 to [-1, 1] touches nothing.
 """
 
 import math
@@ -18,7 +18,7 @@ S = 0.2
 
 
 class GaussianModel:
-    """The optimal epsilon for data N(0, S^2), and the v of the true reverse variance at the used timesteps."""
+    """The optimal epsilon for data N(0, S^2), and the v of the true reverse variance when respaced."""
 
     def __init__(self, schedule: NoiseSchedule, used: Tensor):
         self.a = schedule.alphas_cumprod
@@ -86,10 +86,7 @@ def test_ddim_of_gaussian_data_is_the_product_of_its_steps():
     for now, before in zip(reversed(a), [*reversed(a[:-1]), 1.0], strict=True):
         # Song et al. 2021, eq. 12, eta = 0: x -> sqrt(a') x_0 + sqrt(1 - a') epsilon, both linear in x here.
         total = S**2 * now + 1 - now
-        gain *= (
-            math.sqrt(before) * S**2 * math.sqrt(now) / total
-            + math.sqrt(1 - before) * math.sqrt(1 - now) / total
-        )
+        gain *= math.sqrt(before) * S**2 * math.sqrt(now) / total + math.sqrt(1 - before) * math.sqrt(1 - now) / total
     torch.testing.assert_close(ddim_sample(model, schedule, x, steps), gain * x, rtol=1e-9, atol=0)
     assert model.seen == list(range(960, -1, -40))
 
@@ -99,9 +96,7 @@ def test_ddim_approaches_the_spread_of_gaussian_data_as_steps_grow():
     x = torch.ones(1, 3, 1, 1, dtype=torch.float64)
     errors = []
     for steps in (10, 25, 100, 1000):
-        gain = ddim_sample(GaussianModel(schedule, ddim_timesteps(1000, steps)), schedule, x, steps)[
-            0, 0, 0, 0
-        ].item()
+        gain = ddim_sample(GaussianModel(schedule, ddim_timesteps(1000, steps)), schedule, x, steps)[0, 0, 0, 0].item()
         errors.append(abs(gain / S - 1))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.03 and errors[-1] < 0.01
@@ -143,9 +138,7 @@ def test_samplers_take_a_model_of_fixed_variance():
 
     torch.testing.assert_close(ddim_sample(epsilon_only, schedule, x, 10), ddim_sample(full, schedule, x, 10))
     # The posterior's variance alone misses that of x_0 given x_t: too narrow.
-    samples = ddpm_sample(
-        epsilon_only, schedule, normal(4, 3, 32, 32), 20, lambda i: normal(4, 3, 32, 32, seed=i + 1)
-    )
+    samples = ddpm_sample(epsilon_only, schedule, normal(4, 3, 32, 32), 20, lambda i: normal(4, 3, 32, 32, seed=i + 1))
     assert 0.3 * S < samples.std().item() < 0.95 * S
 
 
@@ -162,9 +155,7 @@ def test_ddim_is_deterministic_and_every_image_its_own():
     torch.testing.assert_close(ddim_sample(wild_model, schedule, x, 25), together, rtol=0, atol=0)
     parts = torch.cat([ddim_sample(wild_model, schedule, part, 25) for part in x.split([1, 3, 1])])
     torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        ddim_sample(wild_model, schedule, x.flip(0), 25).flip(0), together, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ddim_sample(wild_model, schedule, x.flip(0), 25).flip(0), together, rtol=0, atol=1e-5)
 
 
 def test_samples_lie_in_range_whatever_the_model():

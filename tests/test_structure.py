@@ -49,16 +49,5 @@ def test_the_library_knows_nothing_of_the_workflow(module):
 
 def test_config_needs_no_torch():
     code = "import sys, diffusion.config; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    "module", ["config", "streams", "gaussian", "unet", "timesteps", "losses", "sampling"]
-)
-def test_the_core_needs_no_tool_of_evaluation(module):
-    assert {name.split(".")[0] for name in imports(module)}.isdisjoint(
-        {"torch_fidelity", "scipy", "pandas", "PIL"}
-    )

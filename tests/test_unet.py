@@ -1,4 +1,4 @@
-"""The network beside its golden values: shapes, invariants at initialisation, attention against a plain softmax."""
+"""The network beyond its golden values: shapes, the start as identity, blocks against plain formulas."""
 
 import math
 
@@ -58,9 +58,9 @@ VARIANTS = [
 @torch.no_grad()
 def test_output_starts_at_zero_and_has_the_image_shape(changes):
     net = unet(**changes)
-    x = images(2, net_size := changes.get("image_size", 16))
+    x = images(2, changes.get("image_size", 16))
     y = net(x, torch.tensor([3, 871]))
-    assert y.shape == (2, 6, net_size, net_size)
+    assert y.shape == (2, 6, *x.shape[2:])
     assert (y == 0).all()
     y = randomised(net)(x, torch.tensor([3, 871]))
     assert y.isfinite().all() and (y.std((1, 2, 3)) > 0).all()
@@ -102,14 +102,9 @@ def test_every_parameter_is_trained():
 
 def test_initial_blocks_are_their_skips():
     net = unet(attention_resolutions=(16, 8))
-    zero = {
-        name
-        for name, parameter in net.named_parameters()
-        if name.endswith("weight") and not parameter.any()
-    }  # fmt: skip
-    blocks = {
-        name: module for name, module in net.named_modules() if isinstance(module, ResBlock | AttentionBlock)
-    }
+    weights = ((name, p) for name, p in net.named_parameters() if name.endswith("weight"))
+    zero = {name for name, weight in weights if not weight.any()}
+    blocks = {name: module for name, module in net.named_modules() if isinstance(module, ResBlock | AttentionBlock)}
     expected = {
         f"{name}.out_layers.3.weight" if isinstance(block, ResBlock) else f"{name}.proj_out.weight"
         for name, block in blocks.items()
@@ -128,9 +123,7 @@ def test_residual_blocks_start_as_resampling(scale_shift_norm):
     torch.testing.assert_close(start(None), x, rtol=0, atol=0)
     pooled = x.view(2, 32, 4, 2, 4, 2).mean((3, 5))
     torch.testing.assert_close(start(nn.AvgPool2d(2)), pooled)
-    torch.testing.assert_close(
-        start(nn.Upsample(scale_factor=2)), x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    )
+    torch.testing.assert_close(start(nn.Upsample(scale_factor=2)), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -180,16 +173,12 @@ def test_attention_is_a_softmax_over_pixels(heads):
                 score = (q[image, :, pixel, None] * k[image]).sum(0) / math.sqrt(width)
                 weight = score.exp() / score.exp().sum()
                 attended[image, width * head : width * (head + 1), pixel] = (v[image] * weight).sum(1)
-    projected = (
-        torch.einsum("oc,bcn->bon", block.proj_out.weight[:, :, 0], attended) + block.proj_out.bias[:, None]
-    )
+    projected = torch.einsum("oc,bcn->bon", block.proj_out.weight[:, :, 0], attended) + block.proj_out.bias[:, None]
     torch.testing.assert_close(block(x), x + projected.view_as(x))
 
 
 def test_attention_is_where_it_is_asked_for():
-    net = unet(
-        image_size=32, channel_mult=(1, 1, 2), res_blocks=2, attention_resolutions=(16,), head_channels=32
-    )
+    net = unet(image_size=32, channel_mult=(1, 1, 2), res_blocks=2, attention_resolutions=(16,), head_channels=32)
     attended = {name for name, module in net.named_modules() if isinstance(module, AttentionBlock)}
     # Down: 32, 32, 32, halve, then 16, 16 (4 and 5); up: 8, 8, 8 (0 to 2), then 16, 16, 16 (3 to 5).
     blocks = {f"input_blocks.{i}.1" for i in (4, 5)} | {f"output_blocks.{i}.1" for i in (3, 4, 5)}
@@ -225,10 +214,7 @@ def test_dropout_acts_in_training_only():
 
 def test_timestep_embedding_is_cosines_then_sines():
     t = torch.tensor([0, 1, 999])
-    expected = [
-        [f(step * 10_000 ** (-i / 16)) for f in (math.cos, math.sin) for i in range(16)]
-        for step in t.tolist()
-    ]
+    expected = [[f(step * 10_000 ** (-i / 16)) for f in (math.cos, math.sin) for i in range(16)] for step in t.tolist()]
     actual = timestep_embedding(t, 32)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=2e-4)

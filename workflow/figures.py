@@ -108,13 +108,9 @@ def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> 
 
 def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     rows = metrics[metrics["metric"] == metric]
-    rows = rows.assign(
-        value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna("").astype(str)
-    )
+    rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna("").astype(str))
     if rows.empty:
-        raise StudyError(
-            f"The table of metrics has no row of '{metric}': name it in evaluate.metrics, then evaluate."
-        )
+        raise StudyError(f"The table of metrics has no row of '{metric}': name it in evaluate.metrics, then evaluate.")
     panels = list(rows.groupby(["study", "features"], sort=False))
     styles = {arm: _line_style(index) for index, arm in enumerate(rows["arm"].unique())}
 
@@ -132,9 +128,7 @@ def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     width = PANEL_INCHES[0] * columns
     figure.set_size_inches(width, (PANEL_INCHES[1] + CAPTION_LINE_INCHES * caption_lines) * lines)
 
-    handles = [
-        Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()
-    ]
+    handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
     if _diverged(rows).any():
         handles.append(Line2D([], [], color="0.3", linestyle="", **CROSS, label="run diverged"))
     longest = max(len(str(handle.get_label())) for handle in handles)
@@ -198,9 +192,7 @@ def _draw_panel(
     if measured.empty:
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
-    caption = "\n".join(
-        textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in _caption(panel, values, ratios)
-    )
+    caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in _caption(panel, values, ratios))
     ax.annotate(
         caption,
         xy=(0, 0),
@@ -219,9 +211,7 @@ def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], rat
     if of_seeds.shape[1] > 1:
         for seed in of_seeds:
             line = of_seeds[seed].dropna()
-            ax.plot(
-                line.index, line, color=style["color"], linewidth=0.6, alpha=0.5, marker=".", markersize=3
-            )
+            ax.plot(line.index, line, color=style["color"], linewidth=0.6, alpha=0.5, marker=".", markersize=3)
     complete = of_seeds.dropna()
     mean, low, high = _mean_and_band(complete.to_numpy(), ratios)
     every = -(-len(complete) // MARKERS_PER_LINE) or 1
@@ -304,9 +294,7 @@ def _set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
     shown = [ax]
     if len(batch_sizes) == 1:
         (batch_size,) = batch_sizes
-        steps = ax.secondary_xaxis(
-            "top", functions=(lambda x: x / batch_size, lambda step: step * batch_size)
-        )
+        steps = ax.secondary_xaxis("top", functions=(lambda x: x / batch_size, lambda step: step * batch_size))
         steps.set_xlabel("optimiser steps")
         shown.append(steps)
     else:
@@ -343,9 +331,7 @@ def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int =
     _save_png(Image.fromarray(canvas), destination)
 
 
-def samples_grid(
-    grids: Mapping[str, Mapping[int, Path | None]], destination: Path, steps: Mapping[int, int]
-) -> None:
+def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Path, steps: Mapping[int, int]) -> None:
     """Save one PNG of previews: a row per arm, a column per checkpoint (six at most, from first to last).
 
     Small images are enlarged by a whole factor without smoothing, large ones reduced by a whole factor.
@@ -398,9 +384,7 @@ def _load_cell(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except OSError as error:
-        raise StudyError(
-            f"The preview {path} cannot be read ({error}): sample that checkpoint again."
-        ) from error
+        raise StudyError(f"The preview {path} cannot be read ({error}): sample that checkpoint again.") from error
     if image.width > CELL_PIXELS:
         return image.reduce(round(image.width / CELL_PIXELS))
     factor = round(CELL_PIXELS / image.width)

@@ -130,7 +130,9 @@ def stop_tracking() -> None:
 def tell_results() -> None:
     """The last lines of a run."""
     if FIGURE.exists():
-        print(f"\nThe figure: {FIGURE.resolve()}\nMLflow: `make ui`, then open http://127.0.0.1:5000\n", file=sys.stderr)
+        print(
+            f"\nThe figure: {FIGURE.resolve()}\nMLflow: `make ui`, then open http://127.0.0.1:5000\n", file=sys.stderr
+        )
 
 
 class TimeLeft(logging.Handler):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from diffusion.files import write_atomically
+
 COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
 
 

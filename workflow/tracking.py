@@ -5,8 +5,8 @@
 It forwards what training and evaluation leave under `results/`. What was forwarded before, it asks the store:
 a follower that was killed repeats nothing and loses nothing.
 
-A study is an MLflow experiment: a parent run named like the study, below it a run per arm and seed. The step of
-every metric is the number of training images seen.
+A study is an MLflow experiment: a parent run named like the study, below it a run per arm and seed. The step
+of every metric is the number of training images seen.
 """
 
 import argparse
@@ -62,16 +62,14 @@ def train_metrics(row: dict[str, str], images: int, last_images: int) -> dict[st
     `time_left_s` is of training alone, at the row's rate.
     """
     columns = row.keys() - {"step", "images", "seconds"}
-    values = {f"train/{name}": finite(row[name]) for name in sorted(columns)} | {
-        "progress": images / last_images
-    }
+    values = {f"train/{name}": finite(row[name]) for name in sorted(columns)} | {"progress": images / last_images}
     if rate := values.get("train/images_per_second"):
         values["time_left_s"] = max(last_images - images, 0) / rate
     return {name: value for name, value in values.items() if value is not None}
 
 
 def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]:
-    """(metric, images) -> value of a checkpoint's metrics.csv; only in Inception's features are they FID and KID."""
+    """(metric, images) -> value of a checkpoint's metrics.csv; only Inception's features give FID and KID."""
     values = {}
     for row in rows:
         names = {"fd": "fid"} if row["features"] == "inception-v3-compat" else {"kid": "kd"}
@@ -97,12 +95,8 @@ def common_config(experiment: Experiment) -> RunConfig:
 
 def common_params(run: RunConfig) -> dict[str, str]:
     """`section.key` -> value, without the scheme."""
-    sections = run.model_dump(
-        mode="json", include={"dataset", "model", "diffusion", "train"}, exclude_none=True
-    )
-    return {
-        f"{section}.{key}": _text(value) for section, keys in sections.items() for key, value in keys.items()
-    }
+    sections = run.model_dump(mode="json", include={"dataset", "model", "diffusion", "train"}, exclude_none=True)
+    return {f"{section}.{key}": _text(value) for section, keys in sections.items() for key, value in keys.items()}
 
 
 def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
@@ -169,8 +163,8 @@ class Tracked:
 class Study:
     """One study in the store. After an error it is made anew, from what the store then says.
 
-    Runs are found again by their tag `run`: `<arm>-<hash8>/seed<k>`, or `study-<hash8>` for what the arms share.
-    So an edit gets new runs, and the old ones stay.
+    Runs are found again by their tag `run`: `<arm>-<hash8>/seed<k>`, or `study-<hash8>` for what
+    the arms share. So an edit gets new runs, and the old ones stay.
     """
 
     def __init__(self, uri: str, path: Path, experiment: Experiment):
@@ -186,9 +180,7 @@ class Study:
         # A server knows where its artifacts go; a database alone does not.
         place = None if uri.startswith("http") else Path("mlartifacts", experiment.name).resolve().as_uri()
         self.id = found.experiment_id if found else self.client.create_experiment(experiment.name, place)
-        runs = [
-            run for run in self.client.search_runs([self.id], max_results=50_000) if "run" in run.data.tags
-        ]
+        runs = [run for run in self.client.search_runs([self.id], max_results=50_000) if "run" in run.data.tags]
         self.stored = {run.data.tags["run"]: run.info.run_id for run in runs}
         self.tracked: dict[str, Tracked] = {}
         # A killed follower may have left runs open whose arm was edited or removed since.
@@ -198,7 +190,7 @@ class Study:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def forward(self, since: float | None) -> None:
-        """Forward what is new. Runs with files newer than `since` are being trained; with None, none is now."""
+        """Forward what is new. Runs with files newer than `since` are being trained; with None, none is."""
         started = [(arm, seed) for arm, seed in self.directories if self._directory(arm, seed).is_dir()]
         if not started:
             return
@@ -237,9 +229,7 @@ class Study:
             if images is not None and images > run.images:
                 run.images = round(images)
                 values = train_metrics(row, run.images, last_images)
-                rows.append(
-                    self._metrics(path, {(name, run.images): value for name, value in values.items()})
-                )
+                rows.append(self._metrics(path, {(name, run.images): value for name, value in values.items()}))
         for batch in batches(rows):
             self.client.log_batch(run.id, metrics=batch)
 
@@ -318,9 +308,7 @@ class Study:
         for name in [name for name, value in tags.items() if value is None and name in run.tags]:
             self.client.delete_tag(run.id, name)
             del run.tags[name]
-        changed = {
-            name: value for name, value in tags.items() if value is not None and run.tags.get(name) != value
-        }
+        changed = {name: value for name, value in tags.items() if value is not None and run.tags.get(name) != value}
         if changed:
             self.client.log_batch(run.id, tags=[self.entities.RunTag(*item) for item in changed.items()])
             run.tags |= changed
@@ -328,9 +316,7 @@ class Study:
     def _metrics(self, path: Path, values: dict[tuple[str, int], float]) -> list:
         """MLflow's metrics, dated by the file they come from."""
         written = round(path.stat().st_mtime * 1000)
-        return [
-            self.entities.Metric(name, value, written, images) for (name, images), value in values.items()
-        ]
+        return [self.entities.Metric(name, value, written, images) for (name, images), value in values.items()]
 
     def _directory(self, arm: str, seed: int) -> Path:
         return layout.run_directory(self.experiment.name, arm, self.experiment.run(arm), seed)
@@ -362,9 +348,7 @@ def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], 
                 studies.pop(path, None)
                 if path not in failing:
                     reason = " ".join(str(error).split())[:200]
-                    logger.warning(
-                        "%s is not tracked in %s: the next start forwards the rest (%s)", path, uri, reason
-                    )
+                    logger.warning("%s is not tracked in %s: the next start forwards the rest (%s)", path, uri, reason)
                 failing.add(path)
         if stopping:
             return
@@ -374,17 +358,11 @@ def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow.tracking", description="Forward studies to MLflow."
-    )
-    parser.add_argument(
-        "command", choices=["follow", "sync"], help="follow: until told to stop; sync: one pass"
-    )
+    parser = argparse.ArgumentParser(prog="python -m workflow.tracking", description="Forward studies to MLflow.")
+    parser.add_argument("command", choices=["follow", "sync"], help="follow: until told to stop; sync: one pass")
     parser.add_argument("experiments", nargs="+", type=Path, help="experiment files")
     parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
-    parser.add_argument(
-        "--parent-pid", type=int, default=os.getppid(), help="the process that started this one"
-    )
+    parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="the process that started this one")
     options = parser.parse_args(arguments)
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -405,9 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger.error("%s", error)
         return 1
     except Timeout:
-        logger.warning(
-            "another process already tracks the studies of %s: this one leaves it to that", Path.cwd()
-        )
+        logger.warning("another process already tracks the studies of %s: this one leaves it to that", Path.cwd())
     return 0
 
 
