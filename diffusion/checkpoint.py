@@ -64,9 +64,7 @@ def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise StudyError(
-            f"{path}: not a whole checkpoint ({reason}): delete it and run the same command again"
-        ) from None
+        raise StudyError(f"{path}: not a whole checkpoint ({reason}): delete it and start again") from None
     return Checkpoint(
         model.to(device).eval().requires_grad_(False),
         schedule,

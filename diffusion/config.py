@@ -159,7 +159,8 @@ class Arm(Scheme):
     @classmethod
     def _train_keys(cls, train: dict[str, Any]) -> dict[str, Any]:
         for key in set(train) - set(Train.model_fields):
-            raise ValueError(f"{key}: unknown key; there are {', '.join(Train.model_fields)}")
+            close = difflib.get_close_matches(key, Train.model_fields, n=1)
+            raise ValueError(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ": remove it"))
         return train
 
     @model_validator(mode="after")
@@ -294,9 +295,7 @@ class Experiment(Section):
             try:
                 self.run(name)
             except ValidationError as error:
-                raise ValueError(
-                    f"arms.{name}.train.{_sentence(error.errors()[0])}".replace("train.micro", "train: micro")
-                ) from None
+                raise ValueError(f"arms.{name}.train: {_sentence(error.errors()[0])}") from None
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
             if name not in self.arms:
                 raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")

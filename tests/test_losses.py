@@ -61,23 +61,29 @@ def test_vb_is_the_kl_divergence_in_bits(t):
     np.testing.assert_allclose(hybrid_loss(SHORT, **case).vb.item(), expected * T / 1000, rtol=1e-5)
 
 
-def levels() -> tuple[torch.Tensor, torch.Tensor]:
+def levels(x_t: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Likelihoods at t = 0 of the 256 grey levels under one x_t and one prediction; the predicted x_0."""
     x_start = torch.linspace(-1, 1, 256, dtype=torch.float64).view(-1, 1, 1, 1)
-    x_t, epsilon = torch.full_like(x_start, 0.21), torch.full_like(x_start, -0.7)
+    x_t, epsilon = torch.full_like(x_start, x_t), torch.full_like(x_start, -0.7)
     t = torch.zeros(256, dtype=torch.int64)
     output = torch.cat([epsilon, torch.full_like(x_start, 0.3)], dim=1)
     vb = hybrid_loss(SHORT, output, x_start, x_t, t, torch.zeros_like(x_start)).vb
     return 2 ** (-vb * 1000 / T), SHORT.predict_x_start(epsilon, x_t, t)
 
 
-def test_likelihood_of_the_256_levels_sums_to_one():
-    likelihood, _ = levels()
+# Predictions in the middle, and beyond either end, where the outermost levels take all that lies outside.
+PREDICTED = pytest.mark.parametrize("x_t", [0.21, -1.05, 1.02])
+
+
+@PREDICTED
+def test_likelihood_of_the_256_levels_sums_to_one(x_t):
+    likelihood, _ = levels(x_t)
     np.testing.assert_allclose(likelihood.sum().item(), 1, rtol=1e-6)
 
 
-def test_likelihood_is_the_normal_mass_of_each_level():
-    likelihood, mean = levels()
+@PREDICTED
+def test_likelihood_is_the_normal_mass_of_each_level(x_t):
+    likelihood, mean = levels(x_t)
     std = math.exp(0.5 * (0.65 * SHORT.betas[0].log() + 0.35 * SHORT.posterior_variance[1].log()))
     edges = np.linspace(-1, 1, 256) + 1 / 255
     cumulative = np.concatenate([[0], stats.norm.cdf(edges[:-1], mean[0].item(), std), [1]])

@@ -108,7 +108,7 @@ def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> 
 
 def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     rows = metrics[metrics["metric"] == metric]
-    rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna("").astype(str))
+    rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
     if rows.empty:
         raise StudyError(f"The table of metrics has no row of '{metric}': name it in evaluate.metrics, then evaluate.")
     panels = list(rows.groupby(["study", "features"], sort=False))

@@ -46,7 +46,7 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
         prepared = layout.dataset_directory(dataset) / "images.npy"
         if isinstance(dataset, Folder) and not dataset.path.exists() and not prepared.exists():
             raise StudyError(
-                f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put the images there or mend the path"
+                f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put images there or mend it"
             )
     return experiments
 
@@ -58,7 +58,7 @@ def gpus(experiment: Experiment) -> int:
 
 @contextmanager
 def job(snakemake: Any) -> Iterator[None]:
-    """Run the body of a script: its log goes to the terminal and to the rule's log file, a mistake becomes one sentence."""
+    """Run the body of a script: log to the terminal and the rule's log file, tell a mistake in one sentence."""
     name = snakemake.rule + "".join(f" {value}" for value in snakemake.wildcards)
     logging.basicConfig(
         level=logging.INFO,

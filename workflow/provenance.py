@@ -14,7 +14,7 @@ PACKAGES = ["torch", "torchvision", "torch-fidelity", "snakemake", "numpy", "sci
 
 
 def write_provenance(path: Path, device: str, **facts: Any) -> None:
-    """Write the facts of a result with commit, host, device and versions as JSON; git's are null outside a repository."""
+    """Write the facts of a result, with commit (null outside git), host, device and versions, as JSON."""
     root = Path(__file__).resolve().parents[1]
     status = _git(root, "status", "--porcelain", "--untracked-files=no")
     content = facts | {
