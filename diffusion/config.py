@@ -155,14 +155,6 @@ class Arm(Scheme):
     weigh_twice: bool = False
     train: dict[str, Any] = {}
 
-    @field_validator("train")
-    @classmethod
-    def _train_keys(cls, train: dict[str, Any]) -> dict[str, Any]:
-        for key in set(train) - set(Train.model_fields):
-            close = difflib.get_close_matches(key, Train.model_fields, n=1)
-            raise ValueError(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ": remove it"))
-        return train
-
     @model_validator(mode="after")
     def _weigh_once(self) -> "Arm":
         density, weight = self.timesteps.chosen[0], self.mse_weight.chosen[0]
@@ -295,7 +287,8 @@ class Experiment(Section):
             try:
                 self.run(name)
             except ValidationError as error:
-                raise ValueError(f"arms.{name}.train: {_sentence(error.errors()[0])}") from None
+                mistake = error.errors()[0]
+                raise ValueError(f"arms.{name}.train{'.' if mistake['loc'] else ': '}{_sentence(mistake)}") from None
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
             if name not in self.arms:
                 raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")

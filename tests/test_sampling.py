@@ -55,11 +55,10 @@ def test_ddim_timesteps_need_not_divide():
     assert ddim_timesteps(1000, 3).tolist() == [668, 334, 0]
 
 
-@pytest.mark.parametrize(("steps", "nearest"), [(0, 1), (333, 334), (600, 500), (1001, 1000)])
-def test_ddim_timesteps_without_whole_stride_are_refused_with_a_remedy(steps, nearest):
-    with pytest.raises(ValueError, match=f"takes {steps} steps: try {nearest}$"):
+@pytest.mark.parametrize("steps", [0, 333, 600, 1001])
+def test_ddim_timesteps_without_whole_stride_are_refused(steps):
+    with pytest.raises(ValueError, match=f"takes {steps} steps"):
         ddim_timesteps(1000, steps)
-    assert len(ddim_timesteps(1000, nearest)) == nearest
 
 
 @pytest.mark.parametrize(("timesteps", "steps"), [(1000, 2), (1000, 250), (1000, 999), (50, 50)])
