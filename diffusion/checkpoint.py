@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,12 +16,15 @@ from torch import Tensor
 from diffusion import StudyError
 from diffusion.config import Initial, Sample
 from diffusion.data import to_uint8
-from diffusion.files import write_atomically
+from diffusion.files import replacing
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.sampling import ddim_sample, ddpm_sample, latents
 from diffusion.unet import UNet
 
 logger = logging.getLogger(__name__)
+
+TELL_SECONDS = 10
+PREVIEW_GAP = 1  # pixels
 
 
 def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
@@ -34,7 +38,8 @@ def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: 
     about = {"config": config.canonical(), "seed": seed, "step": step, "diverged": diverged}
     # One metadata key: safetensors writes several in no fixed order.
     content = save({k: v.contiguous().cpu() for k, v in weights.items()}, {"checkpoint": json.dumps(about)})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    with replacing(path) as file:
+        file.write(content)
 
 
 @dataclass(frozen=True)
@@ -83,25 +88,34 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Pat
     size = checkpoint.image_size
     count = 0 if checkpoint.diverged else settings.images
     start = told = time.monotonic()
-
-    def write(temporary: Path) -> None:
-        nonlocal told
-        if count == 0:
-            with temporary.open("wb") as file:
-                np.save(file, np.zeros((0, size, size, 3), np.uint8))
-            return
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
+    with replacing(destination) as file:
+        np.save(file, np.zeros((0, size, size, 3), np.uint8))
+        if count:
+            array = np.lib.format.open_memmap(file.name, "w+", np.uint8, (count, size, size, 3))
         for first in range(0, count, settings.batch_size):
             indices = range(first, min(first + settings.batch_size, count))
             array[indices.start : indices.stop] = to_uint8(_sample(checkpoint, settings, indices, device)).cpu().numpy()
-            if time.monotonic() - told > 10:
+            if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
                 rate = indices.stop / (told - start)
                 left = (count - indices.stop) / rate
                 logger.info("%d/%d samples, %.1f images/s, %.0f s left", indices.stop, count, rate, left)
-        array.flush()
 
-    write_atomically(destination, write)
+
+def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4) -> None:
+    """Save the first columns * rows images as a PNG, row by row, in native resolution, parted by white lines.
+
+    Args:
+        images: uint8 [N, H, W, 3] in 0..255; where there are too few, white stays.
+        destination: the PNG, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels.
+    """
+    height, width = images.shape[1] + PREVIEW_GAP, images.shape[2] + PREVIEW_GAP
+    canvas = np.full((rows * height + PREVIEW_GAP, columns * width + PREVIEW_GAP, 3), 255, np.uint8)
+    for index, image in enumerate(images[: columns * rows]):
+        top, left = index // columns * height + PREVIEW_GAP, index % columns * width + PREVIEW_GAP
+        canvas[top : top + images.shape[1], left : left + images.shape[2]] = image
+    with replacing(destination) as file:
+        Image.fromarray(canvas).save(file, format="PNG")
 
 
 def _sample(checkpoint: Checkpoint, settings: Sample, indices: range, device: torch.device | str) -> Tensor:

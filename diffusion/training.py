@@ -6,6 +6,7 @@ own, and can be stopped and started again anywhere: on a CPU the result is the s
 
 import csv
 import functools
+import io
 import logging
 import math
 import signal
@@ -24,7 +25,7 @@ from diffusion import Stopped, StudyError
 from diffusion.checkpoint import build, save_weights
 from diffusion.config import Initial, RunConfig, Scheme
 from diffusion.data import epoch_batch, random_flip, to_model_range
-from diffusion.files import write_atomically
+from diffusion.files import replacing
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import WEIGHTS, hybrid_loss
 from diffusion.streams import generator, stream_seed
@@ -117,11 +118,8 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(), "meter": vars(self.meter), **more,
         }  # fmt: skip
 
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-
-        write_atomically(path, write)
+        with replacing(path) as file:
+            torch.save(content, file)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Take over the state in a file, and give its whole content.
@@ -324,13 +322,10 @@ class _Log:
         self.write()
 
     def write(self) -> None:
-        def whole(temporary: Path) -> None:
-            with temporary.open("w", newline="") as file:
-                writer = self._writer(file)
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_atomically(self.path, whole)
+        with replacing(self.path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            writer = self._writer(text)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     @staticmethod
     def _writer(file: TextIO) -> csv.DictWriter:

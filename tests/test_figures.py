@@ -7,8 +7,9 @@ from PIL import Image
 from scipy import stats
 
 from diffusion import StudyError
+from diffusion.checkpoint import preview
 from workflow import figures
-from workflow.figures import fid_curves, metric_label, preview, samples_grid
+from workflow.figures import fid_curves, metric_label, samples_grid
 
 ARMS = ("uni05", "under05", "matched05", "uniform", "speed", "min-snr")
 COLUMNS = [

@@ -138,6 +138,12 @@ def wait_for(condition, seconds=60):
         time.sleep(0.2)
 
 
+def wait_for_follower():
+    """Only files written after it began are of a run in training."""
+    wait_for(lambda: Path("results/.tracking.lock").exists())
+    time.sleep(0.5)
+
+
 # Pure parts
 
 
@@ -288,9 +294,11 @@ def test_an_edited_arm_gets_a_new_run(study):
 def test_follow_until_told_to_stop(study, processes):
     process = start("follow")
     processes.append(process)
+    wait_for_follower()
     path = directory(study, 100)
     write_log(path, range(1, 21))
-    wait_for(lambda: statuses().get("uniform seed 0") == statuses().get("toy") == "RUNNING" and count("progress") == 20)
+    wait_for(lambda: set(statuses()) == {"toy", "uniform seed 0"} and count("progress") == 20)
+    wait_for(lambda: set(statuses().values()) == {"RUNNING"})
     with (path / "log.csv").open("a") as log:
         log.write(log_row(21) + log_row(22) + "23,2")
     process.send_signal(signal.SIGTERM)
@@ -327,7 +335,7 @@ def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
     command = [sys.executable, "-c", code, sys.executable, "-m", "workflow.tracking", "follow", "toy.yaml"]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     processes.append(parent)
-    wait_for(lambda: Path("results/.tracking.lock").exists())
+    wait_for_follower()
     write_log(directory(study, 100), range(1, 11))
     wait_for(lambda: statuses().get("uniform seed 0") == "RUNNING")
     parent.kill()

@@ -22,6 +22,7 @@ PARTS = ["Snakefile", "workflow", "diffusion", "experiments", "profiles", "envir
 
 
 def copy_project(destination):
+    destination.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         source, target = ROOT / part, destination / part
         if source.is_symlink():

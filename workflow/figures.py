@@ -1,11 +1,8 @@
 """The study's figures: metric curves over training images, previews of samples, and the grid of them."""
 
-import os
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import matplotlib
 import numpy as np
@@ -18,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student_t
 
 from diffusion import StudyError
+from diffusion.files import replacing
 
 INCEPTION = "inception-v3-compat"
 FEATURE_NAMES = {
@@ -53,7 +51,6 @@ STYLE = {
     "svg.hashsalt": "curves",  # ids in the SVG are random without it
 }
 
-PREVIEW_GAP = 1
 CELL_PIXELS = 480
 CELL_GAP = 12
 GRID_COLUMNS = 6
@@ -99,7 +96,7 @@ def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> 
     with matplotlib.rc_context(STYLE):
         figure = _draw_curves(metrics, metric)
         for path in paths:
-            with _replacing(path) as file:
+            with replacing(path) as file:
                 # a date or a version would make equal data differ
                 metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
                 kind = path.suffix.removeprefix(".")
@@ -316,21 +313,6 @@ def _short(count: float) -> str:
 # --- Samples ------------------------------------------------------------------------------------------------
 
 
-def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4) -> None:
-    """Save the first columns * rows images as a PNG, row by row, in native resolution, parted by white lines.
-
-    Args:
-        images: uint8 [N, H, W, 3] in 0..255; where there are too few, white stays.
-        destination: the PNG, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels.
-    """
-    height, width = images.shape[1] + PREVIEW_GAP, images.shape[2] + PREVIEW_GAP
-    canvas = np.full((rows * height + PREVIEW_GAP, columns * width + PREVIEW_GAP, 3), 255, np.uint8)
-    for index, image in enumerate(images[: columns * rows]):
-        top, left = index // columns * height + PREVIEW_GAP, index % columns * width + PREVIEW_GAP
-        canvas[top : top + images.shape[1], left : left + images.shape[2]] = image
-    _save_png(Image.fromarray(canvas), destination)
-
-
 def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Path, steps: Mapping[int, int]) -> None:
     """Save one PNG of previews: a row per arm, a column per checkpoint (six at most, from first to last).
 
@@ -416,17 +398,5 @@ def _write(
 
 
 def _save_png(image: Image.Image, destination: Path) -> None:
-    with _replacing(destination) as file:
+    with replacing(destination) as file:
         image.save(file, format="PNG")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all went well, and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

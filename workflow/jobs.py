@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from snakemake.logging import logger as snakemake_logger
+from snakemake_interface_logger_plugins.common import LogEvent
 
 from diffusion import Stopped, StudyError
 from diffusion.config import Experiment, Folder, load_experiment
@@ -135,14 +137,14 @@ def tell_results() -> None:
         )
 
 
-class TimeLeft(logging.Handler):
-    """After each job of the workflow, tells how long the rest may take, judging by the jobs so far."""
+def tell_time_left() -> None:
+    """After each job, say how long the rest of the workflow may take, judging by the jobs so far."""
+    began = time.monotonic()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.began = time.monotonic()
+    def tell(record: logging.LogRecord) -> bool:
+        if getattr(record, "event", None) == LogEvent.PROGRESS and 0 < record.done < record.total:
+            left = (time.monotonic() - began) / record.done * (record.total - record.done)
+            print(f"about {left // 60:.0f} min {left % 60:.0f} s left of the whole", file=sys.stderr)
+        return True
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if "progress" in str(getattr(record, "event", "")).lower() and record.done < record.total:
-            seconds = (time.monotonic() - self.began) / record.done * (record.total - record.done)
-            print(f"about {seconds // 60:.0f} min {seconds % 60:.0f} s left", file=sys.stderr)
+    snakemake_logger.addFilter(tell)

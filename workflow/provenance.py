@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diffusion.files import write_atomically
+from diffusion.files import replacing
 
 PACKAGES = ["torch", "torchvision", "torch-fidelity", "snakemake", "numpy", "scipy"]
 
@@ -25,7 +25,8 @@ def write_provenance(path: Path, device: str, **facts: Any) -> None:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffusion.files import write_atomically
+from diffusion.files import replacing
 
 COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table with exactly the columns of the long table."""
-    write_atomically(path, lambda temporary: table[COLUMNS].to_csv(temporary, index=False))
+    with replacing(path) as file:
+        table[COLUMNS].to_csv(file, index=False)
 
 
 def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from diffusion import StudyError
 from workflow import jobs, layout
 
 jobs.set_environment(workflow.basedir)
+jobs.tell_time_left()
 try:
     EXPERIMENTS = jobs.load_experiments(config, Path(workflow.basedir) / "experiments")
 except StudyError as error:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.checkpoint import load_checkpoint, sample_checkpoint
+from diffusion.checkpoint import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
-from workflow.figures import preview
 from workflow.jobs import job, use_torch
 
 with job(snakemake):
