@@ -357,7 +357,7 @@ def test_a_second_follower_leaves_it_to_the_first(study, processes):
 def test_an_unreachable_store_fails_nothing(study, processes):
     write_log(directory(study, 100), range(1, 11))
     processes.append(start("follow", "http://127.0.0.1:1"))
-    time.sleep(8)
+    time.sleep(6)
     processes[0].send_signal(signal.SIGTERM)
     assert processes[0].wait(timeout=60) == 0
     told = processes[0].stderr.read()
