@@ -89,8 +89,9 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Pat
     count = 0 if checkpoint.diverged else settings.images
     start = told = time.monotonic()
     with replacing(destination) as file:
-        np.save(file, np.zeros((0, size, size, 3), np.uint8))
-        if count:
+        if count == 0:
+            np.save(file, np.zeros((0, size, size, 3), np.uint8))
+        else:
             array = np.lib.format.open_memmap(file.name, "w+", np.uint8, (count, size, size, 3))
         for first in range(0, count, settings.batch_size):
             indices = range(first, min(first + settings.batch_size, count))

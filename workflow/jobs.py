@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -96,12 +97,21 @@ def alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
-def use_torch(threads: int) -> str:
-    """Set torch's threads for this process and give the device to work on."""
+def use_torch(threads: int, gpus: int) -> str:
+    """Set torch's threads for this process and give the device to work on.
+
+    Raises:
+        StudyError: a GPU was asked for, and torch finds none.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if gpus and not torch.cuda.is_available():
+        raise StudyError(
+            f"torch {torch.__version__} finds no GPU on {platform.node()}: say `device: cpu` in the study, "
+            "or install a torch and a driver that fit each other"
+        )
+    return "cuda" if gpus else "cpu"
 
 
 def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:

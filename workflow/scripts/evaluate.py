@@ -11,7 +11,7 @@ from workflow.jobs import job, use_torch
 from workflow.tables import write_table
 
 with job(snakemake):
-    device = use_torch(snakemake.threads)
+    device = use_torch(snakemake.threads, snakemake.resources.gpu)
     samples = np.load(snakemake.input.samples, mmap_mode="r")
     about = json.loads(Path(snakemake.input.provenance).read_text())
     dataset = json.loads(Path(snakemake.input.manifest).read_text())

@@ -8,7 +8,7 @@ from diffusion.evaluation import make_reference
 from workflow.jobs import job, use_torch
 
 with job(snakemake):
-    device = use_torch(snakemake.threads)
+    device = use_torch(snakemake.threads, snakemake.resources.gpu)
     images = load_images(Path(snakemake.input.images).parent)
     sha256 = json.loads(Path(snakemake.input.manifest).read_text())["sha256"]
     count = snakemake.params.reference_images or len(images)

@@ -9,7 +9,7 @@ from diffusion.config import Sample
 from workflow.jobs import job, use_torch
 
 with job(snakemake):
-    device = use_torch(snakemake.threads)
+    device = use_torch(snakemake.threads, snakemake.resources.gpu)
     samples = Path(snakemake.output.samples)
     checkpoint = load_checkpoint(Path(snakemake.input.weights), device)
     sample_checkpoint(checkpoint, Sample.model_validate_json(snakemake.params.sample), samples, device)

@@ -11,7 +11,7 @@ from workflow.provenance import write_provenance
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
-    device = use_torch(run.train.threads)
+    device = use_torch(run.train.threads, snakemake.resources.gpu)
     directory = Path(snakemake.output.state).parent
     previous = Path(snakemake.input.previous) if snakemake.input.previous else None
     images = load_images(Path(snakemake.input.images).parent)
