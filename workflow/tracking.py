@@ -38,6 +38,8 @@ PASS_SECONDS = 10
 LOCK_SECONDS = 10
 BATCH_METRICS = 1000  # MLflow takes no more at once
 REPORTS = Path("reports")
+# So that the UI opens on training runs, not on traces of language models.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -179,7 +181,9 @@ class Study:
         found = self.client.get_experiment_by_name(experiment.name)
         # A server knows where its artifacts go; a database alone does not.
         place = None if uri.startswith("http") else Path("mlartifacts", experiment.name).resolve().as_uri()
-        self.id = found.experiment_id if found else self.client.create_experiment(experiment.name, place)
+        self.id = (
+            found.experiment_id if found else self.client.create_experiment(experiment.name, place, EXPERIMENT_TAGS)
+        )
         runs = [run for run in self.client.search_runs([self.id], max_results=50_000) if "run" in run.data.tags]
         self.stored = {run.data.tags["run"]: run.info.run_id for run in runs}
         self.tracked: dict[str, Tracked] = {}
