@@ -193,6 +193,14 @@ def test_batches_cut_no_row():
     )
 
 
+def test_standings_compare_at_a_checkpoint_that_all_runs_have():
+    ahead = {("eval/fd x", 0): 90.0, ("eval/fd x", 900): 40.0, ("eval/fd x", 1000): 20.0}
+    behind = {("eval/fd x", 0): 90.0, ("eval/fd x", 900): 50.0}
+    table = tracking.standings({"a": [ahead, behind], "b": [behind]}).splitlines()
+    assert table == ["| mean over seeds | fd x, 900 images |", "| --- | --- |", "| a | 45 |", "| b | 50 |"]
+    assert tracking.standings({"a": [ahead], "b": [{}]}) == ""
+
+
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
@@ -245,8 +253,13 @@ def test_a_finished_run_is_told_whole(study):
     assert sorted(int(name.replace("%", "+").split("+")[2]) for name in pictures) == [0, 1000, 2000]
     assert [file.path for file in client().list_artifacts(parent.info.run_id)] == ["toy.yaml"]
 
+    # Uni05 has not begun, and matched05 has no checkpoint of its own yet: all runs have the untrained net alone.
+    row = "| uniform | 90 |\n| matched05 | 90 |"
+    assert parent.data.tags["mlflow.note.content"].endswith(row)
+
     # A second pass by another process repeats nothing, and takes the figures now that they are about this study.
     Path("reports/metrics.csv").write_text("study,value\ntoy,1\n")
+    os.utime(directory(study, 100) / "metrics.csv")
     sync(study)
     assert steps_of(runs()["uniform seed 0"]) == list(range(10, 2001, 10))
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3

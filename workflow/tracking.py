@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -107,6 +108,23 @@ def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
     scheme = {name: _describe(getattr(run.scheme, name)) for name in Scheme.model_fields}
     matched = {"mse_weight": f"matched to {match}", "vb_weight": f"matched to {match}"} if match else {}
     return {"arm": arm, "seed": str(seed)} | scheme | matched | common_params(run)
+
+
+def standings(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
+    """Markdown table of each metric's mean over seeds, at the newest checkpoint that all runs have; "" before one.
+
+    Args:
+        arms: per arm, the evaluations of its runs: (metric, images) -> value.
+    """
+    shared = sorted(set.intersection(*(set(run) for runs in arms.values() for run in runs)))
+    newest = dict(shared)  # of a metric's points, the one with most images is last
+    if not newest:
+        return ""
+    names = [f"{name.removeprefix('eval/')}, {images:,} images" for name, images in newest.items()]
+    means = {arm: [fmean(run[at] for run in runs) for at in newest.items()] for arm, runs in arms.items()}
+    rows = [["mean over seeds", *names], ["---"] * (1 + len(names))]
+    rows += [[arm, *(f"{value:.4g}" for value in values)] for arm, values in means.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def state(complete: bool, moving: bool, diverged: bool = False) -> str:
@@ -203,6 +221,10 @@ class Study:
         parent = self._run(f"study-{self.common.hash8}", self.experiment.name, tags, params)
         runs = [self._forward_run(parent, arm, seed, since) for arm, seed in started]
         self._forward_reports(parent)
+        arms: dict[str, list] = {}
+        for (arm, _), run in zip(started, runs, strict=True):
+            arms.setdefault(arm, []).append(run.evaluated)
+        self._set_tags(parent, {"mlflow.note.content": standings(arms) or None})
         ended = sum(run.status in ("FINISHED", "FAILED") for run in runs)
         moving = any(run.moved_since(since) for run in runs)
         self._set_status(parent, state(ended == len(self.directories), moving))
