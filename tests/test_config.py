@@ -380,8 +380,14 @@ def test_batch_of_an_arm_that_the_micro_batch_of_the_study_does_not_divide(tmp_p
 
 
 @pytest.mark.parametrize(
-    "sample", [{"steps": 333}, {"sampler": "ddpm", "steps": 1001}, {"sampler": "ddpm", "steps": 1}]
+    ("sample", "remedy"),
+    [
+        ({"steps": 333}, "take 334"),
+        ({"steps": 1001}, "take 1000"),
+        ({"sampler": "ddpm", "steps": 1001}, "take 2 to 1000"),
+        ({"sampler": "ddpm", "steps": 1}, "take 2 to 1000"),
+    ],
 )
-def test_sampling_steps_fit_the_timesteps(tmp_path, sample):
-    with pytest.raises(StudyError, match="sample.steps"):
+def test_sampling_steps_fit_the_timesteps(tmp_path, sample, remedy):
+    with pytest.raises(StudyError, match=f"sample.steps: .*: {remedy}$"):
         load(tmp_path, edited(("sample", sample)))

@@ -240,7 +240,11 @@ def test_a_mistake_is_one_sentence_at_the_dry_run(tmp_path, mistake, parts):
 
 @pytest.mark.parametrize(
     ("configuration", "parts"),
-    [("experiments=opnmoji", ["opnmoji.yaml", "no such experiment", "openmoji"]), ("experiment=a", ["experiment:"])],
+    [
+        ("experiments=opnmoji", ["opnmoji.yaml", "no such experiment", "openmoji"]),
+        ("experiment=a", ["experiment:"]),
+        ("tracking=maybe", ["tracking=maybe", "tracking=off"]),
+    ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, configuration, parts):
     done = snakemake(copy_project(tmp_path), "--dry-run", "--config", configuration)

@@ -22,6 +22,8 @@ from diffusion.config import Experiment, Folder, load_experiment
 from workflow import layout
 
 FIGURE = Path("reports/fid_curves.png")
+# Snakemake hands `off` on as a word, YAML as a truth value.
+TRACKING = {"on": True, "off": False, True: True, False: False}
 _tracker: subprocess.Popen | None = None
 
 
@@ -42,6 +44,8 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
     unknown = set(config) - {"experiments", "tracking"}
     if unknown:
         raise StudyError(f"--config {unknown.pop()}: unknown key; there are experiments=NAME,NAME and tracking=off")
+    if config.get("tracking", "on") not in TRACKING:
+        raise StudyError(f"--config tracking={config['tracking']}: say tracking=on or tracking=off")
     names = str(config.get("experiments", "openmoji")).split(",")
     experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
     for name, experiment in experiments.items():
@@ -119,7 +123,7 @@ def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experime
     global _tracker
     root = Path(__file__).resolve().parents[1]
     files = [str(root / "experiments" / f"{name}.yaml") for name, e in experiments.items() if e.tracking]
-    if not files or config.get("tracking") is False:
+    if not files or not TRACKING[config.get("tracking", "on")]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "workflow.tracking", "follow", "--parent-pid", str(os.getpid()), *files]
