@@ -367,6 +367,7 @@ def test_a_second_follower_leaves_it_to_the_first(study, processes):
     assert not Path("mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_an_unreachable_store_fails_nothing(study, processes):
     write_log(directory(study, 100), range(1, 11))
     processes.append(start("follow", "http://127.0.0.1:1"))
