@@ -79,13 +79,13 @@ def assert_same_end(a, b):
     assert all(torch.equal(first[place], second[place]) for place in first)
 
 
-def spied_steps(run, seed, steps):
+def spied_steps(run, seed, steps, images=IMAGES):
     """(x_t, t) of each step, as the net saw them."""
     state = TrainState(run, seed, "cpu")
     seen = []
     state.model.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(a.clone() for a in arguments)))
     for _ in range(steps):
-        train_step(state, torch.from_numpy(IMAGES))
+        train_step(state, torch.from_numpy(images))
     return seen
 
 
@@ -105,6 +105,10 @@ def test_seeds_share_nothing():
     assert not torch.equal(a, b)
     (x_a, t_a), (x_b, t_b) = spied_steps(tiny(), 0, 1)[0], spied_steps(tiny(), 1, 1)[0]
     assert not torch.equal(t_a, t_b) and not torch.equal(x_a, x_b)
+    # On grey images x_t is the noise times a positive factor: its signs are those of the noise.
+    grey = np.full((1, 8, 8, 3), 127, np.uint8)
+    signs = [spied_steps(tiny(), seed, 1, grey)[0][0][0].sign() for seed in (0, 1)]
+    assert (signs[0] == signs[1]).double().mean() < 0.7
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
