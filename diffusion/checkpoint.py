@@ -1,24 +1,37 @@
-"""A net on disk: weights as safetensors that know which net they belong to, and images sampled from them."""
+"""A net on disk, and images sampled from it.
 
+Our weights are safetensors that know which net they belong to. The published checkpoints of guided-diffusion (Dhariwal
+& Nichol 2021) and P2-weighting (Choi et al. 2022) are plain state dicts: the net is inferred from keys and shapes.
+"""
+
+import errno
 import json
 import logging
+import math
+import os
+import pickle
+import re
+import shutil
 import time
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from diffusion import StudyError
-from diffusion.config import Initial, Sample
+from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size
 from diffusion.data import to_uint8
 from diffusion.files import replacing
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
-from diffusion.sampling import ddim_sample, ddpm_sample, latents
+from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 from diffusion.unet import UNet
 
 logger = logging.getLogger(__name__)
@@ -29,8 +42,15 @@ PREVIEW_GAP = 1  # pixels
 
 def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
     """The untrained net of a run and its noise schedule."""
-    model = UNet(image_size=config.dataset.image_size, **config.model.model_dump())
-    return model, NoiseSchedule(SCHEDULES[config.diffusion.schedule](config.diffusion.timesteps))
+    return _net(config.dataset.image_size, config.model), _noise_schedule(config.diffusion)
+
+
+def _net(image_size: int, model: Model) -> UNet:
+    return UNet(image_size=image_size, **model.model_dump())
+
+
+def _noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
+    return NoiseSchedule(SCHEDULES[diffusion.schedule](diffusion.timesteps))
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: int, step: int, diverged: bool) -> None:
@@ -44,14 +64,13 @@ def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A net with its weights, ready to sample, and where it came from."""
+    """A net with its weights, ready to sample. A published one does not say at which step of its training it is."""
 
     model: UNet
     schedule: NoiseSchedule
     image_size: int
-    seed: int
-    step: int
-    diverged: bool
+    step: int | None = None
+    diverged: bool = False
 
 
 def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
@@ -65,42 +84,201 @@ def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
             about = json.loads((file.metadata() or {})["checkpoint"])
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = Initial.model_validate_json(about["config"])
-        model, schedule = build(config)
-        model.load_state_dict(weights)
+        with torch.device("meta"):
+            model = _net(config.dataset.image_size, config.model)
+        model = _filled(model, weights, device)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise StudyError(f"{path}: not a whole checkpoint ({reason}): delete it and start again") from None
-    return Checkpoint(
-        model.to(device).eval().requires_grad_(False),
-        schedule,
-        config.dataset.image_size,
-        about["seed"],
-        about["step"],
-        about["diverged"],
+    schedule = _noise_schedule(config.diffusion)
+    return Checkpoint(model, schedule, config.dataset.image_size, about["step"], about["diverged"])
+
+
+def _filled(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
+    """A net that was built without memory, on a device and with its weights, as float32, ready to evaluate."""
+    model = model.to_empty(device=device)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+def load_published(
+    path: Path,
+    device: torch.device | str,
+    image_size: int,
+    head_channels: int | None = None,
+    heads: int | None = None,
+    schedule: str = "linear",
+    timesteps: int = 1000,
+) -> Checkpoint:
+    """Rebuild the net of a published checkpoint: a state dict written by torch.save, of float32 or float16.
+
+    What its keys and shapes do not show are arguments; their defaults are those of the published nets. Attention must
+    be in the order that guided-diffusion calls legacy (`use_new_attention_order` false), which no key shows either.
+
+    Args:
+        image_size: height and width of the images that the net was trained on.
+        head_channels, heads: see `UNet`; at most one of them, by default 64 channels per head.
+        schedule, timesteps: the noise schedule, a key of `SCHEDULES`, and its T.
+
+    Raises:
+        StudyError: the file is damaged or holds something else, the net is of another kind, or an argument is wrong.
+        OSError: the file cannot be read.
+    """
+    weights = _read_state_dict(path)
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    attention = {"head_channels": head_channels, "heads": heads}
+    try:
+        section = infer_model(shapes, image_size, {name: n for name, n in attention.items() if n is not None})
+        noise_schedule = _noise_schedule(Diffusion(schedule=schedule, timesteps=timesteps))
+    except ValueError as error:
+        raise StudyError(f"{path}: {in_words(error)}") from None
+    with torch.device("meta"):
+        model = _net(image_size, section)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key in [*expected, *shapes]:
+        if shapes.get(key) != expected.get(key):
+            there, wanted = (str(list(s[key])) if key in s else "missing" for s in (shapes, expected))
+            raise StudyError(
+                f"{path}: {key} is {there}, but {wanted} in the net that the other keys describe: only nets in the "
+                "layout of guided-diffusion can be read"
+            )
+    return Checkpoint(_filled(model, weights, device), noise_schedule, image_size)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        whole = zipfile.is_zipfile(file)
+    try:
+        # Files of torch before 1.6 are no zips and cannot be mapped. Nothing in the file is run.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+    except pickle.UnpicklingError:
+        raise StudyError(
+            f"{path}: holds more than tensors (pickled code), which is not run, or is no file of torch.save: save the "
+            "state dict alone"
+        ) from None
+    except Exception as error:  # a damaged file fails in many ways inside torch
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise StudyError(f"{path}: cut short or damaged ({reason}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise StudyError(f"{path}: holds a {type(content).__name__}, not a state dict: name a file of weights")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise StudyError(
+                f"{path}: its entry {key!r} is no tensor, so it is not a plain state dict: name a file of weights alone"
+            )
+    return content
+
+
+def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attention: Mapping[str, int]) -> Model:
+    """The model section of a published net, from the keys and shapes of its state dict.
+
+    Args:
+        shapes: key -> shape.
+        image_size: height and width of the images; tells the resolution of each level.
+        attention: `head_channels` or `heads`, or neither.
+
+    Raises:
+        ValueError: the net is of another kind, or image_size or the heads do not fit it.
+    """
+    if "label_emb.weight" in shapes:
+        raise ValueError("class-conditional (it has label_emb.weight): only nets without classes can be sampled")
+    try:
+        channels_in = shapes["input_blocks.0.0.weight"][1]
+        channels_out = shapes["out.2.weight"][0]
+        channels = shapes["time_embed.0.weight"][1]
+        # Every level but the first ends, on the way up, in a block that doubles the resolution.
+        ups = [key for key in shapes if re.fullmatch(r"output_blocks\.\d+\.[12]\.(in_layers\.0|conv)\.weight", key)]
+        levels = len(ups) + 1
+        res_blocks = len({key.split(".")[1] for key in shapes if key.startswith("output_blocks.")}) // levels - 1
+        first = [f"input_blocks.{1 + level * (res_blocks + 1)}" for level in range(levels)]
+        widths = [shapes[f"{stage}.0.out_layers.3.weight"][0] for stage in first]
+        scale_shift_norm = shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0]
+    except LookupError as error:
+        raise ValueError(f"not in the layout of guided-diffusion (looking for {error})") from None
+    if channels_in != 3:
+        kind = "an upsampler" if channels_in == 6 else "another kind of net"
+        raise ValueError(
+            f"takes {channels_in} channels instead of 3, so it is {kind}: only nets of RGB images are read"
+        )
+    if any(width % channels for width in widths):
+        raise ValueError(
+            f"its levels are {', '.join(map(str, widths))} wide, not all a multiple of the {channels} channels of its "
+            "time embedding: only whole multipliers are known"
+        )
+    if image_size % 2 ** (levels - 1):
+        raise ValueError(f"image size {image_size} cannot be halved {levels - 1} times, as this net does: mend it")
+    model = Model(
+        channels=channels,
+        channel_mult=tuple(width // channels for width in widths),
+        res_blocks=res_blocks,
+        attention_resolutions=tuple(
+            image_size // 2**level for level, stage in enumerate(first) if f"{stage}.1.qkv.weight" in shapes
+        ),
+        scale_shift_norm=scale_shift_norm,
+        resblock_updown=not any("conv" in key for key in ups),
+        learn_sigma=channels_out == 6,
+        **attention,
+    )
+    check_image_size(image_size, model)
+    return model
+
+
+def write_published(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights as guided-diffusion does: a plain state dict of float32. Equal weights give equal bytes."""
+    plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
+    with replacing(path) as file:
+        torch.save(plain, file)
+
+
+def in_words(error: ValueError) -> str:
+    """A mistake in one sentence, of pydantic's too."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    return (
+        f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}"
     )
 
 
 def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Path, device: torch.device | str) -> None:
-    """Sample `settings.images` images to a uint8 array [N, H, W, 3] at `destination`, batch by batch.
+    """Sample `settings.images` images to a uint8 array [N, H, W, 3] at `destination`, one batch in memory at a time.
 
     Sample i depends on (settings.seed, i) and the weights alone. A diverged net gives an empty array.
+
+    Raises:
+        OSError: the disk is full, or nothing may be written there.
     """
-    size = checkpoint.image_size
     count = 0 if checkpoint.diverged else settings.images
-    start = told = time.monotonic()
+    shape = (count, checkpoint.image_size, checkpoint.image_size, 3)
+    if shutil.disk_usage(destination.parent).free < math.prod(shape):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(destination))
+    denoise = _told(checkpoint.model, count, settings.steps)
     with replacing(destination) as file:
-        if count == 0:
-            np.save(file, np.zeros((0, size, size, 3), np.uint8))
-        else:
-            array = np.lib.format.open_memmap(file.name, "w+", np.uint8, (count, size, size, 3))
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for first in range(0, count, settings.batch_size):
             indices = range(first, min(first + settings.batch_size, count))
-            array[indices.start : indices.stop] = to_uint8(_sample(checkpoint, settings, indices, device)).cpu().numpy()
-            if time.monotonic() - told > TELL_SECONDS:
-                told = time.monotonic()
-                rate = indices.stop / (told - start)
-                left = (count - indices.stop) / rate
-                logger.info("%d/%d samples, %.1f images/s, %.0f s left", indices.stop, count, rate, left)
+            x = _sample(denoise, checkpoint, settings, indices, device)
+            file.write(to_uint8(x).cpu().numpy().tobytes())
+
+
+def _told(model: UNet, count: int, steps: int) -> Denoiser:
+    """The model, logging how far `count` samples of `steps` evaluations each have come: one batch may take minutes."""
+    start = told = time.monotonic()
+    done = 0.0
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal told, done
+        output = model(x, t)
+        done += len(x) / steps
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            rate = done / (told - start)
+            logger.info("%.1f/%d samples, %.2g images/s, %.0f s left", done, count, rate, (count - done) / rate)
+        return output
+
+    return denoise
 
 
 def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4) -> None:
@@ -119,13 +297,15 @@ def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int =
         Image.fromarray(canvas).save(file, format="PNG")
 
 
-def _sample(checkpoint: Checkpoint, settings: Sample, indices: range, device: torch.device | str) -> Tensor:
+def _sample(
+    denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, indices: range, device: torch.device | str
+) -> Tensor:
     shape = (3, checkpoint.image_size, checkpoint.image_size)
     x = latents(settings.seed, indices, shape).to(device)
     if settings.sampler == "ddim":
-        return ddim_sample(checkpoint.model, checkpoint.schedule, x, settings.steps)
+        return ddim_sample(denoise, checkpoint.schedule, x, settings.steps)
 
     def noise(step: int) -> Tensor:
         return latents(settings.seed, indices, shape, f"ddpm{step}").to(device)
 
-    return ddpm_sample(checkpoint.model, checkpoint.schedule, x, settings.steps, noise)
+    return ddpm_sample(denoise, checkpoint.schedule, x, settings.steps, noise)

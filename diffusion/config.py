@@ -59,11 +59,44 @@ class P2(Section):
     k: PositiveFloat = 1.0
 
 
+class LossSecondMoment(Section):
+    history: PositiveInt = 10
+    uniform: float = Field(0.001, ge=0, le=1)
+
+
+class LogNormalSigma(Section):
+    mean: float = -1.2
+    std: PositiveFloat = 1.2
+
+
+class LogitNormal(Section):
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+
+class SpeedDensity(Section):
+    k: PositiveFloat = 5.0
+    tau: PositiveInt = 700
+
+
+class MinSNR(Section):
+    gamma: PositiveFloat = 5.0
+
+
+class SpeedWeight(Section):
+    lam: float = Field(0.6, ge=0.5, lt=1)
+    tau: PositiveInt = 700
+
+
 class Density(Choice):
     """Density over timesteps; the functions are in `diffusion.timesteps`."""
 
     uniform: NoParameters | None = None
     p2: P2 | None = None
+    loss_second_moment: LossSecondMoment | None = None
+    log_normal_sigma: LogNormalSigma | None = None
+    logit_normal: LogitNormal | None = None
+    speed: SpeedDensity | None = None
 
 
 class Weight(Choice):
@@ -71,6 +104,9 @@ class Weight(Choice):
 
     unweighted: NoParameters | None = None
     p2: P2 | None = None
+    min_snr: MinSNR | None = None
+    debiased: NoParameters | None = None
+    speed: SpeedWeight | None = None
 
 
 class OpenMoji(Section):
@@ -95,6 +131,7 @@ class Model(Section):
     res_blocks: PositiveInt = 2
     attention_resolutions: tuple[PositiveInt, ...] = (16,)
     head_channels: PositiveInt = 64
+    heads: PositiveInt | None = None
     scale_shift_norm: bool = True
     resblock_updown: bool = True
     learn_sigma: bool = True
@@ -108,6 +145,12 @@ class Model(Section):
                 f"channels x channel_mult gives widths {sorted(widths)}, but each must be a multiple of "
                 f"{GROUP_NORM_GROUPS}: change channels"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_once(self) -> "Model":
+        if self.heads and "head_channels" in self.model_fields_set:
+            raise ValueError("heads and head_channels both say how many attention heads there are: drop one of them")
         return self
 
 
@@ -144,8 +187,20 @@ class Scheme(Section):
     """How the timesteps of a run are drawn and weighted."""
 
     timesteps: Density = Density(uniform=NoParameters())
+    # One shared offset for the whole batch: its timesteps cover the density evenly.
+    stratified: bool = False
     mse_weight: Weight = Weight(unweighted=NoParameters())
     vb_weight: Weight = Weight(unweighted=NoParameters())
+    # Weights over T p_t, so that the expected gradient is that of uniform draws. Unset: as the density's paper has it.
+    importance_corrected: bool | None = None
+    # Whether the correction, or the match, also reaches the vb term.
+    correct_vb: bool = True
+
+    @property
+    def corrected(self) -> bool:
+        if self.importance_corrected is None:
+            return self.timesteps.chosen[0] == "loss_second_moment"
+        return self.importance_corrected
 
 
 class Arm(Scheme):
@@ -158,13 +213,17 @@ class Arm(Scheme):
     @model_validator(mode="after")
     def _weigh_once(self) -> "Arm":
         density, weight = self.timesteps.chosen[0], self.mse_weight.chosen[0]
-        if density != "uniform" and weight != "unweighted" and not self.weigh_twice:
+        if density == "p2" and weight != "unweighted" and not (self.corrected or self.weigh_twice):
             raise ValueError(
-                f"draws timesteps by {density} and weights the loss by {weight}, which weights twice: drop mse_weight, "
-                "or say weigh_twice: true if it is meant"
+                f"draws timesteps by p2 and weights the loss by {weight}, which weights twice: drop mse_weight, "
+                "or say weigh_twice: true if it is meant, or importance_corrected: true"
             )
-        if self.match and {"mse_weight", "vb_weight"} & self.model_fields_set:
-            raise ValueError("match sets both weights: drop mse_weight and vb_weight, or drop match")
+        if self.match and {"mse_weight", "vb_weight", "importance_corrected"} & self.model_fields_set:
+            raise ValueError(
+                "match sets both weights: drop mse_weight, vb_weight and importance_corrected, or drop match"
+            )
+        if not (self.correct_vb or self.match or self.corrected):
+            raise ValueError("correct_vb: nothing is corrected: drop it, or say importance_corrected: true")
         return self
 
 
@@ -256,6 +315,8 @@ class Experiment(Section):
     compare: Compare | None = None
     tracking: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Data-parallel processes of one training run, a GPU each (on a CPU: `train.threads` threads each).
+    processes: PositiveInt = 1
 
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
 
@@ -276,25 +337,42 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
-        _check_image_size(self.dataset.image_size, self.model)
-        _check_sampling_steps(self.sample, self.diffusion.timesteps)
-        for name, arm in self.arms.items():
-            if name in self.RESERVED_ARMS:
-                raise ValueError(f"arms.{name}: this name is taken by the untrained net: choose another")
-            target = self.arms.get(arm.match) if arm.match else None
-            if arm.match and (target is None or target.match):
-                raise ValueError(f"arms.{name}.match: {arm.match} must be another arm that is not matched itself")
-            try:
-                self.run(name)
-            except ValidationError as error:
-                mistake = error.errors()[0]
-                raise ValueError(f"arms.{name}.train{'.' if mistake['loc'] else ': '}{_sentence(mistake)}") from None
+        check_image_size(self.dataset.image_size, self.model)
+        check_sampling_steps(self.sample, self.diffusion.timesteps)
+        for name in self.arms:
+            self._check_arm(name)
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
             if name not in self.arms:
                 raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")
         if self.compare and self.compare.primary.candidate not in self.compare.candidates:
             raise ValueError(f"compare.primary: {self.compare.primary.candidate} is not among the candidates")
         return self
+
+    def _check_arm(self, name: str) -> None:
+        arm = self.arms[name]
+        if name in self.RESERVED_ARMS:
+            raise ValueError(f"arms.{name}: this name is taken by the untrained net: choose another")
+        if arm.match:
+            target = self.arms.get(arm.match)
+            if target is None or target.match:
+                raise ValueError(f"arms.{name}.match: {arm.match} must be another arm that is not matched itself")
+            if target.timesteps.chosen[0] == "loss_second_moment":
+                raise ValueError(f"arms.{name}.match: the density of {arm.match} changes: match an arm whose stays")
+        for key in ("timesteps", "mse_weight", "vb_weight"):
+            tau = getattr(arm, key).chosen[1].get("tau", 0)
+            if tau > self.diffusion.timesteps:
+                raise ValueError(
+                    f"arms.{name}.{key}.speed.tau: {tau} is beyond the {self.diffusion.timesteps} timesteps: lower it"
+                )
+        try:
+            batch_size = self.run(name).train.batch_size
+        except ValidationError as error:
+            mistake = error.errors()[0]
+            raise ValueError(f"arms.{name}.train{'.' if mistake['loc'] else ': '}{_sentence(mistake)}") from None
+        if batch_size % self.processes:
+            raise ValueError(
+                f"processes: {self.processes} do not divide the batch_size {batch_size} of {name}: take a divisor"
+            )
 
     @property
     def steps(self) -> list[int]:
@@ -356,7 +434,7 @@ def _scheme(arm: Arm) -> Scheme:
     return Scheme(**{name: getattr(arm, name) for name in Scheme.model_fields})
 
 
-def _check_image_size(image_size: int, model: Model) -> None:
+def check_image_size(image_size: int, model: Model) -> None:
     halvings = len(model.channel_mult) - 1
     if image_size % 2**halvings:
         raise ValueError(
@@ -370,11 +448,12 @@ def _check_image_size(image_size: int, model: Model) -> None:
             raise ValueError(f"model.attention_resolutions: the net has no resolution {resolution}, only {known}")
     # The middle block always attends.
     for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
-        if width % model.head_channels:
-            raise ValueError(f"model.head_channels: {model.head_channels} does not divide the attended width {width}")
+        key = "heads" if model.heads else "head_channels"
+        if width % getattr(model, key):
+            raise ValueError(f"model.{key}: {getattr(model, key)} does not divide the attended width {width}: choose a divisor")
 
 
-def _check_sampling_steps(sample: Sample, timesteps: int) -> None:
+def check_sampling_steps(sample: Sample, timesteps: int) -> None:
     # DDIM takes every n-th timestep, so only some numbers of steps exist.
     possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
     if sample.sampler == "ddim" and sample.steps not in possible:

@@ -32,7 +32,39 @@ def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
     return p2_weight(schedule.snr, gamma, k)
 
 
-WEIGHTS: dict[str, Callable[..., Tensor]] = {"unweighted": unweighted, "p2": p2}
+def min_snr(schedule: NoiseSchedule, gamma: float) -> Tensor:
+    """min(SNR, gamma) / SNR, the form for epsilon-prediction (Hang et al. 2023, arXiv 2303.09556, sec. 3.4). [T].
+
+    For v-prediction it would be min(SNR, gamma) / (SNR + 1), with only the numerator clipped.
+    """
+    return schedule.snr.clamp(max=gamma) / schedule.snr
+
+
+def debiased(schedule: NoiseSchedule) -> Tensor:
+    """1 / sqrt(SNR) (Yu et al. 2023, arXiv 2310.08442). [T]."""
+    return schedule.snr.rsqrt()
+
+
+def speed(schedule: NoiseSchedule, lam: float, tau: int) -> Tensor:
+    """(1 - lam) + (2 lam - 1) minmax(d(1 - alphas_cumprod)/dt) for t < tau, 1 beyond. [T], in [1 - lam, lam] and 1.
+
+    The change-aware weight of SpeeD (Wang et al. 2024, arXiv 2405.17403): steps at which the noise grows fast count
+    for more. The derivative is by central differences and scaled over all timesteps, as in the published code.
+    """
+    (change,) = torch.gradient(1 - schedule.alphas_cumprod)
+    scaled = (change - change.min()) / (change.max() - change.min())
+    weight = (1 - lam) + (2 * lam - 1) * scaled
+    weight[tau:] = 1
+    return weight
+
+
+WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "unweighted": unweighted,
+    "p2": p2,
+    "min_snr": min_snr,
+    "debiased": debiased,
+    "speed": speed,
+}
 
 
 class HybridLoss(NamedTuple):

@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Stopped, StudyError
+from diffusion import Stopped, StudyError, parallel
 from diffusion.checkpoint import build, save_weights
 from diffusion.config import Initial, RunConfig, Scheme
 from diffusion.data import epoch_batch, random_flip, to_model_range
-from diffusion.files import replacing
+from diffusion.files import alone_in, replacing
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import WEIGHTS, hybrid_loss
 from diffusion.streams import generator, stream_seed
-from diffusion.timesteps import DENSITIES, draw_timesteps
+from diffusion.timesteps import DENSITIES, LossHistory, draw_stratified, draw_timesteps, uniform
 from diffusion.unet import UNet
 
 logger = logging.getLogger(__name__)
@@ -55,21 +56,48 @@ class Tables:
 
 
 def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None = None) -> Tables:
-    """The tables of an arm.
+    """The tables of an arm, as it starts.
 
-    A matched arm takes the weights of its target times q_t / p_t, the target's density over its own: then both have the
-    same expected gradient, E_q[w grad] = E_p[(q / p) w grad].
+    An arm that is matched to another keeps that arm's expected gradient; one whose losses are importance-corrected
+    keeps that of uniform draws.
+
+    Raises:
+        StudyError: losses of timesteps that are never drawn cannot be corrected.
     """
     name, parameters = scheme.timesteps.chosen
     probabilities = DENSITIES[name](schedule, **parameters)
     if match is not None:
         target = scheme_tables(schedule, match)
-        ratio = target.probabilities / probabilities
-        return Tables(probabilities, target.mse_weight * ratio, target.vb_weight * ratio)
-    weights = []
-    for name, parameters in (scheme.mse_weight.chosen, scheme.vb_weight.chosen):
-        weights.append(WEIGHTS[name](schedule, **parameters))
-    return Tables(probabilities, *weights)
+    else:
+        mse_weight, vb_weight = (
+            WEIGHTS[name](schedule, **parameters)
+            for name, parameters in (scheme.mse_weight.chosen, scheme.vb_weight.chosen)
+        )
+        if not scheme.corrected:
+            return Tables(probabilities, mse_weight, vb_weight)
+        target = Tables(uniform(schedule), mse_weight, vb_weight)
+    if (probabilities == 0).any():
+        raise StudyError(
+            f"the density {name} {parameters} never draws {int((probabilities == 0).sum())} of the timesteps, so its "
+            "losses cannot be corrected: widen it, or drop match and importance_corrected"
+        )
+    return matched(probabilities, target, scheme.correct_vb)
+
+
+def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> Tables:
+    """The target's weights times q_t / p_t, its density over another: E_q[w grad] = E_p[(q / p) w grad].
+
+    Where p_t is small the weights are large: P2's density (gamma 0.5, k 1, linear, T = 1000) matched to uniform draws
+    gives vb a weight of 80 at t = 0. Without `correct_vb` that term keeps the target's weights, and the variance alone
+    is then trained towards another expectation; the mean of the prediction is not, since vb does not reach it.
+
+    Args:
+        probabilities: the density p to draw by, [T], all above 0.
+    """
+    ratio = target.probabilities / probabilities
+    return Tables(
+        probabilities, target.mse_weight * ratio, target.vb_weight * ratio if correct_vb else target.vb_weight
+    )
 
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
@@ -100,6 +128,10 @@ class TrainState:
             self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
         )
         self.tables = scheme_tables(self.schedule, run.scheme, run.match).to(self.device)
+        name, parameters = run.scheme.timesteps.chosen
+        self.history = None
+        if name == "loss_second_moment":
+            self.history = LossHistory(self.schedule.timesteps, **parameters, device=self.device)
         self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
         self.meter = Meter(self.device)
         self.step = 0
@@ -111,38 +143,63 @@ class TrainState:
         """The averaged weights, by the net's own parameter names."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
 
+    def tables_now(self) -> Tables:
+        """The tables at this step: a density that is learnt takes its weights along."""
+        if self.history is None:
+            return self.tables
+        probabilities, scheme = self.history.probabilities(), self.run.scheme
+        if scheme.corrected or self.run.match:
+            return matched(probabilities, self.tables, scheme.correct_vb)
+        return replace(self.tables, probabilities=probabilities)
+
     def save(self, path: Path, **more: Any) -> None:
         content = {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
             "diverged": self.diverged, "id": self.id, "model": self.model.state_dict(), "ema": self.ema_weights(),
-            "optimizer": self.optimizer.state_dict(), "meter": vars(self.meter), **more,
+            "optimizer": self.optimizer.state_dict(), "meter": vars(self.meter),
+            "history": vars(self.history) if self.history else None, **more,
         }  # fmt: skip
 
         with replacing(path) as file:
             torch.save(content, file)
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path, parent: str | None = None) -> dict[str, Any]:
         """Take over the state in a file, and give its whole content.
 
+        Args:
+            parent: id of the state that a partial one must continue.
+
         Raises:
-            StudyError: the file is damaged, or belongs to another run.
+            StudyError: the file is damaged, or belongs to another run or another parent; then nothing is taken over.
         """
         try:
             content = torch.load(path, map_location=self.device, weights_only=True)
             if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
                 raise StudyError(f"{path}: belongs to another run: move it away and run the same command again")
-            self.model.load_state_dict(content["model"])
-            self.ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
+            if parent is not None and content["parent"] != parent:
+                raise StudyError(f"{path}: continues another state: delete it and run the same command again")
+            ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
+            meter, history = content["meter"], content["history"]
             self.optimizer.load_state_dict(content["optimizer"])
-            vars(self.meter).update(content["meter"])
+            self.model.load_state_dict(content["model"])
         except StudyError:
             raise
         except Exception as error:  # a damaged file fails in many ways inside torch
             reason = " ".join(str(error).split())[:120]
             raise StudyError(f"{path}: damaged ({reason}): delete it and run the same command again") from None
+        self.ema = ema
+        vars(self.meter).update(meter)
+        if self.history:
+            vars(self.history).update(history)
         self.step, self.seconds, self.diverged = content["step"], content["seconds"], content["diverged"]
         self.id = content["id"]
         return content
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Step, seconds of training and the step of divergence (None: it did not) of a state file, without its tensors."""
+    content = torch.load(path, weights_only=True, mmap=True)
+    return {"step": content["step"], "seconds": round(content["seconds"], 3), "diverged": content["diverged"]}
 
 
 class Meter:
@@ -157,9 +214,10 @@ class Meter:
         self.steps = self.images = 0
 
     def add(self, loss: Tensor, mse: Tensor, vb: Tensor, quarter: Tensor) -> None:
-        """Losses per image, loss as weighted, mse and vb not, and the quarter 0..3 of their timesteps, each [B]."""
+        """Losses of a batch, loss as weighted, mse and vb not, and the quarter 0..3 of their timesteps, each [B]."""
         self.sums["losses"] += torch.stack([loss, mse, vb]).double().sum(1)
         self.sums["quarters"].index_add_(1, quarter, torch.stack([mse, torch.ones_like(mse)]).double())
+        self.steps += 1
         self.images += len(loss)
 
     def means(self) -> dict[str, float]:
@@ -183,33 +241,41 @@ def train_step(state: TrainState, images: Tensor) -> None:
     Args:
         images: the whole dataset, uint8 [N, H, W, 3], on any device.
     """
-    train, schedule, tables, device = state.run.train, state.schedule, state.tables, state.device
+    train, schedule, device = state.run.train, state.schedule, state.device
     seed, step, size = state.seed, state.step, state.run.train.batch_size
 
     chosen = epoch_batch(len(images), size, step, lambda epoch: epoch_order(len(images), seed, epoch))
     x_start = to_model_range(images[chosen.to(images.device)].to(device))
     if train.random_flip:
         x_start = random_flip(x_start, generator(seed, "flips", step, device))
-    t = draw_timesteps(tables.probabilities, size, generator(seed, "timesteps", step, device))
+    tables = state.tables_now()
+    draw = draw_stratified if state.run.scheme.stratified else draw_timesteps
+    t = draw(tables.probabilities, size, generator(seed, "timesteps", step, device))
     mse_weight, vb_weight = tables.mse_weight[t].float(), tables.vb_weight[t].float()
     noise = torch.randn(x_start.shape, device=device, generator=generator(seed, "noise", step, device))
     x_t = schedule.q_sample(x_start, t, noise)
     if state.run.model.dropout:
-        # Dropout is the one draw that torch takes from its global generator.
-        torch.manual_seed(stream_seed(seed, "dropout", step))
+        # Dropout is the one draw that torch takes from its global generator; processes must not share it.
+        torch.manual_seed(stream_seed(seed, f"dropout{parallel.rank() or ''}", step))
 
     state.optimizer.zero_grad(set_to_none=True)
-    micro_batch = train.micro_batch or size
-    for i in (slice(first, first + micro_batch) for first in range(0, size, micro_batch)):
+    mine = parallel.share(size)
+    terms = torch.zeros(2, size, device=device)
+    for first in range(mine.start, mine.stop, train.micro_batch or len(mine)):
+        i = slice(first, min(first + (train.micro_batch or len(mine)), mine.stop))
         with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
             output = state.model(x_t[i], t[i])
         losses = hybrid_loss(schedule, output.float(), x_start[i], x_t[i], t[i], noise[i], mse_weight[i], vb_weight[i])
         (losses.loss.sum() / size).backward()
-        with torch.no_grad():
-            quarter = t[i] * 4 // schedule.timesteps
-            state.meter.add(losses.loss, losses.mse / mse_weight[i], losses.vb / vb_weight[i], quarter)
+        terms[:, i] = torch.stack([losses.mse, losses.vb]).detach()
+    parallel.sum_up([*(p.grad for p in state.parameters), terms])
+
+    mse, vb = terms[0] / mse_weight, terms[1] / vb_weight
+    state.meter.add(terms.sum(0), mse, vb, t * 4 // schedule.timesteps)
     state.meter.sums["grad_norm"] += torch.nn.utils.get_total_norm([p.grad for p in state.parameters])
-    state.meter.steps += 1
+    if state.history:
+        # What the losses would weigh under uniform draws, as the history compares timesteps.
+        state.history.add(t, state.tables.mse_weight[t] * mse + state.tables.vb_weight[t] * vb)
 
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(step, train.learning_rate, train.learning_rate_warmup)
@@ -252,21 +318,25 @@ def train_segment(
 
     Raises:
         Stopped: asked to stop; the partial state is saved.
-        StudyError: a state file is damaged or foreign, or the dataset is empty.
+        StudyError: a state file is damaged or foreign, the dataset is empty, or another process trains this run.
     """
     if len(images) == 0:
         raise StudyError(f"{directory}: the dataset has no images: prepare it again")
     directory.mkdir(parents=True, exist_ok=True)
-    state = TrainState(run, seed, device)
-    if previous is not None:
-        state.load(previous)
-    partial = directory / "state.partial.pt"
-    parent, rows = state.id, []
-    if partial.exists():
-        rows = _resume(state, partial, parent)
-    data = torch.from_numpy(np.array(images)).to(state.device)
+    with alone_in(directory.parent) if parallel.rank() == 0 else nullcontext():
+        state = TrainState(run, seed, device)
+        if previous is not None:
+            state.load(previous)
+        rows = _resume(state, directory / "state.partial.pt")
+        _train(state, torch.from_numpy(np.array(images)).to(state.device), directory, until, rows)
+    return state
 
-    log = _Log(directory / "log.csv", rows, state, until)
+
+def _train(state: TrainState, data: Tensor, directory: Path, until: int, rows: list[dict[str, float]]) -> None:
+    """The loop of a segment, from the state as it is; `rows` were logged before."""
+    run, parent, first = state.run, state.id, parallel.rank() == 0
+    partial = directory / "state.partial.pt"
+    log = _Log(directory / "log.csv", rows, state, until) if first else None
     with _StopSignals() as stop:
         saved = time.monotonic()
         while state.step < until and state.diverged is None:
@@ -279,36 +349,39 @@ def train_segment(
                 state.diverged = None if math.isfinite(means["loss"]) else state.step
             state.seconds += time.perf_counter() - began
             if row_due:
-                log.add(means)
+                if log:
+                    log.add(means)
                 state.meter = Meter(state.device)
-            if (stop.is_set() or time.monotonic() - saved > SAVE_SECONDS) and state.step < until:
-                state.save(partial, parent=parent, rows=log.rows)
+            stopping, saving = parallel.anywhere([stop.is_set(), time.monotonic() - saved > SAVE_SECONDS])
+            if (stopping or saving) and state.step < until:
+                if log:
+                    state.save(partial, parent=parent, rows=log.rows)
                 saved = time.monotonic()
-                if stop.is_set():
+                if stopping:
                     raise Stopped(f"stopped at step {state.step} of {until}: the same command goes on from there")
     if state.diverged is not None:
         logger.warning("the loss is no longer finite at step %d: this run has diverged and ends here", state.diverged)
         state.step = until
     state.id = uuid.uuid4().hex
-    weights = state.ema_weights()
-    save_weights(directory / "weights.safetensors", weights, run.initial, seed, until, state.diverged is not None)
-    state.save(directory / "state.pt")
-    partial.unlink(missing_ok=True)
-    return state
+    if first:
+        weights = state.ema_weights()
+        save_weights(
+            directory / "weights.safetensors", weights, run.initial, state.seed, until, state.diverged is not None
+        )
+        state.save(directory / "state.pt")
+        partial.unlink(missing_ok=True)
 
 
-def _resume(state: TrainState, partial: Path, parent: str) -> list[dict[str, float]]:
-    """Go on from a partial state if it continues `parent`; otherwise drop it. Gives the rows logged so far."""
-    try:
-        content = torch.load(partial, map_location="cpu", weights_only=True)
-        foreign = content["parent"] != parent or content["run"] != state.run.canonical()
-    except Exception:  # a damaged file fails in many ways inside torch
-        foreign = True
-    if foreign:
-        logger.warning("%s: damaged, or from another configuration: dropped", partial)
-        partial.unlink()
+def _resume(state: TrainState, partial: Path) -> list[dict[str, float]]:
+    """Go on from a partial state if it continues this one; otherwise drop it. Gives the rows logged so far."""
+    if not partial.exists():
         return []
-    state.load(partial)
+    try:
+        content = state.load(partial, parent=state.id)
+    except StudyError as error:
+        logger.warning("%s; it is dropped", error)
+        partial.unlink(missing_ok=True)
+        return []
     logger.info("going on from step %d", state.step)
     return content["rows"]
 

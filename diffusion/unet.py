@@ -19,7 +19,8 @@ class UNet(nn.Module):
         channel_mult: width of each level as a multiple of `channels`; a level halves the resolution.
         res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_resolutions: image sizes at which self-attention follows each residual block.
-        head_channels: channels of an attention head.
+        head_channels: channels of an attention head; wider layers have more heads.
+        heads: attention heads at every width, in place of `head_channels`.
         scale_shift_norm: the timestep scales and shifts the second norm, instead of being added before it.
         resblock_updown: residual blocks change the resolution, instead of strided and upsampling convolutions.
         learn_sigma: the output has 2 x 3 channels, epsilon and the variance's v.
@@ -34,7 +35,8 @@ class UNet(nn.Module):
         channel_mult: Sequence[int],
         res_blocks: int,
         attention_resolutions: Sequence[int],
-        head_channels: int,
+        head_channels: int = 64,
+        heads: int | None = None,
         scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         learn_sigma: bool = True,
@@ -48,8 +50,11 @@ class UNet(nn.Module):
         def residual(c_in: int, c_out: int, resample: nn.Module | None = None) -> ResBlock:
             return ResBlock(c_in, c_out, embedding, dropout, scale_shift_norm, resample)
 
-        def attention(width: int, size: int) -> list[nn.Module]:
-            return [AttentionBlock(width, width // head_channels)] if size in attention_resolutions else []
+        def attention(width: int) -> AttentionBlock:
+            return AttentionBlock(width, heads or width // head_channels)
+
+        def attention_at(size: int, width: int) -> list[nn.Module]:
+            return [attention(width)] if size in attention_resolutions else []
 
         def down(width: int) -> nn.Module:
             return residual(width, width, nn.AvgPool2d(2)) if resblock_updown else Downsample(width)
@@ -64,7 +69,7 @@ class UNet(nn.Module):
         skips = [width]
         for level, target in enumerate(widths):
             for _ in range(res_blocks):
-                self.input_blocks.append(Stage(residual(width, target), *attention(target, size)))
+                self.input_blocks.append(Stage(residual(width, target), *attention_at(size, target)))
                 width = target
                 skips.append(width)
             if level < last:
@@ -72,14 +77,12 @@ class UNet(nn.Module):
                 skips.append(width)
                 size //= 2
 
-        self.middle_block = Stage(
-            residual(width, width), AttentionBlock(width, width // head_channels), residual(width, width)
-        )
+        self.middle_block = Stage(residual(width, width), attention(width), residual(width, width))
 
         self.output_blocks = nn.ModuleList()
         for level, target in reversed(list(enumerate(widths))):
             for block in range(res_blocks + 1):
-                stage = [residual(width + skips.pop(), target), *attention(target, size)]
+                stage = [residual(width + skips.pop(), target), *attention_at(size, target)]
                 width = target
                 if level and block == res_blocks:
                     stage.append(up(width))

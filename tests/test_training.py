@@ -111,10 +111,18 @@ def test_seeds_share_nothing():
     assert (signs[0] == signs[1]).double().mean() < 0.7
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_segments_equal_one_run(tmp_path, dropout):
-    run = tiny(random_flip=True, micro_batch=4)
-    run = run.model_copy(update={"model": run.model.model_copy(update={"dropout": dropout})})
+# With T = 8 every timestep soon has a loss, so that the history, a part of the state, decides what is drawn.
+ADAPTIVE = Scheme(timesteps={"loss_second_moment": {"history": 1}}, stratified=True)
+VARIANTS = {
+    "plain": {},
+    "dropout": {"model": tiny().model.model_copy(update={"dropout": 0.3})},
+    "adaptive": {"scheme": ADAPTIVE, "diffusion": Diffusion(timesteps=8)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_segments_equal_one_run(tmp_path, variant):
+    run = tiny(random_flip=True, micro_batch=4).model_copy(update=VARIANTS[variant])
     train_segment(run, 0, IMAGES, None, tmp_path / "whole", 6, "cpu")
     previous = None
     for until in (2, 4, 6):
@@ -123,6 +131,9 @@ def test_segments_equal_one_run(tmp_path, dropout):
     assert_same_end(tmp_path / "whole", tmp_path / "step6")
     segments = [tmp_path / f"step{until}" for until in (2, 4, 6)]
     assert timeless_log(tmp_path / "whole") == timeless_log(*segments)
+    if variant == "adaptive":
+        history = torch.load(tmp_path / "whole/state.pt", weights_only=True)["history"]
+        assert (history["counts"] > 0).all() and (history["losses"][:-1] > 0).all()
 
 
 def test_a_stopped_segment_goes_on_to_the_same_end(tmp_path):

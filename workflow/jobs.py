@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -63,16 +62,25 @@ def gpus(experiment: Experiment) -> int:
     return int(experiment.device == "cuda" or (experiment.device == "auto" and Path("/dev/nvidia0").exists()))
 
 
-@contextmanager
-def job(snakemake: Any) -> Iterator[None]:
-    """Run the body of a script: log to the terminal and the rule's log file, tell a mistake in one sentence."""
-    name = snakemake.rule + "".join(f" {value}" for value in snakemake.wildcards)
+def job_name(snakemake: Any) -> str:
+    """The rule and the wildcards of a job, such as `train openmoji uni05-1a2b3c4d 0 128`."""
+    return snakemake.rule + "".join(f" {value}" for value in snakemake.wildcards)
+
+
+def log_to(path: str, name: str) -> None:
+    """Send this process's log to the terminal and to a file, under a name."""
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s  {name}: %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(snakemake.log[0])],
+        handlers=[logging.StreamHandler(), logging.FileHandler(path)],
     )
+
+
+@contextmanager
+def job(snakemake: Any) -> Iterator[None]:
+    """Run the body of a script: log to the terminal and the rule's log file, tell a mistake in one sentence."""
+    log_to(snakemake.log[0], job_name(snakemake))
     try:
         yield
     except (StudyError, Stopped) as error:
@@ -84,21 +92,6 @@ def job(snakemake: Any) -> Iterator[None]:
         logging.error("%s: %s: make room or mend the permission, then run the same command again",
                       error.filename or Path.cwd(), error.strerror)  # fmt: skip
         sys.exit(1)
-
-
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Keep a second trainer off a run: one may still be at work after its Snakemake was killed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise StudyError(
-            f"{directory}: another process is training this run: wait until it ends, or stop it, and start again"
-        ) from None
-    with lock:
-        yield
 
 
 def use_torch(threads: int, gpus: int) -> str:

@@ -73,6 +73,10 @@ def gpus_of(wildcards):
     return jobs.gpus(experiment_of(wildcards))
 
 
+def processes_of(wildcards):
+    return experiment_of(wildcards).processes
+
+
 def previous_state(wildcards):
     """The state that a segment goes on from; the first one starts from the seed alone."""
     step = int(wildcards.step)

@@ -35,11 +35,12 @@ rule train:
         step=r"[1-9]\d*",
     conda:
         "../../environment.yml"
-    threads: threads_of
+    threads: lambda wildcards: threads_of(wildcards) * processes_of(wildcards)
     resources:
-        gpu=gpus_of,
+        gpu=lambda wildcards: gpus_of(wildcards) * processes_of(wildcards),
     params:
         run=lambda wildcards: run_of(wildcards).canonical(),
+        processes=processes_of,
     message:
         "Train {wildcards.study} {wildcards.arm} seed {wildcards.seed} to step {wildcards.step}"
     script:

@@ -3,29 +3,36 @@
 from pathlib import Path
 
 from diffusion.config import RunConfig
-from diffusion.data import load_images
-from diffusion.training import train_segment
-from workflow.jobs import alone_in, job, use_torch
+from diffusion.training import summary
+from workflow.jobs import job, job_name
 from workflow.layout import drop_older_states
 from workflow.provenance import write_provenance
+from workflow.segment import Segment, train
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
-    device = use_torch(run.train.threads, snakemake.resources.gpu)
-    directory = Path(snakemake.output.state).parent
-    previous = Path(snakemake.input.previous) if snakemake.input.previous else None
-    images = load_images(Path(snakemake.input.images).parent)
-    with alone_in(directory.parent):
-        if previous:
-            drop_older_states(previous)
-        seed, step = int(snakemake.wildcards.seed), int(snakemake.wildcards.step)
-        state = train_segment(run, seed, images, previous, directory, step, device)
+    state = Path(snakemake.output.state)
+    if snakemake.input.previous:
+        drop_older_states(Path(snakemake.input.previous))
+    segment = Segment(
+        run=snakemake.params.run,
+        seed=int(snakemake.wildcards.seed),
+        dataset=str(Path(snakemake.input.images).parent),
+        previous=snakemake.input.previous or None,
+        directory=str(state.parent),
+        until=int(snakemake.wildcards.step),
+        gpus=min(snakemake.resources.gpu, 1),
+        threads=run.train.threads,
+        log=snakemake.log[0],
+        name=job_name(snakemake),
+    )
+    train(segment, snakemake.params.processes)
+    facts = summary(state)
     write_provenance(
         Path(snakemake.output.provenance),
-        device,
-        step=state.step,
-        images=state.step * run.train.batch_size,
-        seconds=round(state.seconds, 3),
-        diverged=state.diverged,
+        "cuda" if segment.gpus else "cpu",
+        **facts,
+        images=facts["step"] * run.train.batch_size,
+        processes=snakemake.params.processes,
         config_hash=run.hash8,
     )

@@ -1,0 +1,188 @@
+"""Data-parallel training: several processes give what one gives, and stop, resume and fail together."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from diffusion import StudyError, parallel
+from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
+from diffusion.data import prepare_folder
+from diffusion.training import train_segment
+from workflow.segment import Segment, train
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+STEPS = 6
+
+
+def run_of(scheme, **train_settings):
+    """Wider than the smallest net: with one channel per norm group, some gradients are rounding alone."""
+    return RunConfig(
+        dataset=OpenMoji(source="openmoji", image_size=8),
+        model=Model(channels=64, channel_mult=(1,), res_blocks=1, attention_resolutions=(), head_channels=32),
+        diffusion=Diffusion(timesteps=20),
+        train=Train(**{"batch_size": 12, "learning_rate": 1e-4, "log_every": 2} | train_settings),
+        scheme=scheme,
+        match=None,
+        train_version=1,
+    )
+
+
+P2 = {"p2": {"gamma": 0.5, "k": 1}}
+RUNS = {
+    "weighted": run_of(Scheme(mse_weight=P2), micro_batch=2, random_flip=True),
+    # Twenty timesteps are warm after two or three batches, so that the history decides the last draws.
+    "adaptive": run_of(Scheme(timesteps={"loss_second_moment": {"history": 1}}), batch_size=60, micro_batch=15),
+}
+
+
+def _process(rank, count, directory, run):
+    """One of several processes; the first one notes its reductions."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=count)
+    reductions, all_reduce = [], dist.all_reduce
+
+    def noted(tensor, *arguments):
+        reductions.append((str(tensor.dtype), tensor.numel()))
+        return all_reduce(tensor, *arguments)
+
+    dist.all_reduce = noted
+    run = RunConfig.model_validate_json(run)
+    state = train_segment(run, 0, IMAGES, None, directory / "step6", STEPS, "cpu")
+    torch.save([p.detach() for p in state.parameters], directory / f"weights{rank}.pt")
+    if rank == 0:
+        (directory / "reductions.json").write_text(json.dumps(reductions))
+    dist.destroy_process_group()
+
+
+def contents(directory):
+    """Tensors of the state and numbers of the log, without what measures time."""
+    state = torch.load(directory / "step6/state.pt", weights_only=True)
+    rows = [
+        [float(v) for k, v in row.items() if k not in {"seconds", "images_per_second"}]
+        for row in csv.DictReader((directory / "step6/log.csv").open())
+    ]
+    return state, torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def both(request, tmp_path_factory):
+    """Directories of one run in one process and in two."""
+    run, root = RUNS[request.param], tmp_path_factory.mktemp(request.param)
+    (root / "one").mkdir()
+    (root / "two").mkdir()
+    train_segment(run, 0, IMAGES, None, root / "one/step6", STEPS, "cpu")
+    mp.spawn(_process, (2, root / "two", run.canonical()), nprocs=2)
+    return root / "one", root / "two", run
+
+
+def test_two_processes_give_what_one_gives(both):
+    (one, rows_one), (two, rows_two) = (contents(directory) for directory in both[:2])
+    for name, expected in one["ema"].items():
+        torch.testing.assert_close(two["ema"][name], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(two["model"][name], one["model"][name], rtol=1e-4, atol=1e-6)
+    for expected, ours in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        torch.testing.assert_close(ours["exp_avg"], expected["exp_avg"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(rows_two, rows_one, rtol=1e-4, atol=1e-6, equal_nan=True)
+    assert len(rows_one) == STEPS // 2
+    if one["history"]:
+        assert (one["history"]["counts"] >= 1).all()
+        assert torch.equal(two["history"]["counts"], one["history"]["counts"])
+        torch.testing.assert_close(two["history"]["losses"], one["history"]["losses"], rtol=1e-4, atol=1e-6)
+
+
+def test_every_process_holds_the_same_weights(both):
+    first, second = (torch.load(both[1] / f"weights{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_are_reduced_once_per_step(both):
+    _, directory, run = both
+    reductions = json.loads((directory / "reductions.json").read_text())
+    parameters = sum(p.numel() for p in torch.load(directory / "weights0.pt"))
+    large = [numel for dtype, numel in reductions if dtype == "torch.float32"]
+    assert large == STEPS * [parameters + 2 * run.train.batch_size]
+    assert len(reductions) == 2 * STEPS  # the other one agrees on stopping
+
+
+def test_alone_a_process_tells_itself():
+    assert parallel.rank() == 0 and parallel.share(12) == range(12)
+    assert parallel.anywhere([True, False]) == [True, False]
+    tensor = torch.arange(3.0)
+    parallel.sum_up([tensor])
+    assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def segment(tmp_path):
+    """A long segment under torchrun, on a prepared dataset."""
+    (tmp_path / "pictures").mkdir()
+    for index, image in enumerate(IMAGES):
+        Image.fromarray(image).save(tmp_path / f"pictures/{index}.png")
+    prepare_folder(tmp_path / "data", tmp_path / "pictures", 8)
+    run = run_of(Scheme(), log_every=1)
+    return Segment(
+        run=run.canonical(),
+        seed=0,
+        dataset=str(tmp_path / "data"),
+        previous=None,
+        directory=str(tmp_path / "run/step40"),
+        until=40,
+        gpus=0,
+        threads=1,
+        log=str(tmp_path / "train.log"),
+        name="train",
+    )
+
+
+def in_a_process(segment):
+    code = "import json, sys\nfrom workflow.segment import Segment, train\ntrain(Segment(*json.loads(sys.argv[1])), 2)"
+    command = [sys.executable, "-c", code, json.dumps(segment)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_torchrun_stops_and_goes_on_to_the_same_end(segment, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    train(segment, 2)
+    whole = torch.load(Path(segment.directory) / "state.pt", weights_only=True)
+
+    cut = segment._replace(directory=str(tmp_path / "other/step40"))
+    process = in_a_process(cut)
+    log = Path(cut.directory) / "log.csv"
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr.rstrip().splitlines()[-1] == "diffusion.Stopped: stopped: the same command goes on from there"
+    assert "stopped at step" in Path(segment.log).read_text()
+    assert (Path(cut.directory) / "state.partial.pt").exists() and not (Path(cut.directory) / "state.pt").exists()
+
+    train(cut, 2)
+    resumed = torch.load(Path(cut.directory) / "state.pt", weights_only=True)
+    assert all(torch.equal(whole["model"][name], value) for name, value in resumed["model"].items())
+    assert Path(segment.directory, "weights.safetensors").read_bytes() == (
+        Path(cut.directory, "weights.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_of_several_processes_is_one_sentence(segment, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(StudyError, match=r"process \d of 2 ended with exit code 1: what it said is above"):
+        train(segment._replace(dataset="nowhere"), 2)
+    said = capfd.readouterr().err
+    assert "No whole dataset in nowhere" in said and "Traceback" not in said

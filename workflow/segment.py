@@ -1,0 +1,101 @@
+"""One training segment: in this process, or in several under torchrun that share its batches."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from diffusion import Stopped, StudyError
+from diffusion.config import RunConfig
+from diffusion.data import load_images
+from diffusion.training import train_segment
+from workflow.jobs import log_to, use_torch
+
+
+class Segment(NamedTuple):
+    """What a process must know; it travels to the others as JSON. gpus and threads are those of one process."""
+
+    run: str
+    seed: int
+    dataset: str
+    previous: str | None
+    directory: str
+    until: int
+    gpus: int
+    threads: int
+    log: str
+    name: str
+
+
+def train(segment: Segment, processes: int) -> None:
+    """Train a segment.
+
+    Raises:
+        Stopped: asked to stop; what was trained is kept.
+        StudyError: as `diffusion.training.train_segment`, or a process failed.
+    """
+    if processes == 1:
+        return _train_here(segment)
+    if segment.gpus and torch.cuda.device_count() < processes:
+        raise StudyError(
+            f"processes: {processes} need a GPU each, and torch finds {torch.cuda.device_count()}: ask for fewer"
+        )
+    # Its table of failed processes repeats what they said themselves.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=1,
+        local_addr="localhost",
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "workflow.segment", json.dumps(segment))
+    except SignalException:
+        raise Stopped("stopped: the same command goes on from there") from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        said = f"what it said is above and in {segment.log}"
+        raise StudyError(f"process {rank} of {processes} ended with exit code {failure.exitcode}: {said}") from None
+
+
+def _train_here(segment: Segment) -> None:
+    device = use_torch(segment.threads, segment.gpus)
+    images = load_images(Path(segment.dataset))
+    previous = Path(segment.previous) if segment.previous else None
+    run = RunConfig.model_validate_json(segment.run)
+    train_segment(run, segment.seed, images, previous, Path(segment.directory), segment.until, device)
+
+
+def _main() -> None:
+    """One of several processes, as torchrun starts it."""
+    segment = Segment(*json.loads(sys.argv[1]))
+    if segment.gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if segment.gpus else "gloo")
+    log_to(segment.log, segment.name if dist.get_rank() == 0 else f"{segment.name}, process {dist.get_rank()}")
+    try:
+        _train_here(segment)
+    except (StudyError, Stopped) as error:
+        # Every process stops at the same step; one says so.
+        if dist.get_rank() == 0 or isinstance(error, StudyError):
+            logging.error("%s", error)
+        sys.exit(1)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main()
