@@ -87,7 +87,7 @@ def test_one_command_leads_from_images_to_the_figure(finished):
     assert sorted(table["images"].unique()) == [0, 32, 64]
     at_start = table[table["step"] == 0]
     assert at_start.groupby("seed")["value"].nunique().tolist() == [1, 1]
-    for figure in ("fid_curves.png", "samples.png"):
+    for figure in ("fid_curves.png", "samples.png", "schedules.png"):
         assert min(Image.open(finished / "reports" / figure).size) > 200
     assert "FD (EfficientNet-Lite0)" in (finished / "reports/fid_curves.svg").read_text()
     log = (finished / "run.log").read_text()
@@ -289,6 +289,20 @@ def test_an_own_folder_with_unreadable_images_is_told_before_training(tmp_path):
     assert done.returncode != 0 and "Traceback" not in told
     assert any("broken.png" in line for line in told.splitlines()), told
     assert not list(project.glob("results/openmoji/*/seed*/step*/state.pt"))
+
+
+def test_the_commands_of_the_readme_are_understood(tmp_path):
+    project = copy_project(tmp_path)
+    shutil.copy(project / "experiments/openmoji.yaml", project / "experiments/mine.yaml")
+    edit(project, lambda study: study.update(name="mine"), "mine")
+    lines = re.findall(
+        r"^    (?:conda .* && )?(snakemake --cores .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(lines) >= 4
+    for line in lines:
+        command = [sys.executable, "-m", *line.replace("--cores all", "--cores all --dry-run").split()]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+        assert done.returncode == 0 and "Train" in done.stdout + done.stderr, line + done.stdout + done.stderr
 
 
 def test_the_environment_is_one_list():
