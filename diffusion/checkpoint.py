@@ -21,13 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from diffusion import StudyError
-from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size
+from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size, in_words
 from diffusion.data import to_uint8
 from diffusion.files import replacing
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
@@ -69,7 +68,6 @@ class Checkpoint:
     model: UNet
     schedule: NoiseSchedule
     image_size: int
-    step: int | None = None
     diverged: bool = False
 
 
@@ -91,7 +89,7 @@ def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
         reason = " ".join(str(error).split())[:120]
         raise StudyError(f"{path}: not a whole checkpoint ({reason}): delete it and start again") from None
     schedule = _noise_schedule(config.diffusion)
-    return Checkpoint(model, schedule, config.dataset.image_size, about["step"], about["diverged"])
+    return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"])
 
 
 def _filled(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
@@ -205,7 +203,7 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
             f"its levels are {', '.join(map(str, widths))} wide, not all a multiple of the {channels} channels of its "
             "time embedding: only whole multipliers are known"
         )
-    if image_size % 2 ** (levels - 1):
+    if image_size < 1 or image_size % 2 ** (levels - 1):
         raise ValueError(f"image size {image_size} cannot be halved {levels - 1} times, as this net does: mend it")
     model = Model(
         channels=channels,
@@ -228,18 +226,6 @@ def write_published(path: Path, weights: Mapping[str, Tensor]) -> None:
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     with replacing(path) as file:
         torch.save(plain, file)
-
-
-def in_words(error: ValueError) -> str:
-    """A mistake in one sentence, of pydantic's too."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")
-    return (
-        f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}"
-    )
 
 
 def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Path, device: torch.device | str) -> None:
@@ -275,7 +261,8 @@ def _told(model: UNet, count: int, steps: int) -> Denoiser:
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
             rate = done / (told - start)
-            logger.info("%.1f/%d samples, %.2g images/s, %.0f s left", done, count, rate, (count - done) / rate)
+            left = (count - done) / rate
+            logger.info("%g/%d samples, %.2g images/s, %.0f s left", round(done, 1), count, rate, left)
         return output
 
     return denoise

@@ -482,7 +482,9 @@ def check_image_size(image_size: int, model: Model) -> None:
     for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
         key = "heads" if model.heads else "head_channels"
         if width % getattr(model, key):
-            raise ValueError(f"model.{key}: {getattr(model, key)} does not divide the attended width {width}: choose a divisor")
+            raise ValueError(
+                f"model.{key}: {getattr(model, key)} does not divide the attended width {width}: choose a divisor"
+            )
 
 
 def check_sampling_steps(sample: Sample, timesteps: int) -> None:
@@ -495,6 +497,11 @@ def check_sampling_steps(sample: Sample, timesteps: int) -> None:
         )
     if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
         raise ValueError(f"sample.steps: {sample.steps} do not fit {timesteps} timesteps: take 2 to {timesteps}")
+
+
+def in_words(error: ValueError) -> str:
+    """The first mistake that a section found in its values, in one sentence."""
+    return _sentence(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
 
 
 def _known_keys(section: type[BaseModel]) -> set[str]:

@@ -54,7 +54,7 @@ class NoiseSchedule:
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         # The posterior variance is 0 at t = 0, so its logarithm takes the value at t = 1.
         self.posterior_log_variance_clipped = torch.cat(
-            [self.posterior_variance[1:2], self.posterior_variance[1:]]
+            [self.posterior_variance[:2][-1:], self.posterior_variance[1:]]
         ).log()
         self.posterior_mean_x_start = betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_x_t = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)

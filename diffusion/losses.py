@@ -87,7 +87,8 @@ def hybrid_loss(
 ) -> HybridLoss:
     """The hybrid loss of Nichol & Dhariwal 2021, eq. 16: the noise's mean squared error plus a scaled bound.
 
-    The bound, in bits per dimension times T / 1000, trains the variance alone: the mean is detached in it.
+    The bound, in bits per dimension times T / 1000 (which changes nothing at T = 1000), trains the variance alone: the
+    mean is detached in it. The code line that this agrees with weights mse by P2, and never the bound.
 
     Args:
         model_output: [B, 2C, H, W] epsilon and variance, or [B, C, H, W] epsilon alone (then vb is 0).

@@ -357,9 +357,15 @@ def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_pre
     np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
 
 
+def test_a_study_that_diverged_everywhere_has_a_grid_without_samples(tmp_path):
+    samples_grid({"uni05": {100: None, 200: None}}, tmp_path / "samples.png", {})
+    with Image.open(tmp_path / "samples.png") as image:
+        page = np.asarray(image.convert("RGB"))
+    empty = (page == figures.EMPTY_CELL).all(-1).any(0)
+    assert np.diff(empty.astype(int)).tolist().count(1) == 2
+
+
 def test_samples_grid_refuses_what_it_cannot_show(tmp_path):
-    with pytest.raises(StudyError, match="no preview"):
-        samples_grid({"uni05": {100: None}}, tmp_path / "samples.png", {})
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     for name in ("broken.png", "absent.png"):
         with pytest.raises(StudyError, match=f"{name} cannot be read"):

@@ -145,6 +145,14 @@ def wild_model(x: Tensor, t: Tensor) -> Tensor:
     return torch.cat([3 * torch.sin(5 * x + t.view(-1, 1, 1, 1)), x], dim=1)
 
 
+def test_ddim_in_one_step_is_the_prediction_from_the_first_timestep():
+    schedule = NoiseSchedule(linear_betas(1000))
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    epsilon = 0.5 * x
+    expected = schedule.predict_x_start(epsilon, x, torch.zeros(2, dtype=torch.int64)).clamp(-1, 1)
+    torch.testing.assert_close(ddim_sample(lambda *_: epsilon, schedule, x, 1), expected)
+
+
 def test_ddim_is_deterministic_and_every_image_its_own():
     schedule = NoiseSchedule(linear_betas(1000))
     x = normal(5, 3, 4, 4).float()

@@ -177,6 +177,45 @@ def test_attention_is_a_softmax_over_pixels(heads):
     torch.testing.assert_close(block(x), x + projected.view_as(x))
 
 
+def legacy_attention(block: AttentionBlock, x: Tensor, heads: int) -> Tensor:
+    """The attention of guided-diffusion with `use_new_attention_order` false, for images x [B, C, H, W]."""
+    qkv = torch.einsum("oc,bchw->bohw", block.qkv.weight[:, :, 0], normalised(x, block.norm)).flatten(2)
+    # Rows of qkv: head, then q, k or v, then channel.
+    q, k, v = (qkv + block.qkv.bias[:, None]).view(len(x), heads, 3, -1, x[0, 0].numel()).unbind(2)
+    weight = (torch.einsum("bhct,bhcs->bhts", q, k) / math.sqrt(q.shape[2])).softmax(3)
+    attended = torch.einsum("bhts,bhcs->bhct", weight, v).flatten(1, 2)
+    projected = torch.einsum("oc,bcn->bon", block.proj_out.weight[:, :, 0], attended) + block.proj_out.bias[:, None]
+    return x + projected.view_as(x)
+
+
+@pytest.mark.parametrize(
+    ("setting", "heads"),
+    [
+        ({"heads": 1}, {32: 1, 64: 1, 128: 1}),
+        ({"heads": 2}, {32: 2, 64: 2, 128: 2}),
+        ({"heads": 8, "head_channels": 32}, {32: 8, 64: 8, 128: 8}),
+        ({"head_channels": 32}, {32: 1, 64: 2, 128: 4}),
+        ({"head_channels": 16}, {32: 2, 64: 4, 128: 8}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_attention_of_every_level_has_the_heads_asked_for(setting, heads):
+    net = randomised(unet(channel_mult=(1, 2, 4), attention_resolutions=(16, 8), **setting)).double()
+    met = []
+
+    def compare(block: AttentionBlock, arguments: tuple[Tensor], output: Tensor) -> None:
+        met.append((x := arguments[0]).shape[1])
+        torch.testing.assert_close(output, legacy_attention(block, x, heads[x.shape[1]]))
+
+    for module in net.modules():
+        if isinstance(module, AttentionBlock):
+            module.qkv.weight.mul_(20)  # otherwise every pixel attends to all alike
+            module.register_forward_hook(compare)
+    net(images(2, 16).double(), torch.tensor([3, 871]))
+    assert met == [32, 64, 128, 64, 64, 32, 32]
+
+
 def test_attention_is_where_it_is_asked_for():
     net = unet(image_size=32, channel_mult=(1, 1, 2), res_blocks=2, attention_resolutions=(16,), head_channels=32)
     attended = {name for name, module in net.named_modules() if isinstance(module, AttentionBlock)}

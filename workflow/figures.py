@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -94,13 +94,7 @@ def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> 
     Raises StudyError when no row has this metric, and for unequal numbers of samples in one panel.
     """
     with matplotlib.rc_context(STYLE):
-        figure = _draw_curves(metrics, metric)
-        for path in paths:
-            with replacing(path) as file:
-                # a date or a version would make equal data differ
-                metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-                kind = path.suffix.removeprefix(".")
-                figure.savefig(file, format=kind, dpi=DPI, metadata=metadata.get(kind))
+        save_figure(_draw_curves(metrics, metric), paths)
 
 
 def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
@@ -109,7 +103,7 @@ def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     if rows.empty:
         raise StudyError(f"The table of metrics has no row of '{metric}': name it in evaluate.metrics, then evaluate.")
     panels = list(rows.groupby(["study", "features"], sort=False))
-    styles = {arm: _line_style(index) for index, arm in enumerate(rows["arm"].unique())}
+    styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
 
     columns = min(len(panels), PANELS_PER_ROW)
     lines = -(-len(panels) // columns)
@@ -126,23 +120,23 @@ def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     figure.set_size_inches(width, (PANEL_INCHES[1] + CAPTION_LINE_INCHES * caption_lines) * lines)
 
     handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
-    if _diverged(rows).any():
+    if diverged(rows).any():
         handles.append(Line2D([], [], color="0.3", linestyle="", **CROSS, label="run diverged"))
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    fitting = max(1, int(width / (0.65 + 0.08 * longest)))  # inches of a handle and of a letter
-    legend_rows = -(-len(handles) // fitting)
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=-(-len(handles) // legend_rows),
-        frameon=False,
-        handlelength=3,
-        columnspacing=1.2,
-    )
+    draw_legend(figure, handles, width, "outside lower center")
     return figure
 
 
-def _line_style(index: int) -> dict[str, object]:
+def draw_legend(figure: FigureBase, handles: list[Line2D], width: float, loc: str) -> None:
+    """A legend over a figure of this width in inches: in as few rows as hold its labels."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    fitting = max(1, int(width / (0.65 + 0.08 * longest)))  # inches of a handle and of a letter
+    rows = -(-len(handles) // fitting)
+    figure.legend(
+        handles=handles, loc=loc, ncols=-(-len(handles) // rows), frameon=False, handlelength=3, columnspacing=1.2
+    )
+
+
+def line_style(index: int) -> dict[str, object]:
     """Colour, marker and dashes of arm `index`: in grey, marker and dashes still tell arms apart."""
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -174,7 +168,7 @@ def _draw_panel(
     ratios = metric in DISTANCES and bool((measured["value"] > 0).all())
     for arm, of_seeds in values.items():
         _draw_arm(ax, of_seeds, styles[arm], ratios)
-    for (arm, seed), _ in panel[_diverged(panel)].groupby(["arm", "seed"]):
+    for (arm, seed), _ in panel[diverged(panel)].groupby(["arm", "seed"]):
         last = values[arm][seed].dropna().tail(1)
         ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
 
@@ -269,8 +263,9 @@ def _band_in_words(seeds: int, whose: str, ratios: bool) -> str:
     return f"Line: {mean} of {seeds} seeds{whose} (thin); band: {band}."
 
 
-def _diverged(rows: pd.DataFrame) -> pd.Series:
-    return rows["value"].isna() & rows["reason"].str.startswith("diverged")
+def diverged(rows: pd.DataFrame) -> pd.Series:
+    """Which rows of the long table lack a value because their run diverged. Boolean, one per row."""
+    return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")
 
 
 def _set_log_axis(ax: Axes) -> None:
@@ -323,7 +318,7 @@ def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Pa
         destination: the PNG.
         steps: training images -> optimiser step, for the headings; a column without one names images only.
 
-    Raises StudyError for no preview at all and for one that cannot be read.
+    Raises StudyError for a preview that cannot be read.
     """
     columns = sorted({images for row in grids.values() for images in row})
     chosen = np.linspace(0, len(columns) - 1, min(len(columns), GRID_COLUMNS)).round().astype(int)
@@ -334,10 +329,8 @@ def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Pa
         for images, path in row.items()
         if images in columns and path is not None
     }
-    if not cells:
-        raise StudyError("There is no preview of any checkpoint to show: sample one first.")
-    width = max(cell.width for cell in cells.values())
-    height = max(cell.height for cell in cells.values())
+    width = max((cell.width for cell in cells.values()), default=CELL_PIXELS)
+    height = max((cell.height for cell in cells.values()), default=CELL_PIXELS // 2)
     margin = 2 * FONT_PIXELS
 
     size = (margin + len(columns) * (width + CELL_GAP), 2 * margin + len(grids) * (height + CELL_GAP))
@@ -395,6 +388,16 @@ def _write(
 
 
 # --- Files --------------------------------------------------------------------------------------------------
+
+
+def save_figure(figure: Figure, paths: list[Path]) -> None:
+    """Save a figure drawn in `STYLE` to each path, in the format that the suffix names. Equal figures, equal bytes."""
+    for path in paths:
+        with replacing(path) as file:
+            # a date or a version would make equal data differ
+            metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+            kind = path.suffix.removeprefix(".")
+            figure.savefig(file, format=kind, dpi=DPI, metadata=metadata.get(kind))
 
 
 def _save_png(image: Image.Image, destination: Path) -> None:

@@ -47,6 +47,8 @@ rule figures:
         curves="reports/fid_curves.png",
         curves_svg="reports/fid_curves.svg",
         samples="reports/samples.png",
+        schedules="reports/schedules.png",
+        schedules_svg="reports/schedules.svg",
     log:
         "results/figures.log",
     conda:
@@ -54,16 +56,12 @@ rule figures:
     params:
         # The first seed of each arm is shown.
         cells=[
-            (
-                arm if len(EXPERIMENTS) == 1 else f"{e.name} {arm}",
-                step,
-                step * e.run(arm).train.batch_size,
-                str(path / "preview.png"),
-            )
+            (e.name, arm, seed, step, step * e.run(arm).train.batch_size, str(path / "preview.png"))
             for e in EXPERIMENTS.values()
             for arm, seed, step, path in layout.checkpoints(e)
             if seed == e.seeds[0]
         ],
+        runs=[(e.name, arm, e.run(arm).canonical()) for e in EXPERIMENTS.values() for arm in e.arms],
     message:
         "Draw the figures"
     script:

@@ -38,9 +38,10 @@ rule train:
     threads: lambda wildcards: threads_of(wildcards) * processes_of(wildcards)
     resources:
         gpu=lambda wildcards: gpus_of(wildcards) * processes_of(wildcards),
+        # Not a param: a run goes on where it was when their number changes.
+        processes=processes_of,
     params:
         run=lambda wildcards: run_of(wildcards).canonical(),
-        processes=processes_of,
     message:
         "Train {wildcards.study} {wildcards.arm} seed {wildcards.seed} to step {wildcards.step}"
     script:

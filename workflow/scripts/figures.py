@@ -1,19 +1,39 @@
-"""Draw the curves and the samples."""
+"""Draw the curves, the samples and the schedules."""
 
 from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
 
-from workflow.figures import fid_curves, samples_grid
+from diffusion.config import RunConfig
+from diffusion.gaussian import SCHEDULES, NoiseSchedule
+from diffusion.training import Tables, scheme_tables
+from workflow.figures import diverged, fid_curves, samples_grid
 from workflow.jobs import job
+from workflow.schedules import draw_schedules
 
 with job(snakemake):
     output = snakemake.output
-    fid_curves(pd.read_csv(snakemake.input.metrics), [Path(output.curves), Path(output.curves_svg)])
+    metrics = pd.read_csv(snakemake.input.metrics)
+    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)])
+
+    keys = ["study", "arm", "seed", "step"]
+    without_samples = set(metrics.loc[diverged(metrics), keys].itertuples(index=False, name=None))
+    several = len({study for study, *_ in snakemake.params.cells}) > 1
     grids: dict[str, dict[int, Path | None]] = defaultdict(dict)
     steps = {}
-    for label, step, images, preview in snakemake.params.cells:
-        grids[label][images] = Path(preview)
+    for study, arm, seed, step, images, preview in snakemake.params.cells:
+        shown = (study, arm, seed, step) not in without_samples
+        grids[f"{study} {arm}" if several else arm][images] = Path(preview) if shown else None
         steps[images] = step
     samples_grid(grids, Path(output.samples), steps)
+
+    studies: dict[str, tuple[NoiseSchedule, dict[str, Tables]]] = {}
+    adaptive = []
+    for study, arm, content in snakemake.params.runs:
+        run = RunConfig.model_validate_json(content)
+        schedule = NoiseSchedule(SCHEDULES[run.diffusion.schedule](run.diffusion.timesteps))
+        studies.setdefault(study, (schedule, {}))[1][arm] = scheme_tables(schedule, run.scheme, run.match)
+        if run.scheme.timesteps.chosen[0] == "loss_second_moment":
+            adaptive.append((study, arm))
+    draw_schedules(studies, [Path(output.schedules), Path(output.schedules_svg)], adaptive)

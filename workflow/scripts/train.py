@@ -26,13 +26,13 @@ with job(snakemake):
         log=snakemake.log[0],
         name=job_name(snakemake),
     )
-    train(segment, snakemake.params.processes)
+    train(segment, snakemake.resources.processes)
     facts = summary(state)
     write_provenance(
         Path(snakemake.output.provenance),
         "cuda" if segment.gpus else "cpu",
         **facts,
         images=facts["step"] * run.train.batch_size,
-        processes=snakemake.params.processes,
+        processes=snakemake.resources.processes,
         config_hash=run.hash8,
     )

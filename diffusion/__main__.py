@@ -1,0 +1,146 @@
+"""The command `python -m diffusion`: one verb, one function and its parser."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from diffusion import StudyError
+
+logger = logging.getLogger(__name__)
+
+GRID_IMAGES = 64
+PUBLISHED = ("image_size", "head_channels", "heads", "schedule", "timesteps")
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Sample a checkpoint, ours or a published one, to samples.npy and samples.png."""
+    import math
+
+    import numpy as np
+    import torch
+
+    from diffusion.checkpoint import load_checkpoint, load_published, preview, sample_checkpoint
+    from diffusion.config import Sample, check_sampling_steps, in_words
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = _device(arguments.device)
+    path: Path = arguments.checkpoint
+    published = {name: value for name in PUBLISHED if (value := getattr(arguments, name)) is not None}
+    if path.suffix == ".safetensors":
+        if published:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in published)
+            raise StudyError(f"{path} says itself which net it holds: leave out {given}")
+        checkpoint = load_checkpoint(path, device)
+    elif "image_size" in published:
+        checkpoint = load_published(path, device, **published)
+    else:
+        raise StudyError(f"{path}: a published checkpoint does not say how large its images are: give --image-size")
+    if checkpoint.diverged:
+        raise StudyError(f"{path}: this run diverged, and no images come from it: name a checkpoint of another run")
+    names = ("sampler", "steps", "images", "batch_size", "seed")
+    try:
+        settings = Sample(**{name: getattr(arguments, name) for name in names})
+        check_sampling_steps(settings, checkpoint.schedule.timesteps)
+    except ValueError as error:
+        raise StudyError(in_words(error)) from None
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    array, grid = arguments.out / "samples.npy", arguments.out / "samples.png"
+    try:
+        sample_checkpoint(checkpoint, settings, array, device)
+    except torch.OutOfMemoryError:
+        raise StudyError(f"{settings.batch_size} images at once do not fit the GPU: lower --batch-size") from None
+    shown = min(settings.images, GRID_IMAGES)
+    columns = math.ceil(math.sqrt(shown))
+    preview(np.load(array, mmap_mode="r"), grid, columns, rows=math.ceil(shown / columns))
+    logger.info("%d samples are in %s, %d of them as a grid in %s", settings.images, array, shown, grid)
+
+
+def add_sample(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("sample", help="draw images from a checkpoint", description=sample.__doc__)
+    parser.set_defaults(verb=sample)
+    parser.add_argument("checkpoint", type=_file, help="weights.safetensors of a run, or a published .pt")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives samples.npy and samples.png")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=25, metavar="N", help="of the sampler (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the latents (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="of the CPU (default: as torch chooses)")
+    group = parser.add_argument_group("a published .pt", "what such a file does not say of itself")
+    group.add_argument("--image-size", type=int, metavar="N", help="height and width of its images; required")
+    heads = group.add_mutually_exclusive_group()
+    heads.add_argument("--head-channels", type=int, metavar="N", help="channels of an attention head (default: 64)")
+    heads.add_argument("--heads", type=int, metavar="N", help="attention heads at every width, instead")
+    group.add_argument("--schedule", choices=["linear", "cosine"], help="of the noise (default: linear)")
+    group.add_argument("--timesteps", type=int, metavar="T", help="that it was trained with (default: 1000)")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the weights of a run as a plain state dict that guided-diffusion loads."""
+    from diffusion.checkpoint import load_checkpoint, write_published
+
+    source, target = arguments.weights, arguments.out
+    if source.suffix != ".safetensors" or target.suffix != ".pt":
+        raise StudyError(f"export goes from a .safetensors to a .pt, not from {source} to {target}: name such files")
+    checkpoint = load_checkpoint(source, "cpu")
+    if checkpoint.diverged:
+        raise StudyError(
+            f"{source}: this run diverged, and its weights are of no use: name a checkpoint of another run"
+        )
+    write_published(target, checkpoint.model.state_dict())
+    logger.info("%s: images of %d pixels, %d timesteps", target, checkpoint.image_size, checkpoint.schedule.timesteps)
+
+
+def add_export(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("export", help="write weights in the published layout", description=export.__doc__)
+    parser.set_defaults(verb=export)
+    parser.add_argument("weights", type=_file, help="weights.safetensors of a run")
+    parser.add_argument("out", type=Path, help="the .pt to write")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb; a mistake ends in one sentence on stderr and exit code 1 (2 where the arguments are wrong)."""
+    parser = argparse.ArgumentParser("python -m diffusion", description="Work on single checkpoints, without a study.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    add_sample(verbs)
+    add_export(verbs)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    try:
+        arguments.verb(arguments)
+    except StudyError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{place}{error.strerror or error}: make room, or mend the path or its permission, and try again")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise StudyError(f"torch {torch.__version__} finds no GPU here: say --device cpu")
+    return "cuda" if available and name != "cpu" else "cpu"
+
+
+def _file(text: str) -> Path:
+    if not (path := Path(text)).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return path
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but it is {number}")
+    return number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from diffusion.config import Scheme
+from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
+from diffusion.training import Tables, scheme_tables
+from workflow import schedules
+from workflow.schedules import axis_limits, curves, draw_schedules, tenths
+
+LINEAR = NoiseSchedule(linear_betas(1000))
+P2 = {"p2": {"gamma": 0.5, "k": 1}}
+SCHEMES = {
+    "uniform": (Scheme(), None),
+    "uni05": (Scheme(mse_weight=P2), None),
+    "under05": (Scheme(timesteps=P2), None),
+    "matched05": (Scheme(timesteps=P2), Scheme(mse_weight=P2)),
+    "debiased": (Scheme(mse_weight="debiased"), None),
+    "lognormal": (Scheme(timesteps={"log_normal_sigma": {}}), None),
+    "speed": (Scheme(timesteps={"speed": {}}, mse_weight={"speed": {}}), None),
+    "learnt": (Scheme(timesteps="loss_second_moment"), None),
+}
+
+
+def tables(*arms, schedule=LINEAR):
+    return {arm: scheme_tables(schedule, *SCHEMES[arm]) for arm in arms}
+
+
+def half_drawn(timesteps=1000):
+    """Drawn in the second half alone."""
+    p = torch.zeros(timesteps, dtype=torch.float64)
+    p[timesteps // 2 :] = 2 / timesteps
+    return Tables(p, torch.ones_like(p), torch.ones_like(p))
+
+
+def block(arms, adaptive=(), schedule=LINEAR):
+    """The six panels of curves, the two of shares, and the caption."""
+    (drawn,) = schedules._draw_figure({"small": (schedule, arms)}, adaptive).subfigs
+    curves_, shares = drawn.subfigs
+    return curves_.axes, shares.axes, drawn.get_supxlabel().replace("\n", " ")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("timesteps", [2, 37, 1000])
+@pytest.mark.parametrize("arm", ["uniform", "under05", "lognormal"])
+def test_tenths_hold_all_and_each_timestep_once(timesteps, arm):
+    of_arm = tables(arm, schedule=NoiseSchedule(cosine_betas(timesteps)))[arm]
+    draws = curves(of_arm).draws
+    shares = tenths(draws)
+    np.testing.assert_allclose(shares.sum(), 1)
+    for tenth in range(10):
+        inside = [d for t, d in enumerate(draws) if tenth <= t / timesteps * 10 < tenth + 1]
+        np.testing.assert_allclose(shares[tenth], sum(inside) / timesteps)
+
+
+def test_shares_that_are_published():
+    of_arms = {arm: curves(of_arm) for arm, of_arm in tables("uni05", "under05", "matched05").items()}
+    np.testing.assert_allclose(tenths(of_arms["uni05"].draws), 0.1)
+    alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    weight = np.sqrt(1 - alphas_cumprod)
+    first = weight[:100].sum() / weight.sum()
+    assert round(100 * first, 1) == 2.1
+    np.testing.assert_allclose(tenths(of_arms["under05"].draws)[0], first)
+    for of_arm in of_arms.values():
+        np.testing.assert_allclose(tenths(of_arm.product)[0], first)
+    np.testing.assert_allclose(of_arms["matched05"].product, weight)
+    np.testing.assert_allclose(of_arms["uni05"].product, weight)
+    np.testing.assert_allclose(of_arms["under05"].product, weight / weight.mean())
+
+
+def test_a_weight_is_that_of_drawn_timesteps_alone():
+    of_arm = curves(half_drawn())
+    assert np.isnan(of_arm.weight[:500]).all() and (of_arm.weight[500:] == 1).all()
+    np.testing.assert_array_equal(of_arm.product, of_arm.draws)
+
+
+# Axes
+
+
+def test_a_constant_stands_on_a_linear_axis_from_zero():
+    ones = np.ones(100)
+    assert axis_limits([ones], [ones]) == ("linear", 0, pytest.approx(1.08))
+    assert axis_limits([0 * ones], [ones]) == ("linear", 0, 1)
+
+
+def test_a_weight_of_four_decades_gets_a_log_axis_that_holds_all_of_it():
+    weight, ones = LINEAR.snr.rsqrt().numpy(), np.ones(1000)
+    for lines in ([weight], [weight, ones]):
+        scale, low, high = axis_limits(lines, [ones] * len(lines))
+        assert scale == "log" and low < weight[0] < 0.02 and 100 < weight[-1] < high
+
+
+def test_zeros_and_tails_of_any_depth_do_not_stretch_an_axis():
+    x = np.linspace(-1, 1, 1000)
+    peak, ones = np.exp(-((x / 0.01) ** 2)), np.ones(1000)
+    peak *= 1000 / peak.sum()
+    assert peak.min() == 0
+    assert axis_limits([peak], [peak])[0] == "linear"
+    scale, low, high = axis_limits([ones, peak], [ones, peak])
+    assert scale == "log" and 1e-4 < low < 1 and peak.max() < high < 1000
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        {"half": half_drawn()},
+        {"half": half_drawn(), **tables("debiased", "uniform")},
+        {"narrow": scheme_tables(LINEAR, Scheme(timesteps={"logit_normal": {"mean": 0.5, "std": 0.2}}), Scheme())},
+    ],
+)
+def test_zeros_constants_and_weights_without_bound_are_drawn(arms):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FigureCanvasAgg(schedules._draw_figure({"small": (LINEAR, arms)}, ())).draw()
+    for ax in block(arms)[0]:
+        low, high = ax.get_ylim()
+        assert low < high < 1e4
+        assert all(((line.get_ydata() >= low) & (line.get_ydata() <= high)).any() for line in ax.lines)
+
+
+def test_axes_say_where_the_least_noise_is():
+    panels, shares, _ = block(tables("uni05", "under05"))
+    for ax in (*panels[:3], *shares):
+        assert "0: least noise" in ax.get_xlabel() and ax.get_xlim()[0] < ax.get_xlim()[1]
+    for ax in panels[3:]:
+        assert "left: least noise" in ax.get_xlabel() and ax.get_xlim()[0] > ax.get_xlim()[1]
+
+
+# The picture
+
+
+def test_every_arm_is_drawn_in_every_panel():
+    arms = tables(*SCHEMES)
+    panels, shares, _ = block(arms)
+    assert len(panels) == 6 and len(shares) == 2
+    for ax in panels:
+        assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == len(arms)
+        widths = [line.get_linewidth() for line in ax.lines]
+        assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0]
+    for ax, column in zip(shares, ("draws", "product"), strict=True):
+        expected = np.array([tenths(getattr(curves(of_arm), column)) for of_arm in arms.values()])
+        printed = np.array([float(text.get_text().removeprefix("<")) for text in ax.texts]).reshape(expected.shape)
+        np.testing.assert_allclose(printed, 100 * expected, atol=0.1)
+    assert [label.get_text() for label in shares[0].get_yticklabels()] == list(arms)
+
+
+def test_lines_are_the_curves_and_densities_of_log_snr_hold_all():
+    arms = tables("uni05", "under05")
+    panels, *_ = block(arms)
+    for index, of_arm in enumerate(arms.values()):
+        lines = [ax.lines[index] for ax in panels]
+        for line, expected in zip(lines, curves(of_arm), strict=False):
+            np.testing.assert_array_equal(line.get_ydata(), expected)
+        np.testing.assert_array_equal(lines[4].get_ydata(), lines[1].get_ydata())
+        for line, total in ((lines[3], 1), (lines[5], curves(of_arm).product.mean())):
+            log_snr, density = line.get_data()
+            np.testing.assert_allclose(np.trapezoid(density[::-1], log_snr[::-1]), total, rtol=2e-3)
+
+
+def test_density_of_log_snr_follows_a_change_of_variables():
+    # Of t uniform, log SNR of a cosine schedule with no offset has the density sech(x / 2) / (2 pi).
+    cosine = NoiseSchedule(cosine_betas(1000))
+    panels, *_ = block(tables("uniform", schedule=cosine), schedule=cosine)
+    log_snr, density = panels[3].lines[0].get_data()
+    middle = np.abs(log_snr) < 5
+    np.testing.assert_allclose(density[middle], 1 / np.cosh(log_snr[middle] / 2) / (2 * np.pi), rtol=0.02)
+
+
+def test_caption_tells_shares_equal_curves_and_proportions():
+    *_, caption = block(tables("uniform", "uni05", "under05", "matched05", "learnt"), {("small", "learnt")})
+    assert "t < 100: 10.0% in uniform, uni05 and learnt; 2.1% in under05 and matched05." in caption
+    assert "draws of under05 and matched05;" in caption
+    assert "weight of uniform, under05 and learnt;" in caption
+    assert "expected weight of uni05 and matched05." in caption
+    assert "under05 = 1.24 × uni05." in caption
+    assert caption.endswith("The density of learnt follows the losses: drawn as it starts.")
+
+
+def test_caption_says_no_more_than_there_is():
+    *_, caption = block(tables("uniform", "lognormal"), {("large", "uniform")})
+    assert "Equal curves, one upon the other: weight of uniform and lognormal." in caption
+    assert "proportion" not in caption and "follows" not in caption
+
+
+def test_an_arm_has_one_style_in_all_studies_and_a_block_its_own_arms():
+    cosine = NoiseSchedule(cosine_betas(50))
+    studies = {
+        "small": (LINEAR, tables("uni05", "under05")),
+        "large": (cosine, tables("under05", "uniform", schedule=cosine)),
+    }
+    figure = schedules._draw_figure(studies, ())
+    small, large = figure.subfigs
+    assert [sub.get_suptitle() for sub in (small, large)] == ["small: 1,000 timesteps", "large: 50 timesteps"]
+    legends = [[text.get_text() for text in sub.subfigs[0].legends[0].get_texts()] for sub in (small, large)]
+    assert legends == [["uni05", "under05"], ["under05", "uniform"]]
+    for sub, line in ((small, 1), (large, 0)):
+        assert sub.subfigs[0].axes[0].lines[line].get_color() == schedules.line_style(1)["color"]
+    FigureCanvasAgg(figure).draw()
+    assert small.bbox.y0 >= large.bbox.y1
+
+
+def test_equal_tables_give_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths = [tmp_path / folder / name for name in ("schedules.png", "schedules.svg")]
+        draw_schedules({"small": (LINEAR, tables("uni05", "under05"))}, paths)
+    for name in ("schedules.png", "schedules.svg"):
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
+        assert first == second
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["schedules.png", "schedules.svg"]
+
+
+def test_nothing_is_cut_off_at_the_edges(tmp_path):
+    arms = {f"{arm}_{'x' * (39 - len(arm))}": of_arm for arm, of_arm in tables(*SCHEMES).items()}
+    draw_schedules({"small": (LINEAR, arms)}, [tmp_path / "schedules.png"])
+    with Image.open(tmp_path / "schedules.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == 255).all()
