@@ -1,6 +1,6 @@
 """How the metrics answer to known damage, beside values that plain torch-fidelity gave for the same images.
 
-    python benchmarks/damage.py /usr/share/datasets/fashion-mnist     # of Debian's package dataset-fashion-mnist
+    python -m benchmarks.damage /usr/share/datasets/fashion-mnist     # of Debian's package dataset-fashion-mnist
 
 Fashion-MNIST, training images 0 to 1,999 against 2,000 to 3,999, the latter with Gaussian noise or blur.
 """

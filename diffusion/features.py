@@ -101,7 +101,8 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(1280, 1000)  # unused; here so that the weights load strictly
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True)
+        # Bicubic weights overshoot at edges; no grey level lies beyond 0 and 255.
+        x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True).clamp_(0, 255)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
         x = _relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
@@ -126,7 +127,7 @@ def _load_lite0(path: Path) -> nn.Module:
     net.identity = {
         "extractor": LITE0,
         "weights_sha256": LITE0_SHA256,
-        "resize": "bicubic antialiased 224x224",
+        "resize": "bicubic antialiased 224x224, clamped",
         "normalisation": "(x - 127) / 128",
     }
     return net
