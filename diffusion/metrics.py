@@ -16,6 +16,7 @@ from diffusion import StudyError
 
 BLOCK = 1000  # rows of a kernel or distance matrix in memory at once
 MOMENT_ROWS = 4096  # features in float64 at once
+COLUMNS = 512  # of a covariance at once
 SMALL_EIGENVALUE = 1e-10  # of the largest: below, a root has lost too many digits
 NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
 INFINITY_POINTS = 15  # as Chong and Forsyth 2020
@@ -162,8 +163,11 @@ def _covariance(x: Tensor, mean: Tensor) -> Tensor:
     """Unbiased covariance [D, D], float64, of which no copy of all features is made."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for centred in _centred(x, mean):
-        total.addmm_(centred.T, centred)
-    return total / (len(x) - 1)
+        # The upper triangle, by blocks of columns: 5/8 of the work at D = 2048.
+        for first in range(0, x.shape[1], COLUMNS):
+            columns = slice(first, first + COLUMNS)
+            total[: columns.stop, columns].addmm_(centred[:, : columns.stop].T, centred[:, columns])
+    return (total.triu() + total.triu(1).T) / (len(x) - 1)
 
 
 # Kernel distance

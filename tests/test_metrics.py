@@ -142,10 +142,12 @@ def test_fd_stderr_where_nothing_but_noise_is_left():
 
 
 def test_fd_stderr_equals_the_jackknifes():
-    x, reference = correlated(150, 8, seed=0).astype(float), fit_gaussian(correlated(400, 8, seed=1) + np.float32(0.5))
+    # Skewed, so that the influence of an image on the mean and on the covariance go together.
+    x = np.random.default_rng(0).exponential(1, (800, 4))
+    reference = fit_gaussian(np.random.default_rng(1).exponential(0.4, (400, 4)))
     without = np.array([frechet_distance_to(np.delete(x, i, axis=0), reference) for i in range(len(x))])
     jackknife = math.sqrt((len(x) - 1) / len(x) * np.square(without - without.mean()).sum())
-    assert frechet(x, reference).stderr == pytest.approx(jackknife, rel=0.03)
+    assert frechet(x, reference).stderr == pytest.approx(jackknife, rel=0.05)
 
 
 def test_both_forms_give_the_same():
@@ -160,20 +162,20 @@ def test_both_forms_give_the_same():
 
 
 def test_fd_infinity_is_what_more_images_lead_to():
-    roots = np.logspace(0, -1.5, 16)
+    roots = np.logspace(0, -1.5, 8)
     rng = np.random.default_rng(0)
 
     def draw(n):
-        return (1.3 * rng.standard_normal((n, 16)) + 0.3) * roots
+        return (1.3 * rng.standard_normal((n, 8)) + 0.3) * roots
 
-    reference = fit_gaussian(rng.standard_normal((4000, 16)) * roots)
+    reference = fit_gaussian(rng.standard_normal((4000, 8)) * roots)
     truth = frechet(draw(200_000), reference).value
-    found = [frechet_infinity(draw(60), reference, np.random.default_rng(0)) for _ in range(100)]
-    plain = np.mean([frechet(draw(60), reference).value for _ in range(100)])
+    found = [frechet_infinity(draw(60), reference, np.random.default_rng(0)) for _ in range(200)]
+    plain = np.mean([frechet(draw(60), reference).value for _ in range(200)])
     values = np.array([estimate.value for estimate in found])
-    error = values.std(ddof=1) / 10
+    error = values.std(ddof=1) / math.sqrt(200)
     assert abs(values.mean() - truth) < 3 * error < plain - truth
-    assert math.sqrt(np.mean([e.stderr**2 for e in found])) == pytest.approx(values.std(ddof=1), rel=0.25)
+    assert math.sqrt(np.mean([e.stderr**2 for e in found])) == pytest.approx(values.std(ddof=1), rel=0.2)
     assert found[0].note == "extrapolated from 30 to 60 samples"
 
 
