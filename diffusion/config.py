@@ -112,12 +112,15 @@ class Weight(Choice):
 class OpenMoji(Section):
     source: Literal["openmoji"]
     image_size: PositiveInt
+    # Images that training does not see: `diffusion.data.split`.
+    held_out: int = Field(0, ge=0)
 
 
 class Folder(Section):
     source: Literal["folder"]
     path: Path
     image_size: PositiveInt
+    held_out: int = Field(0, ge=0)
 
 
 Dataset = Annotated[OpenMoji | Folder, Field(discriminator="source")]
@@ -248,11 +251,37 @@ class Sample(Section):
     keep: bool = False
 
 
+class WeightsFile(Section):
+    """Weights of a feature extractor on disk: a path, or with it the sha256 of others than the published ones."""
+
+    path: Path
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class Evaluate(Section):
+    """Samples against `reference_images` images (default: all) of a part of the dataset, by features of fixed nets."""
+
     features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
-    metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = Field(("fd",), min_length=1)
-    reference: Literal["train"] = "train"
+    metrics: tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...] = Field(
+        ("fd",), min_length=1
+    )
+    reference: Literal["train", "held_out"] = "train"
     reference_images: int | None = Field(None, ge=2)
+    weights: dict[str, WeightsFile] = {}
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> "Evaluate":
+        for name in self.weights:
+            if name not in self.features:
+                raise ValueError(f"weights: {name} is not among the features ({', '.join(self.features)})")
+        if self.reference == "held_out" and "memorised" in self.metrics:
+            raise ValueError("metrics: memorised compares with the training images: say reference: train, or drop it")
+        return self
 
 
 class Primary(Section):
@@ -339,6 +368,9 @@ class Experiment(Section):
     def _consistent(self) -> "Experiment":
         check_image_size(self.dataset.image_size, self.model)
         check_sampling_steps(self.sample, self.diffusion.timesteps)
+        needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
+        if needs_held_out and self.dataset.held_out < 2:
+            raise ValueError("evaluate: needs images that training does not see: set dataset.held_out to 2 or more")
         for name in self.arms:
             self._check_arm(name)
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:

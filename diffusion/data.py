@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import tempfile
 import time
 import warnings
 import zipfile
@@ -225,7 +226,12 @@ def _folder_images(
 
 
 def _read_image(file: IO[bytes], image_size: int) -> np.ndarray:
-    """Decode one image to RGB, upright, and crop it to uint8 [image_size, image_size, 3]."""
+    """Decode one image, and crop it to uint8 [image_size, image_size, 3]."""
+    return np.asarray(_centre_crop(_decode(file), image_size))
+
+
+def _decode(file: IO[bytes]) -> Image.Image:
+    """Decode one image to RGB, upright, transparency over white."""
     with warnings.catch_warnings():
         # Pillow warns from MAX_IMAGE_PIXELS and refuses only at twice that.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -239,7 +245,7 @@ def _read_image(file: IO[bytes], image_size: int) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(_centre_crop(image.convert("RGB"), image_size))
+    return image.convert("RGB")
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -327,6 +333,73 @@ def load_images(directory: Path) -> np.ndarray:
             f"uint8 {list(expected)}: prepare the dataset again."
         )
     return images
+
+
+def read_images(source: Path) -> np.ndarray:
+    """Images as they are, neither cropped nor resized: uint8 [N, H, W, 3] in 0..255.
+
+    Args:
+        source: a folder or a zip, read as `prepare_folder` does except for the size, or a .npy file of such an array.
+
+    Raises:
+        StudyError: it is none of these, an image cannot be read, or the images differ in size.
+    """
+    if source.suffix == ".npy":
+        try:
+            images = np.load(source, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise StudyError(
+                f"{source} is not a whole array ({error}): name a .npy file, a folder or a zip."
+            ) from error
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise StudyError(f"{source} holds {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]: convert it.")
+        return images
+    with _open_source(source) as files:
+        if not files:
+            raise StudyError(
+                f"{source} holds no images: put files ending in {', '.join(sorted(IMAGE_SUFFIXES))} there."
+            )
+        images = None
+        for index, name in enumerate(_with_progress(list(files), "images read")):
+            try:
+                with files[name]() as file:
+                    pixels = np.asarray(_decode(file))
+            except Exception as error:  # a decoder may raise anything on a damaged file
+                reason = f"{type(error).__name__}: {error}"
+                raise StudyError(f"{name} in {source} cannot be read ({reason}): replace or remove it.") from error
+            if images is None:
+                # On disk: thousands of large images are more than memory holds.
+                with tempfile.TemporaryFile() as array:
+                    images = np.memmap(array, np.uint8, "w+", shape=(len(files), *pixels.shape))
+            if pixels.shape != images.shape[1:]:
+                height, width, _ = images.shape[1:]
+                raise StudyError(
+                    f"{name} in {source} has {pixels.shape[1]}x{pixels.shape[0]} pixels where others have "
+                    f"{width}x{height}: reduce all to one size first."
+                )
+            images[index] = pixels
+    images.setflags(write=False)
+    return images
+
+
+def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` images training sees and which are kept from it: indices, both growing.
+
+    The held-out ones are the last of one fixed permutation, so more of them include fewer.
+
+    Raises:
+        StudyError: no image would be left to train on.
+    """
+    if held_out >= count:
+        raise StudyError(f"dataset.held_out is {held_out} of {count} images: leave some to train on.")
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[: count - held_out]), np.sort(order[count - held_out :])
+
+
+def training_images(directory: Path, held_out: int) -> np.ndarray:
+    """What training sees of a prepared dataset: as `load_images`, in memory if some images are held out."""
+    images = load_images(directory)
+    return images[split(len(images), held_out)[0]] if held_out else images
 
 
 # Batches

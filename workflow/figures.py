@@ -24,9 +24,17 @@ FEATURE_NAMES = {
     "dinov2-vit-b-14": "DINOv2 ViT-B/14",
     "clip-vit-b-32": "CLIP ViT-B/32",
 }
-METRIC_NAMES = {"fd": "FD", "kid": "KD", "precision": "Precision", "recall": "Recall"}
-INCEPTION_NAMES = {"fd": "FID", "kid": "KID"}
-DISTANCES = {"fd", "kid"}  # lower is better, compared by ratios
+METRIC_NAMES = {
+    "fd": "FD",
+    "fd_infinity": "FD∞",
+    "kid": "KD",
+    "precision": "Precision",
+    "recall": "Recall",
+    "memorised": "Memorised",
+}
+INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
+DISTANCES = {"fd", "fd_infinity", "kid"}  # compared by ratios
+LOWER_IS_BETTER = DISTANCES | {"memorised"}
 
 # Okabe & Ito 2008, "Color Universal Design"; yellow is left out: too pale for a line on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -173,7 +181,7 @@ def _draw_panel(
         ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
 
     ax.set_title(study)
-    direction = "← lower is better" if metric in DISTANCES else "higher is better →"  # rotated: down, up
+    direction = "← lower is better" if metric in LOWER_IS_BETTER else "higher is better →"  # rotated: down, up
     ax.set_ylabel(f"{metric_label(features, metric, max(counts, default=0))}\n{direction}")
     if ratios and len(measured) and measured["value"].max() > LOG_AXIS_FROM_RATIO * measured["value"].min():
         _set_log_axis(ax)

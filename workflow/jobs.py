@@ -18,6 +18,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from diffusion import Stopped, StudyError
 from diffusion.config import Experiment, Folder, load_experiment
+from diffusion.weights import check_weights
 from workflow import layout
 
 FIGURE = Path("reports/fid_curves.png")
@@ -55,6 +56,24 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
                 f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put images there or mend it"
             )
     return experiments
+
+
+def check_extractors(experiments: Mapping[str, Experiment]) -> None:
+    """Make sure, before anything is trained, that every reference still to be made will find its extractor's weights.
+
+    Raises:
+        StudyError: an extractor is unknown; its weights are not the right ones, or neither here nor within reach.
+    """
+    for name, experiment in experiments.items():
+        evaluate = experiment.evaluate
+        for features in evaluate.features:
+            if layout.reference_path(experiment.dataset, features, evaluate).exists():
+                continue
+            weights = evaluate.weights.get(features)
+            try:
+                check_weights(features, *(weights.path, weights.sha256) if weights else ())
+            except StudyError as error:
+                raise StudyError(f"experiments/{name}.yaml: evaluate.features: {error}") from None
 
 
 def gpus(experiment: Experiment) -> int:

@@ -10,12 +10,22 @@ RESULTS = Path("results")
 
 def dataset_directory(dataset: Dataset) -> Path:
     """`results/datasets/<source>-<hash8>`: named after what determines the pixels."""
-    return RESULTS / "datasets" / f"{dataset.source}-{_hash8(dataset.model_dump_json())}"
+    return RESULTS / "datasets" / f"{dataset.source}-{_hash8(pixels(dataset))}"
+
+
+def pixels(dataset: Dataset) -> str:
+    """What determines the pixels of a dataset, as JSON: not how many of its images training sees."""
+    return dataset.model_dump_json(exclude={"held_out"})
 
 
 def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
     """Reference statistics of a dataset, shared by all studies on it."""
     name = f"{dataset_directory(dataset).name}-{features}-{evaluate.reference}-{evaluate.reference_images or 'all'}"
+    if dataset.held_out:
+        name += f"-without{dataset.held_out}"
+    weights = evaluate.weights.get(features)
+    if weights and weights.sha256:
+        name += f"-weights{weights.sha256[:8]}"
     return RESULTS / "references" / f"{name}.npz"
 
 

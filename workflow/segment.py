@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusion import Stopped, StudyError
 from diffusion.config import RunConfig
-from diffusion.data import load_images
+from diffusion.data import training_images
 from diffusion.training import train_segment
 from workflow.jobs import log_to, use_torch
 
@@ -73,9 +73,9 @@ def train(segment: Segment, processes: int) -> None:
 
 def _train_here(segment: Segment) -> None:
     device = use_torch(segment.threads, segment.gpus)
-    images = load_images(Path(segment.dataset))
     previous = Path(segment.previous) if segment.previous else None
     run = RunConfig.model_validate_json(segment.run)
+    images = training_images(Path(segment.dataset), run.dataset.held_out)
     train_segment(run, segment.seed, images, previous, Path(segment.directory), segment.until, device)
 
 

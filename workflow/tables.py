@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from diffusion import StudyError
 from diffusion.files import replacing
 
 COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
@@ -16,6 +17,17 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
-    """The rows of all checkpoints of a study, each counted for its arm: the untrained net counts for every one."""
+    """The rows of all checkpoints of a study, each counted for its arm: the untrained net counts for every one.
+
+    Raises:
+        StudyError: values of one metric come from unequal numbers of samples, on which its bias depends.
+    """
     tables = [pd.read_csv(path).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    for (features, metric), rows in table[table["value"].notna()].groupby(["features", "metric"]):
+        if rows["n"].nunique() > 1:
+            raise StudyError(
+                f"{metric} ({features}) was measured with {rows['n'].min():,} samples at one checkpoint and "
+                f"{rows['n'].max():,} at another: delete the metrics.csv of the former and run the same command again"
+            )
+    return table

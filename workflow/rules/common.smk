@@ -13,6 +13,8 @@ jobs.set_environment(workflow.basedir)
 jobs.tell_time_left()
 try:
     EXPERIMENTS = jobs.load_experiments(config, Path(workflow.basedir) / "experiments")
+    if workflow.is_main_process:
+        jobs.check_extractors(EXPERIMENTS)
 except StudyError as error:
     raise WorkflowError(error)
 
@@ -89,6 +91,21 @@ def previous_state(wildcards):
 def droppable(path):
     """Kept if any chosen study asks for it: whether an output is temporary cannot depend on wildcards."""
     return path if any(e.sample.keep for e in EXPERIMENTS.values()) else temp(path)
+
+
+def reference_of(experiment):
+    """Which images are the reference: arguments of `make_reference` and `reference_key`."""
+    evaluate = experiment.evaluate
+    return {
+        "part": evaluate.reference,
+        "held_out": experiment.dataset.held_out,
+        "count": evaluate.reference_images,
+    }
+
+
+def weights_of(experiment):
+    """Where extractors find weights that lie elsewhere: arguments of `load_extractor` by name."""
+    return {name: weights.model_dump(mode="json") for name, weights in experiment.evaluate.weights.items()}
 
 
 def references_of(wildcards):

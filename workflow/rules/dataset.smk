@@ -10,7 +10,7 @@ rule dataset:
     conda:
         "../../environment.yml"
     params:
-        dataset=lambda wildcards: DATASETS[wildcards.dataset].model_dump_json(),
+        dataset=lambda wildcards: layout.pixels(DATASETS[wildcards.dataset]),
     message:
         "Prepare the dataset {wildcards.dataset}"
     script:

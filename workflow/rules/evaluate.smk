@@ -15,7 +15,8 @@ rule reference:
         gpu=lambda wildcards: jobs.gpus(REFERENCES[wildcards.reference][0]),
     params:
         features=lambda wildcards: REFERENCES[wildcards.reference][1],
-        reference_images=lambda wildcards: REFERENCES[wildcards.reference][0].evaluate.reference_images,
+        weights=lambda wildcards: weights_of(REFERENCES[wildcards.reference][0]),
+        reference=lambda wildcards: reference_of(REFERENCES[wildcards.reference][0]),
     message:
         "Reference features {wildcards.reference}"
     script:
@@ -39,7 +40,8 @@ rule evaluate:
         gpu=gpus_of,
     params:
         features=lambda wildcards: list(experiment_of(wildcards).evaluate.features),
-        reference_images=lambda wildcards: experiment_of(wildcards).evaluate.reference_images,
+        weights=lambda wildcards: weights_of(experiment_of(wildcards)),
+        reference=lambda wildcards: reference_of(experiment_of(wildcards)),
         metrics=lambda wildcards: list(experiment_of(wildcards).evaluate.metrics),
     message:
         "Evaluate {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"

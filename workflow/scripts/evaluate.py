@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diffusion.evaluation import evaluate, extract_features, load_extractor, load_reference, reference_key
+from diffusion.evaluation import evaluate, load_reference, reference_key
+from diffusion.features import extract_features, load_extractor
 from workflow.jobs import job, use_torch
 from workflow.tables import write_table
 
@@ -16,11 +17,11 @@ with job(snakemake):
     about = json.loads(Path(snakemake.input.provenance).read_text())
     dataset = json.loads(Path(snakemake.input.manifest).read_text())
     tables = []
-    for name, path in zip(snakemake.params.features, snakemake.input.references, strict=True):
-        extractor = load_extractor(name, device)
-        count = snakemake.params.reference_images or dataset["count"]
-        reference = load_reference(path, reference_key(extractor, dataset["sha256"], count))
-        rows = evaluate(extract_features(samples, extractor), reference, snakemake.params.metrics)
+    params = snakemake.params
+    for name, path in zip(params.features, snakemake.input.references, strict=True):
+        extractor = load_extractor(name, device, **params.weights.get(name, {}))
+        reference = load_reference(path, reference_key(extractor, dataset["sha256"], **params.reference))
+        rows = evaluate(extract_features(samples, extractor), reference, params.metrics)
         tables.append(pd.DataFrame(rows).assign(features=name))
     table = pd.concat(tables).assign(
         study=snakemake.wildcards.study,

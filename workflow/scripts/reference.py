@@ -5,11 +5,13 @@ from pathlib import Path
 
 from diffusion.data import load_images
 from diffusion.evaluation import make_reference
+from diffusion.features import load_extractor
 from workflow.jobs import job, use_torch
 
 with job(snakemake):
+    params = snakemake.params
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
     images = load_images(Path(snakemake.input.images).parent)
     sha256 = json.loads(Path(snakemake.input.manifest).read_text())["sha256"]
-    count = snakemake.params.reference_images or len(images)
-    make_reference(images, snakemake.params.features, count, sha256, device).save(snakemake.output[0])
+    extractor = load_extractor(params.features, device, **params.weights.get(params.features, {}))
+    make_reference(images, extractor, sha256, **params.reference).save(snakemake.output[0])

@@ -1,0 +1,221 @@
+"""What evaluation costs, beside plain torch-fidelity on the same images and features, in one run.
+
+    python -m benchmarks.evaluation [--threads 2] [--images 512] [--features 10000]
+
+Images are random scenes of 32x32; features are random, with a spectrum as that of real ones. A second part streams
+50,000 images of 128x128 from disk and tells the peak memory of the whole evaluation.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = str(Path(__file__).resolve().parents[1])
+DIMENSIONS = 2048
+SIDE = 128
+
+
+class Cost(NamedTuple):
+    seconds: float
+    gigabytes: float  # at the peak, more than before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=512, help="for the extractor")
+    parser.add_argument("--features", type=int, default=10_000, help="for the metrics")
+    parser.add_argument("--stream", type=int, default=50_000, help="images of 128x128 for the peak memory")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part == "speed":
+        speed(arguments)
+    elif arguments.part:
+        memory(arguments, Path(arguments.part))
+    else:
+        from workflow.jobs import set_environment
+
+        # As the workflow does for its jobs: the allocator is set before Python starts.
+        set_environment(ROOT)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+        command = [sys.executable, __file__, *sys.argv[1:], "--part"]
+        subprocess.run([*command, "speed"], check=True)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "samples.npy")
+            write_images(path, arguments.stream)
+            subprocess.run([*command, path], check=True)
+
+
+def measure(call: Callable[[], Any]) -> tuple[Cost, Any]:
+    """What a call costs, and its result. Linux counts the peak anew after a 5 is written to clear_refs."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = peak_gigabytes(), time.perf_counter()
+    result = call()
+    return Cost(time.perf_counter() - start, peak_gigabytes() - before), result
+
+
+def peak_gigabytes() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_images(path: Path, count: int) -> None:
+    import numpy as np
+
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, SIDE, SIDE, 3))
+    rng = np.random.default_rng(0)
+    for first in range(0, count, 1000):
+        coarse = rng.integers(0, 256, (min(1000, count - first), 32, 32, 3), np.uint8)
+        images[first : first + 1000] = coarse.repeat(4, 1).repeat(4, 2)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    import torch_fidelity
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    from diffusion.features import EfficientNetLite0, extract_features, load_extractor
+    from diffusion.metrics import (
+        _frechet,
+        fit_gaussian,
+        frechet,
+        kernel_distance,
+        mean_kernel,
+        neighbour_radii,
+        precision_recall,
+    )
+    from diffusion.weights import LITE0, weights_file
+
+    torch.set_num_threads(arguments.threads)
+    versions = f"torch {torch.__version__}, torch-fidelity {torch_fidelity.__version__}"
+    print(f"{processor()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}, {versions}\n")
+
+    class Plain(torch_fidelity.FeatureExtractorBase):
+        """The same net as one would hand it to torch-fidelity: neither folded nor channels_last."""
+
+        def __init__(self, name: str, features_list: list[str], **kwargs: Any):
+            super().__init__(name, features_list)
+            self.net = EfficientNetLite0()
+            self.net.load_state_dict(torch.load(weights_file(LITE0), weights_only=True))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.net(x),)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str]:
+            return ("pooled",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "pooled"
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images: np.ndarray):
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.from_numpy(self.images[index]).permute(2, 0, 1)
+
+    torch_fidelity.register_feature_extractor("plain-lite0", Plain)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (arguments.images, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    extractor = load_extractor(LITE0, "cpu")
+    extract_features(images[:64], extractor)
+    table = []
+    ours, features = measure(lambda: extract_features(images, extractor))
+    half = arguments.images // 2
+    theirs, found = measure(
+        lambda: torch_fidelity.calculate_metrics(
+            input1=Images(images[:half]), input2=Images(images[half:]), feature_extractor="plain-lite0", fid=True,
+            cuda=False, batch_size=64, cache=False, verbose=False, save_cpu_ram=True,
+        )
+    )  # fmt: skip
+    fd = frechet(features[:half], fit_gaussian(features[half:])).value
+    print(f"FD of the images: ours {fd:.6f}, calculate_metrics {found['frechet_inception_distance']:.6f}\n")
+    n = arguments.images
+    table.append(("EfficientNet-Lite0, img/s", f"{n / ours.seconds:.1f}", f"{n / theirs.seconds:.1f} (with its FD)"))
+
+    roots = np.logspace(0, -2.5, DIMENSIONS, dtype=np.float32)
+    x, y = (rng.standard_normal((arguments.features, DIMENSIONS), dtype=np.float32) * roots for _ in range(2))
+    x = x * np.float32(1.1) + np.float32(0.01)
+    prepared, gaussian = measure(lambda: fit_gaussian(y))
+    alone, distance = measure(lambda: _frechet(torch.from_numpy(x), gaussian)[0])
+    with_error, _ = measure(lambda: frechet(x, gaussian))
+
+    def fid() -> float:
+        statistics = [fid_features_to_statistics(torch.from_numpy(z)) for z in (x, y)]
+        return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+
+    theirs, expected = measure(fid)
+    table.append(("Frechet distance, s", f"{alone.seconds:.1f}", f"{theirs.seconds:.1f}"))
+    table.append(("... with its standard error, s", f"{with_error.seconds:.1f}", ""))
+    table.append(("... of the reference, once, s", f"{prepared.seconds:.1f}", ""))
+    print(f"FD of the features: ours {distance:.8f}, torch-fidelity {expected:.8f} ({distance / expected - 1:+.1e})\n")
+
+    tensors = torch.from_numpy(x), torch.from_numpy(y)
+    once, radii = measure(lambda: neighbour_radii(y))
+    ours, _ = measure(lambda: precision_recall(x, y, radii))
+    theirs, _ = measure(lambda: prc_features_to_metric(*tensors, verbose=False))
+    table.append(("precision and recall, s", f"{ours.seconds:.1f}", f"{theirs.seconds:.1f}"))
+    table.append(("... more memory, GB", f"{ours.gigabytes:.2f}", f"{theirs.gigabytes:.2f}"))
+    table.append(("... radii of the reference, once, s", f"{once.seconds:.1f}", ""))
+    once, kernel = measure(lambda: mean_kernel(y))
+    ours, _ = measure(lambda: kernel_distance(x, y, kernel))
+    theirs, _ = measure(lambda: kid_features_to_metric(*tensors, verbose=False))
+    table.append(("KID of all pairs (theirs: 100 subsets of 1,000), s", f"{ours.seconds:.1f}", f"{theirs.seconds:.1f}"))
+    table.append(("... of the reference, once, s", f"{once.seconds:.1f}", ""))
+
+    print(f"| {arguments.features:,} features of {DIMENSIONS} | ours | torch-fidelity |\n|---|---|---|")
+    for row in table:
+        print("| " + " | ".join(row) + " |")
+
+
+def memory(arguments: argparse.Namespace, path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from diffusion.evaluation import evaluate, reference_of
+    from diffusion.features import extract_features, load_extractor
+    from diffusion.weights import LITE0
+
+    class Pixels(torch.nn.Linear):
+        """Stands in for a net that would take half an hour: as many numbers of each image as Inception gives."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(x.float(), 27).flatten(1)[:, :DIMENSIONS]
+
+    torch.set_num_threads(arguments.threads)
+    images = np.load(path, mmap_mode="r")
+    print(f"\nPeak memory of the process, {len(images):,} images of {SIDE}x{SIDE} ({images.nbytes / 2**30:.1f} GB):")
+    extract_features(images[:2000], load_extractor(LITE0, "cpu"))
+    print(f"- streaming 2,000 of them through EfficientNet-Lite0: {peak_gigabytes():.2f} GB")
+    features = extract_features(images, Pixels(1, 1))
+    print(f"- all of them to {features.shape[1]:,} features each: {peak_gigabytes():.2f} GB")
+    reference = reference_of(features[::5], {})
+    print(f"- the reference of {len(reference.features):,} of them: {peak_gigabytes():.2f} GB")
+    start = time.perf_counter()
+    for row in evaluate(features, reference, ["fd", "kid", "precision", "recall"]):
+        print(f"- {row.metric} {row.value:.4g}", end=" ")
+    print(f"of all, {time.perf_counter() - start:.0f} s: {peak_gigabytes():.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`evaluate`, the verb: folders, zips and arrays of images, as its user meets them."""
+
+import argparse
+import re
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluation import scenes
+from test_features import write_random_inception
+
+from diffusion import StudyError
+from diffusion.command_evaluate import add_evaluate
+from diffusion.data import read_images
+from diffusion.evaluation import evaluate, reference_of
+from diffusion.features import extract_features, load_extractor
+from diffusion.weights import INCEPTION, LITE0
+
+
+def run(*words) -> None:
+    parser = argparse.ArgumentParser()
+    add_evaluate(parser.add_subparsers())
+    arguments = parser.parse_args(["evaluate", *map(str, words)])
+    arguments.verb(arguments)
+
+
+def save_folder(directory, images):
+    directory.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(directory / f"{index:03}.png")
+    return directory
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """(generated, real): a folder of 12 images, and an array of 14."""
+    real = scenes(14, seed=1)
+    np.save(tmp_path / "real.npy", real)
+    return save_folder(tmp_path / "generated", scenes(12, seed=0)), tmp_path / "real.npy"
+
+
+def test_folders_zips_and_arrays_are_the_same_images(sets, tmp_path):
+    expected = scenes(12, seed=0)
+    np.testing.assert_array_equal(read_images(sets[0]), expected)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted(sets[0].iterdir()):
+            archive.write(path, f"deeper/{path.name}")
+    np.testing.assert_array_equal(read_images(tmp_path / "images.zip"), expected)
+    np.testing.assert_array_equal(read_images(sets[1]), scenes(14, seed=1))
+
+
+def test_every_metric_is_printed_as_computed(sets, capsys):
+    run(*sets, "--metrics", "kid", "fd", "fd_infinity", "recall", "--device", "cpu")
+    told = capsys.readouterr().out
+    extractor = load_extractor(LITE0, "cpu")
+    features = [extract_features(read_images(path), extractor) for path in sets]
+    rows = evaluate(features[0], reference_of(features[1], {}), ["kid", "fd", "fd_infinity", "recall"])
+    assert "12 images" in told and "14" in told and f"{LITE0}:" in told
+    found = {name: float(value) for name, value in re.findall(r"^  (\w+) +([-\d.e]+|nan)", told, re.M)}
+    assert found["fd"] == pytest.approx(rows[1].value, rel=1e-5)
+    assert found["kid"] == pytest.approx(rows[0].value, rel=1e-5) and f"+- {rows[0].stderr:.3g}" in told
+    assert "needs more than 2,561 images, got 12" in told
+
+
+def test_inception_runs_from_a_file_of_weights(sets, tmp_path, capsys):
+    from hashlib import sha256
+
+    write_random_inception(tmp_path / "random.pth")
+    digest = sha256((tmp_path / "random.pth").read_bytes()).hexdigest()
+    weights = ["--features", INCEPTION, "--metrics", "fd", "--weights", tmp_path / "random.pth"]
+    run(*sets, *weights, "--weights-sha256", digest)
+    assert re.search(rf"{INCEPTION}:\n  fd +\d", capsys.readouterr().out)
+    with pytest.raises(StudyError, match="sha256"):
+        run(*sets, *weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda d: d / "none", "There is no .*none"),
+        (lambda d: save_folder(d / "empty", []), "holds no images"),
+        (lambda d: mixed(d / "mixed"), "1.png in .*mixed has 9x8 pixels where others have 8x8"),
+        (lambda d: broken(d / "broken"), "1.png in .*broken cannot be read"),
+        (lambda d: array(d / "float.npy", np.zeros((3, 8, 8, 3))), "holds float64"),
+        (lambda d: array(d / "grey.npy", np.zeros((3, 8, 8), np.uint8)), r"holds uint8 \[3, 8, 8\]"),
+        (lambda d: text(d / "text.npy"), "not a whole array"),
+    ],
+)
+def test_what_is_no_set_of_images_is_refused(tmp_path, make, told):
+    with pytest.raises(StudyError, match=told):
+        read_images(make(tmp_path))
+
+
+def mixed(directory):
+    return save_folder(directory, [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)])
+
+
+def broken(directory):
+    save_folder(directory, [np.zeros((8, 8, 3), np.uint8)])
+    (directory / "1.png").write_bytes(b"no image")
+    return directory
+
+
+def array(path, content):
+    np.save(path, content)
+    return path
+
+
+def text(path):
+    path.write_text("not numpy's")
+    return path

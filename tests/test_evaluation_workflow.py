@@ -1,0 +1,118 @@
+"""Evaluation inside a study: what the dry run tells, and a whole run with Inception on random weights."""
+
+import hashlib
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_features import write_random_inception
+from test_workflow import copy_project, edit, jobs, reduce, snakemake
+
+from diffusion import StudyError
+from diffusion.config import Evaluate, Experiment, OpenMoji
+from diffusion.data import split, training_images
+from diffusion.weights import INCEPTION, LITE0, SOURCES
+from workflow import layout
+from workflow.tables import collect
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """Neither weights that torch kept, nor a way to fetch them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    # Nobody listens on the discard port.
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+
+
+def ask_for(**evaluate):
+    return lambda study: study["evaluate"].update(evaluate)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (ask_for(features=[INCEPTION]), [str(SOURCES[INCEPTION].sha256), "cannot be reached", "evaluate.weights"]),
+        (
+            ask_for(features=[INCEPTION], weights={INCEPTION: "nowhere.pth"}),
+            ["the weights of inception-v3-compat are not at nowhere.pth"],
+        ),
+        (ask_for(features=["inception"]), ["'inception' is no feature extractor", LITE0, INCEPTION]),
+        (ask_for(weights={INCEPTION: "a.pth"}), ["inception-v3-compat is not among the features"]),
+        (ask_for(metrics=["memorised"]), ["set dataset.held_out to 2 or more"]),
+        (ask_for(reference="held_out"), ["set dataset.held_out to 2 or more"]),
+    ],
+)
+def test_what_evaluation_lacks_is_told_before_training(tmp_path, no_network, change, parts):
+    project = copy_project(tmp_path / "study")
+    edit(project, change)
+    done = snakemake(project, "--dry-run")
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in told and not (project / "results").exists()
+    assert any(all(part in line for part in ["openmoji.yaml", *parts]) for line in told.splitlines()), told
+
+
+def test_held_out_images_change_runs_and_references_but_not_the_dataset():
+    whole, part = OpenMoji(source="openmoji", image_size=16), OpenMoji(source="openmoji", image_size=16, held_out=100)
+    # As studies that hold nothing out have always been named.
+    assert layout.dataset_directory(whole).name == "openmoji-3ac1d071"
+    assert layout.dataset_directory(part) == layout.dataset_directory(whole)
+    evaluate = Evaluate(features=[LITE0], reference_images=2000)
+    paths = {
+        layout.reference_path(dataset, LITE0, evaluate.model_copy(update={"reference": reference}))
+        for dataset in (whole, part)
+        for reference in ("train", "held_out")
+    }
+    assert len(paths) == 4
+
+    def run_hash(dataset):
+        study = {"name": "a", "dataset": dataset, "model": {"channel_mult": [1, 1], "attention_resolutions": []}}
+        return Experiment(**study, checkpoints=[1], seeds=[0], arms={"uniform": {}}).run("uniform").hash8
+
+    assert run_hash(whole) == "837d1ee2" != run_hash(part)
+
+
+def test_training_does_not_see_what_is_held_out(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    (tmp_path / "manifest.json").write_text(json.dumps({"count": 50, "image_size": 8}))
+    np.testing.assert_array_equal(training_images(tmp_path, 0), images)
+    seen = training_images(tmp_path, 20)
+    held_out = images[split(50, 20)[1]]
+    assert len(seen) == 30 and not (seen[:, None] == held_out).all((2, 3, 4)).any()
+
+
+def test_unequal_numbers_of_samples_are_refused(tmp_path):
+    row = {"features": LITE0, "metric": "fd", "value": 1.0, "n": 100}
+    for name, n in (("a", 100), ("b", 200)):
+        pd.DataFrame([row | {"n": n}]).to_csv(tmp_path / f"{name}.csv")
+    pd.DataFrame([row | {"n": 0, "value": np.nan}]).to_csv(tmp_path / "diverged.csv")
+    a, b, diverged = (tmp_path / f"{name}.csv" for name in ("a", "b", "diverged"))
+    assert len(collect([a, diverged], ["x", "x"])) == 2
+    with pytest.raises(StudyError, match="100 samples at one checkpoint and 200 at another"):
+        collect([a, b], ["x", "x"])
+
+
+@pytest.mark.slow
+def test_inception_from_a_file_to_the_table(tmp_path, no_network):
+    project = copy_project(tmp_path / "study")
+    write_random_inception(project / "random.pth")
+    digest = hashlib.sha256((project / "random.pth").read_bytes()).hexdigest()
+    edit(project, reduce)
+    edit(project, lambda study: study["dataset"].update(held_out=30))
+    edit(project, lambda study: study.update(seeds=[0], arms={"under05": study["arms"]["under05"]}))
+    edit(project, lambda study: study.pop("compare"))
+    metrics = ["fd", "fd_infinity", "kid", "precision", "recall", "memorised"]
+    weights = {INCEPTION: {"path": "random.pth", "sha256": digest}}
+    edit(project, ask_for(features=[INCEPTION, LITE0], metrics=metrics, weights=weights))
+    done = snakemake(project, "--config", "tracking=off", target="reports/metrics.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = pd.read_csv(project / "reports/metrics.csv")
+    assert sorted(table["features"].unique()) == sorted([LITE0, INCEPTION]) and len(table) == 2 * 6 * 3
+    assert table.loc[table["metric"] != "fd_infinity", "value"].notna().all()
+    assert table.loc[table["metric"] == "fd_infinity", "reason"].str.startswith("needs more than").all()
+    assert (table.loc[table["metric"].isin(["fd", "kid"]), "stderr"] > 0).all()
+    # One pass over the real images for each extractor, and none again for other metrics.
+    assert len(list(project.glob("results/references/*.npz"))) == 2
+    edit(project, ask_for(metrics=["fd"]))
+    assert not [job for job in jobs(project) if job.startswith(("Reference", "Train"))]

@@ -1,0 +1,299 @@
+"""Metrics against closed forms, torch-fidelity, scipy, brute force; standard errors against the true spread."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+
+import diffusion.metrics as metrics
+from diffusion import StudyError
+from diffusion.metrics import (
+    fit_gaussian,
+    frechet,
+    frechet_distance,
+    frechet_infinity,
+    kernel_distance,
+    mean_kernel,
+    memorised,
+    neighbour_radii,
+    precision_recall,
+)
+
+
+def correlated(n: int, d: int, seed: int) -> np.ndarray:
+    """Features [n, d] float32 with a mean, and a spectrum over three decades as real features have."""
+    mixing = np.random.default_rng(99).standard_normal((d, d)) * np.logspace(0, -3, d)[:, None]
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((n, d)) @ mixing + rng.random(d)).astype(np.float32)
+
+
+# Frechet distance
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(300, 200, 64), (40, 300, 64), (300, 40, 64), (40, 30, 64)])
+def test_fd_agrees_with_torch_fidelity(n, m, d):
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = correlated(n, d, seed=0), 1.3 * correlated(m, d, seed=1) + np.float32(0.2)
+    stats = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    expected = fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet(a, fit_gaussian(b)).value == pytest.approx(expected, rel=1e-6)
+
+
+def test_fd_agrees_with_the_matrix_square_root():
+    a, b = correlated(500, 20, seed=0).astype(float), correlated(400, 20, seed=1).astype(float) * 1.5
+    s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    mean = np.square(a.mean(0) - b.mean(0)).sum()
+    expected = mean + np.trace(s_a + s_b - 2 * scipy.linalg.sqrtm(s_a @ s_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [30, 500])
+def test_fd_closed_forms(n):
+    x = correlated(n, 100, seed=0).astype(np.float64)
+    assert frechet_distance(x, x) < 1e-6
+    assert frechet_distance(x, x + 0.1) == pytest.approx(0.01 * 100, rel=1e-9)
+    expected = np.square(x.mean(0)).sum() + x.var(0, ddof=1).sum()
+    assert frechet_distance(x, 2 * x) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fd_of_features_that_never_vary():
+    x = correlated(300, 40, seed=0)
+    x[:, ::2] = 1.0
+    assert frechet_distance(x, x) < 1e-6
+
+
+def test_fd_is_symmetric_and_ignores_order():
+    a, b = correlated(50, 64, seed=0), correlated(200, 64, seed=1)
+    shuffled = torch.from_numpy(np.random.default_rng(0).permutation(a))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, shuffled), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (np.zeros((1, 4)), np.zeros((5, 4)), "N >= 2"),
+        (np.zeros((5, 4)), np.zeros((5, 3)), "4 and 3 dimensions"),
+        (np.full((5, 4), np.nan), np.zeros((5, 4)), "NaN"),
+    ],
+)
+def test_fd_refuses(a, b, told):
+    with pytest.raises(StudyError, match=told):
+        frechet_distance(a, b)
+
+
+def test_fd_of_a_collapsed_set_is_exact():
+    collapsed, y = np.repeat(correlated(20, 64, seed=0), 10, axis=0), correlated(300, 64, seed=1)
+    a, b = (x.astype(np.float64) for x in (collapsed, y))
+    centred = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
+    cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + sum(np.square(c).sum() for c in centred) - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fd_accumulates_in_blocks(monkeypatch):
+    a, b = correlated(150, 32, seed=0), fit_gaussian(correlated(200, 32, seed=1))
+    whole = frechet(a, b)
+    monkeypatch.setattr(metrics, "MOMENT_ROWS", 7)
+    assert frechet(a, b)[:2] == pytest.approx(whole[:2], rel=1e-5)
+
+
+# Standard error of the Frechet distance
+
+
+def spread(n: int, reference, shift: float, scale: float, sets: int = 150) -> tuple[float, float, float]:
+    """The true standard deviation of the distance over sets of n images, and what is told: ours, the bootstrap's."""
+    rng = np.random.default_rng(0)
+    roots = np.logspace(0, -1.5, len(reference.mean))
+    told, resampled = [], []
+    for index in range(sets):
+        x = (scale * rng.standard_normal((n, len(roots))) + shift) * roots
+        told.append(frechet(x, reference))
+        if index < 10:
+            again = [frechet_distance_to(x[rng.integers(0, n, n)], reference) for _ in range(20)]
+            resampled.append(np.var(again, ddof=1))
+    values, errors = (np.array([estimate[i] for estimate in told]) for i in (0, 1))
+    return values.std(ddof=1), math.sqrt(np.square(errors).mean()), math.sqrt(np.mean(resampled))
+
+
+def frechet_distance_to(x, reference) -> float:
+    return frechet(x, reference).value
+
+
+@pytest.mark.parametrize("n", [24, 48, 200])
+def test_fd_stderr_is_the_spread_over_sets(n):
+    roots = np.logspace(0, -1.5, 32)
+    reference = fit_gaussian(np.random.default_rng(1).standard_normal((2000, 32)) * roots)
+    truth, told, _ = spread(n, reference, shift=0.5, scale=1.3)
+    assert told == pytest.approx(truth, rel=0.2)
+
+
+def test_fd_stderr_where_nothing_but_noise_is_left():
+    roots = np.logspace(0, -1.5, 32)
+    reference = fit_gaussian(np.random.default_rng(1).standard_normal((2000, 32)) * roots)
+    truth, told, bootstrap = spread(64, reference, shift=0, scale=1)
+    # Too large by sqrt(2) at most, where resampling is out by more than 2.
+    assert truth < told < 1.6 * truth and bootstrap > 2 * truth
+
+
+def test_fd_stderr_equals_the_jackknifes():
+    # Skewed, so that the influence of an image on the mean and on the covariance go together.
+    x = np.random.default_rng(0).exponential(1, (800, 4))
+    reference = fit_gaussian(np.random.default_rng(1).exponential(0.4, (400, 4)))
+    without = np.array([frechet_distance_to(np.delete(x, i, axis=0), reference) for i in range(len(x))])
+    jackknife = math.sqrt((len(x) - 1) / len(x) * np.square(without - without.mean()).sum())
+    assert frechet(x, reference).stderr == pytest.approx(jackknife, rel=0.05)
+
+
+def test_both_forms_give_the_same():
+    x, y = correlated(50, 20, seed=0).astype(float), correlated(90, 20, seed=1).astype(float)
+    full = frechet(x, fit_gaussian(y))
+    wide = [np.pad(z, ((0, 0), (0, 60))) for z in (x, y)]
+    low_rank = frechet(wide[0], fit_gaussian(wide[1]))
+    assert full[:2] == pytest.approx(low_rank[:2], rel=1e-6)
+
+
+# FD-infinity
+
+
+def test_fd_infinity_is_what_more_images_lead_to():
+    roots = np.logspace(0, -1.5, 8)
+    rng = np.random.default_rng(0)
+
+    def draw(n):
+        return (1.3 * rng.standard_normal((n, 8)) + 0.3) * roots
+
+    reference = fit_gaussian(rng.standard_normal((4000, 8)) * roots)
+    truth = frechet(draw(200_000), reference).value
+    found = [frechet_infinity(draw(60), reference, np.random.default_rng(0)) for _ in range(200)]
+    plain = np.mean([frechet(draw(60), reference).value for _ in range(200)])
+    values = np.array([estimate.value for estimate in found])
+    error = values.std(ddof=1) / math.sqrt(200)
+    assert abs(values.mean() - truth) < 3 * error < plain - truth
+    assert math.sqrt(np.mean([e.stderr**2 for e in found])) == pytest.approx(values.std(ddof=1), rel=0.2)
+    assert found[0].note == "extrapolated from 30 to 60 samples"
+
+
+# Kernel distance
+
+
+def cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def test_kid_is_the_unbiased_cubic_mmd(monkeypatch):
+    x, y = correlated(40, 16, seed=0).astype(float), correlated(30, 16, seed=1).astype(float) + 0.3
+    within = [cubic(z, z)[~np.eye(len(z), dtype=bool)].mean() for z in (x, y)]
+    expected = sum(within) - 2 * cubic(x, y).mean()
+    whole = kernel_distance(x, y, mean_kernel(y))
+    assert whole.value == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert kernel_distance(x, y, mean_kernel(y))[:2] == pytest.approx(whole[:2], rel=1e-9)
+
+
+def test_kid_agrees_with_torch_fidelity():
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    x, y = correlated(60, 16, seed=0), correlated(60, 16, seed=1) + np.float32(0.2)
+    expected = kid_features_to_metric(
+        torch.from_numpy(x), torch.from_numpy(y), kid_subsets=1, kid_subset_size=60, verbose=False
+    )
+    assert kernel_distance(x, y, mean_kernel(y)).value == pytest.approx(expected[KEY_METRIC_KID_MEAN], rel=1e-4)
+
+
+def test_kid_variance_by_brute_force():
+    x, y = correlated(7, 5, seed=0).astype(float), correlated(30, 5, seed=1).astype(float)
+    g = cubic(x, y).mean(1)
+    h = cubic(x, x) - g[:, None] - g
+    pairs = [h[i, j] for i, j in itertools.permutations(range(7), 2)]
+    apart = [h[i, j] * h[k, m] for i, j, k, m in itertools.permutations(range(7), 4)]
+    variance = np.mean(pairs) ** 2 - np.mean(apart)
+    assert variance > 0
+    assert kernel_distance(x, y, mean_kernel(y)).stderr == pytest.approx(math.sqrt(variance), rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_kid_stderr_is_the_spread_over_sets(shift):
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((300, 8))
+    kernel = mean_kernel(y)
+    estimates = [kernel_distance(rng.standard_normal((50, 8)) + shift, y, kernel) for _ in range(400)]
+    values, errors = (np.array([estimate[i] for estimate in estimates]) for i in (0, 1))
+    assert math.sqrt(np.square(errors).mean()) == pytest.approx(values.std(ddof=1), rel=0.12)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_kid_of_very_few_has_no_stderr(n):
+    y = correlated(30, 8, seed=1)
+    value, stderr, _ = kernel_distance(correlated(n, 8, seed=0), y, mean_kernel(y))
+    assert math.isfinite(value) and math.isnan(stderr)
+
+
+# Precision and recall, memorisation
+
+
+def test_precision_and_recall_by_brute_force(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+    fake = rng.standard_normal((60, 3)).astype(np.float32)
+    real = 2 * rng.standard_normal((50, 3)).astype(np.float32)
+
+    def covered(points, centres):
+        radius = [np.sort(np.linalg.norm(centres - c, axis=1))[3] for c in centres]
+        return np.mean([(np.linalg.norm(centres - p, axis=1) <= radius).any() for p in points])
+
+    found = precision_recall(fake, real, neighbour_radii(real))
+    precision, recall = found["precision"], found["recall"]
+    assert precision.value == pytest.approx(covered(fake, real)) and recall.value == pytest.approx(covered(real, fake))
+    assert 0 < recall.value < precision.value
+    assert precision.stderr == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 60))
+
+
+def test_precision_and_recall_agree_with_torch_fidelity():
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    fake, real = correlated(1500, 32, seed=0) * np.float32(0.9), correlated(1200, 32, seed=1)
+    expected = prc_features_to_metric(torch.from_numpy(fake), torch.from_numpy(real), verbose=False)
+    found = precision_recall(fake, real, neighbour_radii(real))
+    assert found["precision"].value == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
+    assert found["recall"].value == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
+
+
+def test_a_collapsed_model_has_no_recall():
+    real = correlated(2000, 32, seed=0)
+    found = precision_recall(np.repeat(correlated(20, 32, seed=1), 100, axis=0), real, neighbour_radii(real))
+    assert found["recall"].value < 0.01 < found["precision"].value
+
+
+def test_copies_are_told_from_new_images():
+    rng = np.random.default_rng(0)
+    training, held_out, fresh = (rng.standard_normal((n, 8)).astype(np.float32) for n in (500, 200, 300))
+    distances = neighbour_radii(held_out, training, k=1)
+    brute = np.array([np.linalg.norm(training - x, axis=1).min() for x in held_out])
+    np.testing.assert_allclose(distances, brute, rtol=1e-4)
+    copied = memorised(training[:100] + np.float32(1e-3), training, distances)
+    assert copied.value > 0.99
+    new = memorised(fresh, training, distances)
+    assert abs(new.value - 0.5) < 4 * new.stderr < 0.2
+    assert memorised(5 * fresh, training, distances).value < 0.2
+    # As scipy counts it, ties and all.
+    tied = memorised(held_out, training, distances)
+    assert tied.value == pytest.approx(0.5)
+    u = scipy.stats.mannwhitneyu(distances, neighbour_radii(fresh, training, k=1)).statistic
+    assert new.value == pytest.approx(u / (200 * 300))
+
+
+def test_metrics_ignore_the_order():
+    x, y = correlated(120, 16, seed=0), correlated(150, 16, seed=1)
+    shuffled = np.random.default_rng(0).permutation(x)
+    for measure in (
+        lambda z: frechet(z, fit_gaussian(y))[:2],
+        lambda z: kernel_distance(z, y, mean_kernel(y))[:2],
+        lambda z: [estimate.value for estimate in precision_recall(z, y, neighbour_radii(y)).values()],
+    ):
+        assert measure(x) == pytest.approx(measure(shuffled), rel=1e-4)
