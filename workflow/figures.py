@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 
 from diffusion import StudyError
 from diffusion.files import replacing
+from workflow.tables import DISTANCES, diverged
 
 INCEPTION = "inception-v3-compat"
 FEATURE_NAMES = {
@@ -26,7 +27,6 @@ FEATURE_NAMES = {
 }
 METRIC_NAMES = {"fd": "FD", "kid": "KD", "precision": "Precision", "recall": "Recall"}
 INCEPTION_NAMES = {"fd": "FID", "kid": "KID"}
-DISTANCES = {"fd", "kid"}  # lower is better, compared by ratios
 
 # Okabe & Ito 2008, "Color Universal Design"; yellow is left out: too pale for a line on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -261,11 +261,6 @@ def _band_in_words(seeds: int, whose: str, ratios: bool) -> str:
     mean = "geometric mean" if ratios else "mean"
     band = "their range" if seeds == 2 else f"95% t-interval of the mean{' of the log' if ratios else ''}"
     return f"Line: {mean} of {seeds} seeds{whose} (thin); band: {band}."
-
-
-def diverged(rows: pd.DataFrame) -> pd.Series:
-    """Which rows of the long table lack a value because their run diverged. Boolean, one per row."""
-    return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")
 
 
 def _set_log_axis(ax: Axes) -> None:

@@ -8,9 +8,10 @@ import pandas as pd
 from diffusion.config import RunConfig
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.training import Tables, scheme_tables
-from workflow.figures import diverged, fid_curves, samples_grid
+from workflow.figures import fid_curves, samples_grid
 from workflow.jobs import job
 from workflow.schedules import draw_schedules
+from workflow.tables import diverged
 
 with job(snakemake):
     output = snakemake.output
