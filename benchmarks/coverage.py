@@ -3,8 +3,8 @@
     python -m benchmarks.coverage [--studies 2000]
 
 First table: coverage of the 95% interval of the speed-up, how often a pair is censored, how often the interval lacks
-a bound, and its median width in log speed-up. Second table: how often a study without any difference is called faster
-or slower. Cells are of 3, 5 and 10 seeds.
+a bound or both, its median width in log speed-up, and the median distance of finite bounds from the truth. Second
+table: how often a study without any difference is called faster or slower. Cells are of 3, 5 and 10 seeds.
 """
 
 import argparse
@@ -80,8 +80,8 @@ class Coverage(NamedTuple):
     """[studies] whether the interval holds the true speed-up."""
     censored: np.ndarray
     """[studies] whether a pair is censored."""
-    width: np.ndarray
-    """[studies] of the interval, in log speed-up."""
+    reach: np.ndarray
+    """[studies, 2] from the truth down to the lower bound and up to the upper one, in log speed-up."""
 
 
 def coverage(
@@ -89,8 +89,8 @@ def coverage(
 ) -> Coverage:
     low, high = speedups(*simulate(rng, studies, seeds, speedup, noise), share)
     _, lower, upper = np.array([censored_interval(*bounds) for bounds in zip(low, high, strict=True)]).T
-    covered = (lower <= np.log(speedup)) & (np.log(speedup) <= upper)
-    return Coverage(covered, (low < high).any(axis=1), upper - lower)
+    reach = np.column_stack([np.log(speedup) - lower, upper - np.log(speedup)])
+    return Coverage((reach >= 0).all(axis=1), (low < high).any(axis=1), reach)
 
 
 def false_alarms(rng: np.random.Generator, studies: int, seeds: int, noise: Noise) -> float:
@@ -103,6 +103,14 @@ def false_alarms(rng: np.random.Generator, studies: int, seeds: int, noise: Nois
     return np.mean([told != "no difference shown" for told in verdicts])
 
 
+def _cells(found: Coverage) -> list[str]:
+    bounds = np.isfinite(found.reach).sum(axis=1)
+    shares = [100 * of.mean() for of in (found.covered, found.censored, bounds == 1, bounds == 0)]
+    finite = found.reach[np.isfinite(found.reach)]
+    lengths = [np.median(found.reach.sum(axis=1)), np.median(np.abs(finite)) if finite.size else np.nan]
+    return [f"{share:.1f}" for share in shares] + [f"{length:.2f}" for length in lengths]
+
+
 def _row(*cells: object) -> None:
     sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
 
@@ -112,13 +120,12 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=2000, help="simulated studies per cell")
     studies = parser.parse_args().studies
     rng = np.random.default_rng(0)
-    _row("noise", "threshold", "speed-up", "coverage, %", "censored, %", "unbounded, %", "median width")
-    _row(*["---"] * 7)
+    columns = ["coverage, %", "censored, %", "one bound, %", "no bound, %", "median width", "median reach"]
+    _row("noise", "threshold", "speed-up", *columns)
+    _row(*["---"] * (3 + len(columns)))
     for (name, noise), share, speedup in itertools.product(list(NOISES.items())[:3], (0.5, 0.9, 1.0), (1.0, 1.25, 2.0)):
-        cells = [coverage(rng, studies, seeds, speedup, noise, share) for seeds in SEEDS]
-        shares = [[100 * of.covered.mean(), 100 * of.censored.mean(), 100 * np.isinf(of.width).mean()] for of in cells]
-        columns = [" / ".join(f"{value:.1f}" for value in column) for column in zip(*shares, strict=True)]
-        _row(name, share, speedup, *columns, " / ".join(f"{np.median(of.width):.2f}" for of in cells))
+        cells = [_cells(coverage(rng, studies, seeds, speedup, noise, share)) for seeds in SEEDS]
+        _row(name, share, speedup, *(" / ".join(column) for column in zip(*cells, strict=True)))
     sys.stdout.write("\n")
     _row("noise", "false alarms, %")
     _row("---", "---")

@@ -261,7 +261,7 @@ class Primary(Section):
 
 
 class Compare(Section):
-    """Which arms are compared. One comparison is primary, in the first of `evaluate.features`; all others are secondary.
+    """Which arms are compared. One comparison is primary, in the first of `evaluate.features`; others are secondary.
 
     `thresholds` are values of the primary metric; unset, `workflow.statistics.compare_pair` has the rule.
     """

@@ -63,17 +63,20 @@ PALE_INK = (90, 90, 90)
 # --- Curves -------------------------------------------------------------------------------------------------
 
 
-def metric_label(features: str, metric: str, n: int) -> str:
-    """What was measured, in words, such as "FD (EfficientNet-Lite0), 500 samples".
+def metric_name(features: str, metric: str) -> str:
+    """What was measured, such as "FD (EfficientNet-Lite0)".
 
     FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) name numbers
     that compare with the literature: those of `inception-v3-compat` alone. Other features give FD and KD.
     """
     if features == INCEPTION and metric in INCEPTION_NAMES:
-        name = INCEPTION_NAMES[metric]
-    else:
-        name = f"{METRIC_NAMES[metric]} ({FEATURE_NAMES.get(features, features)})"
-    return f"{name}, {n:,} samples"
+        return INCEPTION_NAMES[metric]
+    return f"{METRIC_NAMES[metric]} ({FEATURE_NAMES.get(features, features)})"
+
+
+def metric_label(features: str, metric: str, n: int) -> str:
+    """What was measured, and of how much, such as "FD (EfficientNet-Lite0), 500 samples"."""
+    return f"{metric_name(features, metric)}, {n:,} samples"
 
 
 def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> None:

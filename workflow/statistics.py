@@ -11,6 +11,7 @@ positive where the candidate is better:
 The primary endpoint is the advantage in level, averaged over the images that both arms cover.
 """
 
+import bisect
 import itertools
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -68,38 +69,41 @@ def t_interval(values: np.ndarray) -> Interval:
 def censored_interval(low: np.ndarray, high: np.ndarray) -> Interval:
     """95% interval of the typical value of S values of which only bounds may be known: low <= value <= high, each [S].
 
-    Exact values (low = high) give the t-interval of their mean. Otherwise the a values without a lower bound may lie
-    below all others and the b without an upper one above. So the interval rests on ranks a + 1 to S - b: their mean
-    plus or minus multiples of their standard deviation, the multiples being quantiles of (mean - mu) / sd of these
-    ranks in normal samples of size S; a pivot, as for samples censored at both ends (Lawless 2003, Statistical models
-    and methods for lifetime data, ch. 5). Of all places that the censored values may have, the worst counts: the
-    bounds are concave and convex in each, so that its ends are enough.
+    Exact values (low = high) give the t-interval of their mean. Otherwise each bound has an error of 2.5% of its own:
 
-    With fewer than two ranks left (or more than twelve censored values) the bounds are those of the sign test, order
-    statistics of `low` and `high`, and infinite for fewer than six values. The estimate is the mean of exact values,
-    otherwise the median where it is known.
+    - A side to which some value is open: the bound of the sign test, which a value may pass by any distance. It is an
+      order statistic, and infinite for fewer than six values.
+    - The side to which all are closed, while `open` values are open to the other: it rests on the S - open values next
+      to it, their mean moved outwards by a multiple of their standard deviation. The multiple is the quantile of
+      (mean - mu) / sd of as many outermost values of normal samples of size S, a pivot, as for samples censored at one
+      end (Lawless 2003, Statistical models and methods for lifetime data, ch. 5). Open values may lie among them: of
+      all places they can have, the worst counts. The bound is concave in each: the ends of its range are enough.
+      With fewer than two values left, or more than twelve open ones, this too is the bound of the sign test.
+
+    The estimate is the mean of exact values, otherwise the median where that is known.
     """
     low, high = np.asarray(low, float), np.asarray(high, float)
     if (low == high).all():
         return t_interval(low)
-    size, below, above = len(low), int(np.isneginf(low).sum()), int(np.isposinf(high).sum())
     median = np.median(low) if np.median(low) == np.median(high) else np.nan
-    if size - below - above < 2 or (low < high).sum() > MOST_PLACED:
+    return Interval(median, _lower_bound(low, high), -_lower_bound(-high, -low))
+
+
+def _lower_bound(low: np.ndarray, high: np.ndarray) -> float:
+    size, open_above = len(low), int(np.isposinf(high).sum())
+    if np.isneginf(low).any() or size - open_above < 2 or open_above > MOST_PLACED:
         rank = int(binom.ppf(TAIL, size, 0.5)) - 1
-        bounds = (np.sort(low)[rank], np.sort(high)[-1 - rank]) if rank >= 0 else (-np.inf, np.inf)
-        return Interval(median, *bounds)
+        return np.sort(low)[rank] if rank >= 0 else -np.inf
     ends = [(a,) if a == b else (a, b) for a, b in zip(low, high, strict=True)]
-    ranks = np.sort(list(itertools.product(*ends)))[:, below : size - above]
-    mean, sd = ranks.mean(axis=1), ranks.std(axis=1, ddof=1)
-    lower, upper = _pivot_quantiles(size, below, above)
-    return Interval(median, (mean - upper * sd).min(), (mean - lower * sd).max())
+    lowest = np.sort(list(itertools.product(*ends)))[:, : size - open_above]
+    return (lowest.mean(axis=1) - _pivot_quantile(size, open_above) * lowest.std(axis=1, ddof=1)).min()
 
 
 @cache
-def _pivot_quantiles(size: int, below: int, above: int) -> tuple[float, float]:
-    """Quantiles TAIL and 1 - TAIL of mean / sd of ranks below + 1 to size - above of normal samples, simulated."""
-    ranks = np.sort(np.random.default_rng(0).standard_normal((PIVOT_DRAWS, size)))[:, below : size - above]
-    return tuple(np.quantile(ranks.mean(axis=1) / ranks.std(axis=1, ddof=1), (TAIL, 1 - TAIL)))
+def _pivot_quantile(size: int, without: int) -> float:
+    """Quantile 1 - TAIL of mean / sd of all but the largest `without` values of normal samples of a size, simulated."""
+    values = np.sort(np.random.default_rng(0).standard_normal((PIVOT_DRAWS, size)))[:, : size - without]
+    return float(np.quantile(values.mean(axis=1) / values.std(axis=1, ddof=1), 1 - TAIL))
 
 
 # --- Curves -------------------------------------------------------------------------------------------------
@@ -317,6 +321,18 @@ def _table(
     )
 
 
+def over_seeds(table: pd.DataFrame, quantity: str, threshold: float = np.nan) -> pd.Series:
+    """The row over all seeds of a quantity, in the rows of one comparison."""
+    rows = table[(table["quantity"] == quantity) & table["seed"].isna()]
+    return rows[(rows["threshold"] == threshold) | (rows["threshold"].isna() & np.isnan(threshold))].iloc[0]
+
+
+def middle_threshold(table: pd.DataFrame) -> float:
+    """The threshold that stands for all in one comparison: the middle one, the easier of two; NaN without any."""
+    thresholds = table["threshold"].dropna().unique()  # from easy to hard
+    return float(thresholds[(len(thresholds) - 1) // 2]) if len(thresholds) else np.nan
+
+
 # --- Verdict and noise floor --------------------------------------------------------------------------------
 
 
@@ -337,6 +353,8 @@ def power(effect: float, sd: float, pairs: int) -> float:
 
     t squared is F with 1 and pairs - 1 degrees of freedom and noncentrality pairs (effect / sd)^2.
     """
+    if sd == 0:
+        return 1.0
     quantile = student_t.ppf(1 - TAIL, pairs - 1)
     return float(ncf.sf(quantile**2, 1, pairs - 1, pairs * (effect / sd) ** 2))
 
@@ -353,9 +371,11 @@ def seeds_needed(effect: float, sd: float) -> int:
 
     Raises StudyError when that takes more than 10,000.
     """
-    if power(effect, sd, MOST_SEEDS) < POWER:
-        raise StudyError(f"An effect of {effect:g} takes more than {MOST_SEEDS:,} seeds: name a larger one.")
-    return next(pairs for pairs in range(2, MOST_SEEDS + 1) if power(effect, sd, pairs) >= POWER)
+    counts = range(2, MOST_SEEDS + 1)
+    found = bisect.bisect_left(counts, True, key=lambda pairs: power(effect, sd, pairs) >= POWER)
+    if found == len(counts):
+        raise StudyError(f"An effect of {effect:.2g} takes more than {MOST_SEEDS:,} seeds: name a larger one.")
+    return counts[found]
 
 
 def cautious_sd(sd: float, pairs: int) -> float:
