@@ -61,7 +61,7 @@ class P2(Section):
 
 class LossSecondMoment(Section):
     history: PositiveInt = 10
-    uniform: float = Field(0.001, ge=0, le=1)
+    uniform_share: float = Field(0.001, ge=0, le=1)
 
 
 class LogNormalSigma(Section):
@@ -510,7 +510,8 @@ def _sentence(error: Any) -> str:
         str(part) for part in error["loc"] if part not in {"openmoji", "folder", "Regular"} and "[" not in str(part)
     )
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(Experiment), n=1)
+        key = str(error["loc"][-1])
+        close = difflib.get_close_matches(key, _known_keys(Experiment) - {key}, n=1)
         return f"{location}: unknown key" + (f"; did you mean {close[0]}?" if close else ": remove it")
     if error["type"] == "missing":
         return f"{location}: missing: add it"

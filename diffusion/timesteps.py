@@ -57,9 +57,9 @@ def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
     return weight / weight.sum()
 
 
-def loss_second_moment(schedule: NoiseSchedule, history: int, uniform: float) -> Tensor:
-    """Where `LossHistory(T, history, uniform)` starts: 1 / T for each timestep. [T], sums to 1."""
-    return torch.full_like(schedule.snr, 1 / schedule.timesteps)
+def loss_second_moment(schedule: NoiseSchedule, history: int, uniform_share: float) -> Tensor:
+    """Where `LossHistory(T, history, uniform_share)` starts: 1 / T for each timestep. [T], sums to 1."""
+    return uniform(schedule)
 
 
 DENSITIES: dict[str, Callable[..., Tensor]] = {
@@ -82,12 +82,12 @@ class LossHistory:
     Args:
         timesteps: T.
         history: losses kept for each timestep.
-        uniform: share of the uniform density, in [0, 1].
+        uniform_share: share of the uniform density, in [0, 1].
         device: where losses arrive.
     """
 
-    def __init__(self, timesteps: int, history: int, uniform: float, device: torch.device | str = "cpu"):
-        self.history, self.uniform = history, uniform
+    def __init__(self, timesteps: int, history: int, uniform_share: float, device: torch.device | str = "cpu"):
+        self.history, self.uniform_share = history, uniform_share
         # The row beyond the last timestep takes what is older than the history already within a batch.
         self.losses = torch.zeros(timesteps + 1, history, dtype=torch.float64, device=device)
         self.counts = torch.zeros(timesteps, dtype=torch.int64, device=device)
@@ -96,7 +96,7 @@ class LossHistory:
         """[T] float64, sums to 1."""
         rms = self.losses[:-1].square().mean(1).sqrt()
         total = len(rms)
-        learnt = rms / rms.sum() * (1 - self.uniform) + self.uniform / total
+        learnt = rms / rms.sum() * (1 - self.uniform_share) + self.uniform_share / total
         return torch.where((self.counts >= self.history).all(), learnt, 1 / total)
 
     def add(self, t: Tensor, losses: Tensor) -> None:
@@ -117,7 +117,8 @@ def draw_timesteps(probabilities: Tensor, count: int, generator: torch.Generator
     Arms that share the generator's state share a uniform draw t ~ 1/T; each keeps it with probability
     min(1, p_t T) and otherwise draws from what its density has above the uniform one (the maximal coupling; Lindvall
     2002, I.5). The result has exactly the given density. At equal images and noise this lowers the variance of the
-    difference of two arms' gradients by 37% against independent draws; sharing u in the inverse CDF lowers it by 21%.
+    difference of two arms' gradients by 48% against independent draws; sharing u in the inverse CDF lowers it by 16%
+    (`benchmarks/gradient_variance.py`).
 
     Args:
         probabilities: [T], sums to 1.

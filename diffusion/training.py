@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,26 +63,34 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
     keeps that of uniform draws.
 
     Raises:
-        StudyError: losses of timesteps that are never drawn cannot be corrected.
+        StudyError: a density or weight is not finite, or losses of timesteps that are never drawn are to be corrected.
     """
-    name, parameters = scheme.timesteps.chosen
-    probabilities = DENSITIES[name](schedule, **parameters)
+    probabilities = _table(DENSITIES, scheme.timesteps.chosen, schedule)
+    mse_weight = _table(WEIGHTS, scheme.mse_weight.chosen, schedule)
+    vb_weight = _table(WEIGHTS, scheme.vb_weight.chosen, schedule)
     if match is not None:
         target = scheme_tables(schedule, match)
-    else:
-        mse_weight, vb_weight = (
-            WEIGHTS[name](schedule, **parameters)
-            for name, parameters in (scheme.mse_weight.chosen, scheme.vb_weight.chosen)
-        )
-        if not scheme.corrected:
-            return Tables(probabilities, mse_weight, vb_weight)
+    elif scheme.corrected:
         target = Tables(uniform(schedule), mse_weight, vb_weight)
+    else:
+        return Tables(probabilities, mse_weight, vb_weight)
     if (probabilities == 0).any():
+        name, parameters = scheme.timesteps.chosen
         raise StudyError(
             f"the density {name} {parameters} never draws {int((probabilities == 0).sum())} of the timesteps, so its "
             "losses cannot be corrected: widen it, or drop match and importance_corrected"
         )
     return matched(probabilities, target, scheme.correct_vb)
+
+
+def _table(
+    functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
+) -> Tensor:
+    name, parameters = chosen
+    table = functions[name](schedule, **parameters)
+    if not torch.isfinite(table).all():
+        raise StudyError(f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: choose milder numbers")
+    return table
 
 
 def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> Tables:
@@ -148,7 +157,7 @@ class TrainState:
         if self.history is None:
             return self.tables
         probabilities, scheme = self.history.probabilities(), self.run.scheme
-        if scheme.corrected or self.run.match:
+        if scheme.corrected:
             return matched(probabilities, self.tables, scheme.correct_vb)
         return replace(self.tables, probabilities=probabilities)
 
@@ -179,7 +188,7 @@ class TrainState:
             if parent is not None and content["parent"] != parent:
                 raise StudyError(f"{path}: continues another state: delete it and run the same command again")
             ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
-            meter, history = content["meter"], content["history"]
+            meter, history = content["meter"], content.get("history")
             self.optimizer.load_state_dict(content["optimizer"])
             self.model.load_state_dict(content["model"])
         except StudyError:
@@ -265,13 +274,13 @@ def train_step(state: TrainState, images: Tensor) -> None:
         i = slice(first, min(first + (train.micro_batch or len(mine)), mine.stop))
         with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
             output = state.model(x_t[i], t[i])
-        losses = hybrid_loss(schedule, output.float(), x_start[i], x_t[i], t[i], noise[i], mse_weight[i], vb_weight[i])
-        (losses.loss.sum() / size).backward()
+        losses = hybrid_loss(schedule, output.float(), x_start[i], x_t[i], t[i], noise[i])
+        ((mse_weight[i] * losses.mse + vb_weight[i] * losses.vb).sum() / size).backward()
         terms[:, i] = torch.stack([losses.mse, losses.vb]).detach()
     parallel.sum_up([*(p.grad for p in state.parameters), terms])
 
-    mse, vb = terms[0] / mse_weight, terms[1] / vb_weight
-    state.meter.add(terms.sum(0), mse, vb, t * 4 // schedule.timesteps)
+    mse, vb = terms
+    state.meter.add(mse_weight * mse + vb_weight * vb, mse, vb, t * 4 // schedule.timesteps)
     state.meter.sums["grad_norm"] += torch.nn.utils.get_total_norm([p.grad for p in state.parameters])
     if state.history:
         # What the losses would weigh under uniform draws, as the history compares timesteps.

@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 import yaml
 
-from diffusion import StudyError
-from diffusion.config import Experiment, RunConfig, load_experiment
+from diffusion import StudyError, losses, timesteps
+from diffusion.config import (
+    TRAIN_VERSION,
+    Density,
+    Diffusion,
+    Experiment,
+    Model,
+    RunConfig,
+    Scheme,
+    Train,
+    Weight,
+    load_experiment,
+)
 
 STUDY = {
     "name": "study",
@@ -128,6 +139,61 @@ WRONG = [
         ["arms.under05.match: matched05 must be another arm that is not matched"],
     ),
     ("arms.under05.match", "under05", ["arms.under05.match: under05 must be another arm"]),
+    (
+        "arms.matched05.importance_corrected",
+        True,
+        [
+            "arms.matched05: match sets both weights",
+            "drop mse_weight, vb_weight and importance_corrected, or drop match",
+        ],
+    ),
+    (
+        "arms.uni05.timesteps",
+        "loss_second_moment",
+        ["arms.matched05.match: the density of uni05 changes", "match an arm whose stays"],
+    ),
+    ("arms.under05.correct_vb", False, ["arms.under05: correct_vb: nothing is corrected", "drop it"]),
+    (
+        "arms.learnt",
+        {"timesteps": "loss_second_moment", "importance_corrected": False, "correct_vb": False},
+        ["arms.learnt: correct_vb: nothing is corrected"],
+    ),
+    ("arms.under05.correct_vb", "perhaps", ["arms.under05.correct_vb", "boolean", "'perhaps'"]),
+    ("arms.under05.stratified", "perhaps", ["arms.under05.stratified", "boolean", "'perhaps'"]),
+    ("arms.under05.importance_corrected", 2, ["arms.under05.importance_corrected", "boolean", "2"]),
+    *(
+        (
+            "arms.under05.mse_weight",
+            weight,
+            [f"arms.under05: draws timesteps by p2 and weights the loss by {weight}", "importance_corrected: true"],
+        )
+        for weight in ("min_snr", "debiased", "speed")
+    ),
+    *(
+        (f"arms.uni05.{key}", {name: {parameter: value}}, [f"arms.uni05.{key}.{name}.{parameter}: ", said])
+        for key, name, parameter, value, said in [
+            ("timesteps", "loss_second_moment", "history", 0, "greater than 0"),
+            ("timesteps", "loss_second_moment", "uniform_share", 1.5, "less than or equal to 1"),
+            ("timesteps", "loss_second_moment", "uniform_share", -0.1, "greater than or equal to 0"),
+            ("timesteps", "log_normal_sigma", "std", 0, "greater than 0"),
+            ("timesteps", "log_normal_sigma", "mean", float("inf"), "finite"),
+            ("timesteps", "log_normal_sigma", "sigma", 1, "unknown key"),
+            ("timesteps", "logit_normal", "std", -1, "greater than 0"),
+            ("timesteps", "logit_normal", "mean", "low", "number"),
+            ("timesteps", "speed", "k", 0, "greater than 0"),
+            ("timesteps", "speed", "tau", 0, "greater than 0"),
+            ("timesteps", "speed", "tau", 1001, "1001 is beyond the 1000 timesteps: lower it"),
+            ("timesteps", "speed", "tau", 0.5, "integer"),
+            ("mse_weight", "speed", "tau", 1001, "1001 is beyond the 1000 timesteps: lower it"),
+            ("vb_weight", "speed", "tau", 1001, "1001 is beyond the 1000 timesteps: lower it"),
+            ("mse_weight", "speed", "lam", 0.49, "greater than or equal to 0.5"),
+            ("mse_weight", "speed", "lam", 1, "less than 1"),
+            ("mse_weight", "min_snr", "gamma", 0, "greater than 0"),
+            ("mse_weight", "debiased", "gamma", 1, "unknown key"),
+        ]
+    ),
+    ("processes", 0, ["processes", "greater than 0"]),
+    ("processes", 5, ["processes: 5 do not divide the batch_size 12 of uni05: take a divisor"]),
     ("compare.baseline", "nobody", ["compare: nobody is not among the arms", "uni05, under05, matched05"]),
     ("compare.candidates", ["under05", "nobody"], ["compare: nobody is not among the arms"]),
     ("compare.primary.candidate", "uni05", ["compare.primary: uni05 is not among the candidates"]),
@@ -236,6 +302,89 @@ def test_defaults_suffice(tmp_path):
     assert study.diffusion.timesteps == 1000
 
 
+# A density, and what it stands for when its parameters are left out, in part or all given.
+DENSITIES = [
+    ("uniform", ("uniform", {})),
+    ("p2", ("p2", {"gamma": 0.5, "k": 1.0})),
+    ("loss_second_moment", ("loss_second_moment", {"history": 10, "uniform_share": 0.001})),
+    ({"loss_second_moment": {"history": 3}}, ("loss_second_moment", {"history": 3, "uniform_share": 0.001})),
+    ("log_normal_sigma", ("log_normal_sigma", {"mean": -1.2, "std": 1.2})),
+    ({"log_normal_sigma": {"mean": 0, "std": 2}}, ("log_normal_sigma", {"mean": 0.0, "std": 2.0})),
+    ("logit_normal", ("logit_normal", {"mean": 0.0, "std": 1.0})),
+    ({"logit_normal": {"mean": "-5e-1"}}, ("logit_normal", {"mean": -0.5, "std": 1.0})),
+    ("speed", ("speed", {"k": 5.0, "tau": 700})),
+    ({"speed": {"k": 0.5, "tau": 1000}}, ("speed", {"k": 0.5, "tau": 1000})),
+]
+WEIGHTS = [
+    ("unweighted", ("unweighted", {})),
+    ("p2", ("p2", {"gamma": 0.5, "k": 1.0})),
+    ("min_snr", ("min_snr", {"gamma": 5.0})),
+    ({"min_snr": {"gamma": 1}}, ("min_snr", {"gamma": 1.0})),
+    ("debiased", ("debiased", {})),
+    ("speed", ("speed", {"lam": 0.6, "tau": 700})),
+    ({"speed": {"lam": 0.5, "tau": 1}}, ("speed", {"lam": 0.5, "tau": 1})),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "chosen"),
+    [("timesteps", *case) for case in DENSITIES] + [(key, *c) for key in ("mse_weight", "vb_weight") for c in WEIGHTS],
+    ids=str,
+)
+def test_schemes_by_name_with_or_without_parameters(tmp_path, key, written, chosen):
+    run = load(tmp_path, edited(("arms.another", {key: written}))).run("another")
+    assert getattr(run.scheme, key).chosen == chosen
+    back = RunConfig.model_validate_json(run.canonical())
+    assert back == run and getattr(back.scheme, key).chosen == chosen
+
+
+def test_every_scheme_can_be_chosen():
+    assert {chosen[0] for _, chosen in DENSITIES} == set(Density.model_fields) == set(timesteps.DENSITIES)
+    assert {chosen[0] for _, chosen in WEIGHTS} == set(Weight.model_fields) == set(losses.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        {"timesteps": "p2", "mse_weight": "p2", "importance_corrected": True},
+        {"timesteps": "p2", "mse_weight": "min_snr", "weigh_twice": True},
+        {"timesteps": "p2", "mse_weight": "p2", "importance_corrected": True, "correct_vb": False},
+        {"timesteps": "p2", "vb_weight": "p2"},
+        {"timesteps": "p2", "mse_weight": "unweighted"},
+        {"timesteps": "p2", "stratified": True},
+        {"timesteps": "log_normal_sigma", "mse_weight": "p2"},
+        {"timesteps": "speed", "mse_weight": "speed"},
+        {"timesteps": "loss_second_moment", "mse_weight": "p2"},
+        {"timesteps": "loss_second_moment", "correct_vb": False},
+        {"timesteps": "loss_second_moment", "importance_corrected": False},
+        {"timesteps": "loss_second_moment", "match": "uni05"},
+        {"timesteps": "p2", "match": "uni05", "correct_vb": False},
+        {"timesteps": "p2", "match": "under05", "stratified": True},
+    ],
+    ids=str,
+)
+def test_schemes_that_go_together(tmp_path, arm):
+    run = load(tmp_path, edited(("arms.another", arm))).run("another")
+    for key in {"stratified", "importance_corrected", "correct_vb"} & arm.keys():
+        assert getattr(run.scheme, key) is arm[key]
+    assert RunConfig.model_validate_json(run.canonical()) == run
+
+
+def test_tau_is_held_against_the_timesteps_of_the_study(tmp_path):
+    arm = {"timesteps": {"speed": {"tau": 300}}, "mse_weight": {"speed": {"tau": 250}}}
+    changes = ("diffusion.timesteps", 250), ("arms.another", arm)
+    with pytest.raises(StudyError, match="arms.another.timesteps.speed.tau: 300 is beyond the 250 timesteps"):
+        load(tmp_path, edited(*changes))
+    arm["timesteps"] = {"speed": {"tau": 250}}
+    assert load(tmp_path, edited(*changes)).run("another").scheme.timesteps.chosen[1]["tau"] == 250
+
+
+def test_processes_divide_the_batch_of_every_arm(tmp_path):
+    assert load(tmp_path, edited(("processes", 3))).processes == 3
+    with pytest.raises(StudyError, match="processes: 3 do not divide the batch_size 8 of under05"):
+        load(tmp_path, edited(("processes", 3), ("arms.under05.train", {"batch_size": 8})))
+
+
 def test_weighting_twice_can_be_meant(tmp_path):
     study = load(tmp_path, edited(("arms.under05.mse_weight", P2), ("arms.under05.weigh_twice", True)))
     scheme = study.run("under05").scheme
@@ -304,6 +453,9 @@ UNCHANGED = [
     ("arms.under05.mse_weight", "unweighted"),
     ("arms.under05.train", {"batch_size": 12}),
     ("arms.under05.weigh_twice", True),
+    ("arms.under05.stratified", False),
+    ("arms.under05.importance_corrected", None),
+    ("processes", 3),
 ]
 
 
@@ -338,6 +490,10 @@ OWN = [
     ("arms.under05.timesteps", {"p2": {"gamma": 0.6}}),
     ("arms.under05.vb_weight", P2),
     ("arms.under05.match", "uni05"),
+    ("arms.under05.stratified", True),
+    ("arms.under05.importance_corrected", True),
+    ("arms.under05", {"timesteps": "speed"}),
+    ("arms.under05", {"timesteps": {"loss_second_moment": {"history": 9}}}),
 ]
 
 
@@ -366,6 +522,66 @@ def test_hash_changes_with_the_train_version(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion.config.TRAIN_VERSION", before.train_version + 1)
     after = load(tmp_path, STUDY).run("under05")
     assert after.hash8 != before.hash8 and after.initial.hash8 != before.initial.hash8
+
+
+def test_results_of_earlier_versions_are_found_again():
+    """A changed hash leaves all earlier results of a study behind.
+
+    When it is meant, because what a run computes has changed, bump `TRAIN_VERSION` and write the new hashes here.
+    """
+    study = load_experiment(Path(__file__).resolve().parents[1] / "experiments/openmoji.yaml")
+    assert {arm: study.run(arm).hash8 for arm in study.arms} == {"uni05": "0224ba9b", "under05": "bfdbd863"}
+    assert study.run("uni05").initial.hash8 == "efb0c8dd"
+
+
+def test_defaults_stay():
+    """A hash leaves defaults out: a changed one would find results that were computed by the old one.
+
+    A new key only needs a line here if its default computes what was computed without it. Any other change needs a
+    bump of `TRAIN_VERSION` too.
+    """
+    assert TRAIN_VERSION == 1
+    assert {section.__name__: section().model_dump() for section in (Model, Diffusion, Train)} == {
+        "Model": {
+            "channels": 128,
+            "channel_mult": (1, 2, 2, 2),
+            "res_blocks": 2,
+            "attention_resolutions": (16,),
+            "head_channels": 64,
+            "heads": None,
+            "scale_shift_norm": True,
+            "resblock_updown": True,
+            "learn_sigma": True,
+            "dropout": 0.0,
+        },
+        "Diffusion": {"timesteps": 1000, "schedule": "linear"},
+        "Train": {
+            "batch_size": 256,
+            "micro_batch": None,
+            "learning_rate": 1e-4,
+            "learning_rate_warmup": 0,
+            "weight_decay": 0.0,
+            "ema_decay": 0.9999,
+            "ema_warmup": True,
+            "random_flip": False,
+            "precision": "auto",
+            "threads": 1,
+            "log_every": 50,
+        },
+    }
+    # Those of each density and weight are in DENSITIES and WEIGHTS above.
+    scheme = Scheme()
+    assert {
+        name: value.chosen if isinstance(value, Density | Weight) else value
+        for name, value in ((name, getattr(scheme, name)) for name in Scheme.model_fields)
+    } == {
+        "timesteps": ("uniform", {}),
+        "stratified": False,
+        "mse_weight": ("unweighted", {}),
+        "vb_weight": ("unweighted", {}),
+        "importance_corrected": None,
+        "correct_vb": True,
+    }
 
 
 def test_all_arms_of_a_study_start_alike(tmp_path):

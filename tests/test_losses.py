@@ -8,27 +8,28 @@ import torch
 from scipy import stats
 
 from diffusion import losses, timesteps
-from diffusion.gaussian import NoiseSchedule, linear_betas
+from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
 from diffusion.losses import hybrid_loss, p2_weight
 
 T = 50
-SHORT = NoiseSchedule(linear_betas(T))
+SHORT, LONG = NoiseSchedule(linear_betas(T)), NoiseSchedule(linear_betas(1000))
+SCHEDULES = {"linear": LONG, "linear 50": SHORT, "cosine": NoiseSchedule(cosine_betas(1000))}
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 
-def batch(t: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(t: list[int], seed: int = 0, schedule: NoiseSchedule = SHORT) -> dict[str, torch.Tensor]:
     """Arguments of `hybrid_loss` for random 3 x 2 x 2 images, in float64."""
     random = torch.Generator().manual_seed(seed)
     t = torch.tensor(t)
     x_start = torch.rand(len(t), 3, 2, 2, dtype=torch.float64, generator=random) * 2 - 1
     noise = torch.randn(x_start.shape, dtype=torch.float64, generator=random)
     output = torch.randn(len(t), 6, 2, 2, dtype=torch.float64, generator=random)
-    x_t = SHORT.q_sample(x_start, t, noise)
+    x_t = schedule.q_sample(x_start, t, noise)
     return {"model_output": output, "x_start": x_start, "x_t": x_t, "t": t, "noise": noise}
 
 
-def kl_bits_by_integration(x_start: float, x_t: float, epsilon: float, v: float, t: int) -> float:
+def kl_bits_by_integration(betas: np.ndarray, x_start: float, x_t: float, epsilon: float, v: float, t: int) -> float:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of one pixel, in bits; means by Bayes' rule on a grid."""
-    betas = SHORT.betas.numpy()
     kept_before, kept = np.prod(1 - betas[:t]), np.prod(1 - betas[: t + 1])
     x, dx = np.linspace(-15, 15, 100_001, retstep=True)
 
@@ -47,9 +48,12 @@ def kl_bits_by_integration(x_start: float, x_t: float, epsilon: float, v: float,
     return (q[seen] * (np.log(q[seen]) - log_p[seen])).sum() * dx / math.log(2)
 
 
-@pytest.mark.parametrize("t", [1, 5, 20, 49])
-def test_vb_is_the_kl_divergence_in_bits(t):
-    case = batch([t])
+# At 1,000 timesteps vb is the divergence itself, at others it is scaled by T / 1000.
+@pytest.mark.parametrize(
+    ("schedule", "t"), [*((SHORT, t) for t in (1, 5, 20, 49)), *((LONG, t) for t in (10, 300, 999))]
+)
+def test_vb_is_the_kl_divergence_in_bits(schedule, t):
+    case = batch([t], schedule=schedule)
     pixels = zip(
         case["x_start"].flatten().tolist(),
         case["x_t"].flatten().tolist(),
@@ -57,8 +61,8 @@ def test_vb_is_the_kl_divergence_in_bits(t):
         case["model_output"][:, 3:].flatten().tolist(),
         strict=True,
     )
-    expected = np.mean([kl_bits_by_integration(*pixel, t) for pixel in pixels])
-    np.testing.assert_allclose(hybrid_loss(SHORT, **case).vb.item(), expected * T / 1000, rtol=1e-5)
+    expected = np.mean([kl_bits_by_integration(schedule.betas.numpy(), *pixel, t) for pixel in pixels])
+    np.testing.assert_allclose(hybrid_loss(schedule, **case).vb.item(), expected * schedule.timesteps / 1000, rtol=1e-5)
 
 
 def levels(x_t: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,8 +163,59 @@ def test_unweighted_is_one_everywhere():
 
 
 def test_mean_p2_weight_of_the_linear_schedule():
-    schedule = NoiseSchedule(linear_betas(1000))
-    assert p2_weight(schedule.snr, 0.5, 1.0).mean().item() == pytest.approx(0.806, abs=5e-4)
+    assert p2_weight(LONG.snr, 0.5, 1.0).mean().item() == pytest.approx(0.806, abs=5e-4)
+
+
+def signal_and_noise(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """alphas_cumprod and 1 - alphas_cumprod by numpy, [T]."""
+    kept = np.cumprod(1 - schedule.betas.numpy())
+    return kept, 1 - kept
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize(("gamma", "k"), [(0.5, 1.0), (1.0, 3.0), (2.0, 0.1)])
+def test_p2_weight_is_the_published_one(schedule, gamma, k):
+    signal, noise = signal_and_noise(schedule)
+    np.testing.assert_allclose(losses.p2(schedule, gamma, k), 1 / (k + signal / noise) ** gamma, rtol=1e-12)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("gamma", [5.0, 1.0, 0.01, 1e6])
+def test_min_snr_weight_is_the_published_one(schedule, gamma):
+    snr = np.divide(*signal_and_noise(schedule))
+    weight = losses.min_snr(schedule, gamma).numpy()
+    np.testing.assert_allclose(weight, np.minimum(snr, gamma) / snr, rtol=1e-12)
+    # All noisy timesteps count alike, and the losses of the others are those of x_0, clipped at gamma.
+    assert (weight[snr <= gamma] == 1).all()
+    np.testing.assert_allclose((weight * snr)[snr > gamma], gamma, rtol=1e-12)
+
+
+@EVERY_SCHEDULE
+def test_debiased_weight_is_the_published_one(schedule):
+    signal, noise = signal_and_noise(schedule)
+    np.testing.assert_allclose(losses.debiased(schedule), np.sqrt(noise / signal), rtol=1e-12)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("share", [0.02, 0.7, 1.0])
+@pytest.mark.parametrize("lam", [0.6, 0.8, 0.5])
+def test_speed_weight_is_the_published_one(schedule, lam, share):
+    tau = round(share * schedule.timesteps)
+    change = np.gradient(signal_and_noise(schedule)[1])
+    scaled = (change - change.min()) / (change.max() - change.min())
+    weight = losses.speed(schedule, lam, tau).numpy()
+    np.testing.assert_allclose(weight[:tau], 1 - lam + (2 * lam - 1) * scaled[:tau], rtol=1e-9)
+    assert (weight[tau:] == 1).all() and len(weight) == schedule.timesteps
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("lam", [0.6, 0.8])
+def test_speed_weight_reaches_from_1_minus_lambda_to_lambda(schedule, lam):
+    weight = losses.speed(schedule, lam, schedule.timesteps)
+    assert weight.min().item() == pytest.approx(1 - lam, abs=1e-12)
+    assert weight.max().item() == pytest.approx(lam, abs=1e-12)
+    # The largest belongs to the timestep at which the noise grows fastest.
+    assert weight.argmax() == np.gradient(signal_and_noise(schedule)[1]).argmax()
 
 
 def test_matched_weights_give_the_expected_loss_of_the_weighted_arm():

@@ -208,6 +208,16 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
         train_segment(tiny(), 0, IMAGES, state, tmp_path / "step4", 4, "cpu")
 
 
+def test_a_state_from_before_histories_were_kept_goes_on(tmp_path):
+    train_segment(tiny(), 0, IMAGES, None, tmp_path / "step2", 2, "cpu")
+    content = torch.load(tmp_path / "step2/state.pt", weights_only=True)
+    del content["history"]
+    torch.save(content, tmp_path / "old.pt")
+    for name, state in (("new", tmp_path / "step2/state.pt"), ("old", tmp_path / "old.pt")):
+        train_segment(tiny(), 0, IMAGES, state, tmp_path / name / "step4", 4, "cpu")
+    assert_same_end(tmp_path / "new/step4", tmp_path / "old/step4")
+
+
 def test_micro_batches_change_nothing_but_rounding():
     whole, parts = TrainState(tiny(), 0, "cpu"), TrainState(tiny(micro_batch=2), 0, "cpu")
     for state in (whole, parts):

@@ -295,9 +295,7 @@ def test_the_commands_of_the_readme_are_understood(tmp_path):
     project = copy_project(tmp_path)
     shutil.copy(project / "experiments/openmoji.yaml", project / "experiments/mine.yaml")
     edit(project, lambda study: study.update(name="mine"), "mine")
-    lines = re.findall(
-        r"^    (?:conda .* && )?(snakemake --cores .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M
-    )
+    lines = re.findall(r"^    (snakemake --cores .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M)
     assert len(lines) >= 4
     for line in lines:
         command = [sys.executable, "-m", *line.replace("--cores all", "--cores all --dry-run").split()]
