@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 
 from diffusion import StudyError
 from diffusion.files import replacing
+from workflow.statistics import middle_threshold
 from workflow.tables import DISTANCES, diverged
 
 INCEPTION = "inception-v3-compat"
@@ -79,7 +80,9 @@ def metric_label(features: str, metric: str, n: int) -> str:
     return f"{metric_name(features, metric)}, {n:,} samples"
 
 
-def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> None:
+def fid_curves(
+    metrics: pd.DataFrame, paths: list[Path], metric: str = "fd", speedups: pd.DataFrame | None = None
+) -> None:
     """Draw one metric over training images, a panel per study and features, and save it to each path.
 
     An arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) where
@@ -93,14 +96,15 @@ def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> 
             Where the value is missing the reason says why, "diverged at step N" for a diverged run.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
+        speedups: `workflow.statistics.speedup_table`, of which the middle threshold and its crossings are marked.
 
     Raises StudyError when no row has this metric, and for unequal numbers of samples in one panel.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric), paths)
+        save_figure(_draw_curves(metrics, metric, speedups), paths)
 
 
-def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
+def _draw_curves(metrics: pd.DataFrame, metric: str, speedups: pd.DataFrame | None = None) -> Figure:
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
     if rows.empty:
@@ -116,7 +120,7 @@ def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     for ax in axes[len(panels) :]:
         ax.remove()
     caption_lines = max(
-        _draw_panel(ax, panel, study, features, metric, styles)
+        _draw_panel(ax, panel, study, features, metric, styles, speedups)
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
     width = PANEL_INCHES[0] * columns
@@ -155,6 +159,7 @@ def _draw_panel(
     features: str,
     metric: str,
     styles: Mapping[str, Mapping[str, object]],
+    speedups: pd.DataFrame | None,
 ) -> int:
     """Draw one study in one kind of features; returns the lines of its caption."""
     measured = panel[panel["value"].notna()]
@@ -186,7 +191,10 @@ def _draw_panel(
     if measured.empty:
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
-    caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in _caption(panel, values, ratios))
+    sentences = _caption(panel, values, ratios)
+    if speedups is not None:
+        sentences += _mark_crossings(ax, speedups.query("study == @study and features == @features"), metric, styles)
+    caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
         caption,
         xy=(0, 0),
@@ -223,6 +231,22 @@ def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], rat
     if len(complete) == 1:  # a band one checkpoint wide cannot be seen
         ax.vlines(complete.index, low, high, color=style["color"], linewidth=1.2)
     ax.fill_between(complete.index, low, high, color=style["color"], alpha=0.14, linewidth=0)
+
+
+def _mark_crossings(
+    ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Mapping[str, object]]
+) -> list[str]:
+    """Mark the middle threshold of each comparison, and where runs come to it to stay; returns that in words."""
+    marked = {}
+    for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
+        threshold = middle_threshold(rows)
+        runs = rows[(rows["quantity"] == "images") & (rows["threshold"] == threshold) & rows["seed"].notna()]
+        for arm, times in ((baseline, runs["of_baseline"]), (candidate, runs["of_candidate"])):
+            marked[f"{threshold:.4g}"] = None
+            seen = times[np.isfinite(times)]
+            ax.plot(seen, np.full(len(seen), threshold), "|", markersize=13, color=styles[arm]["color"], zorder=5)
+        ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
+    return [f"Dotted: threshold {', '.join(marked)}; ticks: seeds that come to it to stay."] if marked else []
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

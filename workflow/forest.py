@@ -16,8 +16,7 @@ from workflow.statistics import PAIR, over_seeds, verdict
 WIDTH_INCHES = 11.0
 ROW_INCHES = 0.27
 GAP_ROWS = 1.8  # above each comparison, for its name
-REACH = 1.0  # of the axis beyond estimates and seeds, in units of their span: longer intervals end in an arrow
-LEAST_SPAN = 0.02
+REACH = 0.7  # of the axis beyond estimates and seeds, in units of their span: longer intervals end in an arrow
 PRIMARY, SECONDARY, SEED = COLOURS[1], "0.15", "0.55"
 PANELS = {"average": 0, "final": 0, "images": 1, "seconds": 1}
 
@@ -26,8 +25,8 @@ def draw_forest(table: pd.DataFrame, paths: list[Path]) -> None:
     """Draw every comparison of `workflow.statistics.speedup_table`, and save it to each path.
 
     Left the advantage in the metric, right the speed-up at each threshold: right of the line the candidate is better.
-    Dots are seeds, triangles among them the bounds of censored ones, squares the estimates over seeds with their 95%
-    intervals. An arrow ends what leaves the axis. Equal tables give equal bytes.
+    The primary endpoint is coloured. Dots are seeds, triangles among them the bounds of censored ones, squares the
+    estimates over seeds with their 95% intervals. An arrow ends what leaves the axis. Equal tables give equal bytes.
     """
     with matplotlib.rc_context(STYLE):
         save_figure(_draw(table), paths)
@@ -40,13 +39,16 @@ def _draw(table: pd.DataFrame) -> Figure:
         return figure
     figure = Figure(layout="constrained")
     axes = figure.subplots(1, 2)
+    table = _as_shown(table)
     panel = table["quantity"].map(PANELS)
     limits = [_limits(table[panel == index]) for index in (0, 1)]
     labels: list[dict[float, str]] = [{}, {}]
     top = 0.0
     for _, group in table.groupby(PAIR, sort=False):
         top -= GAP_ROWS
-        axes[0].text(0, top + 0.8, _title(group), transform=axes[0].get_yaxis_transform(), weight="bold")
+        title = axes[0].text(0, top + 0.8, _title(group), transform=axes[0].get_yaxis_transform(), weight="bold")
+        title.set_in_layout(False)  # it reaches over both panels
+        title.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
         lowest = top
         for index in (0, 1):
             rows = group[panel[group.index] == index].groupby(["threshold", "quantity"], sort=False, dropna=False)
@@ -58,19 +60,20 @@ def _draw(table: pd.DataFrame) -> Figure:
     for ax, of_rows, (low, high) in zip(axes, labels, limits, strict=True):
         ax.axvline(0, color="0.3", linewidth=0.8)
         ax.set_yticks(list(of_rows), list(of_rows.values()))
-        ax.tick_params(axis="y", length=0)
+        ax.tick_params(axis="y", length=0, pad=10)
         ax.set(ylim=(top - 0.8, 0), xlim=(low, high))
         ax.spines[["left", "top"]].set_visible(False)
         ax.grid(axis="x", color="0.9", linewidth=0.6)
         ax.set_axisbelow(True)
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
-    axes[0].set_xlabel("advantage in the metric, %   candidate better →")
-    axes[0].xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
-    axes[1].set_xlabel("speed-up: time of the baseline / time of the candidate   candidate faster →")
+    axes[0].set_zorder(1)
+    axes[0].patch.set_visible(False)
+    axes[0].set_xlabel("advantage in the metric, %   (candidate better →)")
+    axes[1].set_xlabel("speed-up over the baseline   (candidate faster →)")
     ticks = _ratio_ticks(*limits[1])
     axes[1].set_xticks(np.log(ticks), [f"{tick:g}" for tick in ticks])
     handles = [
-        Line2D([], [], marker="s", color=PRIMARY, label="primary, 95% interval"),
+        Line2D([], [], marker="s", color=PRIMARY, label="primary endpoint, 95% interval"),
         Line2D([], [], marker="s", color=SECONDARY, label="secondary"),
         Line2D([], [], marker="o", markersize=4, color=SEED, linestyle="", label="a seed"),
         Line2D([], [], marker=">", markersize=5, color=SEED, linestyle="", label="a censored seed: there or beyond"),
@@ -78,6 +81,16 @@ def _draw(table: pd.DataFrame) -> Figure:
     figure.set_size_inches(WIDTH_INCHES, 1.2 - ROW_INCHES * top)
     draw_legend(figure, handles, WIDTH_INCHES, "outside lower center")
     return figure
+
+
+def _as_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Advantages in the metric in percent of the baseline's, or in points for plain scales; the others as they are."""
+    table, numbers = table.copy(), ["effect", "low", "high"]
+    levels = table["quantity"].isin(["average", "final"])
+    logs = levels & (table["scale"] == "log")
+    table.loc[logs, numbers] = -np.expm1(-table.loc[logs, numbers].astype(float))
+    table.loc[levels, numbers] *= 100
+    return table
 
 
 def _draw_row(ax: Axes, y: float, rows: pd.DataFrame, limits: tuple[float, float]) -> None:
@@ -88,7 +101,7 @@ def _draw_row(ax: Axes, y: float, rows: pd.DataFrame, limits: tuple[float, float
     for bound, marker in (("low", ">"), ("high", "<")):
         bounds = seeds[(seeds["censored"] > 0) & np.isfinite(seeds[bound])][bound]
         ax.plot(bounds, np.full(len(bounds), y), marker, markersize=5, color=SEED, zorder=3)
-    colour = PRIMARY if summary["primary"] and summary["quantity"] in ("average", "images") else SECONDARY
+    colour = PRIMARY if summary["primary"] and summary["quantity"] == "average" else SECONDARY
     low, high = np.clip([summary["low"], summary["high"]], *limits)
     unknown = np.isinf([summary["low"], summary["high"]]).all()
     ax.plot([low, high], [y, y], color=colour, linewidth=0.8 if unknown else 1.6, alpha=0.4 if unknown else 1)
@@ -103,10 +116,10 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
     bounds = rows.loc[rows["seed"].notna(), ["low", "high"]].to_numpy().ravel()
     inner = np.concatenate([[0.0], rows["effect"].dropna(), bounds[np.isfinite(bounds)]])
     low, high = inner.min(), inner.max()
-    reach = REACH * max(high - low, LEAST_SPAN)
+    reach = REACH * (high - low or 1.0)
     outer = rows[["low", "high"]].to_numpy().ravel()
     outer = np.clip(outer[~np.isnan(outer)], low - reach, high + reach)
-    margin = 0.05 * (outer.max() - outer.min())
+    margin = 0.05 * (outer.max() - outer.min() or 1.0)
     return outer.min() - margin, outer.max() + margin
 
 

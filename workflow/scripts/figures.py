@@ -16,7 +16,8 @@ from workflow.tables import diverged
 with job(snakemake):
     output = snakemake.output
     metrics = pd.read_csv(snakemake.input.metrics)
-    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)])
+    speedups = pd.read_csv(snakemake.input.speedups)
+    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)], speedups=speedups)
 
     keys = ["study", "arm", "seed", "step"]
     without_samples = set(metrics.loc[diverged(metrics), keys].itertuples(index=False, name=None))
