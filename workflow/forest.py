@@ -16,7 +16,7 @@ from workflow.statistics import PAIR, over_seeds, verdict
 WIDTH_INCHES = 11.0
 ROW_INCHES = 0.27
 GAP_ROWS = 1.8  # above each comparison, for its name
-REACH = 0.7  # of the axis beyond estimates and seeds, in units of their span: longer intervals end in an arrow
+REACH = 2.0  # of the axis beyond estimates and seeds, in units of their span: longer intervals end in an arrow
 PRIMARY, SECONDARY, SEED = COLOURS[1], "0.15", "0.55"
 PANELS = {"average": 0, "final": 0, "images": 1, "seconds": 1}
 
@@ -118,7 +118,7 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
     low, high = inner.min(), inner.max()
     reach = REACH * (high - low or 1.0)
     outer = rows[["low", "high"]].to_numpy().ravel()
-    outer = np.clip(outer[~np.isnan(outer)], low - reach, high + reach)
+    outer = np.clip([low, high, *outer[np.isfinite(outer)]], low - reach, high + reach)
     margin = 0.05 * (outer.max() - outer.min() or 1.0)
     return outer.min() - margin, outer.max() + margin
 
