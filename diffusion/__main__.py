@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 from diffusion import StudyError
+from diffusion.weights import INCEPTION, LITE0, SOURCES
 
 logger = logging.getLogger(__name__)
 
 GRID_IMAGES = 64
 GRID_PIXELS = 64  # of an image in it: smaller ones are enlarged
+METRICS = ("fd", "fd_infinity", "kid", "precision", "recall")
 PUBLISHED = ("image_size", "head_channels", "heads", "schedule", "timesteps")
 
 
@@ -106,12 +108,64 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("out", type=Path, help="the .pt to write")
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure generated images against real ones, and print a line per metric.
+
+    A set is a folder or zip of pictures of one size, or a .npy file of uint8 [N, H, W, 3].
+    """
+    import math
+
+    from diffusion.data import read_images
+    from diffusion.evaluation import evaluate as measure
+    from diffusion.evaluation import reference_of
+    from diffusion.features import extract_features, load_extractor
+
+    generated, real = (read_images(path) for path in (arguments.generated, arguments.real))
+    device = _device(arguments.device)
+    print(f"{len(generated):,} images of {arguments.generated} against {len(real):,} of {arguments.real}")
+    for name in arguments.features:
+        extractor = load_extractor(name, device, arguments.weights, arguments.weights_sha256)
+        reference = reference_of(extract_features(real, extractor), extractor.identity)
+        print(f"{name}:")
+        for row in measure(extract_features(generated, extractor), reference, arguments.metrics):
+            error = "" if math.isnan(row.stderr) else f" +- {row.stderr:.3g}"
+            note = f"  ({row.reason})" if row.reason else ""
+            print(f"  {row.metric:12} {row.value:.6g}{error}{note}")
+
+
+def add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "evaluate", help="measure one set of images against another", description=evaluate.__doc__
+    )
+    parser.set_defaults(verb=evaluate)
+    parser.add_argument("generated", type=Path, help="folder, zip or .npy of generated images")
+    parser.add_argument("real", type=Path, help="folder, zip or .npy of real images")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        choices=[LITE0, *SOURCES],
+        default=[LITE0],
+        metavar="NAME",
+        help=f"{LITE0} (default), {INCEPTION} for the FID, or another of torch-fidelity's: {', '.join(SOURCES)}",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=["fd", "kid", "precision", "recall"], metavar="NAME",
+        help=f"of {', '.join(METRICS)} (default: all but fd_infinity)",
+    )  # fmt: skip
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the one extractor named, where no network is")
+    parser.add_argument("--weights-sha256", metavar="HEX", help="of that file, if not the published weights are meant")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; a mistake ends in one sentence on stderr and exit code 1 (2 where the arguments are wrong)."""
     parser = argparse.ArgumentParser("python -m diffusion", description="Work on single checkpoints, without a study.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_sample(verbs)
     add_export(verbs)
+    add_evaluate(verbs)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     try:

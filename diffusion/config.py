@@ -290,9 +290,23 @@ class Primary(Section):
 
 
 class Compare(Section):
+    """Which arms are compared. One comparison is primary, in the first of `evaluate.features`; others are secondary.
+
+    `thresholds` are values of the primary metric; unset, `workflow.statistics.compare_pair` has the rule.
+    """
+
     baseline: str
     candidates: tuple[str, ...] = Field(min_length=1)
     primary: Primary
+    thresholds: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _arms_differ(self) -> "Compare":
+        arms = [self.baseline, *self.candidates]
+        for arm in self.candidates:
+            if arms.count(arm) > 1:
+                raise ValueError(f"{arm} is named twice, or is the baseline: name every arm once")
+        return self
 
 
 class Frozen(Section):
@@ -378,6 +392,9 @@ class Experiment(Section):
                 raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")
         if self.compare and self.compare.primary.candidate not in self.compare.candidates:
             raise ValueError(f"compare.primary: {self.compare.primary.candidate} is not among the candidates")
+        if self.compare and self.compare.primary.metric not in self.evaluate.metrics:
+            metrics = ", ".join(self.evaluate.metrics)
+            raise ValueError(f"compare.primary.metric: {self.compare.primary.metric} is not evaluated, only {metrics}")
         return self
 
     def _check_arm(self, name: str) -> None:

@@ -11,7 +11,7 @@ from test_evaluation import scenes
 from test_features import write_random_inception
 
 from diffusion import StudyError
-from diffusion.command_evaluate import add_evaluate
+from diffusion.__main__ import add_evaluate
 from diffusion.data import read_images
 from diffusion.evaluation import evaluate, reference_of
 from diffusion.features import extract_features, load_extractor

@@ -16,6 +16,8 @@ from scipy.stats import t as student_t
 
 from diffusion import StudyError
 from diffusion.files import replacing
+from workflow.statistics import middle_threshold
+from workflow.tables import DISTANCES, LOWER_IS_BETTER, diverged
 
 INCEPTION = "inception-v3-compat"
 FEATURE_NAMES = {
@@ -33,8 +35,6 @@ METRIC_NAMES = {
     "memorised": "Memorised",
 }
 INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
-DISTANCES = {"fd", "fd_infinity", "kid"}  # compared by ratios
-LOWER_IS_BETTER = DISTANCES | {"memorised"}
 
 # Okabe & Ito 2008, "Color Universal Design"; yellow is left out: too pale for a line on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -71,20 +71,25 @@ PALE_INK = (90, 90, 90)
 # --- Curves -------------------------------------------------------------------------------------------------
 
 
-def metric_label(features: str, metric: str, n: int) -> str:
-    """What was measured, in words, such as "FD (EfficientNet-Lite0), 500 samples".
+def metric_name(features: str, metric: str) -> str:
+    """What was measured, such as "FD (EfficientNet-Lite0)".
 
     FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) name numbers
     that compare with the literature: those of `inception-v3-compat` alone. Other features give FD and KD.
     """
     if features == INCEPTION and metric in INCEPTION_NAMES:
-        name = INCEPTION_NAMES[metric]
-    else:
-        name = f"{METRIC_NAMES[metric]} ({FEATURE_NAMES.get(features, features)})"
-    return f"{name}, {n:,} samples"
+        return INCEPTION_NAMES[metric]
+    return f"{METRIC_NAMES[metric]} ({FEATURE_NAMES.get(features, features)})"
 
 
-def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> None:
+def metric_label(features: str, metric: str, n: int) -> str:
+    """What was measured, and of how much, such as "FD (EfficientNet-Lite0), 500 samples"."""
+    return f"{metric_name(features, metric)}, {n:,} samples"
+
+
+def fid_curves(
+    metrics: pd.DataFrame, paths: list[Path], metric: str = "fd", speedups: pd.DataFrame | None = None
+) -> None:
     """Draw one metric over training images, a panel per study and features, and save it to each path.
 
     An arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) where
@@ -98,14 +103,15 @@ def fid_curves(metrics: pd.DataFrame, paths: list[Path], metric: str = "fd") -> 
             Where the value is missing the reason says why, "diverged at step N" for a diverged run.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
+        speedups: `workflow.statistics.speedup_table`, of which the middle threshold and its crossings are marked.
 
     Raises StudyError when no row has this metric, and for unequal numbers of samples in one panel.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric), paths)
+        save_figure(_draw_curves(metrics, metric, speedups), paths)
 
 
-def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
+def _draw_curves(metrics: pd.DataFrame, metric: str, speedups: pd.DataFrame | None = None) -> Figure:
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
     if rows.empty:
@@ -121,7 +127,7 @@ def _draw_curves(metrics: pd.DataFrame, metric: str) -> Figure:
     for ax in axes[len(panels) :]:
         ax.remove()
     caption_lines = max(
-        _draw_panel(ax, panel, study, features, metric, styles)
+        _draw_panel(ax, panel, study, features, metric, styles, speedups)
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
     width = PANEL_INCHES[0] * columns
@@ -160,6 +166,7 @@ def _draw_panel(
     features: str,
     metric: str,
     styles: Mapping[str, Mapping[str, object]],
+    speedups: pd.DataFrame | None,
 ) -> int:
     """Draw one study in one kind of features; returns the lines of its caption."""
     measured = panel[panel["value"].notna()]
@@ -191,7 +198,10 @@ def _draw_panel(
     if measured.empty:
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
-    caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in _caption(panel, values, ratios))
+    sentences = _caption(panel, values, ratios)
+    if speedups is not None:
+        sentences += _mark_crossings(ax, speedups.query("study == @study and features == @features"), metric, styles)
+    caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
         caption,
         xy=(0, 0),
@@ -228,6 +238,22 @@ def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], rat
     if len(complete) == 1:  # a band one checkpoint wide cannot be seen
         ax.vlines(complete.index, low, high, color=style["color"], linewidth=1.2)
     ax.fill_between(complete.index, low, high, color=style["color"], alpha=0.14, linewidth=0)
+
+
+def _mark_crossings(
+    ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Mapping[str, object]]
+) -> list[str]:
+    """Mark the middle threshold of each comparison, and where runs come to it to stay; returns that in words."""
+    marked = {}
+    for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
+        threshold = middle_threshold(rows)
+        runs = rows[(rows["quantity"] == "images") & (rows["threshold"] == threshold) & rows["seed"].notna()]
+        for arm, times in ((baseline, runs["of_baseline"]), (candidate, runs["of_candidate"])):
+            marked[f"{threshold:.4g}"] = None
+            seen = times[np.isfinite(times)]
+            ax.plot(seen, np.full(len(seen), threshold), "|", markersize=13, color=styles[arm]["color"], zorder=5)
+        ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
+    return [f"Dotted: threshold {', '.join(marked)}; ticks: seeds that come to it to stay."] if marked else []
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -269,11 +295,6 @@ def _band_in_words(seeds: int, whose: str, ratios: bool) -> str:
     mean = "geometric mean" if ratios else "mean"
     band = "their range" if seeds == 2 else f"95% t-interval of the mean{' of the log' if ratios else ''}"
     return f"Line: {mean} of {seeds} seeds{whose} (thin); band: {band}."
-
-
-def diverged(rows: pd.DataFrame) -> pd.Series:
-    """Which rows of the long table lack a value because their run diverged. Boolean, one per row."""
-    return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")
 
 
 def _set_log_axis(ax: Axes) -> None:

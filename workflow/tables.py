@@ -8,6 +8,8 @@ from diffusion import StudyError
 from diffusion.files import replacing
 
 COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
+DISTANCES = {"fd", "fd_infinity", "kid"}  # compared by ratios
+LOWER_IS_BETTER = DISTANCES | {"memorised"}
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -31,3 +33,8 @@ def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
                 f"{rows['n'].max():,} at another: delete the metrics.csv of the former and run the same command again"
             )
     return table
+
+
+def diverged(rows: pd.DataFrame) -> pd.Series:
+    """Which rows of the long table lack a value because their run diverged. Boolean, one per row."""
+    return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")

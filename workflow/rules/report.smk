@@ -4,6 +4,7 @@
 localrules:
     collect,
     metrics,
+    verdict,
     figures,
 
 
@@ -39,9 +40,32 @@ rule metrics:
         "../scripts/metrics.py"
 
 
+rule verdict:
+    input:
+        metrics="reports/metrics.csv",
+    output:
+        speedups="reports/speedup.csv",
+        verdict="reports/verdict.md",
+        forest="reports/speedups.png",
+    log:
+        "results/verdict.log",
+    conda:
+        "../../environment.yml"
+    params:
+        comparisons={
+            e.name: e.compare and e.compare.model_dump(mode="json") | {"features": e.evaluate.features[0]}
+            for e in EXPERIMENTS.values()
+        },
+    message:
+        "Compare the arms"
+    script:
+        "../scripts/verdict.py"
+
+
 rule figures:
     input:
         metrics="reports/metrics.csv",
+        speedups="reports/speedup.csv",
         previews=[path for study in EXPERIMENTS for path in checkpoint_files(study, "preview.png")],
     output:
         curves="reports/fid_curves.png",

@@ -8,14 +8,16 @@ import pandas as pd
 from diffusion.config import RunConfig
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.training import Tables, scheme_tables
-from workflow.figures import diverged, fid_curves, samples_grid
+from workflow.figures import fid_curves, samples_grid
 from workflow.jobs import job
 from workflow.schedules import draw_schedules
+from workflow.tables import diverged
 
 with job(snakemake):
     output = snakemake.output
     metrics = pd.read_csv(snakemake.input.metrics)
-    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)])
+    speedups = pd.read_csv(snakemake.input.speedups)
+    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)], speedups=speedups)
 
     keys = ["study", "arm", "seed", "step"]
     without_samples = set(metrics.loc[diverged(metrics), keys].itertuples(index=False, name=None))

@@ -1,0 +1,137 @@
+"""Do the intervals and verdicts of `workflow.statistics` hold what they promise? Studies with a known answer.
+
+    python -m benchmarks.coverage [--studies 2000]
+
+First table: coverage of the 95% interval of the speed-up, how often a pair is censored, how often the interval lacks
+a bound or both, its median width in log speed-up, and the median distance of finite bounds from the truth. Second
+table: how often a study without any difference is called faster or slower. Cells are of 3, 5 and 10 seeds.
+"""
+
+import argparse
+import itertools
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from workflow.statistics import average, censored_interval, log_speedup, t_interval, time_to_threshold, verdict
+
+SEEDS = (3, 5, 10)
+# FD 54 at the first checkpoint, falling by this power of the training images, as the published FFHQ curves do.
+FIRST_LEVEL, POWER_LAW = np.log(54), 0.35
+
+
+class Noise(NamedTuple):
+    """Of the log of the metric around its curve, at each checkpoint."""
+
+    sd: float
+    memory: float
+    """Correlation of neighbouring checkpoints of a run."""
+    pairing: float
+    """Correlation of the two arms of a seed."""
+    tails: float = np.inf
+    """Degrees of freedom of its t-distribution; infinite is normal."""
+
+
+# Residuals around power laws fitted to published FID curves of one run per arm: standard deviations 0.15 and 0.28 on
+# FFHQ, 0.13 and 0.14 on Flowers; arms correlated by 0.2, neighbouring checkpoints by -0.5 to 0.5.
+NOISES = {
+    "2%, paired": Noise(0.02, 0.5, 0.8),
+    "5%, paired": Noise(0.05, 0.5, 0.5),
+    "14%, as published (Flowers)": Noise(0.14, 0.0, 0.2),
+    "28%, as published (FFHQ)": Noise(0.28, 0.5, 0.2),
+    "28%, heavy tails": Noise(0.28, 0.5, 0.2, 3.0),
+}
+
+
+def simulate(
+    rng: np.random.Generator, studies: int, seeds: int, speedup: float, noise: Noise, checkpoints: int = 20
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log metrics [studies, seeds, 2, checkpoints] of baseline and candidate, and images [checkpoints].
+
+    The candidate's curve is the baseline's at `speedup` times the images; the noise is autoregressive.
+    """
+    images = np.arange(1, checkpoints + 1, dtype=float)
+    size = (checkpoints, studies, seeds)
+    if np.isinf(noise.tails):
+        draws = rng.standard_normal((3, *size))
+    else:
+        draws = rng.standard_t(noise.tails, (3, *size)) / np.sqrt(noise.tails / (noise.tails - 2))
+    shared, *own = draws
+    shocks = np.sqrt(noise.pairing) * shared + np.sqrt(1 - noise.pairing) * np.array(own)  # [2, K, ...]
+    errors = [shocks[:, 0]]
+    for k in range(1, checkpoints):
+        errors.append(noise.memory * errors[-1] + np.sqrt(1 - noise.memory**2) * shocks[:, k])
+    errors = noise.sd * np.moveaxis(np.array(errors), (0, 1), (-1, -2))  # [studies, seeds, 2, K]
+    curves = FIRST_LEVEL - POWER_LAW * (np.log(images) + np.log([[1], [speedup]]))
+    return curves + errors, images
+
+
+def speedups(levels: np.ndarray, images: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds [studies, seeds] of the log speed-ups at the threshold that lies `share` of the baseline's way down."""
+    ends = levels[:, :, 0][..., [0, -1]].mean(axis=1)  # [studies, 2]
+    threshold = ends[:, 0] + share * (ends[:, 1] - ends[:, 0])
+    low, high = time_to_threshold(levels, images, threshold[:, None, None])
+    return log_speedup((low[..., 0], high[..., 0]), (low[..., 1], high[..., 1]))
+
+
+class Coverage(NamedTuple):
+    covered: np.ndarray
+    """[studies] whether the interval holds the true speed-up."""
+    censored: np.ndarray
+    """[studies] whether a pair is censored."""
+    reach: np.ndarray
+    """[studies, 2] from the truth down to the lower bound and up to the upper one, in log speed-up."""
+
+
+def coverage(
+    rng: np.random.Generator, studies: int, seeds: int, speedup: float, noise: Noise, share: float
+) -> Coverage:
+    low, high = speedups(*simulate(rng, studies, seeds, speedup, noise), share)
+    _, lower, upper = np.array([censored_interval(*bounds) for bounds in zip(low, high, strict=True)]).T
+    reach = np.column_stack([np.log(speedup) - lower, upper - np.log(speedup)])
+    return Coverage((reach >= 0).all(axis=1), (low < high).any(axis=1), reach)
+
+
+def false_alarms(rng: np.random.Generator, studies: int, seeds: int, noise: Noise) -> float:
+    """Share of studies without a difference whose verdict is "faster" or "slower"."""
+    levels, images = simulate(rng, studies, seeds, 1.0, noise)
+    of_seeds = average(levels, images)
+    _, low, high = t_interval(of_seeds[..., 0] - of_seeds[..., 1])
+    none = {"diverged_baseline": 0, "diverged_candidate": 0}
+    verdicts = [verdict({"low": a, "high": b, **none}) for a, b in zip(low, high, strict=True)]
+    return np.mean([told != "no difference shown" for told in verdicts])
+
+
+def _cells(found: Coverage) -> list[str]:
+    bounds = np.isfinite(found.reach).sum(axis=1)
+    shares = [100 * of.mean() for of in (found.covered, found.censored, bounds == 1, bounds == 0)]
+    finite = found.reach[np.isfinite(found.reach)]
+    lengths = [np.median(found.reach.sum(axis=1)), np.median(np.abs(finite)) if finite.size else np.nan]
+    return [f"{share:.1f}" for share in shares] + [f"{length:.2f}" for length in lengths]
+
+
+def _row(*cells: object) -> None:
+    sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description="Coverage and false alarms.")
+    parser.add_argument("--studies", type=int, default=2000, help="simulated studies per cell")
+    studies = parser.parse_args().studies
+    rng = np.random.default_rng(0)
+    columns = ["coverage, %", "censored, %", "one bound, %", "no bound, %", "median width", "median reach"]
+    _row("noise", "threshold", "speed-up", *columns)
+    _row(*["---"] * (3 + len(columns)))
+    for (name, noise), share, speedup in itertools.product(list(NOISES.items())[:3], (0.5, 0.9, 1.0), (1.0, 1.25, 2.0)):
+        cells = [_cells(coverage(rng, studies, seeds, speedup, noise, share)) for seeds in SEEDS]
+        _row(name, share, speedup, *(" / ".join(column) for column in zip(*cells, strict=True)))
+    sys.stdout.write("\n")
+    _row("noise", "false alarms, %")
+    _row("---", "---")
+    for name, noise in NOISES.items():
+        _row(name, " / ".join(f"{100 * false_alarms(rng, studies, seeds, noise):.1f}" for seeds in SEEDS))
+
+
+if __name__ == "__main__":
+    main()

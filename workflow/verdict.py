@@ -1,0 +1,253 @@
+"""The verdict in words: `reports/verdict.md`, from the table of `workflow.statistics`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffusion import StudyError
+from workflow.figures import metric_name
+from workflow.statistics import (
+    PAIR,
+    POWER,
+    cautious_sd,
+    detectable,
+    middle_threshold,
+    noise_floor,
+    over_seeds,
+    seeds_needed,
+    verdict,
+)
+from workflow.tables import LOWER_IS_BETTER, diverged
+
+EFFECTS = (0.01, 0.02, 0.05)
+LEGEND = """\
+Brackets hold 95% intervals over seeds. A change is that of the candidate's metric against the baseline's: for FD and
+KID less is better, for precision and recall more. A speed-up above 1 means that the candidate arrives earlier."""
+METHOD = """\
+- Seeds are paired: seed k of the candidate against seed k of the baseline. Intervals are 95% t-intervals of the mean
+  difference over seeds, of logs for distances and times.
+- The primary endpoint is the average over training images (trapezoids, first trained to last common checkpoint). One
+  comparison is primary, declared in the study; the others are secondary, not corrected for their number.
+- A threshold is reached where the metric comes to it to stay. Between checkpoints its log is linear in the log of
+  images. Unless the study declares them, thresholds lie at 1/4, 1/2 and 3/4 of the baseline's own way, in logs, from
+  its first trained checkpoint to its last: the candidate has no say in them.
+- A run that does not reach a threshold is censored, not dropped: of its pair a bound is known. To the side where pairs
+  are open the interval ends by the sign test, with fewer than six seeds nowhere; to the other side it rests on the
+  known pairs, in the worst place of the open ones.
+- Where a checkpoint's noise exceeds its progress, crossings come late and speed-ups are biased: trust the average.
+- A diverged run reaches no threshold; its pair is left out of averages. No verdict favours the arm that diverged more.
+- Seconds are training time as measured, without sampling and evaluation. Where jobs shared cores or a GPU they compare
+  loosely.
+"""
+
+
+def verdict_text(
+    metrics: pd.DataFrame, table: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any] | None]
+) -> str:
+    """The verdict on every study, in Markdown.
+
+    Args:
+        metrics: the long table of metrics.
+        table: `workflow.statistics.speedup_table` of it.
+        comparisons: study -> its section `compare`; None where nothing is compared.
+    """
+    parts = ["# Verdict", LEGEND]
+    for study, compare in comparisons.items():
+        of_study = table[table["study"] == study]
+        parts.append(f"## {study}")
+        if compare is None:
+            parts.append("This study compares nothing: it has no section `compare`.")
+        elif of_study.empty:
+            parts.append("No seed has a value in both arms: nothing can be said.")
+        else:
+            parts += _study(metrics[metrics["study"] == study], of_study, compare)
+    return "\n\n".join([*parts, "## How this was computed", METHOD])
+
+
+def _study(metrics: pd.DataFrame, table: pd.DataFrame, compare: Mapping[str, Any]) -> list[str]:
+    groups = [group for _, group in table.groupby(PAIR, sort=False)]
+    primary = [group for group in groups if group["primary"].any()]
+    secondary = [group for group in groups if not group["primary"].any()]
+    candidate = compare["primary"]["candidate"]
+    parts = [f"**Question.** Does `{candidate}` converge in fewer training images than `{compare['baseline']}`?"]
+    parts += [f"**Answer.** {sentence(group)} {_reach(group)}" for group in primary]
+    if not primary:
+        parts.append("**Answer.** None: the primary metric has no value in both arms.")
+    parts += [_comparisons(primary + secondary), _thresholds(primary + secondary), _noise_floor(primary + secondary)]
+    if secondary:
+        told = "\n".join(f"- {sentence(group)}" for group in secondary)
+        parts.append(f"### Secondary\n\nNot corrected for their number: read them as hints.\n\n{told}")
+    return [*parts, _diverged(metrics)]
+
+
+def sentence(table: pd.DataFrame) -> str:
+    """The verdict on one comparison, with its numbers: average advantage, speed-up at the middle threshold, seeds."""
+    average, threshold = over_seeds(table, "average"), middle_threshold(table)
+    baseline, candidate, name = average["baseline"], average["candidate"], metric_name(*_measured(average))
+    told = verdict(average)
+    if told == "no difference shown":
+        text = f"**No difference shown** between `{candidate}` and `{baseline}` in {name}"
+    else:
+        text = f"**`{candidate}` is {told}** than `{baseline}` in {name}"
+    images = f"{average['first_images']:,.0f} to {average['last_images']:,.0f} training images"
+    if average["pairs"]:
+        text += f": {_change(average)} on average over {images}, {_count(average['pairs'], 'paired seed')}."
+    else:
+        text += f": over {images} no pair of runs is without divergence."
+    if not np.isnan(threshold):
+        text += f" Speed-up in images to {name} {threshold:.4g}: {_speedup(over_seeds(table, 'images', threshold))}."
+    return text + _warning(average)
+
+
+def _warning(average: pd.Series) -> str:
+    """What the number of seeds and divergences forbid to conclude."""
+    text = ""
+    if average["pairs"] == 1:
+        text += " **One seed: there is no interval, and nothing can be concluded.**"
+    if average["pairs"] == 2:
+        text += " **Two seeds** can hardly conclude: the interval reaches 12.7 standard errors to either side."
+    for arm, lost in (("baseline", average["diverged_baseline"]), ("candidate", average["diverged_candidate"])):
+        if lost:
+            text += f" {_count(lost, 'run')} of `{average[arm]}` diverged."
+    return text
+
+
+def _reach(table: pd.DataFrame) -> str:
+    """What so many seeds could have shown."""
+    average, noise = over_seeds(table, "average"), noise_floor(table)
+    if np.isnan(noise.paired):
+        return ""
+    smallest = _effect(detectable(noise.paired, average["pairs"]), average["scale"])
+    return (
+        f"With this noise, {_count(average['pairs'], 'seed')} would show a difference of {smallest} in "
+        f"{100 * POWER:.0f}% of such studies."
+    )
+
+
+def _comparisons(groups: list[pd.DataFrame]) -> str:
+    rows = []
+    for group in groups:
+        average, threshold = over_seeds(group, "average"), middle_threshold(group)
+        speedups = [
+            "–" if np.isnan(threshold) else _speedup(over_seeds(group, axis, threshold))
+            for axis in ("images", "seconds")
+        ]
+        role = "**primary**" if average["primary"] else "secondary"
+        rows.append([
+            *_names(average), role, _change(average), _change(over_seeds(group, "final")), *speedups, verdict(average),
+        ])  # fmt: skip
+    head = ["candidate", "metric", "role", "average", "at the end", "speed-up, images", "speed-up, seconds", "verdict"]
+    baseline = groups[0]["baseline"].iloc[0]
+    return f"### Against `{baseline}`\n\nSpeed-ups are at the middle threshold.\n\n{markdown_table(head, rows)}"
+
+
+def _thresholds(groups: list[pd.DataFrame]) -> str:
+    rows = []
+    for group in groups:
+        for threshold in group["threshold"].dropna().unique():
+            images = over_seeds(group, "images", threshold)
+            times = group[(group["quantity"] == "images") & (group["threshold"] == threshold) & group["seed"].notna()]
+            arrivals = [_arrivals(times[of], images[of]) for of in ("of_baseline", "of_candidate")]
+            censored = f"{images['censored']} of {images['pairs']}"
+            speedups = [_speedup(over_seeds(group, axis, threshold)) for axis in ("images", "seconds")]
+            rows.append([*_names(images), f"{threshold:.4g}", *arrivals, *speedups, censored])
+    head = ["candidate", "metric", "threshold", "baseline arrives, images", "candidate arrives, images"]
+    head += ["speed-up, images", "speed-up, seconds", "censored pairs"]
+    return f"### Speed-up at each threshold\n\n{markdown_table(head, rows)}"
+
+
+def _noise_floor(groups: list[pd.DataFrame]) -> str:
+    rows = []
+    for group in groups:
+        average, noise = over_seeds(group, "average"), noise_floor(group)
+        pairs, scale = average["pairs"], average["scale"]
+        if np.isnan(noise.paired):
+            rows.append([*_names(average), pairs, *["–"] * (3 + len(EFFECTS))])
+            continue
+        floor = [_effect(of, scale) for of in (noise.between, noise.paired, detectable(noise.paired, pairs))]
+        cautious = cautious_sd(noise.paired, pairs)
+        seeds = [
+            f"{_seeds(effect, noise.paired)} ({_seeds(effect, cautious)})" if scale == "log" else "–"
+            for effect in EFFECTS
+        ]
+        rows.append([*_names(average), pairs, *floor, *seeds])
+    head = ["candidate", "metric", "seeds", "spread of seeds", "of paired differences", "smallest effect shown"]
+    head += [f"seeds for {100 * effect:.0f}%" for effect in EFFECTS]
+    legend = (
+        "### Noise floor\n\nStandard deviations over seeds of the average over images: of the runs of one arm, and of "
+        f"paired differences. The smallest effect shown, and the seeds that an effect takes, are for "
+        f"{100 * POWER:.0f}% power; in brackets for a spread as large as these seeds still allow (its 80% upper bound)."
+    )
+    return f"{legend}\n\n{markdown_table(head, rows)}"
+
+
+def _diverged(metrics: pd.DataFrame) -> str:
+    runs = metrics[diverged(metrics)][["arm", "seed", "reason"]].drop_duplicates()
+    told = [f"- `{run.arm}` seed {run.seed}: {run.reason}" for run in runs.itertuples()]
+    return "### Diverged runs\n\n" + ("\n".join(told) or "None.")
+
+
+def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+# --- Numbers in words ---------------------------------------------------------------------------------------
+
+
+def _measured(row: pd.Series) -> tuple[str, str]:
+    return row["features"], row["metric"]
+
+
+def _names(row: pd.Series) -> list[str]:
+    return [f"`{row['candidate']}`", metric_name(*_measured(row))]
+
+
+def _change(row: pd.Series) -> str:
+    """The candidate's metric against the baseline's: "+4.4% (-0.5% to +9.5%)", a difference for plain scales."""
+    if row["scale"] == "log":
+        return _with_interval(row, lambda effect: f"{100 * np.expm1(-effect):+.1f}%", mirrored=True)
+    falls = row["metric"] in LOWER_IS_BETTER
+    return _with_interval(row, lambda effect: f"{-effect if falls else effect:+.3g}", mirrored=falls)
+
+
+def _speedup(row: pd.Series) -> str:
+    return _with_interval(row, lambda effect: f"{np.exp(effect):.2f}", mirrored=False)
+
+
+def _with_interval(row: pd.Series, text: Callable[[float], str], mirrored: bool) -> str:
+    low, high = (row["high"], row["low"]) if mirrored else (row["low"], row["high"])
+    if np.isnan(row["effect"]) and np.isinf([low, high]).all():
+        return "unknown"
+    if np.isinf([low, high]).all():
+        interval = "no interval"
+    elif np.isinf(high):
+        interval = f"{text(low)} or more"
+    elif np.isinf(low):
+        interval = f"{text(high)} or less"
+    else:
+        interval = f"{text(low)} to {text(high)}"
+    return interval if np.isnan(row["effect"]) else f"{text(row['effect'])} ({interval})"
+
+
+def _effect(value: float, scale: str) -> str:
+    """The size of an effect without sign."""
+    return f"{100 * np.expm1(value):.2g}%" if scale == "log" else f"{value:.2g}"
+
+
+def _seeds(effect: float, sd: float) -> str:
+    try:
+        return str(seeds_needed(np.log1p(effect), sd))
+    except StudyError:
+        return "too many"
+
+
+def _arrivals(times: pd.Series, mean: float) -> str:
+    if np.isinf(times).any():
+        return f"{_count(int(np.isfinite(times.fillna(0)).sum()), 'seed')} of {len(times)}"
+    return "before the first checkpoint" if np.isnan(mean) else f"{mean:,.0f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
