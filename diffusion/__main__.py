@@ -10,6 +10,7 @@ from diffusion import StudyError
 logger = logging.getLogger(__name__)
 
 GRID_IMAGES = 64
+GRID_PIXELS = 64  # of an image in it: smaller ones are enlarged
 PUBLISHED = ("image_size", "head_channels", "heads", "schedule", "timesteps")
 
 
@@ -54,7 +55,8 @@ def sample(arguments: argparse.Namespace) -> None:
         raise StudyError(f"{settings.batch_size} images at once do not fit the GPU: lower --batch-size") from None
     shown = min(settings.images, GRID_IMAGES)
     columns = math.ceil(math.sqrt(shown))
-    preview(np.load(array, mmap_mode="r"), grid, columns, rows=math.ceil(shown / columns))
+    scale = max(1, GRID_PIXELS // checkpoint.image_size)
+    preview(np.load(array, mmap_mode="r"), grid, columns, math.ceil(shown / columns), scale)
     logger.info("%d samples are in %s, %d of them as a grid in %s", settings.images, array, shown, grid)
 
 

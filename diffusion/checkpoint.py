@@ -268,12 +268,13 @@ def _told(model: UNet, count: int, steps: int) -> Denoiser:
     return denoise
 
 
-def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4) -> None:
-    """Save the first columns * rows images as a PNG, row by row, in native resolution, parted by white lines.
+def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4, scale: int = 1) -> None:
+    """Save the first columns * rows images as a PNG, row by row, parted by white lines.
 
     Args:
         images: uint8 [N, H, W, 3] in 0..255; where there are too few, white stays.
-        destination: the PNG, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels.
+        destination: the PNG, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels, times the scale.
+        scale: pixels of the PNG along each side of a pixel.
     """
     height, width = images.shape[1] + PREVIEW_GAP, images.shape[2] + PREVIEW_GAP
     canvas = np.full((rows * height + PREVIEW_GAP, columns * width + PREVIEW_GAP, 3), 255, np.uint8)
@@ -281,7 +282,7 @@ def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int =
         top, left = index // columns * height + PREVIEW_GAP, index % columns * width + PREVIEW_GAP
         canvas[top : top + images.shape[1], left : left + images.shape[2]] = image
     with replacing(destination) as file:
-        Image.fromarray(canvas).save(file, format="PNG")
+        Image.fromarray(canvas.repeat(scale, 0).repeat(scale, 1)).save(file, format="PNG")
 
 
 def _sample(
