@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion import StudyError
 
-BLOCK = 1000  # rows of a kernel or distance matrix in memory at once
+BLOCK = 256  # rows of a kernel or distance matrix in memory at once
 MOMENT_ROWS = 4096  # features in float64 at once
 COLUMNS = 512  # of a covariance at once
 SMALL_EIGENVALUE = 1e-10  # of the largest: below, a root has lost too many digits
@@ -199,9 +199,9 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kerne
     sums, squares = torch.empty(n, dtype=torch.float64), 0.0
     for first in range(0, n, BLOCK):
         rows = slice(first, first + BLOCK)
-        h = _kernel(x[rows], x).double() - g[rows, None] - g
+        h = _kernel(x[rows], x).double().sub_(g[rows, None]).sub_(g)
         sums[rows] = h.sum(1) - own[rows]
-        squares += h.square().sum().item()
+        squares += torch.linalg.vector_norm(h).square().item()
     u = sums.sum().item() / (n * (n - 1))
     if n < 4:
         return Estimate(u + reference_kernel)
