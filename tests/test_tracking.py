@@ -127,7 +127,7 @@ def steps_of(run, metric="train/loss"):
     return [point.step for point in client().get_metric_history(run.info.run_id, metric)]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     """Until the condition holds; a store that is not there yet is no answer."""
     deadline = time.monotonic() + seconds
     while True:
@@ -275,6 +275,7 @@ def test_a_finished_run_is_told_whole(study):
     assert expected.items() <= run.data.params.items()
     matched = found["matched05 seed 0"].data.params
     assert matched["timesteps"] == "p2 (gamma 0.5, k 1)" and matched["mse_weight"] == "matched to uni05"
+    assert (matched["stratified"], matched["importance_corrected"], matched["correct_vb"]) == ("false", "false", "true")
     dataset = run.inputs.dataset_inputs[0].dataset
     assert dataset.digest == "f" * 16 and dataset.name == layout.dataset_directory(study.dataset).name
     pictures = [file.path for file in client().list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]

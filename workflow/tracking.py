@@ -106,7 +106,8 @@ def common_params(run: RunConfig) -> dict[str, str]:
 def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
     """Parameters of one run; `arm` is what the table of runs is to be grouped by."""
     run, match = experiment.run(arm), experiment.arms[arm].match
-    scheme = {name: _describe(getattr(run.scheme, name)) for name in Scheme.model_fields}
+    scheme = {name: _describe(value) if isinstance(value, Choice) else _text(value) for name, value in run.scheme}
+    scheme["importance_corrected"] = _text(run.scheme.corrected)
     matched = {"mse_weight": f"matched to {match}", "vb_weight": f"matched to {match}"} if match else {}
     return {"arm": arm, "seed": str(seed)} | scheme | matched | common_params(run)
 
