@@ -331,7 +331,7 @@ class Study:
             tags=dict(run.data.tags),
             has_dataset=bool(run.inputs and run.inputs.dataset_inputs),
             images=max((point.step for point in points if point.key == "progress"), default=-1),
-            evaluated={(point.key, point.step): point.value for point in points},
+            evaluated={(point.key, point.step): point.value for point in points if point.key != "progress"},
             sampled={int(images) for images in re.findall(r"samples.step.(\d+)", pictures)},
         )
 
