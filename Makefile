@@ -17,6 +17,11 @@ figure: $(READY)  ## train, sample, evaluate and draw reports/fid_curves.png (EX
 dry-run: $(READY)  ## what `make figure` would do
 	snakemake --cores all --dry-run --config experiments=$(EXPERIMENTS) -- reports/fid_curves.png
 
+report: $(READY)  ## all of it in one file for a browser: reports/report.html
+	snakemake --cores all --config experiments=$(EXPERIMENTS)
+	snakemake --report reports/report.html --report-html-stylesheet-path workflow/report/report.css \
+	  --config experiments=$(EXPERIMENTS)
+
 ui: $(READY)  ## browse the runs in MLflow, at http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
 	  --artifacts-destination ./mlartifacts --workers 1 --host 127.0.0.1 --port 5000
@@ -42,7 +47,7 @@ format: $(READY)  ## mend what lint finds, where that can be automatic
 	snakefmt Snakefile workflow/rules
 
 clean:  ## drop figures, tables, logs and MLflow's store; keep datasets, checkpoints and metrics
-	rm -rf reports/*.png reports/*.svg reports/*.csv mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache
+	rm -rf reports/*.png reports/*.svg reports/*.csv reports/*.md reports/*.html reports/pages mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache
 
 clean-all: clean  ## drop all results too, with every trained net
 	rm -rf results .snakemake

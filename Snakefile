@@ -27,3 +27,4 @@ rule all:
     input:
         rules.figures.output,
         rules.verdict.output,
+        rules.pages.output,

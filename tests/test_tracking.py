@@ -201,6 +201,34 @@ def test_standings_compare_at_a_checkpoint_that_all_runs_have():
     assert tracking.standings({"a": [ahead], "b": [{}]}) == ""
 
 
+VERDICT = """# Verdict
+
+## other
+
+**Answer.** a is slower.
+
+## toy
+
+**Question.** Does b?
+
+**Answer.** b is faster.
+
+### Against a
+
+A table.
+
+## How this was computed
+
+So.
+"""
+
+
+def test_the_answer_on_a_study_is_found_in_the_verdict():
+    assert tracking.answer(VERDICT, "toy") == "**Question.** Does b?\n\n**Answer.** b is faster."
+    assert tracking.answer(VERDICT, "other") == "**Answer.** a is slower."
+    assert tracking.answer(VERDICT, "to") == tracking.answer("", "toy") == ""
+
+
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
@@ -260,13 +288,17 @@ def test_a_finished_run_is_told_whole(study):
 
     # A second pass by another process repeats nothing, and takes the figures now that they are about this study.
     Path("reports/metrics.csv").write_text("study,value\ntoy,1\n")
+    Path("reports/speedup.csv").write_text("study\ntoy\n")
+    Path("reports/verdict.md").write_text(VERDICT)
     os.utime(directory(study, 100) / "metrics.csv")
     sync(study)
     assert steps_of(runs()["uniform seed 0"]) == list(range(10, 2001, 10))
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
     assert len(client().list_artifacts(run.info.run_id, "images")) == 6
     artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
-    assert artifacts == {"toy.yaml", "metrics.csv", "fid_curves.png"}
+    assert artifacts == {"toy.yaml", "metrics.csv", "speedup.csv", "verdict.md", "fid_curves.png"}
+    note = runs()["toy"].data.tags["mlflow.note.content"]
+    assert note.startswith("**Question.**") and note.endswith(row) and "slower" not in note
     assert len(runs()) == 3
 
 

@@ -87,7 +87,10 @@ def test_one_command_leads_from_images_to_the_figure(finished):
     assert sorted(table["images"].unique()) == [0, 32, 64]
     at_start = table[table["step"] == 0]
     assert at_start.groupby("seed")["value"].nunique().tolist() == [1, 1]
-    for figure in ("fid_curves.png", "samples.png", "schedules.png"):
+    speedups = pd.read_csv(finished / "reports/speedup.csv")
+    assert set(speedups["quantity"]) == {"average", "final", "images", "seconds"} and speedups["primary"].all()
+    assert "**Two seeds** can hardly conclude" in (finished / "reports/verdict.md").read_text()
+    for figure in ("fid_curves.png", "samples.png", "schedules.png", "speedups.png"):
         assert min(Image.open(finished / "reports" / figure).size) > 200
     assert "FD (EfficientNet-Lite0)" in (finished / "reports/fid_curves.svg").read_text()
     log = (finished / "run.log").read_text()
@@ -120,6 +123,27 @@ def test_mlflow_knows_each_run_and_step_once(finished):
         rows = database.execute(f"{points} group by r.name, m.step", [metric]).fetchall()
         assert len(rows) == 4 * len(expected)
         assert all(count == 1 for *_, count in rows) and sorted({step for _, step, _ in rows}) == expected
+
+
+@pytest.mark.slow
+def test_the_report_is_one_file_that_tells_the_story_in_order(project):
+    done = snakemake(project, "--config", "tracking=off", target="all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = snakemake(project, "--report", "reports/report.html", target="all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (project / "reports/report.html").read_text()
+    chapters = ["1. Verdict", "2. Curves", "3. Samples", "4. Schedules", "6. Data", "7. Provenance", "8. Cost"]
+    assert sorted(set(re.findall(r"\d\. [A-Z][a-z]+(?=\")", report))) == chapters
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", report)
+
+
+@pytest.mark.slow
+def test_a_study_without_compare_has_curves_and_says_so(project):
+    edit(project, lambda study: study.pop("compare"))
+    assert sorted(jobs(project)) == ["Compare the arms", "Draw the figures"]
+    done = snakemake(project, "--config", "tracking=off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compares nothing" in (project / "reports/verdict.md").read_text()
 
 
 @pytest.mark.slow

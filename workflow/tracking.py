@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -128,6 +129,12 @@ def standings(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def answer(verdict: str, study: str) -> str:
+    """The question and the answer on a study in the text of `verdict.md`; "" where it has none."""
+    section = re.search(rf"^## {re.escape(study)}\n(.*?)(?=^##|\Z)", verdict, re.MULTILINE | re.DOTALL)
+    return section[1].strip() if section else ""
+
+
 def state(complete: bool, moving: bool, diverged: bool = False) -> str:
     """MLflow's status: a run that is neither complete nor moving was stopped."""
     return "FAILED" if diverged else "FINISHED" if complete else "RUNNING" if moving else "KILLED"
@@ -225,7 +232,11 @@ class Study:
         arms: dict[str, list] = {}
         for (arm, _), run in zip(started, runs, strict=True):
             arms.setdefault(arm, []).append(run.evaluated)
-        self._set_tags(parent, {"mlflow.note.content": standings(arms) or None})
+        told = ""
+        with suppress(FileNotFoundError):
+            told = answer((REPORTS / "verdict.md").read_text(encoding="utf-8"), self.experiment.name)
+        note = "\n\n".join(filter(None, [told, standings(arms)]))
+        self._set_tags(parent, {"mlflow.note.content": note or None})
         ended = sum(run.status in ("FINISHED", "FAILED") for run in runs)
         moving = any(run.moved_since(since) for run in runs)
         self._set_status(parent, state(ended == len(self.directories), moving))
@@ -287,10 +298,10 @@ class Study:
             run.has_dataset = True
 
     def _forward_reports(self, parent: Tracked) -> None:
-        """The experiment file, and the figures once they are about this study."""
+        """The experiment file, and the reports once they are about this study."""
         files, table = [self.path], REPORTS / "metrics.csv"
         if table.exists() and any(row.get("study") == self.experiment.name for row in read_rows(table)):
-            files += [table, *sorted(REPORTS.glob("*.png"))]
+            files += [table, REPORTS / "speedup.csv", REPORTS / "verdict.md", *sorted(REPORTS.glob("*.png"))]
         for path in files:
             if parent.is_new(path):
                 self.client.log_artifact(parent.id, str(path))
@@ -320,7 +331,7 @@ class Study:
             tags=dict(run.data.tags),
             has_dataset=bool(run.inputs and run.inputs.dataset_inputs),
             images=max((point.step for point in points if point.key == "progress"), default=-1),
-            evaluated={(point.key, point.step): point.value for point in points},
+            evaluated={(point.key, point.step): point.value for point in points if point.key != "progress"},
             sampled={int(images) for images in re.findall(r"samples.step.(\d+)", pictures)},
         )
 

@@ -1,4 +1,7 @@
-# One table and its figures.
+# One table, its figures, the verdict, and the pages of the report.
+
+
+report: "../report/workflow.rst"
 
 
 localrules:
@@ -6,6 +9,7 @@ localrules:
     metrics,
     verdict,
     figures,
+    pages,
 
 
 rule collect:
@@ -29,7 +33,12 @@ rule metrics:
     input:
         expand("results/{study}/metrics.csv", study=EXPERIMENTS),
     output:
-        "reports/metrics.csv",
+        report(
+            "reports/metrics.csv",
+            caption="../report/metrics.rst",
+            category="2. Curves",
+            labels={"content": "Numbers (CSV)"},
+        ),
     log:
         "results/metrics.log",
     conda:
@@ -44,9 +53,19 @@ rule verdict:
     input:
         metrics="reports/metrics.csv",
     output:
-        speedups="reports/speedup.csv",
+        speedups=report(
+            "reports/speedup.csv",
+            caption="../report/speedup.rst",
+            category="1. Verdict",
+            labels={"content": "Numbers (CSV)"},
+        ),
         verdict="reports/verdict.md",
-        forest="reports/speedups.png",
+        forest=report(
+            "reports/speedups.png",
+            caption="../report/forest.rst",
+            category="1. Verdict",
+            labels={"content": "Forest plot"},
+        ),
     log:
         "results/verdict.log",
     conda:
@@ -68,10 +87,25 @@ rule figures:
         speedups="reports/speedup.csv",
         previews=[path for study in EXPERIMENTS for path in checkpoint_files(study, "preview.png")],
     output:
-        curves="reports/fid_curves.png",
+        curves=report(
+            "reports/fid_curves.png",
+            caption="../report/curves.rst",
+            category="2. Curves",
+            labels={"content": "Curves"},
+        ),
         curves_svg="reports/fid_curves.svg",
-        samples="reports/samples.png",
-        schedules="reports/schedules.png",
+        samples=report(
+            "reports/samples.png",
+            caption="../report/samples.rst",
+            category="3. Samples",
+            labels={"content": "Samples"},
+        ),
+        schedules=report(
+            "reports/schedules.png",
+            caption="../report/schedules.rst",
+            category="4. Schedules",
+            labels={"content": "Schedules"},
+        ),
         schedules_svg="reports/schedules.svg",
     log:
         "results/figures.log",
@@ -90,3 +124,53 @@ rule figures:
         "Draw the figures"
     script:
         "../scripts/figures.py"
+
+
+rule pages:
+    input:
+        metrics="reports/metrics.csv",
+        verdict="reports/verdict.md",
+        manifests=[dataset_files(e)["manifest"] for e in EXPERIMENTS.values()],
+        provenances=[path for study in EXPERIMENTS for path in checkpoint_files(study, "provenance.json")],
+    output:
+        verdict=report(
+            "reports/pages/verdict.html",
+            caption="../report/verdict.rst",
+            category="1. Verdict",
+            labels={"content": "Answer and tables"},
+        ),
+        data=report(
+            "reports/pages/data.html",
+            caption="../report/data.rst",
+            category="6. Data",
+            labels={"content": "Datasets"},
+        ),
+        provenance=report(
+            "reports/pages/provenance.html",
+            caption="../report/provenance.rst",
+            category="7. Provenance",
+            labels={"content": "Provenance"},
+        ),
+        cost=report(
+            "reports/pages/cost.html",
+            caption="../report/cost.rst",
+            category="8. Cost",
+            labels={"content": "Training time"},
+        ),
+    log:
+        "results/pages.log",
+    conda:
+        "../../environment.yml"
+    params:
+        studies={
+            study: {
+                "manifest": str(dataset_files(e)["manifest"]),
+                "provenances": [str(path) for path in checkpoint_files(study, "provenance.json")],
+                "experiment": (Path(workflow.basedir) / "experiments" / f"{study}.yaml").read_text(),
+            }
+            for study, e in EXPERIMENTS.items()
+        },
+    message:
+        "Write the pages of the report"
+    script:
+        "../scripts/pages.py"
