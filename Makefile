@@ -19,7 +19,7 @@ dry-run: $(READY)  ## what `make figure` would do
 
 report: $(READY)  ## all of it in one file for a browser: reports/report.html
 	snakemake --cores all --config experiments=$(EXPERIMENTS)
-	snakemake --report reports/report.html --report-html-stylesheet-path workflow/report/report.css \
+	snakemake --report reports/report.html --report-stylesheet workflow/report/report.css \
 	  --config experiments=$(EXPERIMENTS)
 
 ui: $(READY)  ## browse the runs in MLflow, at http://127.0.0.1:5000

@@ -129,11 +129,14 @@ def test_mlflow_knows_each_run_and_step_once(finished):
 def test_the_report_is_one_file_that_tells_the_story_in_order(project):
     done = snakemake(project, "--config", "tracking=off", target="all")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = snakemake(project, "--report", "reports/report.html", target="all")
+    done = snakemake(
+        project, "--report", "reports/report.html", "--report-stylesheet", "workflow/report/report.css", target="all"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = (project / "reports/report.html").read_text()
     chapters = ["1. Verdict", "2. Curves", "3. Samples", "4. Schedules", "6. Data", "7. Provenance", "8. Cost"]
     assert sorted(set(re.findall(r"\d\. [A-Z][a-z]+(?=\")", report))) == chapters
+    assert "Figures fit the window" in report
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", report)
 
 

@@ -272,12 +272,11 @@ def _paired(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
 
 
 def _compare_levels(pairs: _Pairs, quantity: str, levels: np.ndarray) -> pd.DataFrame:
-    """Advantages in level; `levels` [S, 2]."""
-    kept = np.where(pairs.lost.any(axis=1, keepdims=True), np.nan, levels)
-    advantage = kept[:, 0] - kept[:, 1]
+    """Advantages in level; `levels` [S, 2], NaN for runs that diverged."""
+    advantage = levels[:, 0] - levels[:, 1]
     used = ~np.isnan(advantage)
-    mean = kept[used].mean(axis=0) if used.any() else np.full(2, np.nan)
-    values = from_level(np.vstack([kept, mean]), pairs.metric, pairs.scale)
+    mean = levels[used].mean(axis=0) if used.any() else np.full(2, np.nan)
+    values = from_level(np.vstack([levels, mean]), pairs.metric, pairs.scale)
     return _table(pairs, quantity, np.nan, values, (advantage, advantage), t_interval(advantage[used]))
 
 
