@@ -120,11 +120,18 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
         centred = x - mean
         cross = centred @ root.T / math.sqrt(n - 1)
         variance = centred.square().sum() / (n - 1)
-        eigenvalues, vectors = torch.linalg.eigh(cross @ cross.T)
+        gram = cross @ cross.T
     else:
         covariance = _covariance(x, mean)
         variance = covariance.trace()
-        eigenvalues, vectors = torch.linalg.eigh(root @ covariance @ root.T)
+        gram = root @ covariance @ root.T
+    traces = shift.square().sum() + variance + root.square().sum()
+    if not with_influences:
+        # Without vectors it takes half the time, and serves unless some value is too small.
+        eigenvalues = torch.linalg.eigvalsh(gram)
+        if eigenvalues[0] >= SMALL_EIGENVALUE * eigenvalues[-1]:
+            return max((traces - 2 * eigenvalues.sqrt().sum()).item(), 0.0), None
+    eigenvalues, vectors = torch.linalg.eigh(gram)
     small = eigenvalues < SMALL_EIGENVALUE * eigenvalues[-1]
     s, vectors, small_vectors = eigenvalues[~small].sqrt(), vectors[:, ~small], vectors[:, small]
     if low_rank:
@@ -133,7 +140,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
         projection = root.T @ small_vectors / math.sqrt(n - 1)
         small_cross = torch.cat([c @ projection for c in _centred(x, mean)])
     nuclear_norm = s.sum() + torch.linalg.svdvals(small_cross).sum()
-    distance = max((shift.square().sum() + variance + root.square().sum() - 2 * nuclear_norm).item(), 0.0)
+    distance = max((traces - 2 * nuclear_norm).item(), 0.0)
     if not with_influences:
         return distance, None
     if low_rank:
