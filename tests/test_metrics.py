@@ -45,8 +45,12 @@ def test_fd_agrees_with_torch_fidelity(n, m, d):
     assert frechet(a, fit_gaussian(b)).value == pytest.approx(expected, rel=1e-6)
 
 
-def test_fd_agrees_with_the_matrix_square_root():
-    a, b = correlated(500, 20, seed=0).astype(float), correlated(400, 20, seed=1).astype(float) * 1.5
+@pytest.mark.parametrize("steepness", [0.0, 1.0])
+def test_fd_agrees_with_the_matrix_square_root(steepness):
+    # A flat spectrum needs no eigenvectors, a steep one does.
+    rng, scales = np.random.default_rng(3), np.logspace(0, -3 * steepness, 20)
+    a, b = rng.standard_normal((500, 20)) * scales, 1.5 * rng.standard_normal((400, 20)) * scales
+    b[:, 1] += 0.5 * b[:, 0]
     s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     expected = mean + np.trace(s_a + s_b - 2 * scipy.linalg.sqrtm(s_a @ s_b).real)
