@@ -41,14 +41,15 @@ PREVIEW_GAP = 1  # pixels
 
 def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
     """The untrained net of a run and its noise schedule."""
-    return _net(config.dataset.image_size, config.model), _noise_schedule(config.diffusion)
+    return _net(config.dataset.image_size, config.model), noise_schedule(config.diffusion)
 
 
 def _net(image_size: int, model: Model) -> UNet:
     return UNet(image_size=image_size, **model.model_dump())
 
 
-def _noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
+def noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
+    """The noise schedule of a run."""
     return NoiseSchedule(SCHEDULES[diffusion.schedule](diffusion.timesteps))
 
 
@@ -88,7 +89,7 @@ def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise StudyError(f"{path}: not a whole checkpoint ({reason}): delete it and start again") from None
-    schedule = _noise_schedule(config.diffusion)
+    schedule = noise_schedule(config.diffusion)
     return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"])
 
 
@@ -127,7 +128,7 @@ def load_published(
     attention = {"head_channels": head_channels, "heads": heads}
     try:
         section = infer_model(shapes, image_size, {name: n for name, n in attention.items() if n is not None})
-        noise_schedule = _noise_schedule(Diffusion(schedule=schedule, timesteps=timesteps))
+        process = noise_schedule(Diffusion(schedule=schedule, timesteps=timesteps))
     except ValueError as error:
         raise StudyError(f"{path}: {in_words(error)}") from None
     with torch.device("meta"):
@@ -140,7 +141,7 @@ def load_published(
                 f"{path}: {key} is {there}, but {wanted} in the net that the other keys describe: only nets in the "
                 "layout of guided-diffusion can be read"
             )
-    return Checkpoint(_filled(model, weights, device), noise_schedule, image_size)
+    return Checkpoint(_filled(model, weights, device), process, image_size)
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

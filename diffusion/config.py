@@ -98,6 +98,11 @@ class Density(Choice):
     logit_normal: LogitNormal | None = None
     speed: SpeedDensity | None = None
 
+    @property
+    def learnt(self) -> bool:
+        """Whether it follows the losses during training."""
+        return self.loss_second_moment is not None
+
 
 class Weight(Choice):
     """Weight over timesteps; the functions are in `diffusion.losses`."""
@@ -202,7 +207,7 @@ class Scheme(Section):
     @property
     def corrected(self) -> bool:
         if self.importance_corrected is None:
-            return self.timesteps.chosen[0] == "loss_second_moment"
+            return self.timesteps.learnt
         return self.importance_corrected
 
 
@@ -405,7 +410,7 @@ class Experiment(Section):
             target = self.arms.get(arm.match)
             if target is None or target.match:
                 raise ValueError(f"arms.{name}.match: {arm.match} must be another arm that is not matched itself")
-            if target.timesteps.chosen[0] == "loss_second_moment":
+            if target.timesteps.learnt:
                 raise ValueError(f"arms.{name}.match: the density of {arm.match} changes: match an arm whose stays")
         for key in ("timesteps", "mse_weight", "vb_weight"):
             tau = getattr(arm, key).chosen[1].get("tau", 0)

@@ -98,43 +98,37 @@ def reference_key(
     count: int | None = None,
     seed: int = 0,
 ) -> dict[str, str | int | None]:
-    """What determines the numbers of a reference: the images, which of them, and the extractor."""
-    which = {"dataset_sha256": dataset_sha256, "part": part, "held_out": held_out, "count": count, "seed": seed}
-    return which | extractor.identity
-
-
-def make_reference(
-    images: np.ndarray,
-    extractor: nn.Module,
-    dataset_sha256: str,
-    part: str = "train",
-    held_out: int = 0,
-    count: int | None = None,
-    seed: int = 0,
-) -> Reference:
-    """The reference of images uint8 [N, H, W, 3].
+    """What determines the numbers of a reference: the images, which of them, and the extractor.
 
     Args:
         part: "train" takes the images that training sees, "held_out" those kept from it: see `diffusion.data.split`.
         held_out: how many are kept.
         count: so many of that part, the first of a permutation drawn from seed; None takes all.
+    """
+    which = {"dataset_sha256": dataset_sha256, "part": part, "held_out": held_out, "count": count, "seed": seed}
+    return which | extractor.identity
+
+
+def make_reference(images: np.ndarray, extractor: nn.Module, key: dict[str, str | int | None]) -> Reference:
+    """The reference of images uint8 [N, H, W, 3] that its `reference_key` describes.
 
     Raises:
         StudyError: that part has fewer images than `count`, or than two; or as `extract_features` does.
     """
-    training, kept = split(len(images), held_out)
-    indices = training if part == "train" else kept
-    if not 2 <= (len(indices) if count is None else count) <= len(indices):
+    training, kept = split(len(images), key["held_out"])
+    indices = training if key["part"] == "train" else kept
+    count = len(indices) if key["count"] is None else key["count"]
+    if not 2 <= count <= len(indices):
         raise StudyError(
-            f"A reference of {len(indices) if count is None else count} images cannot be drawn from {len(indices)} "
-            f"({part}): ask for 2 to {len(indices)} in evaluate.reference_images, or change dataset.held_out."
+            f"A reference of {count} images cannot be drawn from {len(indices)} ({key['part']}): ask for 2 to "
+            f"{len(indices)} in evaluate.reference_images, or change dataset.held_out."
         )
     # Sorted: read in the order of the file.
-    chosen = np.sort(np.random.default_rng(seed).permutation(indices)[:count])
+    chosen = np.sort(np.random.default_rng(key["seed"]).permutation(indices)[:count])
     features = extract_features(images, extractor, indices=chosen)
     # Copies are told from new images by the images that training did not see.
-    held_out_features = extract_features(images, extractor, indices=kept) if part == "train" and len(kept) else None
-    key = reference_key(extractor, dataset_sha256, part, held_out, count, seed)
+    tells_copies = key["part"] == "train" and len(kept)
+    held_out_features = extract_features(images, extractor, indices=kept) if tells_copies else None
     return reference_of(features, key, held_out_features)
 
 

@@ -137,9 +137,9 @@ class TrainState:
             self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
         )
         self.tables = scheme_tables(self.schedule, run.scheme, run.match).to(self.device)
-        name, parameters = run.scheme.timesteps.chosen
         self.history = None
-        if name == "loss_second_moment":
+        if run.scheme.timesteps.learnt:
+            _, parameters = run.scheme.timesteps.chosen
             self.history = LossHistory(self.schedule.timesteps, **parameters, device=self.device)
         self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
         self.meter = Meter(self.device)
@@ -269,9 +269,10 @@ def train_step(state: TrainState, images: Tensor) -> None:
 
     state.optimizer.zero_grad(set_to_none=True)
     mine = parallel.share(size)
+    micro_batch = train.micro_batch or len(mine)
     terms = torch.zeros(2, size, device=device)
-    for first in range(mine.start, mine.stop, train.micro_batch or len(mine)):
-        i = slice(first, min(first + (train.micro_batch or len(mine)), mine.stop))
+    for first in range(mine.start, mine.stop, micro_batch):
+        i = slice(first, min(first + micro_batch, mine.stop))
         with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
             output = state.model(x_t[i], t[i])
         losses = hybrid_loss(schedule, output.float(), x_start[i], x_t[i], t[i], noise[i])

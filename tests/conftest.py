@@ -1,4 +1,26 @@
+import pytest
 import torch
+from made import scenes
 
 # Results do not depend on the machine's core count, and tests run side by side do not fight.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def extractor():
+    from diffusion.features import load_extractor
+    from diffusion.weights import LITE0
+
+    return load_extractor(LITE0, "cpu")
+
+
+@pytest.fixture(scope="session")
+def real():
+    return scenes(48, seed=0)
+
+
+@pytest.fixture(scope="session")
+def real_features(real, extractor):
+    from diffusion.features import extract_features
+
+    return extract_features(real, extractor)

@@ -6,8 +6,8 @@ import zipfile
 
 import numpy as np
 import pytest
+from made import scenes
 from PIL import Image
-from test_evaluation import scenes
 from test_features import write_random_inception
 
 from diffusion import StudyError

@@ -6,36 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from made import correlated
 from torch import nn
 
 import diffusion.weights as weights
 from diffusion import StudyError
 from diffusion.data import split
 from diffusion.evaluation import evaluate, load_reference, make_reference, reference_key, reference_of
-from diffusion.features import extract_features, load_extractor
+from diffusion.features import extract_features
 from diffusion.metrics import mean_kernel, neighbour_radii
 from diffusion.weights import LITE0
-
-
-def correlated(n: int, d: int, seed: int) -> np.ndarray:
-    """Features [n, d] float32 with a mean, and a spectrum over three decades as real features have."""
-    mixing = np.random.default_rng(99).standard_normal((d, d)) * np.logspace(0, -3, d)[:, None]
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((n, d)) @ mixing + rng.random(d)).astype(np.float32)
-
-
-def scenes(n: int, seed: int, size: int = 32) -> np.ndarray:
-    """Images uint8 [n, size, size, 3]: a coloured disc and a bar on a gradient."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    images = np.empty((n, size, size, 3), np.uint8)
-    for image in images:
-        colours = rng.random((3, 3))
-        canvas = colours[0] * (x * rng.random() + y * rng.random())[..., None]
-        canvas[(x - rng.random()) ** 2 + (y - rng.random()) ** 2 < 0.06] = colours[1]
-        canvas[np.abs(x - rng.random()) < 0.05] = colours[2]
-        image[:] = (canvas.clip(0, 1) * 255).round()
-    return images
 
 
 def values(features: np.ndarray, reference, *metrics: str) -> list[float]:
@@ -54,27 +34,12 @@ class Pixels(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) * self.scale
 
 
-@pytest.fixture(scope="module")
-def extractor():
-    return load_extractor(LITE0, "cpu")
-
-
-@pytest.fixture(scope="module")
-def real():
-    return scenes(48, seed=0)
-
-
-@pytest.fixture(scope="module")
-def real_features(real, extractor):
-    return extract_features(real, extractor)
-
-
 # The reference
 
 
 def test_reference_survives_saving(real, real_features, extractor, tmp_path):
     sha256 = hashlib.sha256(real.tobytes()).hexdigest()
-    reference = make_reference(real, extractor, sha256, count=12)
+    reference = make_reference(real, extractor, reference_key(extractor, sha256, count=12))
     chosen = np.sort(np.random.default_rng(0).permutation(len(real))[:12])
     np.testing.assert_allclose(reference.features, real_features[chosen], rtol=1e-4, atol=1e-4)
     covariance = np.cov(reference.features.astype(np.float64), rowvar=False)
@@ -115,10 +80,10 @@ def test_held_out_images_are_a_reference_of_their_own(real):
     assert set(held_out) < set(split(len(real), 11)[1])
     pixels = Pixels()
     all_features = extract_features(real, pixels)
-    kept = make_reference(real, pixels, "", "held_out", held_out=10)
+    kept = make_reference(real, pixels, reference_key(pixels, "", "held_out", held_out=10))
     np.testing.assert_array_equal(kept.features, all_features[held_out])
     assert len(kept.held_out_distances) == 0
-    seen = make_reference(real, pixels, "", held_out=10)
+    seen = make_reference(real, pixels, reference_key(pixels, "", held_out=10))
     np.testing.assert_array_equal(seen.features, all_features[training])
     np.testing.assert_array_equal(
         seen.held_out_distances, neighbour_radii(all_features[held_out], all_features[training], k=1)
@@ -156,7 +121,7 @@ def test_damaged_references_are_refused(tmp_path):
 )
 def test_reference_needs_enough_images(real, arguments, told):
     with pytest.raises(StudyError, match=told):
-        make_reference(real, Pixels(), "", **arguments)
+        make_reference(real, Pixels(), reference_key(Pixels(), "", **arguments))
 
 
 # The rows

@@ -22,35 +22,6 @@ from diffusion.weights import INCEPTION, LITE0, SOURCES, check_weights, hub_dire
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def scenes(n: int, seed: int, size: int = 32) -> np.ndarray:
-    """Images uint8 [n, size, size, 3]: a coloured disc and a bar on a gradient."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    images = np.empty((n, size, size, 3), np.uint8)
-    for image in images:
-        colours = rng.random((3, 3))
-        canvas = colours[0] * (x * rng.random() + y * rng.random())[..., None]
-        canvas[(x - rng.random()) ** 2 + (y - rng.random()) ** 2 < 0.06] = colours[1]
-        canvas[np.abs(x - rng.random()) < 0.05] = colours[2]
-        image[:] = (canvas.clip(0, 1) * 255).round()
-    return images
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return load_extractor(LITE0, "cpu")
-
-
-@pytest.fixture(scope="module")
-def real():
-    return scenes(48, seed=0)
-
-
-@pytest.fixture(scope="module")
-def real_features(real, extractor):
-    return extract_features(real, extractor)
-
-
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
     """A file of random weights for torch-fidelity's Inception, for machines without the published ones."""
@@ -170,11 +141,11 @@ def test_altered_weights_are_refused(monkeypatch):
 def test_lite0_does_without_torch_fidelity():
     program = """if True:
         import sys, numpy as np
-        from diffusion.evaluation import evaluate, make_reference
+        from diffusion.evaluation import evaluate, make_reference, reference_key
         from diffusion.features import extract_features, load_extractor
         images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
         extractor = load_extractor("efficientnet-lite0", "cpu")
-        reference = make_reference(images, extractor, "")
+        reference = make_reference(images, extractor, reference_key(extractor, ""))
         features = extract_features(images, extractor)
         assert evaluate(features, reference, ["fd"])[0].value < 1e-6
         assert not {"torch_fidelity", "torchvision", "scipy"} & sys.modules.keys()

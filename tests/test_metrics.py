@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+from made import correlated
 
 import diffusion.metrics as metrics
 from diffusion import StudyError
@@ -22,14 +23,6 @@ from diffusion.metrics import (
     neighbour_radii,
     precision_recall,
 )
-
-
-def correlated(n: int, d: int, seed: int) -> np.ndarray:
-    """Features [n, d] float32 with a mean, and a spectrum over three decades as real features have."""
-    mixing = np.random.default_rng(99).standard_normal((d, d)) * np.logspace(0, -3, d)[:, None]
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((n, d)) @ mixing + rng.random(d)).astype(np.float32)
-
 
 # Frechet distance
 

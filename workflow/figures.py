@@ -16,13 +16,13 @@ from scipy.stats import t as student_t
 
 from diffusion import StudyError
 from diffusion.files import replacing
+from diffusion.weights import INCEPTION, LITE0
 from workflow.statistics import middle_threshold
 from workflow.tables import DISTANCES, LOWER_IS_BETTER, diverged
 
-INCEPTION = "inception-v3-compat"
 FEATURE_NAMES = {
     INCEPTION: "Inception-v3",
-    "efficientnet-lite0": "EfficientNet-Lite0",
+    LITE0: "EfficientNet-Lite0",
     "dinov2-vit-b-14": "DINOv2 ViT-B/14",
     "clip-vit-b-32": "CLIP ViT-B/32",
 }
@@ -243,7 +243,7 @@ def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], rat
 def _mark_crossings(
     ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Mapping[str, object]]
 ) -> list[str]:
-    """Mark the middle threshold of each comparison, and where runs come to it to stay; returns that in words."""
+    """Mark the middle threshold of each comparison, and where the falling fits of runs cross it; returns that in words."""
     marked = {}
     for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
         threshold = middle_threshold(rows)
@@ -253,7 +253,7 @@ def _mark_crossings(
             seen = times[np.isfinite(times)]
             ax.plot(seen, np.full(len(seen), threshold), "|", markersize=13, color=styles[arm]["color"], zorder=5)
         ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
-    return [f"Dotted: threshold {', '.join(marked)}; ticks: seeds that come to it to stay."] if marked else []
+    return [f"Dotted: threshold {', '.join(marked)}; ticks: where each seed, smoothed, crosses it."] if marked else []
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

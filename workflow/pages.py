@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from workflow.verdict import markdown_table
+from workflow.tables import markdown_table
 
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; color: #1a1a1a; }

@@ -14,6 +14,7 @@ import pandas as pd
 from diffusion import StudyError
 from workflow.figures import metric_name
 from workflow.statistics import POWER, cautious_sd, compare_pair, noise_floor, over_seeds, seeds_needed
+from workflow.verdict import effect_size
 
 logger = logging.getLogger("workflow.plan")
 
@@ -35,28 +36,24 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
             "train more seeds."
         )
     average, noise = over_seeds(table, "average"), noise_floor(table)
-    logs = average["scale"] == "log"
+    scale = average["scale"]
+    wanted = np.log1p(effect) if scale == "log" else effect
     trained = metrics[metrics["arm"].isin([baseline, candidate])].groupby(["arm", "seed"])["seconds"].max()
     hours = trained.groupby("arm").mean().sum() / 3600  # of one pair
     lines = [
         f"Pilot: {pairs} pairs, {metric_name(average['features'], average['metric'])}, "
         f"{average['first_images']:,.0f} to {average['last_images']:,.0f} images; the paired difference of the average "
-        f"has a standard deviation of {_size(noise.paired, logs)} over seeds.",
-        f"To show a difference of {_size(np.log1p(effect) if logs else effect, logs)} with {100 * POWER:.0f}% power "
-        "(two-sided, 5%):",
+        f"has a standard deviation of {effect_size(noise.paired, scale)} over seeds.",
+        f"To show a difference of {effect_size(wanted, scale)} with {100 * POWER:.0f}% power (two-sided, 5%):",
     ]
     cases = (("if that is the true spread", noise.paired), ("to be safe", cautious_sd(noise.paired, pairs)))
     for case, sd in cases:
-        seeds = seeds_needed(np.log1p(effect) if logs else effect, sd)
+        seeds = seeds_needed(wanted, sd)
         lines.append(
-            f"  {seeds} seeds, {seeds * hours:,.1f} hours of training in both arms, {case} ({_size(sd, logs)})"
+            f"  {seeds} seeds, {seeds * hours:,.1f} hours of training in both arms, {case} ({effect_size(sd, scale)})"
         )
     lines.append("Hours are training seconds of the pilot, one run at a time; sampling and evaluation come on top.")
     return "\n".join(lines)
-
-
-def _size(value: float, logs: bool) -> str:
-    return f"{100 * np.expm1(value):.2g}%" if logs else f"{value:.2g}"
 
 
 def _effect(text: str) -> float:

@@ -9,9 +9,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusion import Stopped, StudyError
 from diffusion.config import RunConfig
@@ -48,6 +45,11 @@ def train(segment: Segment, processes: int) -> None:
         raise StudyError(
             f"processes: {processes} need a GPU each, and torch finds {torch.cuda.device_count()}: ask for fewer"
         )
+    # Late: they cost every job of one process a second.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     # Its table of failed processes repeats what they said themselves.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(

@@ -1,6 +1,7 @@
 """The long table of metrics: one row per checkpoint, features and metric."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -38,3 +39,8 @@ def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
 def diverged(rows: pd.DataFrame) -> pd.Series:
     """Which rows of the long table lack a value because their run diverged. Boolean, one per row."""
     return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")
+
+
+def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown, of anything that can be written."""
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])

@@ -33,6 +33,7 @@ from PIL import Image
 from diffusion import StudyError
 from diffusion.config import TRAIN_VERSION, Choice, Experiment, RunConfig, Scheme, load_experiment
 from workflow import layout
+from workflow.tables import markdown_table
 
 logger = logging.getLogger("workflow.tracking")
 
@@ -124,9 +125,8 @@ def standings(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
         return ""
     names = [f"{name.removeprefix('eval/')}, {images:,} images" for name, images in newest.items()]
     means = {arm: [fmean(run[at] for run in runs) for at in newest.items()] for arm, runs in arms.items()}
-    rows = [["mean over seeds", *names], ["---"] * (1 + len(names))]
-    rows += [[arm, *(f"{value:.4g}" for value in values)] for arm, values in means.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[arm, *(f"{value:.4g}" for value in values)] for arm, values in means.items()]
+    return markdown_table(["mean over seeds", *names], rows)
 
 
 def answer(verdict: str, study: str) -> str:

@@ -19,7 +19,7 @@ from workflow.statistics import (
     seeds_needed,
     verdict,
 )
-from workflow.tables import LOWER_IS_BETTER, diverged
+from workflow.tables import LOWER_IS_BETTER, diverged, markdown_table
 
 EFFECTS = (0.01, 0.02, 0.05)
 LEGEND = """\
@@ -30,13 +30,12 @@ METHOD = """\
   difference over seeds, of logs for distances and times.
 - The primary endpoint is the average over training images (trapezoids, first trained to last common checkpoint). One
   comparison is primary, declared in the study; the others are secondary, not corrected for their number.
-- A threshold is reached where the metric comes to it to stay. Between checkpoints its log is linear in the log of
-  images. Unless the study declares them, thresholds lie at 1/4, 1/2 and 3/4 of the baseline's own way, in logs, from
+- A threshold is reached where the metric, smoothed so that it never gets worse (isotonic fit of each run), comes to
+  it. Between checkpoints its log is linear in the log of images. Unless the study declares them, thresholds lie at 1/4, 1/2 and 3/4 of the baseline's own way, in logs, from
   its first trained checkpoint to its last: the candidate has no say in them.
 - A run that does not reach a threshold is censored, not dropped: of its pair a bound is known. To the side where pairs
   are open the interval ends by the sign test, with fewer than six seeds nowhere; to the other side it rests on the
   known pairs, in the worst place of the open ones.
-- Where a checkpoint's noise exceeds its progress, crossings come late and speed-ups are biased: trust the average.
 - A diverged run reaches no threshold; its pair is left out of averages. No verdict favours the arm that diverged more.
 - Seconds are training time as measured, without sampling and evaluation. Where jobs shared cores or a GPU they compare
   loosely.
@@ -119,7 +118,7 @@ def _reach(table: pd.DataFrame) -> str:
     average, noise = over_seeds(table, "average"), noise_floor(table)
     if np.isnan(noise.paired):
         return ""
-    smallest = _effect(detectable(noise.paired, average["pairs"]), average["scale"])
+    smallest = effect_size(detectable(noise.paired, average["pairs"]), average["scale"])
     return (
         f"With this noise, {_count(average['pairs'], 'seed')} would show a difference of {smallest} in "
         f"{100 * POWER:.0f}% of such studies."
@@ -166,7 +165,7 @@ def _noise_floor(groups: list[pd.DataFrame]) -> str:
         if np.isnan(noise.paired):
             rows.append([*_names(average), pairs, *["–"] * (3 + len(EFFECTS))])
             continue
-        floor = [_effect(of, scale) for of in (noise.between, noise.paired, detectable(noise.paired, pairs))]
+        floor = [effect_size(of, scale) for of in (noise.between, noise.paired, detectable(noise.paired, pairs))]
         cautious = cautious_sd(noise.paired, pairs)
         seeds = [
             f"{_seeds(effect, noise.paired)} ({_seeds(effect, cautious)})" if scale == "log" else "–"
@@ -187,10 +186,6 @@ def _diverged(metrics: pd.DataFrame) -> str:
     runs = metrics[diverged(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     told = [f"- `{run.arm}` seed {run.seed}: {run.reason}" for run in runs.itertuples()]
     return "### Diverged runs\n\n" + ("\n".join(told) or "None.")
-
-
-def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 # --- Numbers in words ---------------------------------------------------------------------------------------
@@ -231,7 +226,7 @@ def _with_interval(row: pd.Series, text: Callable[[float], str], mirrored: bool)
     return interval if np.isnan(row["effect"]) else f"{text(row['effect'])} ({interval})"
 
 
-def _effect(value: float, scale: str) -> str:
+def effect_size(value: float, scale: str) -> str:
     """The size of an effect without sign."""
     return f"{100 * np.expm1(value):.2g}%" if scale == "log" else f"{value:.2g}"
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from diffusion.checkpoint import noise_schedule
 from diffusion.config import RunConfig
-from diffusion.gaussian import SCHEDULES, NoiseSchedule
+from diffusion.gaussian import NoiseSchedule
 from diffusion.training import Tables, scheme_tables
 from workflow.figures import fid_curves, samples_grid
 from workflow.jobs import job
@@ -34,8 +35,8 @@ with job(snakemake):
     adaptive = []
     for study, arm, content in snakemake.params.runs:
         run = RunConfig.model_validate_json(content)
-        schedule = NoiseSchedule(SCHEDULES[run.diffusion.schedule](run.diffusion.timesteps))
+        schedule = noise_schedule(run.diffusion)
         studies.setdefault(study, (schedule, {}))[1][arm] = scheme_tables(schedule, run.scheme, run.match)
-        if run.scheme.timesteps.chosen[0] == "loss_second_moment":
+        if run.scheme.timesteps.learnt:
             adaptive.append((study, arm))
     draw_schedules(studies, [Path(output.schedules), Path(output.schedules_svg)], adaptive)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from diffusion.data import load_images
-from diffusion.evaluation import make_reference
+from diffusion.evaluation import make_reference, reference_key
 from diffusion.features import load_extractor
 from workflow.jobs import job, use_torch
 
@@ -14,4 +14,5 @@ with job(snakemake):
     images = load_images(Path(snakemake.input.images).parent)
     sha256 = json.loads(Path(snakemake.input.manifest).read_text())["sha256"]
     extractor = load_extractor(params.features, device, **params.weights.get(params.features, {}))
-    make_reference(images, extractor, sha256, **params.reference).save(snakemake.output[0])
+    key = reference_key(extractor, sha256, **params.reference)
+    make_reference(images, extractor, key).save(snakemake.output[0])
