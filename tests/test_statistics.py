@@ -14,6 +14,7 @@ from workflow.statistics import (
     censored_interval,
     compare_pair,
     detectable,
+    falling,
     log_speedup,
     noise_floor,
     power,
@@ -152,9 +153,25 @@ def test_before_the_first_trained_checkpoint_the_level_is_linear():
 
 def test_a_crossing_counts_when_it_lasts():
     images = np.array([100.0, 200, 300, 400, 500])
-    for dips, expected in (([5, 1, 5, 3, 1], np.sqrt(400 * 500)), ([5, 1, 2, 1, 2], 100 * 2 ** (3 / 4))):
-        np.testing.assert_allclose(time_to_threshold(np.array(dips, float), images, 2.0), expected)
-    assert time_to_threshold(np.array([5.0, 1, 1, 1, 3]), images, 2.0) == (500, np.inf)
+    early_dip = time_to_threshold(np.array([5.0, 1, 5, 3, 1]), images, 2.0)
+    np.testing.assert_allclose(early_dip, np.sqrt(400 * 500))  # pooled to 5, 3, 3, 3, 1
+    noisy_stay = time_to_threshold(np.array([5.0, 1, 2.2, 1, 2]), images, 2.0)
+    np.testing.assert_allclose(noisy_stay, 100 * 2 ** (3 / (5 - 1.6)))
+    assert time_to_threshold(np.array([5.0, 1, 1, 4, 4]), images, 2.0) == (500, np.inf)
+
+
+def test_the_falling_fit_is_the_nearest_curve_that_never_rises():
+    level = np.random.default_rng(0).normal(size=(20, 6))
+    fit = falling(level)
+    assert (np.diff(fit) <= 0).all() and (np.diff(level) > 0).any(axis=1).all()
+    for curve, found in zip(level, fit, strict=True):
+        means = np.array([[curve[a : b + 1].mean() if a <= b else np.nan for b in range(6)] for a in range(6)])
+        # the min-max formula of isotonic regression (Barlow et al. 1972)
+        expected = [min(max(means[a, b] for b in range(k, 6)) for a in range(k + 1)) for k in range(6)]
+        np.testing.assert_allclose(found, expected)
+    np.testing.assert_array_equal(falling(np.array([3.0, 2, 2, 1])), [3, 2, 2, 1])
+    np.testing.assert_array_equal(falling(np.array([1.0, 3, np.nan])), [2, 2, np.nan])
+    np.testing.assert_array_equal(falling(np.array([np.nan, np.nan])), [np.nan, np.nan])
 
 
 def test_censoring_at_both_ends_and_after_a_divergence():
@@ -372,12 +389,14 @@ def test_noise_floor_is_the_spread_of_seeds():
 
 
 @pytest.mark.parametrize("seeds", coverage.SEEDS)
-@pytest.mark.parametrize("noise", ["2%, paired", "5%, paired"])
-@pytest.mark.parametrize("speedup", [1.0, 1.5])
+@pytest.mark.parametrize(
+    ("noise", "speedup"),
+    [("2%, paired", 1.0), ("5%, paired", 1.5), ("14%, as published (Flowers)", 1.0), ("14%, as published (Flowers)", 2.0)],
+)
 def test_finite_pairs_are_covered_as_promised(seeds, noise, speedup):
-    rng = np.random.default_rng(seeds)
-    found = coverage.coverage(rng, 2000, seeds, speedup, coverage.NOISES[noise], 0.5)
-    assert found.censored.mean() < 0.01 and np.isfinite(found.reach).all()
+    found = coverage.coverage(np.random.default_rng(seeds), 2000, seeds, speedup, coverage.NOISES[noise], 0.5)
+    assert found.censored.mean() < 0.15
+    assert 0.93 <= found.covered[~found.censored].mean() <= 0.97
     assert 0.93 <= found.covered.mean() <= 0.97
 
 

@@ -5,8 +5,8 @@ positive where the candidate is better:
 
 - a metric is taken as a *level*, lower is better: the log of a distance, minus a share (precision, recall). An
   advantage in level is that of the baseline minus that of the candidate;
-- a time is the training images, or the training seconds, until the level is at a threshold for good. An advantage
-  in time is the log of the speed-up, time of the baseline over time of the candidate.
+- a time is the training images, or the training seconds, until the level, smoothed so that it never rises, comes to
+  a threshold. An advantage in time is the log of the speed-up, time of the baseline over time of the candidate.
 
 The primary endpoint is the advantage in level, averaged over the images that both arms cover.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
+from scipy.optimize import brentq, isotonic_regression
 from scipy.stats import binom, chi2, ncf
 from scipy.stats import t as student_t
 
@@ -109,21 +109,40 @@ def _pivot_quantile(size: int, without: int) -> float:
 # --- Curves -------------------------------------------------------------------------------------------------
 
 
-def time_to_threshold(level: np.ndarray, axis: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where a curve comes to a threshold to stay, as bounds (low, high), equal where the crossing is seen.
+def falling(level: np.ndarray) -> np.ndarray:
+    """The nearest curves that never rise: least-squares isotonic fits of [..., K] over the last axis.
 
-    Between trained checkpoints the level is linear in the log of the axis, as it is on a power law, and from the
-    untrained net to the first one linear in the axis. (Linear in images throughout, on power laws with ten
-    checkpoints, speed-ups came out up to 4% too small.) A curve whose last point is above the threshold has not
-    reached it, whatever came before: (end of the axis, inf). One that is never above got there before its first
-    trained checkpoint: (0, that).
+    Neighbours that rise are pooled to their mean (Barlow et al. 1972, Statistical inference under order restrictions),
+    so noise does not decide when a curve comes to a level for good: unsmoothed, the last of many noisy visits is late,
+    by more where checkpoints lie close. A curve that falls as it is stays as it is. NaN, which only follows values,
+    stays.
+    """
+    return np.apply_along_axis(_falling, -1, np.asarray(level, float))
+
+
+def _falling(level: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(level)
+    fit = level.copy()
+    if known.any():
+        fit[known] = isotonic_regression(level[known], increasing=False).x
+    return fit
+
+
+def time_to_threshold(level: np.ndarray, axis: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the falling fit of a curve comes to a threshold, as bounds (low, high), equal where the crossing is seen.
+
+    Being there means staying there. Between trained checkpoints the level is linear in the log of the axis, as it is
+    on a power law, and from the untrained net to the first one linear in the axis. (Linear in images throughout, on
+    power laws with ten checkpoints, speed-ups came out up to 4% too small.) A curve whose fit ends above the threshold
+    has not reached it, whatever came before: (end of the axis, inf). One that is never above got there before its
+    first trained checkpoint: (0, that).
 
     Args:
         level: [..., K], lower is better; NaN after a divergence, which never is at a threshold.
         axis: [..., K] training images or seconds, growing.
         threshold: a level, or one per curve: broadcast with [...].
     """
-    level, axis = np.broadcast_arrays(level, axis)
+    level, axis = np.broadcast_arrays(falling(level), axis)
     last = level.shape[-1] - 1
     above = ~(level <= np.asarray(threshold)[..., None])
     never, always = above[..., -1], ~above.any(axis=-1)
