@@ -15,6 +15,7 @@ include: "workflow/rules/dataset.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/probe.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -26,5 +27,6 @@ rule all:
     default_target: True
     input:
         rules.figures.output,
+        rules.mechanism.output,
         rules.verdict.output,
         rules.pages.output,

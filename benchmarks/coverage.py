@@ -3,8 +3,9 @@
     python -m benchmarks.coverage [--studies 2000]
 
 First table: coverage of the 95% interval of the speed-up, among all studies and among those of which every pair is
-known, how often a pair is censored, how often the interval lacks a bound or both, its median width in log speed-up, and
-the median distance of finite bounds from the truth. Second table: how often a study without any difference is called faster or slower. Cells are of 3, 5 and 10 seeds.
+known, how often a pair is censored, how often the interval lacks a bound or both, its median width in log speed-up,
+and the median distance of finite bounds from the truth. Second table: how often a study without any difference is
+called faster or slower. Cells are of 3, 5 and 10 seeds.
 """
 
 import argparse
@@ -123,7 +124,15 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=2000, help="simulated studies per cell")
     studies = parser.parse_args().studies
     rng = np.random.default_rng(0)
-    columns = ["coverage, %", "all known, %", "censored, %", "one bound, %", "no bound, %", "median width", "median reach"]
+    columns = [
+        "coverage, %",
+        "all known, %",
+        "censored, %",
+        "one bound, %",
+        "no bound, %",
+        "median width",
+        "median reach",
+    ]
     _row("noise", "threshold", "speed-up", *columns)
     _row(*["---"] * (3 + len(columns)))
     for (name, noise), share, speedup in itertools.product(list(NOISES.items())[:4], (0.5, 0.9, 1.0), (1.0, 1.25, 2.0)):

@@ -289,6 +289,25 @@ class Evaluate(Section):
         return self
 
 
+class Probe(Section):
+    """How loss and gradient of every checkpoint are measured in bins of timesteps: `diffusion.probe`.
+
+    `images` of those held out from training, where there are any, in batches whose gradients are compared.
+    """
+
+    images: PositiveInt = 256
+    batch_size: PositiveInt = 16
+    bins: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Probe":
+        if self.images % self.batch_size or self.images < 2 * self.batch_size:
+            raise ValueError(
+                f"images {self.images} is not two or more batches of batch_size {self.batch_size}: choose a multiple"
+            )
+        return self
+
+
 class Primary(Section):
     candidate: str
     metric: Literal["fd", "kid", "precision", "recall"] = "fd"
@@ -360,6 +379,8 @@ class Experiment(Section):
     arms: dict[Name, Arm] = Field(min_length=1)
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    # None leaves the mechanism unmeasured.
+    probe: Probe | None = Probe()
     compare: Compare | None = None
     tracking: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -390,6 +411,13 @@ class Experiment(Section):
         needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
         if needs_held_out and self.dataset.held_out < 2:
             raise ValueError("evaluate: needs images that training does not see: set dataset.held_out to 2 or more")
+        if self.probe and self.probe.bins > self.diffusion.timesteps:
+            raise ValueError(f"probe.bins: {self.probe.bins} bins for {self.diffusion.timesteps} timesteps: lower it")
+        if self.probe and 0 < self.dataset.held_out < 2 * self.probe.batch_size:
+            raise ValueError(
+                f"probe.batch_size: {self.dataset.held_out} held-out images are not two batches of "
+                f"{self.probe.batch_size}: lower it, or raise dataset.held_out"
+            )
         for name in self.arms:
             self._check_arm(name)
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:

@@ -391,7 +391,12 @@ def test_noise_floor_is_the_spread_of_seeds():
 @pytest.mark.parametrize("seeds", coverage.SEEDS)
 @pytest.mark.parametrize(
     ("noise", "speedup"),
-    [("2%, paired", 1.0), ("5%, paired", 1.5), ("14%, as published (Flowers)", 1.0), ("14%, as published (Flowers)", 2.0)],
+    [
+        ("2%, paired", 1.0),
+        ("5%, paired", 1.5),
+        ("14%, as published (Flowers)", 1.0),
+        ("14%, as published (Flowers)", 2.0),
+    ],
 )
 def test_finite_pairs_are_covered_as_promised(seeds, noise, speedup):
     found = coverage.coverage(np.random.default_rng(seeds), 2000, seeds, speedup, coverage.NOISES[noise], 0.5)

@@ -18,7 +18,7 @@ from diffusion import StudyError
 from diffusion.files import replacing
 from diffusion.weights import INCEPTION, LITE0
 from workflow.statistics import middle_threshold
-from workflow.tables import DISTANCES, LOWER_IS_BETTER, diverged
+from workflow.tables import HIGHER_IS_BETTER, SHARES, diverged
 
 FEATURE_NAMES = {
     INCEPTION: "Inception-v3",
@@ -180,7 +180,7 @@ def _draw_panel(
         arm: rows.pivot(index="images", columns="seed", values="value")
         for arm, rows in panel.groupby("arm", sort=False)
     }
-    ratios = metric in DISTANCES and bool((measured["value"] > 0).all())
+    ratios = metric not in SHARES and bool((measured["value"] > 0).all())
     for arm, of_seeds in values.items():
         _draw_arm(ax, of_seeds, styles[arm], ratios)
     for (arm, seed), _ in panel[diverged(panel)].groupby(["arm", "seed"]):
@@ -188,13 +188,13 @@ def _draw_panel(
         ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
 
     ax.set_title(study)
-    direction = "← lower is better" if metric in LOWER_IS_BETTER else "higher is better →"  # rotated: down, up
+    direction = "higher is better →" if metric in HIGHER_IS_BETTER else "← lower is better"  # rotated: down, up
     ax.set_ylabel(f"{metric_label(features, metric, max(counts, default=0))}\n{direction}")
     if ratios and len(measured) and measured["value"].max() > LOG_AXIS_FROM_RATIO * measured["value"].min():
         _set_log_axis(ax)
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
-    _set_image_axis(ax, panel)
+    set_image_axis(ax, panel)
     if measured.empty:
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
@@ -305,7 +305,7 @@ def _set_log_axis(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
+def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
     """Training images below and, where one batch size holds for all, optimiser steps above."""
     last = panel["images"].max() or 1
     ax.set_xlim(-0.03 * last, 1.04 * last)

@@ -24,7 +24,7 @@ from scipy.stats import binom, chi2, ncf
 from scipy.stats import t as student_t
 
 from diffusion import StudyError
-from workflow.tables import DISTANCES, LOWER_IS_BETTER, diverged
+from workflow.tables import HIGHER_IS_BETTER, SHARES, diverged
 
 CONFIDENCE = 0.95
 TAIL = (1 - CONFIDENCE) / 2
@@ -183,7 +183,7 @@ def to_level(values: np.ndarray, metric: str, scale: str) -> np.ndarray:
     """Values of a metric as levels, lower is better. `scale` is "log" or "plain"."""
     if scale == "log":
         return np.log(values)
-    return values if metric in LOWER_IS_BETTER else -values
+    return -values if metric in HIGHER_IS_BETTER else values
 
 
 def from_level(levels: np.ndarray, metric: str, scale: str) -> np.ndarray:
@@ -238,15 +238,16 @@ def compare_pair(
         start, end = pairs.levels[whole, 0][:, [0, -1]].mean(axis=0) if whole.any() else (np.nan, np.nan)
         thresholds = from_level(start + np.array(THRESHOLD_SHARES) * (end - start), pairs.metric, pairs.scale)
     by_difficulty = sorted(thresholds, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
-    tables = [
-        _compare_levels(pairs, "average", average(pairs.levels, pairs.grid)),
-        _compare_levels(pairs, "final", pairs.levels[..., -1]),
-        *(_compare_times(pairs, axis, threshold) for threshold in by_difficulty for axis in ("images", "seconds")),
-    ]
-    about = {name: rows[name].iloc[0] for name in ("study", "features", "metric")}
-    about |= {"baseline": baseline, "candidate": candidate, "primary": False, "scale": pairs.scale}
-    about |= {"first_images": pairs.grid[0], "last_images": pairs.grid[-1]}
-    return pd.concat(tables, ignore_index=True).assign(**about)[COLUMNS]
+    times = [_compare_times(pairs, axis, threshold) for threshold in by_difficulty for axis in ("images", "seconds")]
+    return _about(pairs, rows, baseline, candidate, [*_compare_levels(pairs), *times])
+
+
+def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> pd.DataFrame:
+    """As `compare_pair`, without times."""
+    pairs = _paired(rows, baseline, candidate)
+    if pairs is None:
+        return pd.DataFrame(columns=COLUMNS)
+    return _about(pairs, rows, baseline, candidate, _compare_levels(pairs))
 
 
 class _Pairs(NamedTuple):
@@ -269,7 +270,7 @@ def _paired(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
     """The pairs of one metric, None if there is none."""
     rows = rows[rows["arm"].isin([baseline, candidate]) & (rows["value"].notna() | diverged(rows))]
     metric = "".join(rows["metric"].unique())
-    scale = "log" if metric in DISTANCES and not (rows["value"] <= 0).any() else "plain"
+    scale = "plain" if metric in SHARES or (rows["value"] <= 0).any() else "log"
     rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
     runs = {key: run for key, run in rows.groupby(["arm", "seed"]) if (run["images"] > 0).any()}
     seeds = sorted(seed for arm, seed in runs if arm == baseline and (candidate, seed) in runs)
@@ -290,8 +291,24 @@ def _paired(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
     return _Pairs(metric, scale, seeds, pairs, grid, levels, lost)
 
 
-def _compare_levels(pairs: _Pairs, quantity: str, levels: np.ndarray) -> pd.DataFrame:
-    """Advantages in level; `levels` [S, 2], NaN for runs that diverged."""
+def _about(
+    pairs: _Pairs, rows: pd.DataFrame, baseline: str, candidate: str, tables: list[pd.DataFrame]
+) -> pd.DataFrame:
+    """One table of the quantities of a pair, which says what they are about."""
+    about = {name: rows[name].iloc[0] for name in ("study", "features", "metric")}
+    about |= {"baseline": baseline, "candidate": candidate, "primary": False, "scale": pairs.scale}
+    about |= {"first_images": pairs.grid[0], "last_images": pairs.grid[-1]}
+    return pd.concat(tables, ignore_index=True).assign(**about)[COLUMNS]
+
+
+def _compare_levels(pairs: _Pairs) -> list[pd.DataFrame]:
+    """Advantages in level, on average and at the end."""
+    of_average, of_end = average(pairs.levels, pairs.grid), pairs.levels[..., -1]
+    return [_advantage(pairs, "average", of_average), _advantage(pairs, "final", of_end)]
+
+
+def _advantage(pairs: _Pairs, quantity: str, levels: np.ndarray) -> pd.DataFrame:
+    """An advantage in level; `levels` [S, 2], NaN for runs that diverged."""
     advantage = levels[:, 0] - levels[:, 1]
     used = ~np.isnan(advantage)
     mean = levels[used].mean(axis=0) if used.any() else np.full(2, np.nan)

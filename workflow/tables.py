@@ -9,14 +9,17 @@ from diffusion import StudyError
 from diffusion.files import replacing
 
 COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
-DISTANCES = {"fd", "fd_infinity", "kid"}  # compared by ratios
-LOWER_IS_BETTER = DISTANCES | {"memorised"}
+PROBE_COLUMNS = [
+    "study", "arm", "seed", "step", "images", "seconds", "timesteps", "metric", "value", "n", "held_out", "reason",
+]  # fmt: skip
+HIGHER_IS_BETTER = {"precision", "recall"}
+SHARES = HIGHER_IS_BETTER | {"memorised"}  # all else is compared by ratios
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table with exactly the columns of the long table."""
+def write_table(table: pd.DataFrame, path: Path, columns: list[str] = COLUMNS) -> None:
+    """Write a table with exactly these columns."""
     with replacing(path) as file:
-        table[COLUMNS].to_csv(file, index=False)
+        table[columns].to_csv(file, index=False)
 
 
 def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from diffusion import StudyError
 from workflow.figures import metric_name
+from workflow.mechanism import ALL
 from workflow.statistics import (
     PAIR,
     POWER,
@@ -19,12 +20,23 @@ from workflow.statistics import (
     seeds_needed,
     verdict,
 )
-from workflow.tables import LOWER_IS_BETTER, diverged, markdown_table
+from workflow.tables import HIGHER_IS_BETTER, diverged, markdown_table
 
 EFFECTS = (0.01, 0.02, 0.05)
 LEGEND = """\
 Brackets hold 95% intervals over seeds. A change is that of the candidate's metric against the baseline's: for FD and
 KID less is better, for precision and recall more. A speed-up above 1 means that the candidate arrives earlier."""
+MEASURES = {
+    "mse": "mse",
+    "vb": "vb",
+    "gradient_norm": "gradient norm",
+    "gradient_variance": "gradient variance",
+    "noise_scale": "noise scale",
+}
+WHY = """\
+Measured at every checkpoint, on images and noise that arms share: the unweighted terms of the loss, and each arm's own
+gradient, weights included, with the variance of one image's and the noise scale tr(Sigma) / |g|^2. Changes of the candidate
+against the baseline, averaged over training images like the metric; intervals are not corrected for the number of bins."""
 METHOD = """\
 - Seeds are paired: seed k of the candidate against seed k of the baseline. Intervals are 95% t-intervals of the mean
   difference over seeds, of logs for distances and times.
@@ -43,14 +55,19 @@ METHOD = """\
 
 
 def verdict_text(
-    metrics: pd.DataFrame, table: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any] | None]
+    metrics: pd.DataFrame,
+    table: pd.DataFrame,
+    mechanism: pd.DataFrame,
+    comparisons: Mapping[str, Mapping[str, Any] | None],
 ) -> str:
     """The verdict on every study, in Markdown.
 
     Args:
         metrics: the long table of metrics.
         table: `workflow.statistics.speedup_table` of it.
-        comparisons: study -> its section `compare`; None where nothing is compared.
+        mechanism: `workflow.mechanism.changes` of the probes.
+        comparisons: study -> its section `compare`, with the candidates that are `matched` to the baseline; None where
+            nothing is compared.
     """
     parts = ["# Verdict", LEGEND]
     for study, compare in comparisons.items():
@@ -62,6 +79,8 @@ def verdict_text(
             parts.append("No seed has a value in both arms: nothing can be said.")
         else:
             parts += _study(metrics[metrics["study"] == study], of_study, compare)
+            parts += _why(mechanism[mechanism["study"] == study], compare)
+            parts.append(_diverged(metrics[metrics["study"] == study]))
     return "\n\n".join([*parts, "## How this was computed", METHOD])
 
 
@@ -78,7 +97,7 @@ def _study(metrics: pd.DataFrame, table: pd.DataFrame, compare: Mapping[str, Any
     if secondary:
         told = "\n".join(f"- {sentence(group)}" for group in secondary)
         parts.append(f"### Secondary\n\nNot corrected for their number: read them as hints.\n\n{told}")
-    return [*parts, _diverged(metrics)]
+    return parts
 
 
 def sentence(table: pd.DataFrame) -> str:
@@ -182,6 +201,49 @@ def _noise_floor(groups: list[pd.DataFrame]) -> str:
     return f"{legend}\n\n{markdown_table(head, rows)}"
 
 
+def _why(mechanism: pd.DataFrame, compare: Mapping[str, Any]) -> list[str]:
+    """Which timesteps profit, and whether the gradient became less noisy."""
+    averages = mechanism[(mechanism["quantity"] == "average") & mechanism["seed"].isna()]
+    if averages.empty:
+        return ["### Why\n\nNot measured: the study has no probes of both arms (`probe`)."]
+    parts = [f"### Why\n\n{WHY}"]
+    for candidate in compare["candidates"]:
+        rows = averages[averages["candidate"] == candidate].set_index(["timesteps", "metric"])
+        if rows.empty:
+            continue
+        timesteps = [name for name in rows.index.unique("timesteps") if name != ALL]
+        told = [f"`{candidate}` against `{compare['baseline']}`:"]
+        if candidate in compare["matched"]:
+            told.append("- Both have the same expected gradient, so they differ by its variance alone.")
+        told += [f"- {_profit(rows, timesteps, term)}" for term in ("mse", "vb")]
+        told.append(f"- {_noisier(rows)}")
+        cells = [
+            [name, *(_change(rows.loc[name, of]) if (name, of) in rows.index else "–" for of in MEASURES)]
+            for name in [*timesteps, ALL]
+        ]
+        parts += ["\n".join(told), markdown_table(["timesteps", *MEASURES.values()], cells)]
+    return parts
+
+
+def _profit(rows: pd.DataFrame, timesteps: list[str], term: str) -> str:
+    """In which bins a term of the loss is lower or higher."""
+    known = [name for name in timesteps if (name, term) in rows.index]
+    lower = [name for name in known if rows.loc[(name, term), "low"] > 0]
+    higher = [name for name in known if rows.loc[(name, term), "high"] < 0]
+    told = [f"{word} at t {', '.join(of)}" for word, of in (("lower", lower), ("higher", higher)) if of]
+    rest = "elsewhere no difference shown" if told else "no difference shown at any t"
+    return f"Loss, {term}: {'; '.join([*told, rest] if len(lower) + len(higher) < len(known) else told)}."
+
+
+def _noisier(rows: pd.DataFrame) -> str:
+    """Whether the candidate's gradient is less noisy."""
+    if (ALL, "noise_scale") not in rows.index:
+        return "Gradient noise: the mean gradient drowns in it, so the noise scale is unknown: raise `probe.images`."
+    row = rows.loc[(ALL, "noise_scale")]
+    told = "less noisy" if row["low"] > 0 else "noisier" if row["high"] < 0 else "no difference shown"
+    return f"Gradient noise: **{told}**, noise scale {_change(row)}."
+
+
 def _diverged(metrics: pd.DataFrame) -> str:
     runs = metrics[diverged(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     told = [f"- `{run.arm}` seed {run.seed}: {run.reason}" for run in runs.itertuples()]
@@ -203,7 +265,7 @@ def _change(row: pd.Series) -> str:
     """The candidate's metric against the baseline's: "+4.4% (-0.5% to +9.5%)", a difference for plain scales."""
     if row["scale"] == "log":
         return _with_interval(row, lambda effect: f"{100 * np.expm1(-effect):+.1f}%", mirrored=True)
-    falls = row["metric"] in LOWER_IS_BETTER
+    falls = row["metric"] not in HIGHER_IS_BETTER
     return _with_interval(row, lambda effect: f"{-effect if falls else effect:+.3g}", mirrored=falls)
 
 

@@ -115,3 +115,20 @@ def references_of(wildcards):
 
 def checkpoint_files(study, name):
     return [directory / name for *_, directory in layout.checkpoints(EXPERIMENTS[study])]
+
+
+def probe_files(study):
+    """The probes of a study: of all checkpoints that are trained, unless it has none."""
+    experiment = EXPERIMENTS[study]
+    if experiment.probe is None:
+        return []
+    return [directory / "probe.csv" for _, _, step, directory in layout.checkpoints(experiment) if step > 0]
+
+
+def comparison_of(experiment):
+    """Which arms of a study are compared: its section `compare`, or all with the first; and what a reader must know."""
+    first, *others = experiment.arms
+    compare = experiment.compare.model_dump(mode="json") if experiment.compare else {}
+    compare = {"baseline": first, "candidates": others} | compare
+    matched = [arm for arm in compare["candidates"] if experiment.arms[arm].match == compare["baseline"]]
+    return compare | {"features": experiment.evaluate.features[0], "matched": matched}

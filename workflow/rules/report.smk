@@ -7,6 +7,7 @@ report: "../report/workflow.rst"
 localrules:
     collect,
     metrics,
+    mechanism,
     verdict,
     figures,
     pages,
@@ -49,9 +50,38 @@ rule metrics:
         "../scripts/metrics.py"
 
 
+rule mechanism:
+    input:
+        [path for study in EXPERIMENTS for path in probe_files(study)],
+    output:
+        table=report(
+            "reports/mechanism.csv",
+            caption="../report/mechanism_table.rst",
+            category="5. Mechanism",
+            labels={"content": "Numbers (CSV)"},
+        ),
+        figure=report(
+            "reports/mechanism.png",
+            caption="../report/mechanism.rst",
+            category="5. Mechanism",
+            labels={"content": "Loss and gradient noise"},
+        ),
+    log:
+        "results/mechanism.log",
+    conda:
+        "../../environment.yml"
+    params:
+        comparisons={e.name: comparison_of(e) for e in EXPERIMENTS.values()},
+    message:
+        "Collect the probes and draw them"
+    script:
+        "../scripts/mechanism.py"
+
+
 rule verdict:
     input:
         metrics="reports/metrics.csv",
+        mechanism="reports/mechanism.csv",
     output:
         speedups=report(
             "reports/speedup.csv",
@@ -71,10 +101,7 @@ rule verdict:
     conda:
         "../../environment.yml"
     params:
-        comparisons={
-            e.name: e.compare and e.compare.model_dump(mode="json") | {"features": e.evaluate.features[0]}
-            for e in EXPERIMENTS.values()
-        },
+        comparisons={e.name: e.compare and comparison_of(e) for e in EXPERIMENTS.values()},
     message:
         "Compare the arms"
     script:

@@ -1,0 +1,36 @@
+"""Probe one checkpoint."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from diffusion.checkpoint import load_checkpoint
+from diffusion.config import RunConfig
+from diffusion.probe import diverged_rows, probe, probe_images
+from diffusion.training import scheme_tables
+from workflow.jobs import job, use_torch
+from workflow.tables import PROBE_COLUMNS, write_table
+
+with job(snakemake):
+    device = use_torch(snakemake.threads, snakemake.resources.gpu)
+    run, settings = RunConfig.model_validate_json(snakemake.params.run), snakemake.params.probe
+    seed, batch_size, bins = int(snakemake.wildcards.seed), settings["batch_size"], settings["bins"]
+    directory = Path(snakemake.input.images).parent
+    images = probe_images(directory, run.dataset.held_out, settings["images"], batch_size, seed)
+    about = json.loads(Path(snakemake.input.provenance).read_text())
+    if about["diverged"] is None:
+        net = load_checkpoint(Path(snakemake.input.weights), device)
+        tables = None if run.scheme.timesteps.learnt else scheme_tables(net.schedule, run.scheme, run.match)
+        rows = probe(net.model, net.schedule, tables, images, bins, batch_size, seed, device)
+    else:
+        rows = diverged_rows(run.diffusion.timesteps, bins, about["diverged"])
+    table = pd.DataFrame(rows).assign(
+        study=snakemake.wildcards.study,
+        arm=snakemake.wildcards.arm.rsplit("-", 1)[0],
+        seed=seed,
+        n=len(images),
+        held_out=run.dataset.held_out > 0,
+        **{key: about[key] for key in ("step", "images", "seconds")},
+    )
+    write_table(table, Path(snakemake.output[0]), PROBE_COLUMNS)
