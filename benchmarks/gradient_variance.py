@@ -21,6 +21,7 @@ from diffusion.checkpoint import load_checkpoint
 from diffusion.config import Scheme
 from diffusion.data import load_images, to_model_range
 from diffusion.losses import hybrid_loss
+from diffusion.probe import Spread
 from diffusion.streams import generator
 from diffusion.timesteps import draw_stratified, draw_timesteps
 from diffusion.training import Tables, scheme_tables
@@ -36,28 +37,6 @@ ARMS = {
     "matched05": (Scheme(timesteps=P2), UNI05),
     "matched05, correct_vb: false": (Scheme(timesteps=P2, correct_vb=False), UNI05),
 }
-
-
-class Spread:
-    """Sums from which the mean of vectors and the trace of their covariance follow."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, torch.zeros(()), 0.0
-
-    def add(self, vector: Tensor) -> None:
-        self.count += 1
-        self.total = self.total + vector.double()
-        self.squares += vector.double().square().sum().item()
-
-    @property
-    def trace(self) -> float:
-        return (self.squares - self.total.square().sum().item() / self.count) / (self.count - 1)
-
-    @property
-    def noise_scale(self) -> float:
-        # |mean|^2 of n vectors is too large by trace / n.
-        square = (self.total / self.count).square().sum().item() - self.trace / self.count
-        return self.trace / square if square > 0 else float("inf")
 
 
 def inverse_cdf(probabilities: Tensor, count: int, random: torch.Generator) -> Tensor:
@@ -120,7 +99,10 @@ def main() -> None:
             "tr(Sigma)": {name: whole.trace for name, (whole, _, _) in spreads.items()},
             "of mse": {name: mse.trace for name, (_, mse, _) in spreads.items()},
             "of vb": {name: vb.trace for name, (_, _, vb) in spreads.items()},
-            "noise scale": {name: whole.noise_scale for name, (whole, _, _) in spreads.items()},
+            "noise scale": {
+                name: whole.trace / whole.square if whole.square > 0 else float("inf")
+                for name, (whole, _, _) in spreads.items()
+            },
             "largest vb weight": {name: table.vb_weight.max().item() for name, table in tables.items()},
         }
     )

@@ -1,8 +1,12 @@
 import re
 
+from docutils.core import publish_parts
 from test_statistics import curves, study
+from test_verdict import COMPARE, NO_PROBES
 
-from workflow.pages import cost_page, data_page, provenance_page, to_html
+from workflow.pages import cost_page, data_page, front_page, provenance_page, to_html
+from workflow.statistics import speedup_table
+from workflow.verdict import verdict_text
 
 ORIGIN = {"git_commit": "c0ffee", "git_dirty": False, "host": "here", "device": "cpu", "versions": {"torch": "2.9"}}
 
@@ -12,6 +16,16 @@ def test_html_needs_nothing_beside_itself():
     assert "<table>" in page and "<code>1</code>" in page and "<title>A &amp; B</title>" in page
     assert "<b>" not in page  # what stands in tables is text
     assert not re.search(r"(src|href)=", page)
+
+
+def test_the_front_page_tells_the_answer_of_each_study():
+    metrics = study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01), name="small_")
+    text = verdict_text(metrics, speedup_table(metrics, {"small_": COMPARE}), NO_PROBES, {"small_": COMPARE, "b": None})
+    page = front_page("Title\n=====\n\n.. answers\n\nEnd.", text)
+    body = publish_parts(page, writer="html", settings_overrides={"report_level": 1})["body"]
+    assert "<em>small_</em>: <strong>cand is faster</strong> than base in FD (lite0): -" in body
+    assert "<em>b</em>: compares nothing." in body and "How this was computed" not in body
+    assert "End." in body and "problematic" not in body and "system-message" not in body
 
 
 def test_data_page_has_source_licence_and_hash():

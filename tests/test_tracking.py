@@ -224,9 +224,11 @@ So.
 
 
 def test_the_answer_on_a_study_is_found_in_the_verdict():
-    assert tracking.answer(VERDICT, "toy") == "**Question.** Does b?\n\n**Answer.** b is faster."
-    assert tracking.answer(VERDICT, "other") == "**Answer.** a is slower."
-    assert tracking.answer(VERDICT, "to") == tracking.answer("", "toy") == ""
+    assert tracking.sections(VERDICT) == {
+        "toy": "**Question.** Does b?\n\n**Answer.** b is faster.",
+        "other": "**Answer.** a is slower.",
+    }
+    assert tracking.sections("") == {}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,12 @@ from test_statistics import curves, study
 from workflow import plan
 from workflow.figures import _draw_curves, fid_curves
 from workflow.forest import _draw, draw_forest
+from workflow.mechanism import changes
 from workflow.statistics import noise_floor, seeds_needed, speedup_table
+from workflow.tables import PROBE_COLUMNS
 from workflow.verdict import verdict_text
+
+NO_PROBES = changes(pd.DataFrame(columns=PROBE_COLUMNS), {})
 
 COMPARE = {
     "baseline": "base",
@@ -18,6 +22,7 @@ COMPARE = {
     "primary": {"candidate": "cand", "metric": "fd"},
     "thresholds": None,
     "features": "lite0",
+    "matched": [],
 }
 
 
@@ -27,7 +32,7 @@ def compared(metrics, **changes):
 
 def told(metrics, compare=COMPARE):
     table = speedup_table(metrics, {"small": compare} if compare else {})
-    return verdict_text(metrics, table, {"small": compare})
+    return verdict_text(metrics, table, NO_PROBES, {"small": compare})
 
 
 def answer(text):

@@ -52,6 +52,7 @@ def reduce(study):
     study["checkpoints"] = {"start": 0, "every": 4, "until": 8}
     study["sample"]["images"] = 12
     study["evaluate"]["reference_images"] = 40
+    study["probe"] = {"images": 8, "batch_size": 4, "bins": 3}
 
 
 def jobs(project, *arguments):
@@ -90,10 +91,15 @@ def test_one_command_leads_from_images_to_the_figure(finished):
     speedups = pd.read_csv(finished / "reports/speedup.csv")
     assert set(speedups["quantity"]) == {"average", "final", "images", "seconds"} and speedups["primary"].all()
     assert "**Two seeds** can hardly conclude" in (finished / "reports/verdict.md").read_text()
-    for figure in ("fid_curves.png", "samples.png", "schedules.png", "speedups.png"):
+    probes = pd.read_csv(finished / "reports/mechanism.csv")
+    assert len(probes) == 4 * 2 * (3 + 1) * 5 and probes["held_out"].all() and (probes["n"] == 8).all()
+    assert probes.loc[probes["metric"].isin(["mse", "gradient_variance"]), "value"].gt(0).all()
+    assert "`under05` against `uni05`:" in (finished / "reports/verdict.md").read_text()
+    for figure in ("fid_curves.png", "samples.png", "schedules.png", "speedups.png", "mechanism.png"):
         assert min(Image.open(finished / "reports" / figure).size) > 200
     assert "FD (EfficientNet-Lite0)" in (finished / "reports/fid_curves.svg").read_text()
     log = (finished / "run.log").read_text()
+    assert re.search(r"^openmoji: .*under05.* uni05 in FD .*2 paired seeds", log, re.M)
     assert "reports/fid_curves.png" in log and "left" in log and "Traceback" not in log
 
 
@@ -134,9 +140,10 @@ def test_the_report_is_one_file_that_tells_the_story_in_order(project):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = (project / "reports/report.html").read_text()
-    chapters = ["1. Verdict", "2. Curves", "3. Samples", "4. Schedules", "6. Data", "7. Provenance", "8. Cost"]
+    chapters = ["1. Verdict", "2. Curves", "3. Samples", "4. Schedules"]
+    chapters += ["5. Mechanism", "6. Data", "7. Provenance", "8. Cost"]
     assert sorted(set(re.findall(r"\d\. [A-Z][a-z]+(?=\")", report))) == chapters
-    assert "Figures fit the window" in report
+    assert "Figures fit the window" in report and "The answer." in report and "2 paired seeds. Speed-up" in report
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", report)
 
 
@@ -159,8 +166,12 @@ def test_a_second_run_does_nothing(finished):
 def test_an_edited_arm_is_trained_alone_and_undone_edits_cost_nothing(project):
     before = (project / "experiments/openmoji.yaml").read_text()
     edit(project, lambda study: study["arms"]["under05"].update(train={"learning_rate": 1e-3}))
-    trained = [job for job in jobs(project) if job.startswith(("Train", "Sample", "Evaluate", "Initialise", "Prepare"))]
-    verbs = [("Train", "to"), ("Sample", "at"), ("Evaluate", "at")]
+    trained = [
+        job
+        for job in jobs(project)
+        if job.startswith(("Train", "Sample", "Evaluate", "Probe", "Initialise", "Prepare"))
+    ]
+    verbs = [("Train", "to"), ("Sample", "at"), ("Evaluate", "at"), ("Probe", "at")]
     assert trained == sorted(
         f"{verb} openmoji under05 seed {k} {word} step {step}"
         for verb, word in verbs

@@ -191,7 +191,7 @@ def _draw_panel(
     direction = "higher is better →" if metric in HIGHER_IS_BETTER else "← lower is better"  # rotated: down, up
     ax.set_ylabel(f"{metric_label(features, metric, max(counts, default=0))}\n{direction}")
     if ratios and len(measured) and measured["value"].max() > LOG_AXIS_FROM_RATIO * measured["value"].min():
-        _set_log_axis(ax)
+        set_log_axis(ax)
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     set_image_axis(ax, panel)
@@ -243,7 +243,7 @@ def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], rat
 def _mark_crossings(
     ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Mapping[str, object]]
 ) -> list[str]:
-    """Mark the middle threshold of each comparison, and where the falling fits of runs cross it; returns that in words."""
+    """Mark the middle threshold of each comparison and where runs, smoothed, cross it; returns that in words."""
     marked = {}
     for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
         threshold = middle_threshold(rows)
@@ -297,7 +297,7 @@ def _band_in_words(seeds: int, whose: str, ratios: bool) -> str:
     return f"Line: {mean} of {seeds} seeds{whose} (thin); band: {band}."
 
 
-def _set_log_axis(ax: Axes) -> None:
+def set_log_axis(ax: Axes) -> None:
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))

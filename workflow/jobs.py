@@ -21,7 +21,7 @@ from diffusion.config import Experiment, Folder, load_experiment
 from diffusion.weights import check_weights
 from workflow import layout
 
-FIGURE = Path("reports/fid_curves.png")
+FIGURE, VERDICT = Path("reports/fid_curves.png"), Path("reports/verdict.md")
 # Snakemake hands `off` on as a word, YAML as a truth value.
 TRACKING = {"on": True, "off": False, True: True, False: False}
 _tracker: subprocess.Popen | None = None
@@ -156,11 +156,17 @@ def stop_tracking() -> None:
 
 
 def tell_results() -> None:
-    """The last lines of a run."""
-    if FIGURE.exists():
-        print(
-            f"\nThe figure: {FIGURE.resolve()}\nMLflow: `make ui`, then open http://127.0.0.1:5000\n", file=sys.stderr
-        )
+    """The last lines of a run: the answers, where the figure is, and what to open."""
+    if not FIGURE.exists():
+        return
+    from workflow.pages import answer, sections  # pandas: not for every dry run
+
+    told = sections(VERDICT.read_text(encoding="utf-8")) if VERDICT.exists() else {}
+    lines = [f"{study}: {answer(text)}\n" for study, text in told.items() if answer(text)]
+    lines = [line.replace("*", "").replace("`", "") for line in lines]
+    lines += [f"The figure: {FIGURE.resolve()}", f"The verdict: {VERDICT.resolve()}"]
+    lines += ["All in one page: `make report`", "MLflow: `make ui`, then open http://127.0.0.1:5000"]
+    print("\n" + "\n".join(lines) + "\n", file=sys.stderr)
 
 
 def tell_time_left() -> None:

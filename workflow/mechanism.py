@@ -12,8 +12,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from scipy.stats import gmean
 
-from workflow.figures import STYLE, draw_legend, line_style, save_figure, set_image_axis
-from workflow.statistics import compare_levels
+from workflow.figures import STYLE, draw_legend, line_style, save_figure, set_image_axis, set_log_axis
+from workflow.statistics import COLUMNS, compare_levels
 
 ALL = "all"
 WIDTH_INCHES = 10.0
@@ -38,7 +38,7 @@ def changes(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any] | 
         for candidate in compare["candidates"]
     ]
     filled = [table for table in tables if len(table)]
-    table = pd.concat(filled, ignore_index=True) if filled else compare_levels(pd.DataFrame(), "", "")
+    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     return table.rename(columns={"features": "timesteps"})
 
 
@@ -78,7 +78,7 @@ def _draw_block(block: SubFigure, probes: pd.DataFrame, compare: Mapping[str, An
     bins = {name: place for place, name in enumerate(of_bins["timesteps"].unique())}
     changed = changes(of_bins, {study: compare})
     whose = "held-out" if probes["held_out"].all() else "training"
-    block.suptitle(f"{study}: {probes['n'].max():,} {whose} images", fontsize=12, weight="bold")
+    block.suptitle(f"{study}: probed on {probes['n'].max():,} {whose} images", fontsize=12, weight="bold")
     axes = block.subplots(2, 2)
     for ax, term in zip(axes[0], ("mse", "vb"), strict=True):
         _draw_changes(ax, changed[changed["metric"] == term], bins, styles)
@@ -97,6 +97,7 @@ def _set_bins(ax: Axes, bins: Mapping[str, int]) -> None:
     ax.set_xlabel("timesteps t  (0: least noise)")
     ax.grid(axis="y", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
+    ax.spines["top"].set_visible(False)
 
 
 def _draw_changes(
@@ -154,4 +155,4 @@ def _finish_noise(ax: Axes, noise: pd.DataFrame) -> None:
     if noise.empty:
         ax.text(0.5, 0.5, "no gradient stands out of its noise", transform=ax.transAxes, ha="center", color="0.3")
     else:
-        ax.set_yscale("log")
+        set_log_axis(ax)

@@ -1,6 +1,8 @@
-"""Pages of the report: what a study was trained on, where its results come from, what they cost; and their HTML."""
+"""Pages of the report: the answer, what a study was trained on, where its results come from, what they cost; and
+their HTML."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ from markdown_it import MarkdownIt
 
 from workflow.tables import markdown_table
 
+METHOD_TITLE = "How this was computed"
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; color: #1a1a1a; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: block; overflow-x: auto; }
@@ -24,6 +27,28 @@ def to_html(markdown: str, title: str) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+
+
+def sections(verdict: str) -> dict[str, str]:
+    """The question and the answer on each study in the text of `verdict.md`."""
+    parts = re.split(r"^## (.+)$", verdict, flags=re.MULTILINE)
+    told = {name: text.split("\n### ")[0].strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: text for name, text in told.items() if name != METHOD_TITLE}
+
+
+def answer(section: str) -> str:
+    """The answer in a text of `sections`: one line of Markdown, "" where it has none."""
+    found = re.search(r"^\*\*Answer\.\*\* (.*)$", section, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def front_page(introduction: str, verdict: str) -> str:
+    """The first page of the report in reStructuredText: an introduction, in which `.. answers` stands for the answer on
+    each study in the text of `verdict.md`."""
+    told = [f"*{study}*: {answer(text) or 'compares nothing.'}" for study, text in sections(verdict).items()]
+    # Code within bold, and names that end in an underscore, mean something else there.
+    plain = "\n\n".join(told).replace("`", "").replace("_", r"\_")
+    return introduction.replace(".. answers", plain)
 
 
 def data_page(manifests: Mapping[str, Mapping[str, Any]]) -> str:

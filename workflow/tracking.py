@@ -33,6 +33,7 @@ from PIL import Image
 from diffusion import StudyError
 from diffusion.config import TRAIN_VERSION, Choice, Experiment, RunConfig, Scheme, load_experiment
 from workflow import layout
+from workflow.pages import sections
 from workflow.tables import markdown_table
 
 logger = logging.getLogger("workflow.tracking")
@@ -127,12 +128,6 @@ def standings(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
     means = {arm: [fmean(run[at] for run in runs) for at in newest.items()] for arm, runs in arms.items()}
     rows = [[arm, *(f"{value:.4g}" for value in values)] for arm, values in means.items()]
     return markdown_table(["mean over seeds", *names], rows)
-
-
-def answer(verdict: str, study: str) -> str:
-    """The question and the answer on a study in the text of `verdict.md`; "" where it has none."""
-    section = re.search(rf"^## {re.escape(study)}\n(.*?)(?=^##|\Z)", verdict, re.MULTILINE | re.DOTALL)
-    return section[1].strip() if section else ""
 
 
 def state(complete: bool, moving: bool, diverged: bool = False) -> str:
@@ -234,7 +229,7 @@ class Study:
             arms.setdefault(arm, []).append(run.evaluated)
         told = ""
         with suppress(FileNotFoundError):
-            told = answer((REPORTS / "verdict.md").read_text(encoding="utf-8"), self.experiment.name)
+            told = sections((REPORTS / "verdict.md").read_text(encoding="utf-8")).get(self.experiment.name, "")
         note = "\n\n".join(filter(None, [told, standings(arms)]))
         self._set_tags(parent, {"mlflow.note.content": note or None})
         ended = sum(run.status in ("FINISHED", "FAILED") for run in runs)

@@ -9,6 +9,7 @@ import pandas as pd
 from diffusion import StudyError
 from workflow.figures import metric_name
 from workflow.mechanism import ALL
+from workflow.pages import METHOD_TITLE
 from workflow.statistics import (
     PAIR,
     POWER,
@@ -26,25 +27,20 @@ EFFECTS = (0.01, 0.02, 0.05)
 LEGEND = """\
 Brackets hold 95% intervals over seeds. A change is that of the candidate's metric against the baseline's: for FD and
 KID less is better, for precision and recall more. A speed-up above 1 means that the candidate arrives earlier."""
-MEASURES = {
-    "mse": "mse",
-    "vb": "vb",
-    "gradient_norm": "gradient norm",
-    "gradient_variance": "gradient variance",
-    "noise_scale": "noise scale",
-}
 WHY = """\
-Measured at every checkpoint, on images and noise that arms share: the unweighted terms of the loss, and each arm's own
-gradient, weights included, with the variance of one image's and the noise scale tr(Sigma) / |g|^2. Changes of the candidate
-against the baseline, averaged over training images like the metric; intervals are not corrected for the number of bins."""
+Measured at every checkpoint, on images and noise that arms share: the unweighted terms of the loss, and each arm's
+own gradient, weights included, with its noise scale tr(Sigma) / |g|^2: the batch size, in images, at which noise and
+gradient are equally large. Losses are changes of the candidate's against the baseline's, noise scales their ratio,
+averaged over training images like the metric; intervals are not corrected for the number of bins."""
 METHOD = """\
 - Seeds are paired: seed k of the candidate against seed k of the baseline. Intervals are 95% t-intervals of the mean
   difference over seeds, of logs for distances and times.
 - The primary endpoint is the average over training images (trapezoids, first trained to last common checkpoint). One
   comparison is primary, declared in the study; the others are secondary, not corrected for their number.
 - A threshold is reached where the metric, smoothed so that it never gets worse (isotonic fit of each run), comes to
-  it. Between checkpoints its log is linear in the log of images. Unless the study declares them, thresholds lie at 1/4, 1/2 and 3/4 of the baseline's own way, in logs, from
-  its first trained checkpoint to its last: the candidate has no say in them.
+  it. Between checkpoints its log is linear in the log of images. Unless the study declares them, thresholds lie at
+  1/4, 1/2 and 3/4 of the baseline's own way, in logs, from its first trained checkpoint to its last: the candidate
+  has no say in them.
 - A run that does not reach a threshold is censored, not dropped: of its pair a bound is known. To the side where pairs
   are open the interval ends by the sign test, with fewer than six seeds nowhere; to the other side it rests on the
   known pairs, in the worst place of the open ones.
@@ -81,7 +77,7 @@ def verdict_text(
             parts += _study(metrics[metrics["study"] == study], of_study, compare)
             parts += _why(mechanism[mechanism["study"] == study], compare)
             parts.append(_diverged(metrics[metrics["study"] == study]))
-    return "\n\n".join([*parts, "## How this was computed", METHOD])
+    return "\n\n".join([*parts, f"## {METHOD_TITLE}", METHOD])
 
 
 def _study(metrics: pd.DataFrame, table: pd.DataFrame, compare: Mapping[str, Any]) -> list[str]:
@@ -217,11 +213,12 @@ def _why(mechanism: pd.DataFrame, compare: Mapping[str, Any]) -> list[str]:
             told.append("- Both have the same expected gradient, so they differ by its variance alone.")
         told += [f"- {_profit(rows, timesteps, term)}" for term in ("mse", "vb")]
         told.append(f"- {_noisier(rows)}")
+        shown = {"mse": _change, "vb": _change, "noise_scale": _ratio}
         cells = [
-            [name, *(_change(rows.loc[name, of]) if (name, of) in rows.index else "–" for of in MEASURES)]
+            [name, *(tell(rows.loc[name, of]) if (name, of) in rows.index else "–" for of, tell in shown.items())]
             for name in [*timesteps, ALL]
         ]
-        parts += ["\n".join(told), markdown_table(["timesteps", *MEASURES.values()], cells)]
+        parts += ["\n".join(told), markdown_table(["timesteps", "mse", "vb", "noise scale, ratio"], cells)]
     return parts
 
 
@@ -241,7 +238,7 @@ def _noisier(rows: pd.DataFrame) -> str:
         return "Gradient noise: the mean gradient drowns in it, so the noise scale is unknown: raise `probe.images`."
     row = rows.loc[(ALL, "noise_scale")]
     told = "less noisy" if row["low"] > 0 else "noisier" if row["high"] < 0 else "no difference shown"
-    return f"Gradient noise: **{told}**, noise scale {_change(row)}."
+    return f"Gradient noise: **{told}**, noise scale {_ratio(row)} times that of the baseline."
 
 
 def _diverged(metrics: pd.DataFrame) -> str:
@@ -267,6 +264,11 @@ def _change(row: pd.Series) -> str:
         return _with_interval(row, lambda effect: f"{100 * np.expm1(-effect):+.1f}%", mirrored=True)
     falls = row["metric"] not in HIGHER_IS_BETTER
     return _with_interval(row, lambda effect: f"{-effect if falls else effect:+.3g}", mirrored=falls)
+
+
+def _ratio(row: pd.Series) -> str:
+    """The candidate's value over the baseline's."""
+    return _with_interval(row, lambda effect: f"{np.exp(-effect):.3g}", mirrored=True)
 
 
 def _speedup(row: pd.Series) -> str:

@@ -1,7 +1,8 @@
 # One table, its figures, the verdict, and the pages of the report.
 
 
-report: "../report/workflow.rst"
+# Written by the rule `pages`, from workflow/report/front.rst and the verdict.
+report: Path("reports/pages/front.rst").resolve()
 
 
 localrules:
@@ -71,7 +72,9 @@ rule mechanism:
     conda:
         "../../environment.yml"
     params:
-        comparisons={e.name: comparison_of(e) for e in EXPERIMENTS.values()},
+        comparisons={
+            e.name: {key: comparison_of(e)[key] for key in ("baseline", "candidates")} for e in EXPERIMENTS.values()
+        },
     message:
         "Collect the probes and draw them"
     script:
@@ -160,6 +163,7 @@ rule pages:
         manifests=[dataset_files(e)["manifest"] for e in EXPERIMENTS.values()],
         provenances=[path for study in EXPERIMENTS for path in checkpoint_files(study, "provenance.json")],
     output:
+        front="reports/pages/front.rst",
         verdict=report(
             "reports/pages/verdict.html",
             caption="../report/verdict.rst",
@@ -189,6 +193,7 @@ rule pages:
     conda:
         "../../environment.yml"
     params:
+        introduction=(Path(workflow.basedir) / "workflow/report/front.rst").read_text(),
         studies={
             study: {
                 "manifest": str(dataset_files(e)["manifest"]),

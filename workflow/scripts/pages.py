@@ -7,7 +7,7 @@ import pandas as pd
 
 from diffusion.files import replacing
 from workflow.jobs import job
-from workflow.pages import cost_page, data_page, provenance_page, to_html
+from workflow.pages import cost_page, data_page, front_page, provenance_page, to_html
 
 
 def read_json(path: str) -> dict:
@@ -25,6 +25,8 @@ with job(snakemake):
         ),
         "cost": cost_page(pd.read_csv(snakemake.input.metrics)),
     }
+    with replacing(Path(snakemake.output.front)) as file:
+        file.write(front_page(snakemake.params.introduction, pages["verdict"]).encode())
     for name, markdown in pages.items():
         with replacing(Path(snakemake.output[name])) as file:
             file.write(to_html(markdown, name.capitalize()).encode())

@@ -1,0 +1,204 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffusion import StudyError
+from diffusion.config import Scheme
+from diffusion.data import split, to_model_range
+from diffusion.gaussian import NoiseSchedule, linear_betas
+from diffusion.losses import hybrid_loss
+from diffusion.probe import ALL, MEASURES, Spread, bin_edges, diverged_rows, probe, probe_images
+from diffusion.training import scheme_tables
+
+T = 12
+SCHEDULE = NoiseSchedule(linear_betas(T))
+P2 = {"p2": {"gamma": 1.0, "k": 1}}
+UNI = Scheme(mse_weight=P2)
+SCHEMES = {
+    "uniform": (Scheme(), None),
+    "weighted": (UNI, None),
+    "undersampled": (Scheme(timesteps=P2), None),
+    "matched": (Scheme(timesteps=P2), UNI),
+}
+
+
+class Toy(nn.Module):
+    """Six numbers for all pixels, scaled by how late t is: a gradient that depends on image, noise and timestep."""
+
+    def __init__(self, at: float = 0.4):
+        super().__init__()
+        self.weight = nn.Parameter(at * torch.linspace(-1, 1, 6))
+
+    def forward(self, x, t):
+        late = ((1 + t) / T).to(x)[:, None, None, None]
+        return self.weight[None, :, None, None] * (late + x.repeat(1, 2, 1, 1))
+
+
+class Blind(nn.Module):
+    """Predicts zero noise whatever it sees, which is the best it can: its expected gradient is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x, t):
+        return self.weight[None, :, None, None].expand(x.shape)
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+
+
+def values(rows):
+    return {(row["timesteps"], row["metric"]): row["value"] for row in rows}
+
+
+def run(name="uniform", count=64, bins=3, batch_size=8, seed=0, net=None, pictures=None):
+    tables = scheme_tables(SCHEDULE, *SCHEMES[name])
+    pictures = images(count) if pictures is None else pictures
+    return probe(net or Toy(), SCHEDULE, tables, pictures, bins, batch_size, seed)
+
+
+def single_gradients(tables, pictures, probabilities, random):
+    """Gradients of single images at timesteps drawn by numpy, [N, 6]."""
+    x_start = to_model_range(torch.from_numpy(pictures))
+    t = torch.from_numpy(random.choice(T, len(pictures), p=probabilities))
+    noise = torch.from_numpy(random.standard_normal(x_start.shape, dtype=np.float32))
+    net = Toy()
+    weights = tables.mse_weight[t].float(), tables.vb_weight[t].float()
+    many = nn.Parameter(net.weight.detach().expand(len(pictures), 6).clone())  # its own weights for every image
+    late = ((1 + t) / T).float()[:, None, None, None]
+    x_t = SCHEDULE.q_sample(x_start, t, noise)
+    output = many[:, :, None, None] * (late + x_t.repeat(1, 2, 1, 1))
+    losses = hybrid_loss(SCHEDULE, output, x_start, x_t, t, noise, *weights)
+    return torch.autograd.grad(losses.loss.sum(), many)[0].double().numpy()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gradients_of_the_whole_and_of_bins_are_those_of_single_draws(name):
+    tables = scheme_tables(SCHEDULE, *SCHEMES[name])
+    found = values(run(name, pictures=images(8_000), batch_size=20))
+    p = tables.probabilities.numpy()
+    cases = {ALL: p} | {
+        f"{a}-{b - 1}": np.where((np.arange(T) >= a) & (np.arange(T) < b), p, 0)
+        for a, b in itertools.pairwise(bin_edges(T, 3))
+    }
+    for timesteps, mass in cases.items():
+        single = single_gradients(tables, images(60_000, 1), mass / mass.sum(), np.random.default_rng(2))
+        variance = np.cov(single.T).trace()
+        square = (single.mean(axis=0) ** 2).sum()
+        np.testing.assert_allclose(found[timesteps, "gradient_variance"], variance, rtol=0.1)
+        np.testing.assert_allclose(found[timesteps, "gradient_norm"], square**0.5, rtol=0.05)
+        np.testing.assert_allclose(found[timesteps, "noise_scale"], variance / square, rtol=0.15)
+
+
+def test_a_matched_arm_has_the_gradient_of_its_target():
+    pictures = images(12_000)
+    weighted, matched, other = (
+        values(run(name, pictures=pictures, batch_size=100))[ALL, "gradient_norm"]
+        for name in ("weighted", "matched", "undersampled")
+    )
+    np.testing.assert_allclose(matched, weighted, rtol=0.02)
+    assert abs(other / weighted - 1) > 0.1
+
+
+def test_losses_are_those_of_uniform_timesteps_whatever_the_arm():
+    one, other = values(run("uniform")), values(run("undersampled"))
+    for term, timesteps in itertools.product(("mse", "vb"), ("0-3", "4-7", "8-11", ALL)):
+        assert one[timesteps, term] == other[timesteps, term]
+    found = values(run(count=8192, batch_size=1024))
+    pictures = images(8192, 1)
+    x_start = to_model_range(torch.from_numpy(pictures))
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(3))
+    terms = []
+    for t in range(T):
+        steps = torch.full((len(x_start),), t)
+        x_t = SCHEDULE.q_sample(x_start, steps, noise)
+        with torch.no_grad():
+            losses = hybrid_loss(SCHEDULE, Toy()(x_t, steps), x_start, x_t, steps, noise)
+        terms.append((losses.mse.mean().item(), losses.vb.mean().item()))
+    terms = np.array(terms)
+    for timesteps, part in {"0-3": slice(0, 4), "8-11": slice(8, 12), ALL: slice(None)}.items():
+        np.testing.assert_allclose(found[timesteps, "mse"], terms[part, 0].mean(), rtol=0.01)
+        np.testing.assert_allclose(found[timesteps, "vb"], terms[part, 1].mean(), rtol=0.03)
+
+
+def test_bins_of_unequal_width_count_by_their_width():
+    found = values(run(bins=5))
+    widths = np.diff(bin_edges(T, 5))
+    assert widths.tolist() == [2, 2, 3, 2, 3]
+    names = [name for name, metric in found if metric == "mse" and name != ALL]
+    np.testing.assert_allclose(found[ALL, "mse"], np.average([found[n, "mse"] for n in names], weights=widths))
+
+
+def test_the_seed_alone_decides_the_noise():
+    assert run("matched") == run("matched")
+    assert values(run(seed=1))[ALL, "mse"] != values(run(seed=0))[ALL, "mse"]
+
+
+def test_a_mean_that_drowns_in_noise_has_no_noise_scale():
+    rows = run(net=Blind(), bins=T, count=16)
+    drowned = [row for row in rows if row["metric"] == "noise_scale" and np.isnan(row["value"])]
+    assert drowned and all("raise probe.images" in row["reason"] for row in drowned)
+    assert all(row["reason"] == "" for row in rows if not np.isnan(row["value"]))
+
+
+def test_a_learnt_density_leaves_gradients_untold():
+    rows = probe(Toy(), SCHEDULE, None, images(16), 3, 8, 0)
+    assert np.isnan([row["value"] for row in rows if row["metric"] not in ("mse", "vb")]).all()
+    assert values(rows)[ALL, "mse"] == values(run(count=16))[ALL, "mse"]
+    assert {row["reason"] for row in rows if np.isnan(row["value"])} == {"the density is learnt"}
+
+
+def test_a_diverged_run_has_the_same_rows_without_values():
+    whole, none = run(), diverged_rows(T, 3, step=7)
+    assert [(r["timesteps"], r["metric"]) for r in whole] == [(r["timesteps"], r["metric"]) for r in none]
+    assert {r["metric"] for r in none} == set(MEASURES)
+    assert all(np.isnan(r["value"]) and r["reason"] == "diverged at step 7" for r in none)
+
+
+def test_spread_is_numpys_covariance_and_unbiased():
+    vectors = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) + 0.3
+    spread = Spread()
+    for vector in vectors:
+        spread.add(vector)
+    np.testing.assert_allclose(spread.trace, np.cov(vectors.double().numpy().T).trace())
+    pairs = vectors.double().numpy()
+    dots = [a @ b for a, b in itertools.combinations(pairs, 2)]  # unbiased: products of different vectors
+    np.testing.assert_allclose(spread.square, np.mean(dots))
+
+
+# Images
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    from PIL import Image
+
+    from diffusion.data import prepare_folder
+
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(source / f"{index:02}.png")
+    prepare_folder(tmp_path / "prepared", source, 8)
+    return tmp_path / "prepared"
+
+
+def test_probe_images_are_held_out_and_a_seeds_own(dataset):
+    everything = np.load(dataset / "images.npy")
+    kept = {image.tobytes() for image in everything[split(30, 12)[1]]}
+    found = probe_images(dataset, held_out=12, count=8, batch_size=4, seed=0)
+    assert len(found) == 8 and {image.tobytes() for image in found} < kept
+    assert (found == probe_images(dataset, 12, 8, 4, 0)).all()
+    assert not (found == probe_images(dataset, 12, 8, 4, 1)).all()
+    assert len(probe_images(dataset, held_out=12, count=100, batch_size=5, seed=0)) == 10
+    assert len(probe_images(dataset, held_out=0, count=100, batch_size=5, seed=0)) == 30
+
+
+def test_too_few_images_are_told(dataset):
+    with pytest.raises(StudyError, match="12 images are not two batches of 8: lower probe.batch_size"):
+        probe_images(dataset, held_out=12, count=64, batch_size=8, seed=0)
