@@ -19,11 +19,12 @@ def test_html_needs_nothing_beside_itself():
 
 
 def test_the_front_page_tells_the_answer_of_each_study():
-    metrics = study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01), name="small_")
-    text = verdict_text(metrics, speedup_table(metrics, {"small_": COMPARE}), NO_PROBES, {"small_": COMPARE, "b": None})
+    compare = COMPARE | {"features": "lite_"}
+    metrics = study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01), features="lite_")
+    text = verdict_text(metrics, speedup_table(metrics, {"small": compare}), NO_PROBES, {"small": compare, "b": None})
     page = front_page("Title\n=====\n\n.. answers\n\nEnd.", text)
     body = publish_parts(page, writer="html", settings_overrides={"report_level": 1})["body"]
-    assert "<em>small_</em>: <strong>cand is faster</strong> than base in FD (lite0): -" in body
+    assert "<em>small</em>: <strong>cand is faster</strong> than base in FD (lite_): -" in body
     assert "<em>b</em>: compares nothing." in body and "How this was computed" not in body
     assert "End." in body and "problematic" not in body and "system-message" not in body
 

@@ -121,7 +121,8 @@ def _warning(average: pd.Series) -> str:
     if average["pairs"] == 1:
         text += " **One seed: there is no interval, and nothing can be concluded.**"
     if average["pairs"] == 2:
-        text += " **Two seeds** can hardly conclude: the interval reaches 12.7 standard errors to either side."
+        text += " **Two seeds** can hardly conclude: the interval reaches 12.7 standard errors to either side"
+        text += "." if verdict(average) == "no difference shown" else ", so confirm this with more."
     for arm, lost in (("baseline", average["diverged_baseline"]), ("candidate", average["diverged_candidate"])):
         if lost:
             text += f" {_count(lost, 'run')} of `{average[arm]}` diverged."
