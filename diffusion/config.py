@@ -7,6 +7,7 @@ run, and therefore what its directory is named after.
 import difflib
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -340,7 +341,7 @@ class Frozen(Section):
         """Sorted-key JSON of what differs from the defaults: a new key with a default changes no old hash."""
         return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
 
-    @property
+    @cached_property
     def hash8(self) -> str:
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
 

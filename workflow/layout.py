@@ -6,11 +6,13 @@ from pathlib import Path
 from diffusion.config import Dataset, Evaluate, Experiment, RunConfig
 
 RESULTS = Path("results")
+DATASETS = RESULTS / "datasets"
+REFERENCES = RESULTS / "references"
 
 
 def dataset_directory(dataset: Dataset) -> Path:
     """`results/datasets/<source>-<hash8>`: named after what determines the pixels."""
-    return RESULTS / "datasets" / f"{dataset.source}-{_hash8(pixels(dataset))}"
+    return DATASETS / f"{dataset.source}-{_hash8(pixels(dataset))}"
 
 
 def pixels(dataset: Dataset) -> str:
@@ -26,7 +28,7 @@ def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
     weights = evaluate.weights.get(features)
     if weights and weights.sha256:
         name += f"-weights{weights.sha256[:8]}"
-    return RESULTS / "references" / f"{name}.npz"
+    return REFERENCES / f"{name}.npz"
 
 
 def run_directory(study: str, arm: str, run: RunConfig, seed: int) -> Path:
@@ -53,8 +55,8 @@ def drop_older_states(state: Path) -> None:
 def checkpoints(experiment: Experiment) -> list[tuple[str, int, int, Path]]:
     """(arm, seed, step, directory) of every checkpoint of a study."""
     return [
-        (arm, seed, step, step_directory(experiment.name, arm, experiment.run(arm), seed, step))
-        for arm in experiment.arms
+        (arm, seed, step, step_directory(experiment.name, arm, run, seed, step))
+        for arm, run in [(arm, experiment.run(arm)) for arm in experiment.arms]
         for seed in experiment.seeds
         for step in experiment.steps
     ]

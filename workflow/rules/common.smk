@@ -24,12 +24,12 @@ REFERENCES = {
     for e in EXPERIMENTS.values()
     for features in e.evaluate.features
 }
-# (study, directory of the arm) -> (experiment, arm); the untrained net stands for the first arm that starts from it.
+# (study, directory of the arm) -> (experiment, run); the untrained net stands for the first arm that starts from it.
 RUNS = {
-    (e.name, directory): (e, arm)
+    (e.name, directory): (e, run)
     for e in EXPERIMENTS.values()
-    for arm in reversed(e.arms)
-    for directory in (f"init-{e.run(arm).initial.hash8}", f"{arm}-{e.run(arm).hash8}")
+    for arm, run in [(arm, e.run(arm)) for arm in reversed(e.arms)]
+    for directory in (f"init-{run.initial.hash8}", f"{arm}-{run.hash8}")
 }
 
 
@@ -58,8 +58,7 @@ def experiment_of(wildcards):
 
 
 def run_of(wildcards):
-    experiment, arm = RUNS[wildcards.study, wildcards.arm]
-    return experiment.run(arm)
+    return RUNS[wildcards.study, wildcards.arm][1]
 
 
 def dataset_files(experiment):

@@ -1,0 +1,91 @@
+"""Results that no study asks for any more: of edited arms, dropped seeds, deleted studies.
+
+python -m workflow.orphans [--remove]
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from diffusion import StudyError
+from diffusion.config import Experiment, load_experiment
+from workflow import layout
+
+logger = logging.getLogger("workflow.orphans")
+
+LOCKS = Path(".snakemake/locks")
+
+
+def orphans(experiments: Iterable[Experiment]) -> list[Path]:
+    """Directories of runs and datasets, and references, below `results/` that none of the experiments asks for.
+
+    Whole arms where no seed of theirs is asked for. Checkpoints of a run that is asked for are never among them.
+    """
+    wanted = set()
+    for e in experiments:
+        wanted |= {directory.parent for *_, directory in layout.checkpoints(e)}
+        wanted.add(layout.dataset_directory(e.dataset))
+        wanted |= {layout.reference_path(e.dataset, features, e.evaluate) for features in e.evaluate.features}
+    arms_wanted = {seed.parent for seed in wanted}
+    found = []
+    for arm in _directories(layout.RESULTS, "*/*-????????"):
+        if arm.parent.name == layout.DATASETS.name:
+            found += [arm] if arm not in wanted else []
+        elif arm not in arms_wanted:
+            found.append(arm)
+        else:
+            found += [seed for seed in _directories(arm, "seed*") if seed not in wanted]
+    return found + [path for path in sorted(layout.REFERENCES.glob("*.npz")) if path not in wanted]
+
+
+def _directories(root: Path, pattern: str) -> list[Path]:
+    return [path for path in sorted(root.glob(pattern)) if path.is_dir() and not path.is_symlink()]
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Delete files and directories.
+
+    Raises StudyError while Snakemake works in this directory.
+    """
+    if any(LOCKS.glob("*")):
+        raise StudyError(
+            "Snakemake works here, or was killed: wait for it, or run `snakemake --unlock`, then try again"
+        )
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workflow.orphans", description=__doc__.splitlines()[0])
+    parser.add_argument("--remove", action="store_true", help="delete what is listed")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    try:
+        files = sorted(Path("experiments").glob("*.yaml"))
+        if not files:
+            raise StudyError("experiments/ holds no study here: start this where the Snakefile lies")
+        found = orphans([load_experiment(file) for file in files])
+        sizes = [size(path) for path in found]
+        for path, count in zip(found, sizes, strict=True):
+            sys.stdout.write(f"{count / 1e6:10,.1f} MB  {path}\n")
+        if options.remove:
+            remove(found)
+        done = "removed" if options.remove else "would be removed by --remove" if found else "in all"
+        sys.stdout.write(f"{sum(sizes) / 1e6:10,.1f} MB {done}, {len(found)} orphans of {len(files)} studies\n")
+    except StudyError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
