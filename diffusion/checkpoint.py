@@ -28,7 +28,7 @@ from torch import Tensor
 from diffusion import StudyError
 from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size, in_words
 from diffusion.data import to_uint8
-from diffusion.files import replacing
+from diffusion.files import replacing, sha256
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 from diffusion.unet import UNet
@@ -72,12 +72,17 @@ class Checkpoint:
     diverged: bool = False
 
 
-def load_checkpoint(path: Path, device: torch.device | str) -> Checkpoint:
+def load_checkpoint(path: Path, device: torch.device | str, digest: str | None = None) -> Checkpoint:
     """Rebuild the net of a weights file.
+
+    Args:
+        digest: the sha256 that the file had when it was written, if that is known.
 
     Raises:
         StudyError: the file is damaged or was not written by `save_weights`.
     """
+    if digest is not None and path.exists() and sha256(path) != digest:
+        raise StudyError(f"{path}: changed since it was written (sha256): delete it and run the same command again")
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["checkpoint"])

@@ -311,10 +311,10 @@ def _with_progress(items: Sequence[Item], what: str) -> Iterator[Item]:
             logger.info("%d of %d %s, %.0f/s, %.0f s left", done, len(items), what, rate, left)
 
 
-def load_images(directory: Path) -> np.ndarray:
+def load_images(directory: Path, verify: bool = False) -> np.ndarray:
     """Open a prepared dataset: a read-only memory map, uint8 [N, H, W, 3] in 0..255.
 
-    Shape and length are held against the manifest; the sha256 is not computed again.
+    Shape and length are held against the manifest; to `verify` reads all pixels and holds their sha256 against it too.
 
     Raises:
         StudyError: a file is missing, truncated or unreadable, or images and manifest do not match.
@@ -326,11 +326,18 @@ def load_images(directory: Path) -> np.ndarray:
         images = np.load(directory / "images.npy", mmap_mode="r")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise StudyError(f"No whole dataset in {directory} ({reason}): prepare it again.") from error
+        raise StudyError(
+            f"No whole dataset in {directory} ({reason}): delete it and run the same command again."
+        ) from error
     if images.shape != expected or images.dtype != np.uint8:
         raise StudyError(
             f"{directory / 'images.npy'} holds {images.dtype} {list(images.shape)} where its manifest says "
-            f"uint8 {list(expected)}: prepare the dataset again."
+            f"uint8 {list(expected)}: delete it and run the same command again."
+        )
+    if verify and hashlib.sha256(images).hexdigest() != manifest["sha256"]:
+        raise StudyError(
+            f"{directory / 'images.npy'}: pixels changed since they were written: "
+            "delete it and run the same command again."
         )
     return images
 
@@ -349,7 +356,7 @@ def read_images(source: Path) -> np.ndarray:
             images = np.load(source, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise StudyError(
-                f"{source} is not a whole array ({error}): name a .npy file, a folder or a zip."
+                f"{source} is not a whole array ({error}): delete it and make it again, or name another."
             ) from error
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise StudyError(f"{source} holds {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]: convert it.")
@@ -398,7 +405,7 @@ def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
 
 def training_images(directory: Path, held_out: int) -> np.ndarray:
     """What training sees of a prepared dataset: as `load_images`, in memory if some images are held out."""
-    images = load_images(directory)
+    images = load_images(directory, verify=True)
     return images[split(len(images), held_out)[0]] if held_out else images
 
 

@@ -1,10 +1,14 @@
-"""Writing files so that a reader never meets half of one, and no two processes write the same."""
+"""Writing files so that a reader never meets half of one, and no two processes write the same; reading what may be
+damaged."""
 
+import glob
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -13,7 +17,12 @@ from diffusion import StudyError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all went well, and vanishes otherwise."""
+    """A file to write that takes the place of `path` when all went well, and vanishes otherwise.
+
+    What a killed writer of the same path left behind goes first; one that is still at work, forgotten, then fails.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -21,6 +30,27 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        StudyError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: damaged ({error}): delete it and run the same command again") from None
+    if not isinstance(content, dict):
+        raise StudyError(f"{path}: damaged (no JSON object): delete it and run the same command again")
+    return content
 
 
 @contextmanager

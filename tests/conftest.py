@@ -1,6 +1,7 @@
 import pytest
 import torch
 from made import scenes
+from projects import copy_project, edit, reduce, snakemake
 
 # Results do not depend on the machine's core count, and tests run side by side do not fight.
 torch.set_num_threads(1)
@@ -24,3 +25,14 @@ def real_features(real, extractor):
     from diffusion.features import extract_features
 
     return extract_features(real, extractor)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The default study, reduced, from nothing to the figure."""
+    project = copy_project(tmp_path_factory.mktemp("finished"))
+    edit(project, reduce)
+    done = snakemake(project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (project / "run.log").write_text(done.stdout + done.stderr)
+    return project

@@ -386,13 +386,14 @@ def replace(images):
         replace(np.zeros((2, SIZE, SIZE, 3), np.uint8)),
         replace(np.zeros((3, SIZE, SIZE, 4), np.uint8)),
         replace(np.zeros((3, SIZE, SIZE, 3), np.int8)),
+        replace(np.zeros((3, SIZE, SIZE, 3), np.uint8)),
     ],
 )
 def test_a_damaged_dataset_is_not_loaded(dataset, damage):
     assert data.load_images(dataset).shape == (3, SIZE, SIZE, 3)
     damage(dataset)
-    with pytest.raises(StudyError, match="prepare .* again"):
-        data.load_images(dataset)
+    with pytest.raises(StudyError, match="delete it and run the same command again"):
+        data.load_images(dataset, verify=True)
 
 
 # Batches

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from projects import copy_project, edit, jobs, reduce, snakemake
 from test_features import write_random_inception
-from test_workflow import copy_project, edit, jobs, reduce, snakemake
 
 from diffusion import StudyError
 from diffusion.config import Evaluate, Experiment, OpenMoji
@@ -29,6 +29,10 @@ def ask_for(**evaluate):
     return lambda study: study["evaluate"].update(evaluate)
 
 
+def without_held_out(**evaluate):
+    return lambda study: (study["dataset"].pop("held_out"), study["evaluate"].update(evaluate))
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -39,8 +43,8 @@ def ask_for(**evaluate):
         ),
         (ask_for(features=["inception"]), ["'inception' is no feature extractor", LITE0, INCEPTION]),
         (ask_for(weights={INCEPTION: "a.pth"}), ["inception-v3-compat is not among the features"]),
-        (ask_for(metrics=["memorised"]), ["set dataset.held_out to 2 or more"]),
-        (ask_for(reference="held_out"), ["set dataset.held_out to 2 or more"]),
+        (without_held_out(metrics=["memorised"]), ["set dataset.held_out to 2 or more"]),
+        (without_held_out(reference="held_out"), ["set dataset.held_out to 2 or more"]),
     ],
 )
 def test_what_evaluation_lacks_is_told_before_training(tmp_path, no_network, change, parts):
@@ -75,7 +79,9 @@ def test_held_out_images_change_runs_and_references_but_not_the_dataset():
 def test_training_does_not_see_what_is_held_out(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
-    (tmp_path / "manifest.json").write_text(json.dumps({"count": 50, "image_size": 8}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"count": 50, "image_size": 8, "sha256": hashlib.sha256(images).hexdigest()})
+    )
     np.testing.assert_array_equal(training_images(tmp_path, 0), images)
     seen = training_images(tmp_path, 20)
     held_out = images[split(50, 20)[1]]

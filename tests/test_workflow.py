@@ -5,73 +5,17 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from projects import ROOT, assert_tracked_once, copy_project, edit, jobs, reduce, snakemake
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["Snakefile", "workflow", "diffusion", "experiments", "profiles", "environment.yml"]
-
-
-def copy_project(destination):
-    destination.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        source, target = ROOT / part, destination / part
-        if source.is_symlink():
-            target.symlink_to(os.readlink(source))
-        elif source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
-    return destination
-
-
-def snakemake(project, *arguments, target="reports/fid_curves.png", timeout=900):
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments, "--", target]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=timeout)
-
-
-def edit(project, change, study="openmoji"):
-    path = project / f"experiments/{study}.yaml"
-    content = yaml.safe_load(path.read_text())
-    change(content)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def reduce(study):
-    study["train"] |= {"batch_size": 8, "log_every": 2}
-    study["checkpoints"] = {"start": 0, "every": 4, "until": 8}
-    study["sample"]["images"] = 12
-    study["evaluate"]["reference_images"] = 40
-    study["probe"] = {"images": 8, "batch_size": 4, "bins": 3}
-
-
-def jobs(project, *arguments):
-    """'rule arm seed step' of each job that a dry run lists."""
-    done = snakemake(project, "--dry-run", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    wanted = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.M)
-    return sorted({re.sub(r"-[0-9a-f]{8}", "", message) for message in wanted})
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The default study, reduced, from nothing to the figure."""
-    project = copy_project(tmp_path_factory.mktemp("finished"))
-    edit(project, reduce)
-    done = snakemake(project)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (project / "run.log").write_text(done.stdout + done.stderr)
-    return project
 
 
 @pytest.fixture
@@ -118,17 +62,7 @@ def test_checkpoints_hold_what_goes_on_and_drop_what_was_used(finished):
 
 @pytest.mark.slow
 def test_mlflow_knows_each_run_and_step_once(finished):
-    database = sqlite3.connect(f"file:{finished}/mlflow.db?mode=ro", uri=True)
-    runs = dict(database.execute("select name, status from runs").fetchall())
-    assert runs == {
-        "openmoji": "FINISHED",
-        **{f"{arm} seed {k}": "FINISHED" for arm in ("uni05", "under05") for k in (0, 1)},
-    }
-    points = "select r.name, m.step, count(*) from metrics m join runs r on r.run_uuid = m.run_uuid where m.key = ?"
-    for metric, expected in (("train/loss", [16, 32, 48, 64]), ("eval/fd efficientnet-lite0", [0, 32, 64])):
-        rows = database.execute(f"{points} group by r.name, m.step", [metric]).fetchall()
-        assert len(rows) == 4 * len(expected)
-        assert all(count == 1 for *_, count in rows) and sorted({step for _, step, _ in rows}) == expected
+    assert_tracked_once(finished)
 
 
 @pytest.mark.slow

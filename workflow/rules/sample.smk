@@ -4,6 +4,7 @@
 rule sample:
     input:
         weights="results/{study}/{arm}/seed{seed}/step{step}/weights.safetensors",
+        provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
     output:
         samples=droppable("results/{study}/{arm}/seed{seed}/step{step}/samples.npy"),
         preview="results/{study}/{arm}/seed{seed}/step{step}/preview.png",

@@ -1,21 +1,21 @@
 """Evaluate the samples of one checkpoint with every extractor of the study."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
+from diffusion.data import read_images
 from diffusion.evaluation import evaluate, load_reference, reference_key
 from diffusion.features import extract_features, load_extractor
+from diffusion.files import read_json
 from workflow.jobs import job, use_torch
 from workflow.tables import write_table
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
-    samples = np.load(snakemake.input.samples, mmap_mode="r")
-    about = json.loads(Path(snakemake.input.provenance).read_text())
-    dataset = json.loads(Path(snakemake.input.manifest).read_text())
+    samples = read_images(Path(snakemake.input.samples))
+    about = read_json(Path(snakemake.input.provenance))
+    dataset = read_json(Path(snakemake.input.manifest))
     tables = []
     params = snakemake.params
     for name, path in zip(params.features, snakemake.input.references, strict=True):

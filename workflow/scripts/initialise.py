@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusion.config import Initial
+from diffusion.files import sha256
 from diffusion.training import initial_weights
 from workflow.jobs import job
 from workflow.provenance import write_provenance
@@ -11,4 +12,4 @@ with job(snakemake):
     weights, provenance = (Path(path) for path in snakemake.output)
     initial = Initial.model_validate_json(snakemake.params.initial)
     initial_weights(initial, int(snakemake.wildcards.seed), weights)
-    write_provenance(provenance, "cpu", step=0, images=0, seconds=0.0, diverged=None)
+    write_provenance(provenance, "cpu", step=0, images=0, seconds=0.0, diverged=None, sha256=sha256(weights))

@@ -1,26 +1,20 @@
 """Write the pages of the report."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
-from diffusion.files import replacing
+from diffusion.files import read_json, replacing
 from workflow.jobs import job
 from workflow.pages import cost_page, data_page, front_page, provenance_page, to_html
-
-
-def read_json(path: str) -> dict:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
 
 with job(snakemake):
     studies = snakemake.params.studies
     pages = {
         "verdict": Path(snakemake.input.verdict).read_text(encoding="utf-8"),
-        "data": data_page({study: read_json(of["manifest"]) for study, of in studies.items()}),
+        "data": data_page({study: read_json(Path(of["manifest"])) for study, of in studies.items()}),
         "provenance": provenance_page(
-            {study: [read_json(path) for path in of["provenances"]] for study, of in studies.items()},
+            {study: [read_json(Path(path)) for path in of["provenances"]] for study, of in studies.items()},
             {study: of["experiment"] for study, of in studies.items()},
         ),
         "cost": cost_page(pd.read_csv(snakemake.input.metrics)),

@@ -1,12 +1,12 @@
 """Probe one checkpoint."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from diffusion.checkpoint import load_checkpoint
 from diffusion.config import RunConfig
+from diffusion.files import read_json
 from diffusion.probe import diverged_rows, probe, probe_images
 from diffusion.training import scheme_tables
 from workflow.jobs import job, use_torch
@@ -18,9 +18,9 @@ with job(snakemake):
     seed, batch_size, bins = int(snakemake.wildcards.seed), settings["batch_size"], settings["bins"]
     directory = Path(snakemake.input.images).parent
     images = probe_images(directory, run.dataset.held_out, settings["images"], batch_size, seed)
-    about = json.loads(Path(snakemake.input.provenance).read_text())
+    about = read_json(Path(snakemake.input.provenance))
     if about["diverged"] is None:
-        net = load_checkpoint(Path(snakemake.input.weights), device)
+        net = load_checkpoint(Path(snakemake.input.weights), device, about.get("sha256"))
         tables = None if run.scheme.timesteps.learnt else scheme_tables(net.schedule, run.scheme, run.match)
         rows = probe(net.model, net.schedule, tables, images, bins, batch_size, seed, device)
     else:

@@ -6,11 +6,13 @@ import numpy as np
 
 from diffusion.checkpoint import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
+from diffusion.files import read_json
 from workflow.jobs import job, use_torch
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
+    about = read_json(Path(snakemake.input.provenance))
     samples = Path(snakemake.output.samples)
-    checkpoint = load_checkpoint(Path(snakemake.input.weights), device)
+    checkpoint = load_checkpoint(Path(snakemake.input.weights), device, about.get("sha256"))
     sample_checkpoint(checkpoint, Sample.model_validate_json(snakemake.params.sample), samples, device)
     preview(np.load(samples, mmap_mode="r"), Path(snakemake.output.preview))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusion.config import RunConfig
+from diffusion.files import sha256
 from diffusion.training import summary
 from workflow.jobs import job, job_name
 from workflow.layout import drop_older_states
@@ -34,5 +35,6 @@ with job(snakemake):
         **facts,
         images=facts["step"] * run.train.batch_size,
         processes=snakemake.resources.processes,
+        sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,
     )

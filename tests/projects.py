@@ -1,0 +1,81 @@
+"""The project as its user has it: a copy in a directory of its own, driven through a real Snakemake."""
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["Snakefile", "workflow", "diffusion", "experiments", "profiles", "environment.yml"]
+
+
+def copy_project(destination):
+    destination.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        source, target = ROOT / part, destination / part
+        if source.is_symlink():
+            target.symlink_to(os.readlink(source))
+        elif source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return destination
+
+
+def snakemake(project, *arguments, target="reports/fid_curves.png", timeout=900):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments, "--", target]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=timeout)
+
+
+def edit(project, change, study="openmoji"):
+    path = project / f"experiments/{study}.yaml"
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def reduce(study):
+    study["train"] |= {"batch_size": 8, "log_every": 2}
+    study["checkpoints"] = {"start": 0, "every": 4, "until": 8}
+    study["sample"]["images"] = 12
+    study["evaluate"]["reference_images"] = 40
+    study["probe"] = {"images": 8, "batch_size": 4, "bins": 3}
+
+
+def jobs(project, *arguments):
+    """'rule arm seed step' of each job that a dry run lists."""
+    done = snakemake(project, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wanted = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.M)
+    return sorted({re.sub(r"-[0-9a-f]{8}", "", message) for message in wanted})
+
+
+def assert_equal_results(ours, theirs):
+    """What "equal" means: bytes of images and weights, values of metrics; times and provenance may differ."""
+    for path in sorted(theirs.glob("results/**/*")):
+        if path.name in ("weights.safetensors", "images.npy"):
+            assert (ours / path.relative_to(theirs)).read_bytes() == path.read_bytes(), path
+    for table in ("metrics.csv", "mechanism.csv"):
+        found, expected = (pd.read_csv(root / "reports" / table).drop(columns="seconds") for root in (ours, theirs))
+        pd.testing.assert_frame_equal(found, expected)
+    left = [path for path in ours.glob("results/**/.*") if path.name != ".lock"]
+    assert not left and not list(ours.glob("results/**/state.partial.pt"))
+
+
+def assert_tracked_once(project):
+    """Each run of the reduced study is finished in MLflow, and has each of its steps once."""
+    database = sqlite3.connect(f"file:{project}/mlflow.db?mode=ro", uri=True)
+    runs = database.execute("select name, status from runs").fetchall()
+    names = ["openmoji", *(f"{arm} seed {k}" for arm in ("uni05", "under05") for k in (0, 1))]
+    assert sorted(runs) == sorted((name, "FINISHED") for name in names)
+    points = "select r.name, m.step, count(*) from metrics m join runs r on r.run_uuid = m.run_uuid where m.key = ?"
+    for metric, expected in (("train/loss", [16, 32, 48, 64]), ("eval/fd efficientnet-lite0", [0, 32, 64])):
+        rows = database.execute(f"{points} group by r.name, m.step", [metric]).fetchall()
+        assert len(rows) == 4 * len(expected)
+        assert all(count == 1 for *_, count in rows) and sorted({step for _, step, _ in rows}) == expected
