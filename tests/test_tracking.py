@@ -5,10 +5,12 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -418,3 +420,71 @@ def test_a_mistake_in_the_experiment_is_one_sentence(study):
     process = start("sync")
     assert process.wait(timeout=60) == 1
     assert process.stderr.read().count("\n") == 1
+
+
+# A database server, shared
+
+
+@pytest.fixture
+def postgresql(tmp_path):
+    """The address of an empty database on a PostgreSQL server of its own."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found or os.geteuid() != 0:
+        pytest.skip("needs Debian's postgresql, and root to start it as its own user")
+    pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
+    place = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of a socket has 107 characters at most
+    shutil.chown(place, "postgres")
+
+    def run(program, *arguments):
+        command = ["runuser", "-u", "postgres", "--", str(found[-1] / program), *arguments]
+        subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
+
+    run("initdb", "--auth=trust", "-D", f"{place}/data")
+    run(
+        "pg_ctl", "-D", f"{place}/data", "-o", f"-k {place} -c listen_addresses=''", "-l", f"{place}/log", "-w", "start"
+    )
+    try:
+        run("createdb", "-h", str(place), "mlflow")
+        yield f"postgresql://postgres@/mlflow?host={place}"
+    finally:
+        run("pg_ctl", "-D", f"{place}/data", "-m", "immediate", "stop")
+        shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_studies_share_a_postgresql_store_and_an_artifact_directory(postgresql, tmp_path, processes):
+    from mlflow import MlflowClient
+
+    shared = tmp_path / "shared artifacts"
+    for name in ("toy", "other"):
+        project = tmp_path / name
+        project.mkdir()
+        text = STUDY.replace("name: toy", f"name: {name}")
+        (project / f"{name}.yaml").write_text(text)
+        experiment = tracking.load_experiment(project / f"{name}.yaml")
+        path = project / layout.step_directory(name, "uniform", experiment.run("uniform"), 0, 100)
+        path.mkdir(parents=True)
+        write_log(path, range(1, 101))
+        write_checkpoint(path, 100, 50.0)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_ARTIFACTS_DESTINATION": shared.as_uri()}
+    command = [sys.executable, "-m", "workflow.tracking", "sync", "--uri", postgresql]
+
+    def sync_all(names):
+        processes.extend(
+            subprocess.Popen([*command, f"{name}.yaml"], cwd=tmp_path / name, env=environment, stderr=subprocess.PIPE)
+            for name in names
+        )
+        for process in processes[-len(names) :]:
+            assert process.communicate()[1] == b"" and process.returncode == 0
+
+    sync_all(["toy"])  # one makes the tables
+    sync_all(["toy", "other"])
+    found = MlflowClient(postgresql)
+    for name in ("toy", "other"):
+        experiment = found.get_experiment_by_name(name)
+        names = {run.info.run_name: run.info.run_id for run in found.search_runs([experiment.experiment_id])}
+        assert set(names) == {name, "uniform seed 0"}
+        history = found.get_metric_history(names["uniform seed 0"], "train/loss")
+        assert [point.step for point in history] == list(range(10, 1001, 10))
+        assert [file.path for file in found.list_artifacts(names[name])] == [f"{name}.yaml"]
+    assert not list(tmp_path.glob("*/mlartifacts")) and len(list(shared.glob("*"))) == 2

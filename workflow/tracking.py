@@ -201,7 +201,8 @@ class Study:
             self.directories.setdefault((arm, seed), {})[step] = directory
         found = self.client.get_experiment_by_name(experiment.name)
         # A server knows where its artifacts go; a database alone does not.
-        place = None if uri.startswith("http") else Path("mlartifacts", experiment.name).resolve().as_uri()
+        root = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or Path("mlartifacts").resolve().as_uri()
+        place = None if uri.startswith("http") else f"{root.rstrip('/')}/{experiment.name}"
         self.id = (
             found.experiment_id if found else self.client.create_experiment(experiment.name, place, EXPERIMENT_TAGS)
         )
