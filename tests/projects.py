@@ -64,7 +64,7 @@ def assert_equal_results(ours, theirs):
     for table in ("metrics.csv", "mechanism.csv"):
         found, expected = (pd.read_csv(root / "reports" / table).drop(columns="seconds") for root in (ours, theirs))
         pd.testing.assert_frame_equal(found, expected)
-    left = [path for path in ours.glob("results/**/.*") if path.name != ".lock"]
+    left = [path for path in ours.glob("results/**/.*") if not path.name.endswith(".lock")]
     assert not left and not list(ours.glob("results/**/state.partial.pt"))
 
 

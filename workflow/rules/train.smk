@@ -2,6 +2,9 @@
 
 
 rule initialise:
+    input:
+        # Nothing is spent, on a net and its samples, before the images are known to be there.
+        manifest=lambda wildcards: ancient(dataset_files(experiment_of(wildcards))["manifest"]),
     output:
         weights="results/{study}/{arm}/seed{seed}/step0/weights.safetensors",
         provenance="results/{study}/{arm}/seed{seed}/step0/provenance.json",

@@ -1,0 +1,216 @@
+"""Wrong input of every kind, through the commands a user types: one clear sentence, no traceback, nothing spent."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from projects import ROOT, copy_project
+from safetensors.torch import save_file
+
+DRY_RUN = ["snakemake", "--cores", "1", "--dry-run", "--config", "experiments=bad"]
+DATASET = ["snakemake", "--cores", "1", "--config", "experiments=bad", "tracking=off", "--", "reports/metrics.csv"]
+STUDY = yaml.safe_load((ROOT / "experiments/openmoji.yaml").read_text()) | {"name": "bad"}
+
+
+def study(**sections):
+    """Writes the default study with sections merged into it; None drops one."""
+
+    def prepare(project):
+        content = {key: value for key, value in STUDY.items() if sections.get(key, 0) is not None}
+        for key, value in sections.items():
+            if value is not None:
+                content[key] = (
+                    content[key] | value if isinstance(content.get(key), dict) and isinstance(value, dict) else value
+                )
+        (project / "experiments/bad.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return prepare
+
+
+def text(content):
+    return lambda project: (project / "experiments/bad.yaml").write_text(content)
+
+
+def folder(write):
+    """A study of a folder or zip that `write` makes."""
+
+    def prepare(project):
+        (project / "pictures").mkdir()
+        write(project / "pictures")
+        study(dataset=None)(project)
+        content = yaml.safe_load((project / "experiments/bad.yaml").read_text())
+        content["dataset"] = {"source": "folder", "path": "pictures", "image_size": 16}
+        (project / "experiments/bad.yaml").write_text(yaml.safe_dump(content))
+
+    return prepare
+
+
+def pictures(place, count=4, size=20):
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (size, size, 3), np.uint8)
+        Image.fromarray(pixels).save(place / f"{index}.png")
+
+
+def half_readable(place):
+    pictures(place)
+    (place / "5.png").write_bytes(b"no picture")
+
+
+def bomb(place):
+    pictures(place)
+    Image.new("1", (20_000, 20_000)).save(place / "bomb.png")
+
+
+def broken_zip(project):
+    folder(pictures)(project)
+    shutil.make_archive(str(project / "all"), "zip", project / "pictures")
+    shutil.rmtree(project / "pictures")
+    (project / "pictures").write_bytes((project / "all.zip").read_bytes()[:-30])
+
+
+def evil_zip(project):
+    folder(pictures)(project)
+    with zipfile.ZipFile(project / "all.zip", "w") as archive:
+        archive.writestr("../../escaped.png", b"no picture")
+    shutil.rmtree(project / "pictures")
+    (project / "all.zip").rename(project / "pictures")
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def checkpoint(name, content):
+    return lambda project: (project / name).write_bytes(content)
+
+
+def pickled(project):
+    torch.save({"weight": Code()}, project / "evil.pt")
+
+
+def metrics(project):
+    header = "study,arm,seed,step,images,seconds,features,metric,value,stderr,n,reason\n"
+    row = "small,base,0,100,3200,50,lite0,fd,10.0,,500,\n"
+    (project / "metrics.csv").write_text(header + row)
+
+
+def two_sizes(project):
+    for name, size in (("a", 8), ("b", 16)):
+        np.save(project / f"{name}.npy", np.zeros((4, size, size, 3), np.uint8))
+
+
+def wrong_weights(project):
+    (project / "mine.pth").write_bytes(b"others")
+    study(evaluate={"features": ["inception-v3-compat"], "weights": {"inception-v3-compat": "mine.pth"}})(project)
+
+
+P2 = {"p2": {"gamma": 0.5}}
+SAMPLE = ["-m", "diffusion", "sample", "--out", "samples"]
+TABLE = {
+    # config
+    "unknown key": (DRY_RUN, study(train={"batchsize": 3}), ["train.batchsize", "did you mean batch_size?"]),
+    "a word for a number": (DRY_RUN, study(train={"learning_rate": "fast"}), ["train.learning_rate", "'fast'"]),
+    "negative number": (DRY_RUN, study(train={"batch_size": -1}), ["train.batch_size", "greater than 0"]),
+    "infinite number": (DRY_RUN, study(train={"learning_rate": float("inf")}), ["train.learning_rate", "finite"]),
+    "key written twice": (DRY_RUN, text("name: bad\nname: bad\n"), ["bad.yaml", "'name' is written twice"]),
+    "no YAML": (DRY_RUN, text("name: [bad\n"), ["bad.yaml", "not valid YAML"]),
+    "empty file": (DRY_RUN, text(""), ["bad.yaml", "must hold keys and values"]),
+    "no text": (DRY_RUN, lambda p: (p / "experiments/bad.yaml").write_bytes(b"\xff\xfe"), ["cannot be read", "UTF-8"]),
+    "code in YAML": (DRY_RUN, text("name: !!python/object/apply:os.system ['touch owned']\n"), ["not valid YAML"]),
+    "missing section": (DRY_RUN, study(dataset=None), ["bad.yaml", "dataset"]),
+    "unknown density": (DRY_RUN, study(arms={"a": {"timesteps": "p3"}}), ["arms.a.timesteps", "p3"]),
+    "weighting twice": (DRY_RUN, study(arms={"a": {"timesteps": P2, "mse_weight": P2}}), ["weights twice"]),
+    "match to nobody": (DRY_RUN, study(arms={"a": {"timesteps": P2, "match": "b"}}), ["arms.a.match", "another arm"]),
+    "steps in disorder": (DRY_RUN, study(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
+    "size that cannot be halved": (DRY_RUN, study(dataset={"image_size": 15}), ["cannot be halved", "multiple of 2"]),
+    "comparison with nobody": (DRY_RUN, study(compare={"baseline": "b"}), ["compare: b is not among the arms"]),
+    "more bins than timesteps": (DRY_RUN, study(probe={"bins": 2000}), ["probe.bins", "lower it"]),
+    "another name": (DRY_RUN, study(name="good"), ["name is good", "make them equal"]),
+    "a path for a name": (DRY_RUN, study(name="../bad"), ["name", "pattern"]),
+    # data
+    "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),
+    "folder without images": (DATASET, folder(lambda place: None), ["pictures holds no images"]),
+    "unreadable images": (DATASET, folder(half_readable), ["1 of the 5 images", "cannot be used"]),
+    "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
+    "truncated zip": (DATASET, broken_zip, ["neither a folder nor a whole zip"]),
+    "zip that leaves its folder": (DATASET, evil_zip, ["pictures holds no images"]),
+    # checkpoints
+    "no such checkpoint": ([*SAMPLE, "no.safetensors"], None, ["no.safetensors"]),
+    "truncated checkpoint": ([*SAMPLE, "a.safetensors"], checkpoint("a.safetensors", b"\x08"), ["a.safetensors"]),
+    "foreign safetensors": (
+        [*SAMPLE, "b.safetensors"],
+        lambda p: save_file({"w": torch.zeros(2)}, p / "b.safetensors"),
+        ["b.safetensors", "not a whole checkpoint"],
+    ),
+    "code in a checkpoint": ([*SAMPLE, "evil.pt", "--image-size", "16"], pickled, ["evil.pt"]),
+    "published checkpoint of unknown size": ([*SAMPLE, "evil.pt"], pickled, ["--image-size"]),
+    # environment
+    "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
+    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["'vgg' is no feature extractor"]),
+    # command line
+    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "there are: openmoji"]),
+    "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
+    "tracking half": ([*DRY_RUN, "tracking=half"], study(), ["--config tracking=half", "tracking=off"]),
+    "plan from nothing": (
+        ["-m", "workflow.plan", "no.csv", "--baseline", "a", "--candidate", "b", "--effect", "2%"],
+        None,
+        ["no.csv: no such file"],
+    ),
+    "plan from one seed": (
+        ["-m", "workflow.plan", "metrics.csv", "--baseline", "base", "--candidate", "cand", "--effect", "2%"],
+        metrics,
+        ["Pairs of base and cand", "train more seeds"],
+    ),
+    "no effect": (
+        ["-m", "workflow.plan", "metrics.csv", "--baseline", "a", "--candidate", "b", "--effect", "0"],
+        metrics,
+        ["0 is no size above 0"],
+    ),
+    "budget at no speed": (["-m", "workflow.budget", "openmoji", "--train-rate", "0"], None, ["--train-rate is 0"]),
+    "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "there are: openmoji"]),
+    "orphans of a broken study": (["-m", "workflow.orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
+    "images of two sizes": (
+        ["-m", "diffusion", "evaluate", "a.npy", "b.npy", "--features", "efficientnet-lite0", "--metrics", "fid"],
+        two_sizes,
+        ["fid"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return copy_project(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_one_clear_sentence(project, tmp_path, name):
+    command, prepare, parts = TABLE[name]
+    here = tmp_path / "study"
+    shutil.copytree(project, here, symlinks=True)
+    if prepare:
+        prepare(here)
+    before = digests(here)
+    command = ["-m", *command] if command[0] == "snakemake" else command
+    environment = os.environ | {"PYTHONPATH": str(here), "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in told, told
+    assert any(all(part in line for part in parts) for line in told.splitlines()), told
+    print("\n| " + name + " | " + max(told.splitlines(), key=lambda line: sum(part in line for part in parts)) + " |")
+    assert digests(here) == before and not (here / "owned").exists()
+
+
+def digests(place):
+    """Everything but logs and what Snakemake keeps for itself."""
+    kept = [path for path in place.rglob("*") if path.is_file() and not {".snakemake", "__pycache__"} & set(path.parts)]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept if path.suffix != ".log"}
