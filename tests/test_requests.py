@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from test_workflow import copy_project, snakemake
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config import Evaluate, Experiment, Folder, Model, Probe, Sample
@@ -126,3 +127,11 @@ def test_images_are_counted_by_the_size_of_their_file(tmp_path):
     assert requests.images_in(str(tmp_path / "images.npy"), 16) == 7
     with pytest.raises(FileNotFoundError):
         requests.images_in(str(tmp_path / "none.npy"), 16)
+
+
+@pytest.mark.parametrize("profile", ["slurm", "slurm-multi-gpu"])
+def test_a_dry_run_for_a_cluster_needs_none(tmp_path, profile):
+    done = snakemake(copy_project(tmp_path), "--workflow-profile", f"workflow/profiles/{profile}", "--dry-run")
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and f"Using workflow specific profile workflow/profiles/{profile}" in told, told
+    assert "Train openmoji" in told
