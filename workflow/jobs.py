@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -24,6 +25,7 @@ from workflow import layout
 FIGURE, VERDICT = Path("reports/fid_curves.png"), Path("reports/verdict.md")
 # Snakemake hands `off` on as a word, YAML as a truth value.
 TRACKING = {"on": True, "off": False, True: True, False: False}
+ORPHAN_SECONDS = 120
 _tracker: subprocess.Popen | None = None
 
 
@@ -76,9 +78,14 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
                 raise StudyError(f"experiments/{name}.yaml: evaluate.features: {error}") from None
 
 
-def gpus(experiment: Experiment) -> int:
-    """GPUs that one of its jobs needs: with `device: auto`, one where this machine has any."""
-    return int(experiment.device == "cuda" or (experiment.device == "auto" and Path("/dev/nvidia0").exists()))
+def gpus(experiment: Experiment, elsewhere: bool) -> int:
+    """GPUs that one of its jobs needs: with `device: auto`, one where this machine has any, or where jobs run elsewhere
+    (the machine that submits them to a cluster seldom has one)."""
+    return int(experiment.device == "cuda" or (experiment.device == "auto" and (elsewhere or _has_gpu())))
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists()
 
 
 def job_name(snakemake: Any) -> str:
@@ -128,6 +135,38 @@ def use_torch(threads: int, gpus: int) -> str:
             "or install a torch and a driver that fit each other"
         )
     return "cuda" if gpus else "cpu"
+
+
+def cancel_orphans(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Cancel what a killed Snakemake left in SLURM's queue, of those jobs (rule, wildcards) that are to be done now.
+
+    They would spoil the outputs of the new ones. Training jobs save before they end, so that nothing is lost.
+    Snakemake's lock sees to it that no living Snakemake waits for them.
+
+    Raises:
+        WorkflowError: they do not end within two minutes.
+    """
+    # The plugin tells jobs apart by their comment, and has no name for it.
+    comments = {f"rule_{rule}_wildcards_{'_'.join(wildcards)}" for rule, wildcards in jobs}
+
+    def orphans() -> list[str]:
+        command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%k"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        queue = [line.split("|", 2) for line in told.splitlines()]
+        return [number for number, place, comment in queue if place == os.getcwd() and comment in comments]
+
+    left = orphans()
+    if not left:
+        return
+    print(f"SLURM jobs that a killed Snakemake left are cancelled first: {' '.join(left)}", file=sys.stderr)
+    subprocess.run(["scancel", *left], check=True)
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while left := orphans():
+        if time.monotonic() > deadline:
+            raise WorkflowError(
+                f"SLURM jobs {' '.join(left)} of a killed Snakemake do not end: see to them, then start again"
+            )
+        time.sleep(2)
 
 
 def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from diffusion import StudyError
-from workflow import jobs, layout
+from workflow import jobs, layout, requests
 
 jobs.set_environment(workflow.basedir)
 jobs.tell_time_left()
@@ -41,6 +41,8 @@ wildcard_constraints:
 
 
 onstart:
+    if workflow.executor_plugin.name == "slurm":
+        jobs.cancel_orphans((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
     jobs.start_tracking(config, EXPERIMENTS)
 
 
@@ -70,21 +72,26 @@ def threads_of(wildcards):
     return run_of(wildcards).train.threads
 
 
+def gpus_for(experiment):
+    return jobs.gpus(experiment, elsewhere=workflow.non_local_exec or workflow.remote_exec)
+
+
 def gpus_of(wildcards):
-    return jobs.gpus(experiment_of(wildcards))
+    return gpus_for(experiment_of(wildcards))
 
 
 def processes_of(wildcards):
     return experiment_of(wildcards).processes
 
 
+def previous_step(wildcards):
+    """The checkpoint that a segment goes on from; 0: it starts from the seed alone."""
+    return max([0, *(s for s in experiment_of(wildcards).steps if s < int(wildcards.step))])
+
+
 def previous_state(wildcards):
-    """The state that a segment goes on from; the first one starts from the seed alone."""
-    step = int(wildcards.step)
-    earlier = [s for s in experiment_of(wildcards).steps if 0 < s < step]
-    if not earlier:
-        return []
-    return f"results/{wildcards.study}/{wildcards.arm}/seed{wildcards.seed}/step{earlier[-1]}/state.pt"
+    step = previous_step(wildcards)
+    return f"results/{wildcards.study}/{wildcards.arm}/seed{wildcards.seed}/step{step}/state.pt" if step else []
 
 
 def droppable(path):
@@ -131,3 +138,46 @@ def comparison_of(experiment):
     compare = {"baseline": first, "candidates": others} | compare
     matched = [arm for arm in compare["candidates"] if experiment.arms[arm].match == compare["baseline"]]
     return compare | {"features": experiment.evaluate.features[0], "matched": matched}
+
+
+def minutes(request):
+    """The resource `runtime` of a rule, of a function that gives the request of a job. A second attempt asks for more."""
+    return lambda wildcards, input, attempt: attempt * request(wildcards, input).minutes
+
+
+def megabytes(request):
+    """The resource `mem_mb` of a rule, likewise."""
+    return lambda wildcards, input, attempt: attempt * request(wildcards, input).megabytes
+
+
+def images_of(experiment, input):
+    return requests.images_in(input.images, experiment.dataset.image_size)
+
+
+def dataset_request(wildcards, input):
+    return requests.dataset(DATASETS[wildcards.dataset])
+
+
+def reference_request(wildcards, input):
+    experiment, _ = REFERENCES[wildcards.reference]
+    images, threads = images_of(experiment, input), experiment.train.threads
+    return requests.reference(experiment.evaluate, images, threads, gpus_for(experiment))
+
+
+def train_request(wildcards, input):
+    steps = int(wildcards.step) - previous_step(wildcards)
+    images = images_of(experiment_of(wildcards), input)
+    return requests.train(run_of(wildcards), steps, images, gpus_of(wildcards), processes_of(wildcards))
+
+
+def sample_request(wildcards, input):
+    return requests.sample(run_of(wildcards), experiment_of(wildcards).sample, gpus_of(wildcards))
+
+
+def evaluate_request(wildcards, input):
+    experiment = experiment_of(wildcards)
+    return requests.evaluate(experiment, images_of(experiment, input), threads_of(wildcards), gpus_of(wildcards))
+
+
+def probe_request(wildcards, input):
+    return requests.probe(run_of(wildcards), experiment_of(wildcards).probe, gpus_of(wildcards))

@@ -9,6 +9,9 @@ rule dataset:
         "results/datasets/{dataset}/prepare.log",
     conda:
         "../../environment.yml"
+    resources:
+        runtime=minutes(dataset_request),
+        mem_mb=megabytes(dataset_request),
     params:
         dataset=lambda wildcards: layout.pixels(DATASETS[wildcards.dataset]),
     message:

@@ -12,7 +12,9 @@ rule reference:
         "../../environment.yml"
     threads: lambda wildcards: REFERENCES[wildcards.reference][0].train.threads
     resources:
-        gpu=lambda wildcards: jobs.gpus(REFERENCES[wildcards.reference][0]),
+        gpu=lambda wildcards: gpus_for(REFERENCES[wildcards.reference][0]),
+        runtime=minutes(reference_request),
+        mem_mb=megabytes(reference_request),
     params:
         features=lambda wildcards: REFERENCES[wildcards.reference][1],
         weights=lambda wildcards: weights_of(REFERENCES[wildcards.reference][0]),
@@ -38,6 +40,8 @@ rule evaluate:
     threads: threads_of
     resources:
         gpu=gpus_of,
+        runtime=minutes(evaluate_request),
+        mem_mb=megabytes(evaluate_request),
     params:
         features=lambda wildcards: list(experiment_of(wildcards).evaluate.features),
         weights=lambda wildcards: weights_of(experiment_of(wildcards)),

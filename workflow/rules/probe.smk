@@ -17,6 +17,8 @@ rule probe:
     threads: threads_of
     resources:
         gpu=gpus_of,
+        runtime=minutes(probe_request),
+        mem_mb=megabytes(probe_request),
     params:
         run=lambda wildcards: run_of(wildcards).canonical(),
         probe=lambda wildcards: experiment_of(wildcards).probe.model_dump(),

@@ -15,6 +15,8 @@ rule sample:
     threads: threads_of
     resources:
         gpu=gpus_of,
+        runtime=minutes(sample_request),
+        mem_mb=megabytes(sample_request),
     params:
         sample=lambda wildcards: experiment_of(wildcards).sample.model_dump_json(exclude={"keep"}),
     message:

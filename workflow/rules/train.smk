@@ -1,6 +1,10 @@
 # A run is a chain of segments, checkpoint to checkpoint, and each segment is a job.
 
 
+localrules:
+    initialise,
+
+
 rule initialise:
     input:
         # Nothing is spent, on a net and its samples, before the images are known to be there.
@@ -43,6 +47,8 @@ rule train:
         gpu=lambda wildcards: gpus_of(wildcards) * processes_of(wildcards),
         # Not a param: a run goes on where it was when their number changes.
         processes=processes_of,
+        runtime=minutes(train_request),
+        mem_mb=megabytes(train_request),
     params:
         run=lambda wildcards: run_of(wildcards).canonical(),
     message:

@@ -1,0 +1,137 @@
+"""What jobs ask a cluster for, held against the real net."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from test_workflow import copy_project, snakemake
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion.config import Evaluate, Experiment, Folder, Model, Probe, Sample
+from diffusion.unet import UNet
+from workflow import requests
+
+NETS = [
+    (Model(channels=32, channel_mult=(1, 1), res_blocks=1, attention_resolutions=(), head_channels=32), 16),
+    (Model(channels=128, channel_mult=(1, 1, 2, 3, 4), attention_resolutions=(16,)), 128),
+    (Model(channels=64, channel_mult=(1, 2), attention_resolutions=(16, 8), heads=4, resblock_updown=False), 16),
+    (Model(channels=32, channel_mult=(1, 2, 2), head_channels=32, scale_shift_norm=False, learn_sigma=False), 16),
+]
+
+
+def build(model, image_size):
+    return UNet(image_size=image_size, **model.model_dump(exclude={"head_channels"} if model.heads else ()))
+
+
+@pytest.mark.parametrize(("model", "image_size"), NETS)
+def test_parameters_and_products_are_those_of_the_net(model, image_size):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = build(model, image_size)
+        net(torch.empty(1, 3, image_size, image_size), torch.zeros(1, dtype=torch.long))
+    size = requests.unet_size(model, image_size)
+    assert size.parameters == sum(p.numel() for p in net.parameters())
+    assert 2 * size.products == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("model", "image_size"), [net for net in NETS if net[1] == 16])
+def test_activations_are_those_that_autograd_keeps(model, image_size):
+    net, batch, kept = build(model, image_size), 4, {}
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(torch.randn(batch, 3, image_size, image_size), torch.zeros(batch, dtype=torch.long))
+    numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4 / batch
+    assert 0.8 < numbers / requests.unet_size(model, image_size).activations < requests.FACTOR
+
+
+def experiment(**changes):
+    content = {
+        "name": "study",
+        "dataset": {"source": "openmoji", "image_size": 64},
+        "model": {"channels": 64},
+        "train": {"batch_size": 64},
+        "checkpoints": [1000],
+        "seeds": [0],
+        "arms": {"uniform": {}},
+    }
+    return Experiment.model_validate(content | changes)
+
+
+def train(steps=10_000, images=10_000, gpus=1, processes=1, **changes):
+    return requests.train(experiment(**changes).run("uniform"), steps, images, gpus, processes)
+
+
+def test_training_asks_by_steps_images_batch_net_and_device():
+    base = train()
+    assert requests.START_MINUTES < base.minutes < requests.LONGEST_MINUTES
+    longer = [train(steps=20_000), train(train={"batch_size": 128}), train(model={"channels": 128}), train(gpus=0)]
+    assert all(request.minutes > base.minutes for request in longer)
+    more = [train(images=10**6), train(model={"channels": 128}), train(gpus=0), train(gpus=2, processes=2)]
+    assert all(request.megabytes > base.megabytes for request in more)
+    assert train(gpus=2, processes=2).minutes < base.minutes
+    threads = [train(steps=100, gpus=0, train={"batch_size": 64, "threads": count}) for count in (1, 4)]
+    assert threads[1].minutes < threads[0].minutes
+    assert train(gpus=0, train={"batch_size": 64, "micro_batch": 8}).megabytes < train(gpus=0).megabytes
+    assert train(steps=10**9).minutes == requests.LONGEST_MINUTES
+
+
+def test_a_segment_of_a_known_speed_has_room_to_spare():
+    # 98.6M parameters at 128x128, bf16, batch 256: 412 images/s were measured on an H100, a fast GPU.
+    model = {"channels": 128, "channel_mult": [1, 1, 2, 3, 4], "attention_resolutions": [16]}
+    study = experiment(
+        dataset={"source": "openmoji", "image_size": 128}, model=model, train={"batch_size": 256, "micro_batch": 64}
+    )
+    minutes = requests.train(study.run("uniform"), 2_000, 70_000, 1, 1).minutes
+    assert 3 < minutes / (2_000 * 256 / 412 / 60) < 15
+
+
+def test_other_jobs_ask_by_their_images():
+    study = experiment()
+    run = study.run("uniform")
+    few, many = Sample(images=1_000), Sample(images=50_000)
+    assert requests.sample(run, few, 1).minutes < requests.sample(run, many, 1).minutes
+    assert requests.sample(run, few, 1).minutes < requests.sample(run, few, 0).minutes
+    few, many = Probe(images=256), Probe(images=4096)
+    assert requests.probe(run, few, 0).minutes < requests.probe(run, many, 0).minutes
+    few, all_images = Evaluate(reference_images=1_000), Evaluate()
+    smaller, larger = (requests.reference(settings, 50_000, 1, 1) for settings in (few, all_images))
+    assert smaller.minutes < larger.minutes and smaller.megabytes < larger.megabytes
+    one, two = (
+        requests.evaluate(experiment(evaluate={"features": features}), 50_000, 1, 1)
+        for features in (["efficientnet-lite0"], ["efficientnet-lite0", "inception-v3-compat"])
+    )
+    assert one.minutes < two.minutes
+
+
+def test_a_dataset_asks_by_the_pictures_in_a_folder_or_zip(tmp_path):
+    (tmp_path / "deep").mkdir()
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for i in range(900):
+            (tmp_path / "deep" / f"{i}.png").touch()
+            archive.writestr(f"{i}.png", b"")
+    folder, archive, empty = (
+        requests.dataset(Folder(source="folder", path=path, image_size=64)).minutes
+        for path in (tmp_path / "deep", tmp_path / "pictures.zip", tmp_path / "none")
+    )
+    assert folder == archive == empty + 6
+
+
+def test_images_are_counted_by_the_size_of_their_file(tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((7, 16, 16, 3), np.uint8))
+    assert requests.images_in(str(tmp_path / "images.npy"), 16) == 7
+    with pytest.raises(FileNotFoundError):
+        requests.images_in(str(tmp_path / "none.npy"), 16)
+
+
+@pytest.mark.parametrize("profile", ["slurm", "slurm-multi-gpu"])
+def test_a_dry_run_for_a_cluster_needs_none(tmp_path, profile):
+    done = snakemake(copy_project(tmp_path), "--workflow-profile", f"workflow/profiles/{profile}", "--dry-run")
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and f"Using workflow specific profile workflow/profiles/{profile}" in told, told
+    assert "Train openmoji" in told
