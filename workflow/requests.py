@@ -112,14 +112,18 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
 
 def dataset(config: Dataset) -> Request:
     """Prepare a dataset: its pictures are counted where they lie."""
-    if config.source == "openmoji":
-        count = OPENMOJI_PICTURES
-    elif config.path.is_file():
-        with zipfile.ZipFile(config.path) as archive:
-            count = len(archive.namelist())
-    else:
-        count = sum(len(files) for *_, files in os.walk(config.path))
+    count = pictures(config)
     return _request(count * PICTURE_SECONDS, _megabytes(_pixels(count, config)))
+
+
+def pictures(config: Dataset) -> int:
+    """How many images the source of a dataset may hold: its files, pictures or not."""
+    if config.source == "openmoji":
+        return OPENMOJI_PICTURES
+    if zipfile.is_zipfile(config.path):
+        with zipfile.ZipFile(config.path) as archive:
+            return len(archive.namelist())
+    return sum(len(files) for *_, files in os.walk(config.path))
 
 
 def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) -> Request:

@@ -1,0 +1,88 @@
+import re
+
+import pytest
+import yaml
+from projects import ROOT, copy_project, edit, snakemake
+
+from diffusion.config import load_experiment
+from workflow import budget
+from workflow.budget import Rates
+
+# The recipe of the published study on FFHQ at 128 pixels: 98,621,958 parameters, 25.6 million images a run.
+FFHQ = {
+    "name": "ffhq",
+    "dataset": {"source": "folder", "path": "ffhq", "image_size": 128},
+    "model": {
+        "channels": 128, "channel_mult": [1, 1, 2, 3, 4], "res_blocks": 2, "attention_resolutions": [16],
+        "head_channels": 64,
+    },
+    "train": {"batch_size": 256, "micro_batch": 64},
+    "checkpoints": {"every": 10_000, "until": 100_000},
+    "seeds": [0],
+    "arms": {"uni05": {"mse_weight": {"p2": {"gamma": 0.5}}}, "under05": {"timesteps": {"p2": {"gamma": 0.5}}}},
+    "sample": {"images": 10_000},
+}  # fmt: skip
+
+
+@pytest.fixture
+def ffhq(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "ffhq").mkdir()
+    for index in range(70):
+        (tmp_path / f"ffhq/{index}.png").touch()
+    (tmp_path / "experiments/ffhq.yaml").write_text(yaml.safe_dump(FFHQ))
+    return load_experiment(tmp_path / "experiments/ffhq.yaml")
+
+
+def test_the_published_study_has_its_known_size(ffhq):
+    found = budget.budget(ffhq, Rates(240.5, 23.6), at_once=2)
+    assert (found.runs, found.checkpoints, found.images, found.samples) == (2, 20, 2 * 25_600_000, 20 * 10_000)
+    assert found.train_hours == pytest.approx(2 * 25.6e6 / 240.5 / 3600) and 59 < found.train_hours < 60
+    assert found.sample_hours == pytest.approx(200_000 / 23.6 / 3600)
+    weights, state, samples = 4 * 98_621_958, 16 * 98_621_958, 10_000 * 3 * 128**2
+    dataset = 70 * 3 * 128**2 + 70 * 2048 * 4
+    assert found.kept == 20 * weights + 2 * 2 * state + dataset
+    assert found.peak == found.kept + 2 * (state + samples)
+
+
+def test_kept_samples_and_more_seeds_count(ffhq):
+    one = budget.budget(ffhq, Rates(100, 10), at_once=1)
+    kept = ffhq.model_copy(update={"sample": ffhq.sample.model_copy(update={"keep": True})})
+    assert budget.budget(kept, Rates(100, 10), 1).kept - one.kept == 20 * 10_000 * 3 * 128**2
+    three = budget.budget(ffhq.model_copy(update={"seeds": (0, 1, 2)}), Rates(100, 10), 1)
+    assert (three.runs, three.images, three.train_hours) == (6, 3 * one.images, pytest.approx(3 * one.train_hours))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda s: None, lambda s: s.update(probe=None, checkpoints=[4, 9], seeds=[0, 1, 2])]
+)
+def test_it_counts_the_jobs_that_snakemake_counts(tmp_path, change):
+    project = copy_project(tmp_path / "study")
+    edit(project, change)
+    done = snakemake(project, "--dry-run", target="all")
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M))
+    of_all_studies = ("metrics", "mechanism", "verdict", "figures", "pages", "all")
+    experiment = load_experiment(project / "experiments/openmoji.yaml")
+    expected = int(counts["total"]) - sum(int(counts[name]) for name in of_all_studies)
+    assert budget.budget(experiment, Rates(1, 1), 1).jobs == expected
+
+
+def test_the_command_adds_studies_up_and_measures_what_it_is_not_told(ffhq, capsys, caplog):
+    given = ["--train-rate", "240.5", "--sample-rate", "23.6"]
+    assert budget.main(["ffhq", *given]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ffhq"))
+    assert "| 2 | 20 | 51,200,000 | 200,000 | 59.1 | 2.4 | 83 |" in line
+    (budget.Path("experiments") / "openmoji.yaml").write_text((ROOT / "experiments/openmoji.yaml").read_text())
+    assert budget.main(["openmoji", "ffhq", *given]) == 0
+    assert "| all | 6 | 36 |" in capsys.readouterr().out
+    with caplog.at_level("INFO"):
+        assert budget.main(["openmoji"]) == 0
+    assert "openmoji: measured here (cpu, 32 at once)" in caplog.text
+    hours = float(next(line for line in capsys.readouterr().out.splitlines() if "openmoji" in line).split("|")[6])
+    assert 0 <= hours < 10
+
+
+@pytest.mark.parametrize("option", ["--train-rate", "--sample-rate", "--jobs"])
+def test_rates_of_nothing_are_refused(ffhq, option, caplog):
+    assert budget.main(["ffhq", option, "0"]) == 1 and f"{option} is 0: give a number above 0" in caplog.text

@@ -1,0 +1,188 @@
+"""What studies will cost: images, hours, disk and jobs, before anything is spent.
+
+python -m workflow.budget ffhq128 --train-rate 240 --sample-rate 24
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion import StudyError
+from diffusion.config import Experiment, load_experiment
+from workflow import layout
+from workflow.requests import FEATURES, images_in, pictures, unet_size
+from workflow.tables import markdown_table
+
+logger = logging.getLogger("workflow.budget")
+
+FLOAT = 4
+MEASURE_SECONDS = 10
+GIGA = 1e9
+
+
+class Rates(NamedTuple):
+    """Images per second of one job: trained, and sampled with all the steps of the study."""
+
+    train: float
+    sample: float
+
+
+class Budget(NamedTuple):
+    """What a study takes from nothing to its report, whatever is there already."""
+
+    runs: int
+    checkpoints: int
+    """Trained ones."""
+    images: int
+    """Trained on, over all runs."""
+    samples: int
+    train_hours: float
+    sample_hours: float
+    jobs: int
+    kept: int
+    """Bytes that stay."""
+    peak: int
+    """Bytes at the worst moment: a state being written and samples waiting in each job that may run at once."""
+
+
+def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
+    """The budget of a study, of which `at_once` jobs run side by side."""
+    points = layout.checkpoints(experiment)
+    directories = {directory: (arm, step) for arm, _, step, directory in points}
+    trained = [(arm, step) for arm, step in directories.values() if step]
+    untrained = len(directories) - len(trained)
+    runs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
+    last = experiment.steps[-1]
+    images = sum(last * experiment.run(arm).train.batch_size for arm, _ in runs)
+    samples = experiment.sample.images * len(directories)
+    jobs = len(trained) * (3 + (experiment.probe is not None)) + 3 * untrained
+    jobs += 1 + len(experiment.evaluate.features) + 1  # dataset, references, collect
+
+    size = experiment.dataset.image_size
+    parameters = unet_size(experiment.model, size).parameters
+    weights, state = FLOAT * parameters, 4 * FLOAT * parameters
+    pixels = 3 * size**2
+    array = pixels * experiment.sample.images
+    count = _images(experiment)
+    reference = FLOAT * FEATURES * min(experiment.evaluate.reference_images or count, count)
+    kept = len(directories) * weights + min(2, len(experiment.steps)) * len(runs) * state
+    kept += pixels * count + len(experiment.evaluate.features) * reference
+    kept += len(directories) * array if experiment.sample.keep else 0
+    peak = kept + at_once * (state + (0 if experiment.sample.keep else array))
+    return Budget(
+        len(runs),
+        len(trained),
+        images,
+        samples,
+        images / rates.train / 3600,
+        samples / rates.sample / 3600,
+        jobs,
+        kept,
+        peak,
+    )
+
+
+def _images(experiment: Experiment) -> int:
+    """Images of a dataset: as prepared, otherwise as many as its source may hold."""
+    prepared = layout.dataset_directory(experiment.dataset) / "images.npy"
+    if prepared.exists():
+        return images_in(str(prepared), experiment.dataset.image_size)
+    return pictures(experiment.dataset)
+
+
+def measure(experiment: Experiment) -> Rates:
+    """The rates of a study's own net on this machine, in half a minute: of as many images at once as that allows."""
+    import numpy as np
+    import torch
+
+    from diffusion.training import TrainState, train_step
+    from workflow.jobs import gpus, use_torch
+
+    run = experiment.run(next(iter(experiment.arms)))
+    device = use_torch(run.train.threads, gpus(experiment, elsewhere=False))
+    size = run.dataset.image_size
+    data = torch.from_numpy(np.zeros((1, size, size, 3), np.uint8)).to(device)
+
+    def seconds(work) -> float:
+        work()  # the first call of a shape prepares what later ones use
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def of_batch(count: int) -> tuple[float, float]:
+        """Seconds of a training step and of a forward pass over some images."""
+        settings = run.train.model_copy(update={"batch_size": count, "micro_batch": None})
+        state = TrainState(run.model_copy(update={"train": settings}), 0, device)
+        x, t = torch.zeros(count, 3, size, size, device=device), torch.zeros(count, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            forward = seconds(lambda: state.model(x, t))
+        return seconds(lambda: train_step(state, data)), forward
+
+    step, _ = of_batch(1)
+    count = max(1, min(run.train.micro_batch or run.train.batch_size, int(MEASURE_SECONDS / step)))
+    step, forward = of_batch(count)
+    rates = Rates(count / step, count / forward / experiment.sample.steps)
+    logger.info(
+        "%s: measured here (%s, %d at once): %.3g images/s trained, %.3g sampled",
+        experiment.name, device, count, *rates,
+    )  # fmt: skip
+    return rates
+
+
+def table(budgets: dict[str, Budget]) -> str:
+    """Budgets by study, and their sum where there are several, in Markdown."""
+    if len(budgets) > 1:
+        budgets = budgets | {"all": Budget(*map(sum, zip(*budgets.values(), strict=True)))}
+    rows = [
+        [
+            study, of.runs, f"{of.checkpoints:,}", f"{of.images:,}", f"{of.samples:,}", f"{of.train_hours:,.1f}",
+            f"{of.sample_hours:,.1f}", f"{of.jobs:,}", f"{of.kept / GIGA:,.1f}", f"{of.peak / GIGA:,.1f}",
+        ]
+        for study, of in budgets.items()
+    ]  # fmt: skip
+    head = ["study", "runs", "checkpoints", "images trained", "samples", "hours of training", "of sampling", "jobs"]
+    return markdown_table([*head, "GB kept", "GB at most"], rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workflow.budget", description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="+", help="names of files in experiments/")
+    parser.add_argument(
+        "--train-rate", type=float, help="images per second of a training job (measured here if not given)"
+    )
+    parser.add_argument(
+        "--sample-rate", type=float, help="images per second of a sampling job (default: measured here)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="jobs side by side, for the disk they need (default: 1)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        for name in ("train_rate", "sample_rate", "jobs"):
+            if (value := getattr(options, name)) is not None and not value > 0:
+                raise StudyError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
+        budgets = {}
+        for study in options.studies:
+            experiment = load_experiment(Path("experiments") / f"{study}.yaml")
+            known = options.train_rate and options.sample_rate
+            rates = Rates(options.train_rate, options.sample_rate) if known else measure(experiment)
+            rates = Rates(options.train_rate or rates.train, options.sample_rate or rates.sample)
+            budgets[study] = budget(experiment, rates, options.jobs)
+        sys.stdout.write(table(budgets) + "\n\n")
+        free = shutil.disk_usage(".").free
+        sys.stdout.write(f"Free here: {free / GIGA:,.1f} GB. Evaluation and probes come on top of the hours.\n")
+        if free < sum(of.peak for of in budgets.values()):
+            sys.stdout.write("That is too little: drop checkpoints, seeds or samples, or work on a larger disk.\n")
+    except StudyError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
