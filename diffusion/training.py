@@ -170,7 +170,11 @@ class TrainState:
         }  # fmt: skip
 
         with replacing(path) as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                # Closing its archive fails too where the disk is full, and hides that.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     def load(self, path: Path, parent: str | None = None) -> dict[str, Any]:
         """Take over the state in a file, and give its whole content.
