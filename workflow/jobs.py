@@ -60,6 +60,17 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
     return experiments
 
 
+def check_writable() -> None:
+    """Make sure that results can be written at all.
+
+    Raises:
+        StudyError: a directory of results is read-only.
+    """
+    for path in (layout.RESULTS, FIGURE.parent):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise StudyError(f"{path.resolve()}: Read-only: nothing can be written there: mend the mount or permission")
+
+
 def check_extractors(experiments: Mapping[str, Experiment]) -> None:
     """Make sure, before anything is trained, that every reference still to be made will find its extractor's weights.
 

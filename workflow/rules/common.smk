@@ -14,6 +14,7 @@ jobs.tell_time_left()
 try:
     EXPERIMENTS = jobs.load_experiments(config, Path(workflow.basedir) / "experiments")
     if workflow.is_main_process:
+        jobs.check_writable()
         jobs.check_extractors(EXPERIMENTS)
 except StudyError as error:
     raise WorkflowError(error)
