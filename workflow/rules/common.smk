@@ -143,7 +143,7 @@ def comparison_of(experiment):
 
 def minutes(request):
     """The resource `runtime` of a rule, of a function that gives the request of a job. A second attempt asks for more."""
-    return lambda wildcards, input, attempt: attempt * request(wildcards, input).minutes
+    return lambda wildcards, input, attempt: min(attempt * request(wildcards, input).minutes, requests.LONGEST_MINUTES)
 
 
 def megabytes(request):
