@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from test_workflow import copy_project, edit, reduce, snakemake
+from projects import copy_project, edit, reduce, snakemake
 
 DAEMONS = ["munged", "slurmctld", "slurmd"]
 pytestmark = [
