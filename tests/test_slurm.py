@@ -122,7 +122,7 @@ def undisturbed(tmp_path_factory):
     edit(project, reduce)
     changes = {"seeds": [0], "checkpoints": [200], "probe": None, "device": "cpu"}
     edit(project, lambda study: study.update(changes))
-    done = snakemake(project, "--config", "tracking=off", "--until", "train", target="reports/metrics.csv")
+    done = snakemake(project, "--config", "tracking=off", "--until", "train", "reference", target="reports/metrics.csv")
     assert done.returncode == 0, done.stdout + done.stderr
     return project
 
@@ -132,8 +132,8 @@ def finished(cluster, undisturbed, tmp_path_factory):
     """The same study through SLURM, to the figure."""
     project = tmp_path_factory.mktemp("finished") / "study"
     shutil.copytree(undisturbed, project, symlinks=True)
-    for run in project.glob("results/openmoji/*-*"):
-        shutil.rmtree(run)
+    for made in ("openmoji", "references"):
+        shutil.rmtree(project / "results" / made)
     done = snakemake(project, *PROFILE, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "run.log").write_text(done.stdout + done.stderr)
@@ -141,12 +141,11 @@ def finished(cluster, undisturbed, tmp_path_factory):
 
 
 @pytest.fixture
-def project(finished, tmp_path):
-    """That study, with all but its dataset and reference still to be done."""
+def project(cluster, undisturbed, tmp_path):
+    """The study with its dataset and reference; all else is still to be done."""
     project = tmp_path / "study"
-    shutil.copytree(finished, project, symlinks=True)
-    for made in ("results/openmoji", "reports"):
-        shutil.rmtree(project / made)
+    shutil.copytree(undisturbed, project, symlinks=True)
+    shutil.rmtree(project / "results/openmoji")
     yield project
     subprocess.run(["scancel", "--me"], check=True)
     wait_for(lambda: not queue())
@@ -247,7 +246,7 @@ def test_a_killed_snakemake_leaves_no_second_trainer_and_loses_nothing(project, 
     assert len(orphans) == 2
     done = snakemake(project, *PROFILE, "--unlock", target="reports/metrics.csv")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = snakemake(project, *PROFILE, *QUICK, target="reports/metrics.csv")
+    done = snakemake(project, *PROFILE, *QUICK, target="reports/metrics.csv", timeout=300)
     text = done.stdout + done.stderr
     assert done.returncode == 0 and "Trying to restart" not in text, text
     assert "left are cancelled first" in text and all(orphan in text for orphan in orphans)
