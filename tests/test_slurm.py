@@ -41,6 +41,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
@@ -55,7 +56,7 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 GPUS = "".join(f"Name=gpu File=/dev/{name}\n" for name in ("full", "null", "random", "zero"))
 
 
-def wait_for(happened, seconds=90):
+def wait_for(happened, seconds=180):
     deadline = time.monotonic() + seconds
     while not (result := happened()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
@@ -217,7 +218,7 @@ def test_a_job_over_its_time_limit_goes_on_by_itself(project, undisturbed):
         assert queue("%l", f"--jobs={job}") == ["14:00"]
         subprocess.run(["scontrol", "update", f"JobId={job}", "EndTime=now"], check=True)
         wait_for(lambda: queue("%T", "--states=all", f"--jobs={job}") == ["TIMEOUT"])
-        assert process.wait(timeout=120) == 0, (project / "run.log").read_text()
+        assert process.wait(timeout=240) == 0, (project / "run.log").read_text()
     assert "SLURM status is: 'TIMEOUT'" in (project / "run.log").read_text()
     assert resumed_where_it_stopped(project, job, log) and same_weights(project, undisturbed, [target])
 
@@ -227,7 +228,7 @@ def test_a_cancelled_job_goes_on_at_the_next_start(project, undisturbed):
     with running(project, "--retries", "0", targets=[target]) as process:
         job, log = hold_trainer(project)
         subprocess.run(["scancel", job], check=True)
-        assert process.wait(timeout=90) != 0
+        assert process.wait(timeout=240) != 0
     assert "SLURM status is: 'CANCELLED'" in (project / "run.log").read_text()
     assert log.with_name("state.partial.pt").exists()
     done = snakemake(project, *PROFILE, *QUICK, target=target)
@@ -273,7 +274,7 @@ def test_a_drained_node_ends_what_it_has_and_the_rest_waits(cluster, project, un
             wait_for(lambda: queue("%T") == ["PENDING"])
             time.sleep(3)
             assert queue("%T") == ["PENDING"] and process.poll() is None
-        assert process.wait(timeout=90) == 0, (project / "run.log").read_text()
+        assert process.wait(timeout=240) == 0, (project / "run.log").read_text()
     assert same_weights(project, undisturbed, targets)
 
 
