@@ -41,6 +41,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
@@ -55,7 +56,7 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 GPUS = "".join(f"Name=gpu File=/dev/{name}\n" for name in ("full", "null", "random", "zero"))
 
 
-def wait_for(happened, seconds=90):
+def wait_for(happened, seconds=180):
     deadline = time.monotonic() + seconds
     while not (result := happened()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
@@ -122,7 +123,7 @@ def undisturbed(tmp_path_factory):
     edit(project, reduce)
     changes = {"seeds": [0], "checkpoints": [200], "probe": None, "device": "cpu"}
     edit(project, lambda study: study.update(changes))
-    done = snakemake(project, "--config", "tracking=off", "--until", "train", target="reports/metrics.csv")
+    done = snakemake(project, "--config", "tracking=off", "--until", "train", "reference", target="reports/metrics.csv")
     assert done.returncode == 0, done.stdout + done.stderr
     return project
 
@@ -132,8 +133,8 @@ def finished(cluster, undisturbed, tmp_path_factory):
     """The same study through SLURM, to the figure."""
     project = tmp_path_factory.mktemp("finished") / "study"
     shutil.copytree(undisturbed, project, symlinks=True)
-    for run in project.glob("results/openmoji/*-*"):
-        shutil.rmtree(run)
+    for made in ("openmoji", "references"):
+        shutil.rmtree(project / "results" / made)
     done = snakemake(project, *PROFILE, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     (project / "run.log").write_text(done.stdout + done.stderr)
@@ -141,12 +142,11 @@ def finished(cluster, undisturbed, tmp_path_factory):
 
 
 @pytest.fixture
-def project(finished, tmp_path):
-    """That study, with all but its dataset and reference still to be done."""
+def project(cluster, undisturbed, tmp_path):
+    """The study with its dataset and reference; all else is still to be done."""
     project = tmp_path / "study"
-    shutil.copytree(finished, project, symlinks=True)
-    for made in ("results/openmoji", "reports"):
-        shutil.rmtree(project / made)
+    shutil.copytree(undisturbed, project, symlinks=True)
+    shutil.rmtree(project / "results/openmoji")
     yield project
     subprocess.run(["scancel", "--me"], check=True)
     wait_for(lambda: not queue())
@@ -218,7 +218,7 @@ def test_a_job_over_its_time_limit_goes_on_by_itself(project, undisturbed):
         assert queue("%l", f"--jobs={job}") == ["14:00"]
         subprocess.run(["scontrol", "update", f"JobId={job}", "EndTime=now"], check=True)
         wait_for(lambda: queue("%T", "--states=all", f"--jobs={job}") == ["TIMEOUT"])
-        assert process.wait(timeout=120) == 0, (project / "run.log").read_text()
+        assert process.wait(timeout=240) == 0, (project / "run.log").read_text()
     assert "SLURM status is: 'TIMEOUT'" in (project / "run.log").read_text()
     assert resumed_where_it_stopped(project, job, log) and same_weights(project, undisturbed, [target])
 
@@ -228,7 +228,7 @@ def test_a_cancelled_job_goes_on_at_the_next_start(project, undisturbed):
     with running(project, "--retries", "0", targets=[target]) as process:
         job, log = hold_trainer(project)
         subprocess.run(["scancel", job], check=True)
-        assert process.wait(timeout=90) != 0
+        assert process.wait(timeout=240) != 0
     assert "SLURM status is: 'CANCELLED'" in (project / "run.log").read_text()
     assert log.with_name("state.partial.pt").exists()
     done = snakemake(project, *PROFILE, *QUICK, target=target)
@@ -247,7 +247,7 @@ def test_a_killed_snakemake_leaves_no_second_trainer_and_loses_nothing(project, 
     assert len(orphans) == 2
     done = snakemake(project, *PROFILE, "--unlock", target="reports/metrics.csv")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = snakemake(project, *PROFILE, *QUICK, target="reports/metrics.csv")
+    done = snakemake(project, *PROFILE, *QUICK, target="reports/metrics.csv", timeout=300)
     text = done.stdout + done.stderr
     assert done.returncode == 0 and "Trying to restart" not in text, text
     assert "left are cancelled first" in text and all(orphan in text for orphan in orphans)
@@ -274,7 +274,7 @@ def test_a_drained_node_ends_what_it_has_and_the_rest_waits(cluster, project, un
             wait_for(lambda: queue("%T") == ["PENDING"])
             time.sleep(3)
             assert queue("%T") == ["PENDING"] and process.poll() is None
-        assert process.wait(timeout=90) == 0, (project / "run.log").read_text()
+        assert process.wait(timeout=240) == 0, (project / "run.log").read_text()
     assert same_weights(project, undisturbed, targets)
 
 
