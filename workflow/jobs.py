@@ -123,6 +123,9 @@ def job(snakemake: Any) -> Iterator[None]:
     except (StudyError, Stopped) as error:
         logging.error("%s", error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        logging.error("stopped: the same command does it again")
+        sys.exit(1)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
             raise
