@@ -240,25 +240,6 @@ def test_a_full_and_a_read_only_disk_are_told_and_nothing_is_lost(finished, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("faketime"), reason="needs Debian's faketime")
-def test_a_clock_that_jumps_back_a_day_changes_nothing(finished, tmp_path):
-    project = begin(finished, tmp_path / "study", "datasets", "references")
-    command = ["faketime", "-f", "+1d", *COMMAND[:-2], "--config", "tracking=off", "--", "reports/metrics.csv"]
-    run = subprocess.Popen(
-        command, cwd=project, env=os.environ | {"DONT_FAKE_MONOTONIC": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    while not list(project.glob("results/openmoji/*/seed*/step4/metrics.csv")):
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=180)
-    wait_for_jobs(project)
-    done = snakemake(project)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_equal_results(project, finished)
-
-
-@pytest.mark.slow
 def test_two_at_once_do_the_work_once(finished, tmp_path):
     project = begin(finished, tmp_path / "study", "datasets")
     first = subprocess.Popen(COMMAND, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
