@@ -29,7 +29,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)
+        # A full disk says no name, and the temporary one tells a reader nothing; another file keeps its own.
+        if error.filename is None or Path(error.filename) == temporary:
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
