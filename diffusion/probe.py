@@ -1,6 +1,7 @@
 """Why an arm converges as it does: loss and gradient of a checkpoint in bins of timesteps, on images and noise that all
 arms of a seed share."""
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,10 @@ def bin_edges(timesteps: int, bins: int) -> list[int]:
     return [timesteps * b // bins for b in range(bins + 1)]
 
 
+def _name(first: int, end: int) -> str:
+    return f"{first}-{end - 1}"
+
+
 def probe_images(directory: Path, held_out: int, count: int, batch_size: int, seed: int) -> np.ndarray:
     """Images of a prepared dataset to probe with: uint8 [N, H, W, 3], N the largest multiple of batch_size up to count.
 
@@ -138,7 +143,7 @@ def probe(
         tables = tables.to(device)
     rows, mse, vb = [], [], []
     mean, correction, scatter = torch.zeros((), dtype=torch.float64), 0.0, 0.0
-    for index, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (first, end) in enumerate(itertools.pairwise(edges)):
         with torch.no_grad():
             terms = [(of.mse.mean().item(), of.vb.mean().item()) for of in losses(index, torch.ones(end - first), None)]
         of_mse, of_vb = np.mean(terms, axis=0)
@@ -156,7 +161,7 @@ def probe(
             correction += share**2 * spread.trace / spread.count
             scatter += share * (found.variance + found.square)
         why = DROWNED if share else "never drawn" if tables else "the density is learnt"
-        rows += _rows(f"{first}-{end - 1}", of_mse, of_vb, found, why)
+        rows += _rows(_name(first, end), of_mse, of_vb, found, why)
     widths = np.diff(edges)
     square = mean.square().sum().item() - correction
     whole = Noise(square, scatter - square) if tables else Noise(np.nan, np.nan)
@@ -174,8 +179,7 @@ def _rows(timesteps: str, mse: float, vb: float, noise: Noise, why: str) -> list
 
 def diverged_rows(timesteps: int, bins: int, step: int) -> list[dict[str, Any]]:
     """The rows of `probe` for a net whose run diverged at a step: no values."""
-    edges = bin_edges(timesteps, bins)
-    names = [f"{first}-{end - 1}" for first, end in zip(edges, edges[1:], strict=False)] + [ALL]
+    names = [_name(first, end) for first, end in itertools.pairwise(bin_edges(timesteps, bins))] + [ALL]
     reason = f"diverged at step {step}"
     return [
         {"timesteps": name, "metric": measure, "value": np.nan, "reason": reason}

@@ -51,15 +51,13 @@ class Budget(NamedTuple):
 
 def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     """The budget of a study, of which `at_once` jobs run side by side."""
-    points = layout.checkpoints(experiment)
-    directories = {directory: (arm, step) for arm, _, step, directory in points}
-    trained = [(arm, step) for arm, step in directories.values() if step]
-    untrained = len(directories) - len(trained)
-    runs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
-    last = experiment.steps[-1]
-    images = sum(last * experiment.run(arm).train.batch_size for arm, _ in runs)
-    samples = experiment.sample.images * len(directories)
-    jobs = len(trained) * (3 + (experiment.probe is not None)) + 3 * untrained
+    steps = {directory: step for _, _, step, directory in layout.checkpoints(experiment)}
+    checkpoints, trained = len(steps), sum(step > 0 for step in steps.values())
+    runs = len(experiment.arms) * len(experiment.seeds)
+    batches = sum(experiment.run(arm).train.batch_size for arm in experiment.arms)
+    images = experiment.steps[-1] * batches * len(experiment.seeds)
+    samples = experiment.sample.images * checkpoints
+    jobs = 3 * checkpoints + trained * (experiment.probe is not None)
     jobs += 1 + len(experiment.evaluate.features) + 1  # dataset, references, collect
 
     size = experiment.dataset.image_size
@@ -69,13 +67,13 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     array = pixels * experiment.sample.images
     count = _images(experiment)
     reference = FLOAT * FEATURES * min(experiment.evaluate.reference_images or count, count)
-    kept = len(directories) * weights + min(2, len(experiment.steps)) * len(runs) * state
+    kept = checkpoints * weights + min(2, len(experiment.steps)) * runs * state
     kept += pixels * count + len(experiment.evaluate.features) * reference
-    kept += len(directories) * array if experiment.sample.keep else 0
+    kept += checkpoints * array if experiment.sample.keep else 0
     peak = kept + at_once * (state + (0 if experiment.sample.keep else array))
     return Budget(
-        len(runs),
-        len(trained),
+        runs,
+        trained,
         images,
         samples,
         images / rates.train / 3600,

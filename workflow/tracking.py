@@ -32,6 +32,7 @@ from PIL import Image
 
 from diffusion import StudyError
 from diffusion.config import TRAIN_VERSION, Choice, Experiment, RunConfig, Scheme, load_experiment
+from diffusion.files import read_json
 from workflow import layout
 from workflow.pages import sections
 from workflow.tables import markdown_table
@@ -248,7 +249,7 @@ class Study:
             self._forward_evaluation(run, directory / "metrics.csv")
             self._forward_samples(run, directory / "preview.png", step * batch_size)
             if run.is_new(path := directory / "provenance.json"):
-                self._set_tags(run, provenance_tags(_read_json(path), directory))
+                self._set_tags(run, provenance_tags(read_json(path), directory))
         complete = all((directory / "metrics.csv").exists() for directory in directories.values())
         self._set_status(run, state(complete, run.moved_since(since), "diverged" in run.tags))
         return run
@@ -284,7 +285,7 @@ class Study:
     def _forward_dataset(self, run: Tracked) -> None:
         directory = layout.dataset_directory(self.experiment.dataset)
         if not run.has_dataset and run.is_new(path := directory / "manifest.json"):
-            manifest = _read_json(path)
+            manifest = read_json(path)
             source = json.dumps({"source": manifest["source"], "licence": manifest.get("licence")})
             profile = json.dumps({"images": manifest.get("count"), "image_size": manifest.get("image_size")})
             digest = manifest["sha256"][:16]
@@ -357,10 +358,6 @@ class Study:
 
     def _key(self, arm: str, seed: int) -> str:
         return self._directory(arm, seed).relative_to(layout.RESULTS / self.experiment.name).as_posix()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool]) -> None:
