@@ -28,7 +28,7 @@ from torch import Tensor
 from diffusion import StudyError
 from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size, in_words
 from diffusion.data import to_uint8
-from diffusion.files import replacing, sha256
+from diffusion.files import check_unchanged, replacing
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 from diffusion.unet import UNet
@@ -81,8 +81,8 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
     Raises:
         StudyError: the file is damaged or was not written by `save_weights`.
     """
-    if digest is not None and path.exists() and sha256(path) != digest:
-        raise StudyError(f"{path}: changed since it was written (sha256): delete it and run the same command again")
+    if digest is not None and path.exists():
+        check_unchanged(path, digest)
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["checkpoint"])

@@ -43,6 +43,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_unchanged(path: Path, digest: str) -> None:
+    """Make sure that a file holds what it held when its `sha256` was taken.
+
+    Raises:
+        StudyError: it does not.
+    """
+    if sha256(path) != digest:
+        raise StudyError(f"{path}: changed since it was written (sha256): delete it and run the same command again")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

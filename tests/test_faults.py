@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from projects import assert_equal_results, assert_tracked_once, copy_project, edit, reduce, snakemake
+from projects import assert_equal_results, assert_tracked_once, copy_project, edit, jobs, reduce, snakemake
 
 from diffusion.files import replacing
 
@@ -179,11 +179,10 @@ def test_what_is_damaged_is_named_never_used_and_made_again(finished, tmp_path):
     shutil.copy(next(finished.glob("results/datasets/*/images.npy")), images)
     done = snakemake(project, "--config", "tracking=off", "--notemp", "--forcerun", "sample", target=target)
     assert done.returncode == 0, done.stdout + done.stderr
-    truncate(samples)
-    done = snakemake(
-        project, "--config", "tracking=off", target=str((samples.parent / "metrics.csv").relative_to(project))
-    )
-    assert_named(done, [samples])
+    metrics = str((samples.parent / "metrics.csv").relative_to(project))
+    for damage in (flip, truncate):
+        damage(samples)
+        assert_named(snakemake(project, "--config", "tracking=off", target=metrics), [samples])
 
 
 def assert_named(done, paths):
@@ -237,6 +236,26 @@ def test_a_full_and_a_read_only_disk_are_told_and_nothing_is_lost(finished, tmp_
     done = snakemake(project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_equal_results(project, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs the package faketime")
+def test_a_clock_that_jumps_back_a_day_changes_nothing(finished, tmp_path):
+    project = begin(finished, tmp_path / "study", "datasets", "references")
+    tomorrow = ["faketime", "-f", "+1d", *COMMAND[:-1], "results/openmoji/metrics.csv"]
+    run = subprocess.Popen(tomorrow, cwd=project, env=os.environ | {"DONT_FAKE_MONOTONIC": "1"})
+    while not list(project.glob("results/openmoji/uni05-*/seed*/step4/weights.safetensors")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    psutil.Process(run.pid).children()[0].terminate()  # Snakemake, and not faketime; what is at work ends
+    assert run.wait(timeout=180) != 0
+    ahead = [path for path in project.glob("results/openmoji/*/seed*/step*/*") if path.stat().st_mtime > time.time()]
+    assert {"weights.safetensors", "state.pt"} <= {path.name for path in ahead}
+    done = snakemake(project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_equal_results(project, finished)
+    assert_tracked_once(project)
+    assert not jobs(project, "reports/fid_curves.png")
 
 
 @pytest.mark.slow

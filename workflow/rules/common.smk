@@ -42,6 +42,7 @@ wildcard_constraints:
 
 
 onstart:
+    jobs.date_back()
     if workflow.executor_plugin.name == "slurm":
         jobs.cancel_orphans((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
     jobs.start_tracking(config, EXPERIMENTS)

@@ -29,6 +29,7 @@ rule evaluate:
     input:
         unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
         samples="results/{study}/{arm}/seed{seed}/step{step}/samples.npy",
+        digest="results/{study}/{arm}/seed{seed}/step{step}/samples.sha256",
         provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
         references=references_of,
     output:

@@ -7,6 +7,7 @@ rule sample:
         provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
     output:
         samples=droppable("results/{study}/{arm}/seed{seed}/step{step}/samples.npy"),
+        digest=droppable("results/{study}/{arm}/seed{seed}/step{step}/samples.sha256"),
         preview="results/{study}/{arm}/seed{seed}/step{step}/preview.png",
     log:
         "results/{study}/{arm}/seed{seed}/step{step}/sample.log",

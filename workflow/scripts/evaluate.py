@@ -7,13 +7,14 @@ import pandas as pd
 from diffusion.data import read_images
 from diffusion.evaluation import evaluate, load_reference, reference_key
 from diffusion.features import extract_features, load_extractor
-from diffusion.files import read_json
+from diffusion.files import check_unchanged, read_json
 from workflow.jobs import job, use_torch
 from workflow.tables import write_table
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
     samples = read_images(Path(snakemake.input.samples))
+    check_unchanged(Path(snakemake.input.samples), Path(snakemake.input.digest).read_text())
     about = read_json(Path(snakemake.input.provenance))
     dataset = read_json(Path(snakemake.input.manifest))
     tables = []

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffusion.checkpoint import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
-from diffusion.files import read_json
+from diffusion.files import read_json, sha256
 from workflow.jobs import job, use_torch
 
 with job(snakemake):
@@ -15,4 +15,5 @@ with job(snakemake):
     samples = Path(snakemake.output.samples)
     checkpoint = load_checkpoint(Path(snakemake.input.weights), device, about.get("sha256"))
     sample_checkpoint(checkpoint, Sample.model_validate_json(snakemake.params.sample), samples, device)
+    Path(snakemake.output.digest).write_text(sha256(samples))
     preview(np.load(samples, mmap_mode="r"), Path(snakemake.output.preview))
