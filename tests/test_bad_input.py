@@ -104,8 +104,9 @@ def metrics(project):
 
 
 def two_sizes(project):
+    (project / "mixed").mkdir()
     for name, size in (("a", 8), ("b", 16)):
-        np.save(project / f"{name}.npy", np.zeros((4, size, size, 3), np.uint8))
+        Image.new("RGB", (size, size)).save(project / "mixed" / f"{name}.png")
 
 
 def wrong_weights(project):
@@ -179,10 +180,11 @@ TABLE = {
     "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "there are: openmoji"]),
     "orphans of a broken study": (["-m", "workflow.orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
     "images of two sizes": (
-        ["-m", "diffusion", "evaluate", "a.npy", "b.npy", "--features", "efficientnet-lite0", "--metrics", "fid"],
+        ["-m", "diffusion", "evaluate", "mixed", "mixed"],
         two_sizes,
-        ["fid"],
+        ["b.png in mixed has 16x16 pixels where others have 8x8", "reduce all to one size"],
     ),
+    "unknown metric": (["-m", "diffusion", "evaluate", "a", "b", "--metrics", "fid"], None, ["'fid'", "'fd'"]),
 }
 
 
