@@ -1,0 +1,302 @@
+"""Images per second of our net and of diffusers' UNet2DModel of the same shape, trained and sampled, in one run.
+
+    pip install diffusers
+    python -m benchmarks.throughput openmoji [--seconds 10] [--rounds 3] [--csv throughput.csv]
+    python -m benchmarks.throughput openmoji --profile
+
+The shape, batch and precision are those of a study. Ours is the training step of a run, with everything in it: draws
+of images, timesteps and noise, loss, optimiser, moving average. Theirs is the loop of diffusers' own example of
+unconditional training: a shuffled loader, its DDPM scheduler, mse of the noise, AdamW, its EMAModel. It learns no
+variance, which is a little less to do. Each measurement is a process of its own; ours and theirs take turns, and
+medians are told.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.config import RunConfig, load_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 2048
+COLUMNS = ["net", "work", "images_per_second", "ratio", "share_of_peak", "gigabytes", "first_step_seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", help="name of a file in experiments/")
+    parser.add_argument("--batch", type=int, help="images of a training step, if not those of the study")
+    parser.add_argument("--sample-batch", type=int, help="images sampled at once, likewise")
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement, after the first two steps")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    parser.add_argument("--profile", action="store_true", help="tell where the time of our training step goes, and end")
+    parser.add_argument("--one", nargs=2, metavar=("NET", "WORK"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.profile:
+        print(profile(options))
+    elif options.one:
+        print(json.dumps(measure(*options.one, options)))
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Take turns between both nets, and print the medians as a table."""
+    import pandas as pd
+
+    from workflow.jobs import set_environment
+    from workflow.requests import unet_size
+
+    set_environment(str(ROOT))
+    run = settings(options)
+    forward = 2 * unet_size(run.model, run.dataset.image_size).products
+    peak = peak_flops(run)
+    rows = []
+    for work, flops in (("train", 3 * forward), ("sample", load(options).sample.steps * forward)):
+        measured: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
+        for _ in range(options.rounds):
+            for net, results in measured.items():
+                command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], "--one", net, work]
+                done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {
+            net: {key: statistics.median(result[key] for result in results) for key in results[0]}
+            for net, results in measured.items()
+        }
+        for net, median in medians.items():
+            rate = median["images_per_second"]
+            rows.append({
+                "net": net, "work": work, **median, "ratio": rate / medians["diffusers"]["images_per_second"],
+                "share_of_peak": rate * flops / peak,
+            })  # fmt: skip
+    table = pd.DataFrame(rows)[COLUMNS]
+    print(f"{options.study}: batch {run.train.batch_size}, {device_name()}, torch {torch.__version__}, ", end="")
+    print(f"{forward / 1e9:.3g} GFLOP forward, peak {peak / 1e12:.3g} TFLOP/s (a matrix product in this run)\n")
+    print(table.to_string(index=False, float_format="{:.3g}".format))
+    if options.csv:
+        table.to_csv(options.csv, index=False)
+
+
+def load(options: argparse.Namespace) -> Any:
+    return load_experiment(ROOT / "experiments" / f"{options.study}.yaml")
+
+
+def settings(options: argparse.Namespace) -> RunConfig:
+    """The first run of the study, with the batch that was asked for."""
+    experiment = load(options)
+    run = experiment.run(next(iter(experiment.arms)))
+    if options.batch:
+        train = run.train.model_copy(update={"batch_size": options.batch, "micro_batch": None})
+        run = run.model_copy(update={"train": train})
+    return run
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if device() == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+
+
+def bf16(run: RunConfig) -> bool:
+    return run.train.precision == "bf16" or (run.train.precision == "auto" and device() == "cuda")
+
+
+def synchronize() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_flops(run: RunConfig) -> float:
+    """What a large matrix product reaches here, with the threads and in the precision of the run."""
+    torch.set_num_threads(run.train.threads)
+    side = 8192 if device() == "cuda" else 2048
+    a = torch.randn(side, side, device=device(), dtype=torch.bfloat16 if bf16(run) else torch.float32)
+    best = float("inf")
+    for _ in range(5):
+        synchronize()
+        began = time.perf_counter()
+        a @ a
+        synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float]:
+    """The first step with all that precedes it, then steps for some seconds. Meant for a process of its own."""
+    run = settings(options)
+    torch.set_num_threads(run.train.threads)
+    began = time.perf_counter()
+    step = WORK[net, work](run, options)
+    count = step()
+    synchronize()
+    first = time.perf_counter() - began
+    step()
+    synchronize()
+    done, began = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < options.seconds:
+        done += step()
+        synchronize()
+    memory = torch.cuda.max_memory_allocated() if device() == "cuda" else 1024 * peak_kilobytes()
+    return {
+        "images_per_second": done / seconds if done else count / seconds,
+        "gigabytes": memory / 1e9,
+        "first_step_seconds": first,
+    }
+
+
+def peak_kilobytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def random_images(run: RunConfig) -> Tensor:
+    size = run.dataset.image_size
+    return torch.randint(256, (IMAGES, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def ours_train(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
+    from diffusion.training import TrainState, train_step
+
+    state, images = TrainState(run, 0, device()), random_images(run).to(device())
+
+    def step() -> int:
+        train_step(state, images)
+        return run.train.batch_size
+
+    return step
+
+
+def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
+    from diffusion.checkpoint import Checkpoint, sample_checkpoint
+    from diffusion.training import untrained
+
+    model, schedule = untrained(run, 0)
+    checkpoint = Checkpoint(model.to(device()).eval(), schedule, run.dataset.image_size)
+    sample, directory = load(options).sample, tempfile.mkdtemp()
+    count = options.sample_batch or sample.batch_size
+    once = sample.model_copy(update={"images": count, "batch_size": count})
+
+    def step() -> int:
+        sample_checkpoint(checkpoint, once, Path(directory, "samples.npy"), device())
+        return count
+
+    return step
+
+
+def their_net(run: RunConfig) -> Any:
+    """diffusers' U-Net with the widths, blocks, attention and resampling of ours."""
+    from diffusers import UNet2DModel
+
+    model, size = run.model, run.dataset.image_size
+    attention = [size >> level in model.attention_resolutions for level in range(len(model.channel_mult))]
+    resample = "resnet" if model.resblock_updown else "conv"
+    # Its plain blocks know one way of resampling each; those with attention take either.
+    plain = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
+    return UNet2DModel(
+        sample_size=size,
+        layers_per_block=model.res_blocks,
+        block_out_channels=[model.channels * multiplier for multiplier in model.channel_mult],
+        down_block_types=["AttnDownBlock2D" if here else plain.format("Down") for here in attention],
+        up_block_types=["AttnUpBlock2D" if here else plain.format("Up") for here in reversed(attention)],
+        downsample_type=resample,
+        upsample_type=resample,
+        resnet_time_scale_shift="scale_shift" if model.scale_shift_norm else "default",
+        attention_head_dim=model.head_channels,
+        dropout=model.dropout,
+    ).to(device())
+
+
+def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
+    import torch.nn.functional as F
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    model, scheduler, train = their_net(run).train(), DDPMScheduler(run.diffusion.timesteps), run.train
+    ema = EMAModel(model.parameters(), decay=train.ema_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate)
+    images = random_images(run).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            yield from torch.utils.data.DataLoader(images, train.batch_size, shuffle=True, drop_last=True)
+
+    source = batches()
+
+    def step() -> int:
+        micro = train.micro_batch or train.batch_size
+        optimizer.zero_grad()
+        for x_start in next(source).to(device()).split(micro):
+            noise = torch.randn_like(x_start)
+            t = torch.randint(run.diffusion.timesteps, (len(x_start),), device=x_start.device)
+            with torch.autocast(device(), torch.bfloat16, enabled=bf16(run)):
+                output = model(scheduler.add_noise(x_start, noise, t), t).sample
+            (F.mse_loss(output.float(), noise) * len(x_start) / train.batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.step(model.parameters())
+        return train.batch_size
+
+    return step
+
+
+def diffusers_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
+    from diffusers import DDIMScheduler
+
+    model, scheduler, sample = their_net(run).eval(), DDIMScheduler(run.diffusion.timesteps), load(options).sample
+    scheduler.set_timesteps(sample.steps)
+    count, size = options.sample_batch or sample.batch_size, run.dataset.image_size
+
+    @torch.inference_mode()
+    def step() -> int:
+        x = torch.randn(count, 3, size, size, device=device())
+        for t in scheduler.timesteps:
+            with torch.autocast(device(), torch.bfloat16, enabled=bf16(run)):
+                output = model(x, t).sample
+            x = scheduler.step(output, t, x).prev_sample
+        return count
+
+    return step
+
+
+WORK = {
+    ("ours", "train"): ours_train,
+    ("ours", "sample"): ours_sample,
+    ("diffusers", "train"): diffusers_train,
+    ("diffusers", "sample"): diffusers_sample,
+}
+
+
+def profile(options: argparse.Namespace) -> str:
+    """Where the time of our training step goes, by operation, as torch's profiler sees it."""
+    from torch.profiler import ProfilerActivity
+
+    run = settings(options)
+    torch.set_num_threads(run.train.threads)
+    step = ours_train(run, options)
+    for _ in range(3):
+        step()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device() == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(10):
+            step()
+        synchronize()
+    return profiler.key_averages().table(sort_by=f"self_{device()}_time_total", row_limit=25, max_name_column_width=50)
+
+
+if __name__ == "__main__":
+    main()
