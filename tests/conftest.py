@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 from made import scenes
@@ -5,6 +7,8 @@ from projects import copy_project, edit, reduce, snakemake
 
 # Results do not depend on the machine's core count, and tests run side by side do not fight.
 torch.set_num_threads(1)
+# A shell that starts the tests in the background ignores Ctrl-C for them; what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
