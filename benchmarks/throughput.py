@@ -143,7 +143,7 @@ def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float
     torch.set_num_threads(run.train.threads)
     began = time.perf_counter()
     step = WORK[net, work](run, options)
-    count = step()
+    step()
     synchronize()
     first = time.perf_counter() - began
     step()
@@ -152,21 +152,22 @@ def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float
     while (seconds := time.perf_counter() - began) < options.seconds:
         done += step()
         synchronize()
-    memory = torch.cuda.max_memory_allocated() if device() == "cuda" else 1024 * peak_kilobytes()
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device() == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return {
-        "images_per_second": done / seconds if done else count / seconds,
+        "images_per_second": done / seconds,
         "gigabytes": memory / 1e9,
         "first_step_seconds": first,
     }
 
 
-def peak_kilobytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def random_images(run: RunConfig) -> Tensor:
-    size = run.dataset.image_size
-    return torch.randint(256, (IMAGES, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    # A whole batch at least: the loader drops the incomplete one.
+    count, size = max(IMAGES, run.train.batch_size), run.dataset.image_size
+    return torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def ours_train(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
