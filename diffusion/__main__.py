@@ -42,7 +42,7 @@ def sample(arguments: argparse.Namespace) -> None:
         raise StudyError(f"{path}: a published checkpoint does not say how large its images are: give --image-size")
     if checkpoint.diverged:
         raise StudyError(f"{path}: this run diverged, and no images come from it: name a checkpoint of another run")
-    names = ("sampler", "steps", "images", "batch_size", "seed")
+    names = ("sampler", "steps", "images", "batch_size", "precision", "seed")
     try:
         settings = Sample(**{name: getattr(arguments, name) for name in names})
         check_sampling_steps(settings, checkpoint.schedule.timesteps)
@@ -54,7 +54,7 @@ def sample(arguments: argparse.Namespace) -> None:
     try:
         sample_checkpoint(checkpoint, settings, array, device)
     except torch.OutOfMemoryError:
-        raise StudyError(f"{settings.batch_size} images at once do not fit the GPU: lower --batch-size") from None
+        raise StudyError("the images that are sampled at once do not fit the GPU: say a smaller --batch-size") from None
     shown = min(settings.images, GRID_IMAGES)
     columns = math.ceil(math.sqrt(shown))
     scale = max(1, GRID_PIXELS // checkpoint.image_size)
@@ -71,7 +71,12 @@ def add_sample(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="of the sampler (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the latents (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images at once (default: what a GPU's memory holds)"
+    )
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default: bf16 on a GPU, else fp32"
+    )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
     )

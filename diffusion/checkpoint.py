@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from diffusion import StudyError
 from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size, in_words
 from diffusion.data import to_uint8
+from diffusion.devices import autocast, largest_batch
 from diffusion.files import check_unchanged, replacing
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
@@ -100,7 +102,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
 
 def _filled(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
     """A net that was built without memory, on a device and with its weights, as float32, ready to evaluate."""
-    model = model.to_empty(device=device)
+    model = model.to_empty(device=device).to(memory_format=torch.channels_last)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
@@ -246,24 +248,30 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Pat
     shape = (count, checkpoint.image_size, checkpoint.image_size, 3)
     if shutil.disk_usage(destination.parent).free < math.prod(shape):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(destination))
-    denoise = _told(checkpoint.model, count, settings.steps)
+    image = (3, checkpoint.image_size, checkpoint.image_size)
+    size = settings.batch_size or largest_batch(checkpoint.model, image, device, settings.precision)
+    denoise = _told(checkpoint.model, count, settings, device)
     with replacing(destination) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for first in range(0, count, settings.batch_size):
-            indices = range(first, min(first + settings.batch_size, count))
-            x = _sample(denoise, checkpoint, settings, indices, device)
+        batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        start = [latents(settings.seed, indices, image) for indices in batches[:1]]
+        for indices, following in zip_longest(batches, batches[1:], fillvalue=range(0)):
+            x = _sample(denoise, checkpoint, settings, indices, start.pop().to(device))
+            # Drawn while a GPU still works on these.
+            start = [latents(settings.seed, following, image)] if following else []
             file.write(to_uint8(x).cpu().numpy().tobytes())
 
 
-def _told(model: UNet, count: int, steps: int) -> Denoiser:
-    """The model, logging how far `count` samples of `steps` evaluations each have come: one batch may take minutes."""
+def _told(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
+    """The model in the precision asked for, logging how far `count` samples have come: one batch may take minutes."""
     start = told = time.monotonic()
     done = 0.0
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         nonlocal told, done
-        output = model(x, t)
-        done += len(x) / steps
+        with autocast(device, settings.precision):
+            output = model(x, t).float()
+        done += len(x) / settings.steps
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
             rate = done / (told - start)
@@ -291,15 +299,11 @@ def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int =
         Image.fromarray(canvas.repeat(scale, 0).repeat(scale, 1)).save(file, format="PNG")
 
 
-def _sample(
-    denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, indices: range, device: torch.device | str
-) -> Tensor:
-    shape = (3, checkpoint.image_size, checkpoint.image_size)
-    x = latents(settings.seed, indices, shape).to(device)
+def _sample(denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, indices: range, x: Tensor) -> Tensor:
     if settings.sampler == "ddim":
         return ddim_sample(denoise, checkpoint.schedule, x, settings.steps)
 
     def noise(step: int) -> Tensor:
-        return latents(settings.seed, indices, shape, f"ddpm{step}").to(device)
+        return latents(settings.seed, indices, tuple(x.shape[1:]), f"ddpm{step}").to(x.device)
 
     return ddpm_sample(denoise, checkpoint.schedule, x, settings.steps, noise)

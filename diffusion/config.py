@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from diffusion import StudyError
 
 # Bump by hand when a change in `diffusion/` alters what a run computes: every run then starts a new directory.
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 
 GROUP_NORM_GROUPS = 32
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Precision = Literal["auto", "fp32", "bf16"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
 
 
@@ -179,7 +180,7 @@ class Train(Section):
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     ema_warmup: bool = True
     random_flip: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     threads: PositiveInt = 1
     log_every: PositiveInt = 50
 
@@ -252,7 +253,9 @@ class Sample(Section):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     steps: PositiveInt = 25
     images: int = Field(10_000, ge=2)
-    batch_size: PositiveInt = 256
+    # None: what the memory of a GPU holds.
+    batch_size: PositiveInt | None = None
+    precision: Precision = "auto"
     seed: int = Field(0, ge=0)
     keep: bool = False
 

@@ -13,8 +13,9 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar
@@ -430,6 +431,52 @@ def epoch_batch(count: int, batch_size: int, step: int, order: Callable[[int], T
     stop = start + batch_size
     epochs = range(start // count, (stop - 1) // count + 1)
     return torch.cat([order(e)[max(start - e * count, 0) : stop - e * count] for e in epochs])
+
+
+class Batches:
+    """The batches of a run on its device, by step: uint8 [B, H, W, 3] in 0..255, as `epoch_batch` orders them.
+
+    On a GPU the images lie there if they take at most half of the free memory. Otherwise they stay where they are (a
+    memory map on disk), and a thread reads the next batch while the device works on this one.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        size: images per batch.
+        order: epoch -> permutation of 0..N-1, int64 [N].
+        resident: whether the images lie on the device, if that is not to be judged.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        size: int,
+        order: Callable[[int], Tensor],
+        device: torch.device | str,
+        resident: bool | None = None,
+    ):
+        self.images, self.size, self.device = images, size, torch.device(device)
+        if resident is None:
+            resident = self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2
+        self.resident = torch.from_numpy(np.array(images)).to(self.device) if resident else None
+        place = self.device if resident else "cpu"
+        self.order = lru_cache(maxsize=2)(lambda epoch: order(epoch).to(place))
+        self.reader = ThreadPoolExecutor(max_workers=1)
+        self.ahead: tuple[int, Future[Tensor] | None] = (-1, None)
+
+    def __getitem__(self, step: int) -> Tensor:
+        if self.resident is not None:
+            return self.resident[self._chosen(step)]
+        expected, ahead = self.ahead
+        batch = ahead.result() if ahead and expected == step else self._read(step)
+        self.ahead = step + 1, self.reader.submit(self._read, step + 1)
+        return batch.to(self.device, non_blocking=True)
+
+    def _chosen(self, step: int) -> Tensor:
+        return epoch_batch(len(self.images), self.size, step, self.order)
+
+    def _read(self, step: int) -> Tensor:
+        batch = torch.from_numpy(self.images[self._chosen(step).numpy()])
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
 
 def to_model_range(images: Tensor) -> Tensor:

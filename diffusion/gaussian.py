@@ -6,6 +6,7 @@ Time runs from data to noise: t = 0 is the least noisy of T timesteps, t = T - 1
 Sources: Ho et al. 2020 (DDPM, arXiv 2006.11239); Nichol & Dhariwal 2021 (arXiv 2102.09672).
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,7 +33,7 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine
 
 
 class NoiseSchedule:
-    """The tables that follow from betas, each a float64 tensor [T] on the CPU.
+    """The tables that follow from betas, each a float64 tensor [T].
 
     Args:
         betas: variances of q(x_t | x_{t-1}), [T], each in (0, 1).
@@ -58,6 +59,12 @@ class NoiseSchedule:
         ).log()
         self.posterior_mean_x_start = betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_x_t = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """The same tables on a device, where looking into them then waits for nothing."""
+        moved = copy.copy(self)
+        moved.__dict__.update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return moved
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of q(x_t | x_0) for given noise (Ho et al. 2020, eq. 4). All images [B, C, H, W], t [B]."""

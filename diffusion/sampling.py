@@ -50,10 +50,10 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
         images [B, 3, H, W] in [-1, 1].
     """
     used = ddim_timesteps(schedule.timesteps, steps)
-    coarse = respaced(schedule, used.flip(0))
+    coarse, stamps = respaced(schedule, used.flip(0)).to(latents.device), used.tolist()
     x = latents
     for index in reversed(range(steps)):
-        t, i = _repeated(used[steps - 1 - index], x), _repeated(torch.tensor(index), x)
+        t, i = _repeated(stamps[steps - 1 - index], x), _repeated(index, x)
         x_start = p_mean_variance(coarse, model(x, t), x, i).pred_x_start
         # Clipping x_0 changes the noise that the image implies.
         epsilon = (at((1 / coarse.alphas_cumprod).sqrt(), i, x) * x - x_start) / at(
@@ -79,10 +79,10 @@ def ddpm_sample(
         images [B, 3, H, W], nearly in [-1, 1].
     """
     used = ddpm_timesteps(schedule.timesteps, steps)
-    coarse = respaced(schedule, used.flip(0))
+    coarse, stamps = respaced(schedule, used.flip(0)).to(latents.device), used.tolist()
     x = latents
     for index in reversed(range(steps)):
-        t, i = _repeated(used[steps - 1 - index], x), _repeated(torch.tensor(index), x)
+        t, i = _repeated(stamps[steps - 1 - index], x), _repeated(index, x)
         mean, log_variance, _ = p_mean_variance(coarse, model(x, t), x, i)
         x = mean + (0.5 * log_variance).exp() * noise(steps - 1 - index) if index else mean
     return x
@@ -93,5 +93,6 @@ def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str 
     return torch.stack([torch.randn(shape, generator=generator(seed, stream, index)) for index in indices])
 
 
-def _repeated(t: Tensor, x: Tensor) -> Tensor:
-    return t.to(x.device).expand(len(x))
+def _repeated(t: int, x: Tensor) -> Tensor:
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((len(x),), t, device=x.device)

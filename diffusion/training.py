@@ -5,7 +5,6 @@ own, and can be stopped and started again anywhere: on a CPU the result is the s
 """
 
 import csv
-import functools
 import io
 import logging
 import math
@@ -14,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +22,13 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from diffusion import Stopped, StudyError, parallel
 from diffusion.checkpoint import build, save_weights
 from diffusion.config import Initial, RunConfig, Scheme
-from diffusion.data import epoch_batch, random_flip, to_model_range
+from diffusion.data import Batches, random_flip, to_model_range
+from diffusion.devices import Graphed, autocast
 from diffusion.files import alone_in, replacing
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import WEIGHTS, hybrid_loss
@@ -129,19 +131,23 @@ class TrainState:
         """The state at step 0. Arms of equal seed and net start from the same weights."""
         self.run, self.seed, self.device = run, seed, torch.device(device)
         model, self.schedule = untrained(run, seed)
-        self.model = model.to(device).train()
+        tables = scheme_tables(self.schedule, run.scheme, run.match)
+        self.schedule = self.schedule.to(self.device)
+        self.model = model.to(self.device, memory_format=torch.channels_last).train()
         self.parameters = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         train = run.train
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
         )
-        self.tables = scheme_tables(self.schedule, run.scheme, run.match).to(self.device)
+        self.tables = tables.to(self.device)
         self.history = None
         if run.scheme.timesteps.learnt:
             _, parameters = run.scheme.timesteps.chosen
             self.history = LossHistory(self.schedule.timesteps, **parameters, device=self.device)
-        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
+        # Dropout draws anew at each call, which a graph would have to be told of.
+        graphed = self.device.type == "cuda" and not run.model.dropout
+        self.gradients = Graphed(self._gradients) if graphed else self._gradients
         self.meter = Meter(self.device)
         self.step = 0
         self.seconds = 0.0
@@ -152,6 +158,30 @@ class TrainState:
         """The averaged weights, by the net's own parameter names."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
 
+    def batches(self, images: np.ndarray) -> Batches:
+        """The batches of this run out of its images, uint8 [N, H, W, 3]."""
+
+        def order(epoch: int) -> Tensor:
+            return torch.randperm(len(images), generator=generator(self.seed, "order", epoch))
+
+        return Batches(images, self.run.train.batch_size, order, self.device)
+
+    def _gradients(
+        self, x_start: Tensor, noise: Tensor, t: Tensor, mse_weight: Tensor, vb_weight: Tensor
+    ) -> list[Tensor]:
+        """Gradients of the parameters for the sum of the weighted losses over some images; mse and vb of each, [2, B].
+
+        Args:
+            x_start, noise: [B, 3, H, W].
+            t, mse_weight, vb_weight: [B].
+        """
+        x_t = self.schedule.q_sample(x_start, t, noise)
+        with autocast(self.device, self.run.train.precision):
+            output = self.model(x_t, t)
+        losses = hybrid_loss(self.schedule, output.float(), x_start, x_t, t, noise)
+        loss = (mse_weight * losses.mse + vb_weight * losses.vb).sum()
+        return [*torch.autograd.grad(loss, self.parameters), torch.stack([losses.mse, losses.vb]).detach()]
+
     def tables_now(self) -> Tables:
         """The tables at this step: a density that is learnt takes its weights along."""
         if self.history is None:
@@ -161,20 +191,14 @@ class TrainState:
             return matched(probabilities, self.tables, scheme.correct_vb)
         return replace(self.tables, probabilities=probabilities)
 
-    def save(self, path: Path, **more: Any) -> None:
-        content = {
+    def content(self, **more: Any) -> dict[str, Any]:
+        """All of it, as `save_state` writes it."""
+        return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
             "diverged": self.diverged, "id": self.id, "model": self.model.state_dict(), "ema": self.ema_weights(),
             "optimizer": self.optimizer.state_dict(), "meter": vars(self.meter),
             "history": vars(self.history) if self.history else None, **more,
         }  # fmt: skip
-
-        with replacing(path) as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                # Closing its archive fails too where the disk is full, and hides that.
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     def load(self, path: Path, parent: str | None = None) -> dict[str, Any]:
         """Take over the state in a file, and give its whole content.
@@ -192,7 +216,7 @@ class TrainState:
             if parent is not None and content["parent"] != parent:
                 raise StudyError(f"{path}: continues another state: delete it and run the same command again")
             ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
-            meter, history = content["meter"], content.get("history")
+            meter, history = content["meter"], content["history"]
             self.optimizer.load_state_dict(content["optimizer"])
             self.model.load_state_dict(content["model"])
         except StudyError:
@@ -207,6 +231,39 @@ class TrainState:
         self.step, self.seconds, self.diverged = content["step"], content["seconds"], content["diverged"]
         self.id = content["id"]
         return content
+
+
+def save_state(path: Path, content: dict[str, Any]) -> None:
+    """Write the content of a state.
+
+    Raises:
+        OSError: the disk is full, or nothing may be written there.
+    """
+    with replacing(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # Closing its archive fails too where the disk is full, and hides that.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+class _Saver:
+    """Writes states beside the training that goes on, one at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self.writer = path, ThreadPoolExecutor(max_workers=1)
+        self.writing: Future[None] | None = None
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Write the content as it is now; first wait for what is being written."""
+        self.wait()
+        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self.writing = self.writer.submit(save_state, self.path, copy)
+
+    def wait(self) -> None:
+        """Until all is written; raises what the writing raised."""
+        if self.writing:
+            self.writing.result()
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -242,23 +299,12 @@ class Meter:
         return {"loss": loss, "mse": mse, "vb": vb, **quarters, "grad_norm": grad_norm}
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits the images, int64 [count]."""
-    return torch.randperm(count, generator=generator(seed, "order", epoch))
-
-
-def train_step(state: TrainState, images: Tensor) -> None:
-    """One optimiser step on the batch that belongs to `state.step`.
-
-    Args:
-        images: the whole dataset, uint8 [N, H, W, 3], on any device.
-    """
+def train_step(state: TrainState, batches: Batches) -> None:
+    """One optimiser step on the batch that belongs to `state.step`. Nothing in it waits for the device."""
     train, schedule, device = state.run.train, state.schedule, state.device
     seed, step, size = state.seed, state.step, state.run.train.batch_size
 
-    chosen = epoch_batch(len(images), size, step, lambda epoch: epoch_order(len(images), seed, epoch))
-    x_start = to_model_range(images[chosen.to(images.device)].to(device))
+    x_start = to_model_range(batches[step])
     if train.random_flip:
         x_start = random_flip(x_start, generator(seed, "flips", step, device))
     tables = state.tables_now()
@@ -266,27 +312,25 @@ def train_step(state: TrainState, images: Tensor) -> None:
     t = draw(tables.probabilities, size, generator(seed, "timesteps", step, device))
     mse_weight, vb_weight = tables.mse_weight[t].float(), tables.vb_weight[t].float()
     noise = torch.randn(x_start.shape, device=device, generator=generator(seed, "noise", step, device))
-    x_t = schedule.q_sample(x_start, t, noise)
     if state.run.model.dropout:
         # Dropout is the one draw that torch takes from its global generator; processes must not share it.
         torch.manual_seed(stream_seed(seed, f"dropout{parallel.rank() or ''}", step))
 
-    state.optimizer.zero_grad(set_to_none=True)
     mine = parallel.share(size)
     micro_batch = train.micro_batch or len(mine)
+    gradients: list[Tensor] = []
     terms = torch.zeros(2, size, device=device)
     for first in range(mine.start, mine.stop, micro_batch):
         i = slice(first, min(first + micro_batch, mine.stop))
-        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
-            output = state.model(x_t[i], t[i])
-        losses = hybrid_loss(schedule, output.float(), x_start[i], x_t[i], t[i], noise[i])
-        ((mse_weight[i] * losses.mse + vb_weight[i] * losses.vb).sum() / size).backward()
-        terms[:, i] = torch.stack([losses.mse, losses.vb]).detach()
-    parallel.sum_up([*(p.grad for p in state.parameters), terms])
+        *found, terms[:, i] = state.gradients(x_start[i], noise[i], t[i], mse_weight[i] / size, vb_weight[i] / size)
+        gradients = torch._foreach_add(gradients, found) if gradients else found
+    parallel.sum_up([*gradients, terms])
+    for parameter, gradient in zip(state.parameters, gradients, strict=True):
+        parameter.grad = gradient
 
     mse, vb = terms
     state.meter.add(mse_weight * mse + vb_weight * vb, mse, vb, t * 4 // schedule.timesteps)
-    state.meter.sums["grad_norm"] += torch.nn.utils.get_total_norm([p.grad for p in state.parameters])
+    state.meter.sums["grad_norm"] += torch.nn.utils.get_total_norm(gradients)
     if state.history:
         # What the losses would weigh under uniform draws, as the history compares timesteps.
         state.history.add(t, state.tables.mse_weight[t] * mse + state.tables.vb_weight[t] * vb)
@@ -342,20 +386,20 @@ def train_segment(
         if previous is not None:
             state.load(previous)
         rows = _resume(state, directory / "state.partial.pt")
-        _train(state, torch.from_numpy(np.array(images)).to(state.device), directory, until, rows)
+        _train(state, state.batches(images), directory, until, rows)
     return state
 
 
-def _train(state: TrainState, data: Tensor, directory: Path, until: int, rows: list[dict[str, float]]) -> None:
+def _train(state: TrainState, batches: Batches, directory: Path, until: int, rows: list[dict[str, float]]) -> None:
     """The loop of a segment, from the state as it is; `rows` were logged before."""
     run, parent, first = state.run, state.id, parallel.rank() == 0
     partial = directory / "state.partial.pt"
-    log = _Log(directory / "log.csv", rows, state, until) if first else None
+    log, saver = _Log(directory / "log.csv", rows, state, until) if first else None, _Saver(partial)
     with _StopSignals() as stop:
         saved = time.monotonic()
         while state.step < until and state.diverged is None:
             began = time.perf_counter()
-            train_step(state, data)
+            train_step(state, batches)
             row_due = state.step % run.train.log_every == 0 or state.step == until
             if row_due:
                 # Reading the means waits for the device, so the seconds before it count the work of all steps.
@@ -369,9 +413,10 @@ def _train(state: TrainState, data: Tensor, directory: Path, until: int, rows: l
             stopping, saving = parallel.anywhere([stop.is_set(), time.monotonic() - saved > SAVE_SECONDS])
             if (stopping or saving) and state.step < until:
                 if log:
-                    state.save(partial, parent=parent, rows=log.rows)
+                    saver.save(state.content(parent=parent, rows=list(log.rows)))
                 saved = time.monotonic()
                 if stopping:
+                    saver.wait()
                     raise Stopped(f"stopped at step {state.step} of {until}: the same command goes on from there")
     if state.diverged is not None:
         logger.warning("the loss is no longer finite at step %d: this run has diverged and ends here", state.diverged)
@@ -382,7 +427,8 @@ def _train(state: TrainState, data: Tensor, directory: Path, until: int, rows: l
         save_weights(
             directory / "weights.safetensors", weights, run.initial, state.seed, until, state.diverged is not None
         )
-        state.save(directory / "state.pt")
+        save_state(directory / "state.pt", state.content())
+        saver.wait()
         partial.unlink(missing_ok=True)
 
 

@@ -1,13 +1,19 @@
 """The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233), with the state-dict layout of the published checkpoints."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from diffusion.norm import group_norm
 
 GROUPS = 32
+
+Resample = Callable[[Tensor], Tensor]
 
 
 class UNet(nn.Module):
@@ -47,7 +53,7 @@ class UNet(nn.Module):
         embedding = 4 * channels
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
-        def residual(c_in: int, c_out: int, resample: nn.Module | None = None) -> ResBlock:
+        def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResBlock:
             return ResBlock(c_in, c_out, embedding, dropout, scale_shift_norm, resample)
 
         def attention(width: int) -> AttentionBlock:
@@ -57,10 +63,10 @@ class UNet(nn.Module):
             return [attention(width)] if size in attention_resolutions else []
 
         def down(width: int) -> nn.Module:
-            return residual(width, width, nn.AvgPool2d(2)) if resblock_updown else Downsample(width)
+            return residual(width, width, halved) if resblock_updown else Downsample(width)
 
         def up(width: int) -> nn.Module:
-            return residual(width, width, nn.Upsample(scale_factor=2)) if resblock_updown else Upsample(width)
+            return residual(width, width, doubled) if resblock_updown else Upsample(width)
 
         widths = [channels * multiplier for multiplier in channel_mult]
         last = len(widths) - 1
@@ -103,7 +109,18 @@ class UNet(nn.Module):
         x = self.middle_block(x, embedding)
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
-        return self.out(x)
+        norm, _, convolution = self.out
+        return convolution(normalised(x, norm, silu=True))
+
+
+def normalised(
+    x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """norm(x) (1 + scale) + shift, then perhaps SiLU, in one operation. x [B, C, H, W]; scale, shift [B, C]."""
+    gain, offset = norm.weight[None], norm.bias[None]
+    if scale is not None:
+        gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+    return group_norm(x, gain, offset, norm.num_groups, silu)
 
 
 class Stage(nn.Sequential):
@@ -125,11 +142,11 @@ class ResBlock(nn.Module):
         embedding: int,
         dropout: float,
         scale_shift_norm: bool,
-        resample: nn.Module | None,
+        resample: Resample | None,
     ):
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
-        self.resample = resample or nn.Identity()
+        self.resample = resample or unchanged
         self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (1 + scale_shift_norm) * c_out))
         self.out_layers = nn.Sequential(
@@ -141,18 +158,17 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        norm, activation, convolution = self.in_layers
-        h = convolution(self.resample(activation(norm(x))))
-        time = self.emb_layers(embedding)[:, :, None, None]
-        norm, *rest = self.out_layers
+        # The activations lie here for the layout of the state dict: the norm takes them along.
+        norm, _, convolution = self.in_layers
+        h = convolution(self.resample(normalised(x, norm, silu=True)))
+        time = self.emb_layers(embedding)
+        norm, _, dropout, convolution = self.out_layers
         if self.scale_shift_norm:
             scale, shift = time.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = normalised(h, norm, scale, shift, silu=True)
         else:
-            h = norm(h + time)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(self.resample(x)) + h
+            h = normalised(h + time[:, :, None, None], norm, silu=True)
+        return self.skip_connection(self.resample(x)) + convolution(dropout(h))
 
 
 class AttentionBlock(nn.Module):
@@ -167,10 +183,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        flat = x.reshape(batch, channels, height * width)
-        q, k, v = self.qkv(self.norm(flat)).reshape(batch, self.heads, -1, height * width).chunk(3, dim=2)
-        h = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT.reshape(batch, channels, height * width)
-        return (flat + self.proj_out(h)).reshape(x.shape)
+        # Channels last, so pixels are rows and every step is a view or a matrix product.
+        rows = normalised(x, self.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        qkv = F.linear(rows, self.qkv.weight.squeeze(2), self.qkv.bias)
+        q, k, v = qkv.unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=3)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -193,6 +212,42 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2))
+
+
+class _Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return F.interpolate(g / 4, scale_factor=2)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return F.avg_pool2d(g, 2, divisor_override=1)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Means of 2x2 pixels. Each is the other's transpose but for a factor, and that is faster than torch's own."""
+    return _Halved.apply(x)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every pixel as 2x2."""
+    return _Doubled.apply(x)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -428,6 +428,20 @@ def test_a_batch_depends_on_its_step_alone():
     assert asked == [0]
 
 
+def test_batches_are_those_of_the_order_wherever_images_lie(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+
+    def order(epoch):
+        return torch.randperm(10, generator=torch.Generator().manual_seed(epoch))
+
+    on_disk = np.load(tmp_path / "images.npy", mmap_mode="r")
+    resident, read = (data.Batches(on_disk, 4, order, "cpu", resident=held) for held in (True, False))
+    for step in [0, 1, 2, 3, 7, 6, 100]:  # in order, and not
+        expected = torch.from_numpy(images[data.epoch_batch(10, 4, step, order).numpy()])
+        assert torch.equal(resident[step], expected) and torch.equal(read[step], expected)
+
+
 def test_to_uint8_is_the_inverse_of_to_model_range_for_every_level():
     levels = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16).permute(1, 2, 0)[None]
     x = data.to_model_range(levels)

@@ -97,13 +97,14 @@ def measure(experiment: Experiment) -> Rates:
     import numpy as np
     import torch
 
+    from diffusion.devices import autocast
     from diffusion.training import TrainState, train_step
     from workflow.jobs import gpus, use_torch
 
     run = experiment.run(next(iter(experiment.arms)))
     device = use_torch(run.train.threads, gpus(experiment, elsewhere=False))
     size = run.dataset.image_size
-    data = torch.from_numpy(np.zeros((1, size, size, 3), np.uint8)).to(device)
+    images = np.zeros((1, size, size, 3), np.uint8)
 
     def seconds(work) -> float:
         work()  # the first call of a shape prepares what later ones use
@@ -118,9 +119,10 @@ def measure(experiment: Experiment) -> Rates:
         settings = run.train.model_copy(update={"batch_size": count, "micro_batch": None})
         state = TrainState(run.model_copy(update={"train": settings}), 0, device)
         x, t = torch.zeros(count, 3, size, size, device=device), torch.zeros(count, dtype=torch.int64, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, experiment.sample.precision):
             forward = seconds(lambda: state.model(x, t))
-        return seconds(lambda: train_step(state, data)), forward
+        batches = state.batches(images)
+        return seconds(lambda: train_step(state, batches)), forward
 
     step, _ = of_batch(1)
     count = max(1, min(run.train.micro_batch or run.train.batch_size, int(MEASURE_SECONDS / step)))

@@ -22,6 +22,7 @@ OPENMOJI_PICTURES = 5_000
 FEATURES = 2048
 START_MINUTES, LONGEST_MINUTES = 10, 24 * 60
 BASE_MEGABYTES = 4_000
+SAMPLE_BATCH = 64  # where the study leaves it to the device: that of a CPU
 FACTOR = 2
 
 
@@ -54,8 +55,8 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
         return Size(c_out * (kernel * c_in + 1), kernel * c_in * c_out * pixels, c_out * pixels)
 
     def norm(width: int, pixels: int) -> Size:
-        # The normalised values, and those behind the activation.
-        return Size(2 * width, 0, 2 * width * pixels)
+        # What goes in is what comes out of the layer before.
+        return Size(2 * width, 0, width * pixels)
 
     def residual(c_in: int, c_out: int, pixels: int) -> Iterator[Size]:
         yield norm(c_in, pixels)
@@ -139,9 +140,9 @@ def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) ->
 
 def sample(run: RunConfig, settings: Sample, gpus: int) -> Request:
     """Sample one checkpoint."""
-    size = unet_size(run.model, run.dataset.image_size)
-    seconds = _seconds(size, settings.images, settings.batch_size, run.train.threads, gpus, fp32=True)
-    memory = 8 * size.parameters + _activations(size, settings.batch_size, gpus)
+    size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
+    seconds = _seconds(size, settings.images, batch, run.train.threads, gpus, settings.precision == "fp32")
+    memory = 8 * size.parameters + _activations(size, batch, gpus)
     return _request(settings.steps * seconds, _megabytes(memory))
 
 
