@@ -8,7 +8,7 @@ The shape, batch and precision are those of a study. Ours is the training step o
 of images, timesteps and noise, loss, optimiser, moving average. Theirs is the loop of diffusers' own example of
 unconditional training: a shuffled loader, its DDPM scheduler, mse of the noise, AdamW, its EMAModel. It learns no
 variance, which is a little less to do. Each measurement is a process of its own; ours and theirs take turns, and
-medians are told.
+medians are told, those of the ratio from turn to turn.
 """
 
 import argparse
@@ -25,10 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.config import RunConfig, load_experiment
+from diffusion.devices import MOST_ON_CPU, autocast
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 2048
@@ -77,12 +79,11 @@ def compare(options: argparse.Namespace) -> None:
             net: {key: statistics.median(result[key] for result in results) for key in results[0]}
             for net, results in measured.items()
         }
+        ours, theirs = ([result["images_per_second"] for result in results] for results in measured.values())
+        ratios = {"ours": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), "diffusers": 1.0}
         for net, median in medians.items():
-            rate = median["images_per_second"]
-            rows.append({
-                "net": net, "work": work, **median, "ratio": rate / medians["diffusers"]["images_per_second"],
-                "share_of_peak": rate * flops / peak,
-            })  # fmt: skip
+            share = median["images_per_second"] * flops / peak
+            rows.append({"net": net, "work": work, **median, "ratio": ratios[net], "share_of_peak": share})
     table = pd.DataFrame(rows)[COLUMNS]
     print(f"{options.study}: batch {run.train.batch_size}, {device_name()}, torch {torch.__version__}, ", end="")
     print(f"{forward / 1e9:.3g} GFLOP forward, peak {peak / 1e12:.3g} TFLOP/s (a matrix product in this run)\n")
@@ -113,8 +114,9 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if device() == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
 
 
-def bf16(run: RunConfig) -> bool:
-    return run.train.precision == "bf16" or (run.train.precision == "auto" and device() == "cuda")
+def sample_batch(options: argparse.Namespace) -> int:
+    """Images sampled at once; where nobody says, many on a GPU."""
+    return options.sample_batch or load(options).sample.batch_size or (256 if device() == "cuda" else MOST_ON_CPU)
 
 
 def synchronize() -> None:
@@ -126,14 +128,16 @@ def peak_flops(run: RunConfig) -> float:
     """What a large matrix product reaches here, with the threads and in the precision of the run."""
     torch.set_num_threads(run.train.threads)
     side = 8192 if device() == "cuda" else 2048
-    a = torch.randn(side, side, device=device(), dtype=torch.bfloat16 if bf16(run) else torch.float32)
     best = float("inf")
-    for _ in range(5):
-        synchronize()
-        began = time.perf_counter()
-        a @ a
-        synchronize()
-        best = min(best, time.perf_counter() - began)
+    with autocast(device(), run.train.precision):
+        # In the precision that products then have, so that no cast is timed.
+        a = torch.randn(side, side, device=device()) @ torch.eye(side, device=device())
+        for _ in range(5):
+            synchronize()
+            began = time.perf_counter()
+            a @ a
+            synchronize()
+            best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
 
 
@@ -146,37 +150,46 @@ def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float
     step()
     synchronize()
     first = time.perf_counter() - began
-    step()
-    synchronize()
-    done, began = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - began) < options.seconds:
-        done += step()
-        synchronize()
+    per_second = rate(step, options.seconds)
     memory = (
         torch.cuda.max_memory_allocated()
         if device() == "cuda"
         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
     return {
-        "images_per_second": done / seconds,
+        "images_per_second": per_second,
         "gigabytes": memory / 1e9,
         "first_step_seconds": first,
     }
 
 
-def random_images(run: RunConfig) -> Tensor:
+def rate(step: Callable[[], int], seconds: float) -> float:
+    """Images per second of steps that give how many they did, for about so many seconds after the first."""
+    began = time.perf_counter()
+    step()
+    synchronize()
+    steps = max(3, round(seconds / (time.perf_counter() - began)))
+    began = time.perf_counter()
+    done = sum(step() for _ in range(steps))
+    # Once: a loop that never waits for its device may run ahead of it.
+    synchronize()
+    return done / (time.perf_counter() - began)
+
+
+def random_images(run: RunConfig) -> np.ndarray:
     # A whole batch at least: the loader drops the incomplete one.
     count, size = max(IMAGES, run.train.batch_size), run.dataset.image_size
-    return torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return np.random.default_rng(0).integers(256, size=(count, size, size, 3), dtype=np.uint8)
 
 
 def ours_train(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
     from diffusion.training import TrainState, train_step
 
-    state, images = TrainState(run, 0, device()), random_images(run).to(device())
+    state = TrainState(run, 0, device())
+    batches = state.batches(random_images(run))
 
     def step() -> int:
-        train_step(state, images)
+        train_step(state, batches)
         return run.train.batch_size
 
     return step
@@ -189,7 +202,7 @@ def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int
     model, schedule = untrained(run, 0)
     checkpoint = Checkpoint(model.to(device()).eval(), schedule, run.dataset.image_size)
     sample, directory = load(options).sample, tempfile.mkdtemp()
-    count = options.sample_batch or sample.batch_size
+    count = sample_batch(options)
     once = sample.model_copy(update={"images": count, "batch_size": count})
 
     def step() -> int:
@@ -230,7 +243,7 @@ def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[],
     model, scheduler, train = their_net(run).train(), DDPMScheduler(run.diffusion.timesteps), run.train
     ema = EMAModel(model.parameters(), decay=train.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate)
-    images = random_images(run).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = torch.from_numpy(random_images(run)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def batches() -> Iterator[Tensor]:
         while True:
@@ -244,7 +257,7 @@ def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[],
         for x_start in next(source).to(device()).split(micro):
             noise = torch.randn_like(x_start)
             t = torch.randint(run.diffusion.timesteps, (len(x_start),), device=x_start.device)
-            with torch.autocast(device(), torch.bfloat16, enabled=bf16(run)):
+            with autocast(device(), train.precision):
                 output = model(scheduler.add_noise(x_start, noise, t), t).sample
             (F.mse_loss(output.float(), noise) * len(x_start) / train.batch_size).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -260,13 +273,13 @@ def diffusers_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[]
 
     model, scheduler, sample = their_net(run).eval(), DDIMScheduler(run.diffusion.timesteps), load(options).sample
     scheduler.set_timesteps(sample.steps)
-    count, size = options.sample_batch or sample.batch_size, run.dataset.image_size
+    count, size = sample_batch(options), run.dataset.image_size
 
     @torch.inference_mode()
     def step() -> int:
         x = torch.randn(count, 3, size, size, device=device())
         for t in scheduler.timesteps:
-            with torch.autocast(device(), torch.bfloat16, enabled=bf16(run)):
+            with autocast(device(), sample.precision):
                 output = model(x, t).sample
             x = scheduler.step(output, t, x).prev_sample
         return count

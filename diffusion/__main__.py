@@ -120,10 +120,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     import math
 
-    from diffusion.data import read_images
     from diffusion.evaluation import evaluate as measure
     from diffusion.evaluation import reference_of
     from diffusion.features import extract_features, load_extractor
+    from diffusion.prepare import read_images
 
     generated, real = (read_images(path) for path in (arguments.generated, arguments.real))
     device = _device(arguments.device)

@@ -127,10 +127,34 @@ class Folder(Section):
     source: Literal["folder"]
     path: Path
     image_size: PositiveInt
+    # Pixels of black added at every side of a picture, before it is reduced.
+    pad: int = Field(0, ge=0)
     held_out: int = Field(0, ge=0)
 
 
-Dataset = Annotated[OpenMoji | Folder, Field(discriminator="source")]
+class Torchvision(Section):
+    source: Literal["torchvision"]
+    # Of a class in torchvision.datasets.
+    name: str
+    splits: tuple[str, ...] = Field(("train",), min_length=1)
+    image_size: PositiveInt
+    pad: int = Field(0, ge=0)
+    held_out: int = Field(0, ge=0)
+
+
+class HuggingFace(Section):
+    source: Literal["huggingface"]
+    # On the hub, or a folder.
+    name: str
+    split: str = "train"
+    column: str = "image"
+    revision: str | None = None
+    image_size: PositiveInt
+    pad: int = Field(0, ge=0)
+    held_out: int = Field(0, ge=0)
+
+
+Dataset = Annotated[OpenMoji | Folder | Torchvision | HuggingFace, Field(discriminator="source")]
 
 
 class Model(Section):
@@ -575,9 +599,8 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 def _sentence(error: Any) -> str:
     """One mistake that pydantic found, in words."""
     # Union tags and class names in the location are pydantic's, not the user's.
-    location = ".".join(
-        str(part) for part in error["loc"] if part not in {"openmoji", "folder", "Regular"} and "[" not in str(part)
-    )
+    tags = {"openmoji", "folder", "torchvision", "huggingface", "Regular"}
+    location = ".".join(str(part) for part in error["loc"] if part not in tags and "[" not in str(part))
     if error["type"] == "extra_forbidden":
         key = str(error["loc"][-1])
         close = difflib.get_close_matches(key, _known_keys(Experiment) - {key}, n=1)

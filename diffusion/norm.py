@@ -71,7 +71,7 @@ class Plain:
         mean, square = (sums.unflatten(2, (groups, -1)).mean(3) / x[0, 0].numel()).unbind()
         rstd = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(EPSILON).rsqrt_()
         z = _affine(wide, gain, offset, mean, rstd)
-        return (F.silu(z) if silu else z).to(x.dtype), mean, rstd
+        return (F.silu(z, inplace=True) if silu else z).to(x.dtype), mean, rstd
 
     @staticmethod
     def backward(
@@ -80,9 +80,10 @@ class Plain:
         """Gradients of x, gain and offset, for that of the result, g [N, C, H, W], channels last in memory."""
         wide, g = x.to(gain.dtype), g.to(gain.dtype)
         if silu:
-            g = torch.ops.aten.silu_backward(g, _affine(wide, gain, offset, mean, rstd))
-        groups = mean.shape[1]
-        sums = torch.stack([g.sum((2, 3)), (g * wide).sum((2, 3))]).unflatten(2, (groups, -1))
+            z = _affine(wide, gain, offset, mean, rstd)
+            g = torch.ops.aten.silu_backward.grad_input(g, z, grad_input=z)
+        groups, work = mean.shape[1], g * wide
+        sums = torch.stack([g.sum((2, 3)), work.sum((2, 3))]).unflatten(2, (groups, -1))
         d_offset, product = sums.unbind()
         d_gain = torch.addcmul(product, mean[:, :, None], d_offset, value=-1) * rstd[:, :, None]
         # What shifts or scales a whole group changes nothing: the gradient along these two directions is taken out.
@@ -91,7 +92,9 @@ class Plain:
         p = -rstd.square() * scale
         q = -torch.addcmul(p * mean, rstd, shift)
         a = gain * _channels(rstd, gain)
-        dx = torch.addcmul(_images(_channels(q, gain)), _images(_channels(p, gain)), wide).addcmul_(_images(a), g)
+        p, q = _images(_channels(p, gain)), _images(_channels(q, gain))
+        # Fresh memory costs a CPU more than the sums.
+        dx = torch.addcmul(q, p, wide, out=work).addcmul_(_images(a), g)
         return dx.to(x.dtype), d_gain.flatten(1), d_offset.flatten(1)
 
 

@@ -12,9 +12,9 @@ from test_features import write_random_inception
 
 from diffusion import StudyError
 from diffusion.__main__ import add_evaluate
-from diffusion.data import read_images
 from diffusion.evaluation import evaluate, reference_of
 from diffusion.features import extract_features, load_extractor
+from diffusion.prepare import read_images
 from diffusion.weights import INCEPTION, LITE0
 
 

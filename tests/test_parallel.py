@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusion import StudyError, parallel
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
-from diffusion.data import prepare_folder
+from diffusion.prepare import prepare_folder
 from diffusion.training import train_segment
 from workflow.segment import Segment, train
 

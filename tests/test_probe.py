@@ -187,7 +187,7 @@ def test_spread_is_numpys_covariance_and_unbiased():
 def dataset(tmp_path):
     from PIL import Image
 
-    from diffusion.data import prepare_folder
+    from diffusion.prepare import prepare_folder
 
     source = tmp_path / "pictures"
     source.mkdir()

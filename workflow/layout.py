@@ -17,7 +17,7 @@ def dataset_directory(dataset: Dataset) -> Path:
 
 def pixels(dataset: Dataset) -> str:
     """What determines the pixels of a dataset, as JSON: not how many of its images training sees."""
-    return dataset.model_dump_json(exclude={"held_out"})
+    return dataset.model_dump_json(exclude={"held_out"}, exclude_defaults=True)
 
 
 def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:

@@ -4,14 +4,20 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from diffusion.config import Dataset, OpenMoji
-from diffusion.data import prepare_folder, prepare_openmoji
+from diffusion.config import Dataset, Folder, OpenMoji, Torchvision
+from diffusion.prepare import prepare_folder, prepare_huggingface, prepare_openmoji, prepare_torchvision
 from workflow.jobs import job
 
+DATA = Path("data")  # where torchvision finds its datasets, or puts them
+
 with job(snakemake):
-    dataset = TypeAdapter(Dataset).validate_json(snakemake.params.dataset)
+    of = TypeAdapter(Dataset).validate_json(snakemake.params.dataset)
     directory = Path(snakemake.output.images).parent
-    if isinstance(dataset, OpenMoji):
-        prepare_openmoji(directory, dataset.image_size)
+    if isinstance(of, OpenMoji):
+        prepare_openmoji(directory, of.image_size)
+    elif isinstance(of, Folder):
+        prepare_folder(directory, of.path, of.image_size, of.pad)
+    elif isinstance(of, Torchvision):
+        prepare_torchvision(directory, of.name, of.splits, DATA, of.image_size, of.pad)
     else:
-        prepare_folder(directory, dataset.path, dataset.image_size)
+        prepare_huggingface(directory, of.name, of.split, of.column, of.image_size, of.pad, of.revision)

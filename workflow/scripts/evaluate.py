@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffusion.data import read_images
 from diffusion.evaluation import evaluate, load_reference, reference_key
 from diffusion.features import extract_features, load_extractor
 from diffusion.files import check_unchanged, read_json
+from diffusion.prepare import read_images
 from workflow.jobs import job, use_torch
 from workflow.tables import write_table
 
