@@ -27,7 +27,7 @@ from projects import copy_project, edit, reduce, snakemake  # noqa: E402
 
 STUDY = "openmoji"
 NETS: dict[str, tuple[list[int], Callable[[RunConfig, int], RunConfig]]] = {
-    "batch size": ([4, 8, 16, 32, 64, 128], lambda run, n: with_section(run, "train", batch_size=n)),
+    "batch size": ([8, 16, 32, 64, 128], lambda run, n: with_section(run, "train", batch_size=n)),
     "image size": ([8, 16, 24, 32, 48], lambda run, n: with_section(run, "dataset", image_size=n)),
     "channels": ([32, 64, 96, 128], lambda run, n: with_section(run, "model", channels=n)),
 }

@@ -410,6 +410,8 @@ class Experiment(Section):
     # None leaves the mechanism unmeasured.
     probe: Probe | None = Probe()
     compare: Compare | None = None
+    # A table of curves from elsewhere (`workflow.judge`), to be laid under the study's own; it enters no verdict.
+    published: Path | None = None
     tracking: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Data-parallel processes of one training run, a GPU each (on a CPU: `train.threads` threads each).

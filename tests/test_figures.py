@@ -228,6 +228,19 @@ def test_a_study_whose_only_run_diverged_at_once_is_told_not_refused(tmp_path):
     fid_curves(metrics, [tmp_path / "curves.png"])
 
 
+def test_published_curves_lie_in_grey_under_those_of_their_study():
+    own = table(steps=(100, 200, 400))
+    elsewhere = pd.concat([
+        table(seeds=1, steps=(100, 400, 800), n=999), table(seeds=1, features=INCEPTION), table(seeds=1, study="other"),
+    ])  # fmt: skip
+    panel, *_ = figures._draw_curves(own, "fd", None, elsewhere).axes
+    grey = [line for line in panel.lines if line.get_color() == figures.PUBLISHED["color"]]
+    # One run of each arm, as far as the study itself goes.
+    assert [line.get_xdata().tolist() for line in grey] == [[3200, 12800]] * 2
+    assert [line.get_marker() for line in grey] == [line.get_marker() for line in mean_lines(panel)]
+    assert "published runs, 999 samples" in panel.texts[-1].get_text().replace("\n", " ")
+
+
 def test_other_gaps_are_named_but_not_called_diverged():
     metrics = table(seeds=1)
     metrics.loc[0, ["value", "reason"]] = [np.nan, "needs 4 images, got 2"]

@@ -40,6 +40,7 @@ INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "h", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
+PUBLISHED = {"color": "0.72", "linewidth": 1, "markersize": 4}
 CROSS = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
 
 PANEL_INCHES = (4.4, 4.1)
@@ -88,7 +89,11 @@ def metric_label(features: str, metric: str, n: int) -> str:
 
 
 def fid_curves(
-    metrics: pd.DataFrame, paths: list[Path], metric: str = "fd", speedups: pd.DataFrame | None = None
+    metrics: pd.DataFrame,
+    paths: list[Path],
+    metric: str = "fd",
+    speedups: pd.DataFrame | None = None,
+    published: pd.DataFrame | None = None,
 ) -> None:
     """Draw one metric over training images, a panel per study and features, and save it to each path.
 
@@ -104,20 +109,24 @@ def fid_curves(
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
         speedups: `workflow.statistics.speedup_table`, of which the middle threshold and its crossings are marked.
+        published: such a table of curves from elsewhere, drawn in grey where study, features and metric are the same.
 
     Raises StudyError when no row has this metric, and for unequal numbers of samples in one panel.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric, speedups), paths)
+        save_figure(_draw_curves(metrics, metric, speedups, published), paths)
 
 
-def _draw_curves(metrics: pd.DataFrame, metric: str, speedups: pd.DataFrame | None = None) -> Figure:
+def _draw_curves(
+    metrics: pd.DataFrame, metric: str, speedups: pd.DataFrame | None = None, published: pd.DataFrame | None = None
+) -> Figure:
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
     if rows.empty:
         raise StudyError(f"The table of metrics has no row of '{metric}': name it in evaluate.metrics, then evaluate.")
     panels = list(rows.groupby(["study", "features"], sort=False))
     styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
+    published = metrics.iloc[:0] if published is None else published[published["metric"] == metric]
 
     columns = min(len(panels), PANELS_PER_ROW)
     lines = -(-len(panels) // columns)
@@ -127,7 +136,7 @@ def _draw_curves(metrics: pd.DataFrame, metric: str, speedups: pd.DataFrame | No
     for ax in axes[len(panels) :]:
         ax.remove()
     caption_lines = max(
-        _draw_panel(ax, panel, study, features, metric, styles, speedups)
+        _draw_panel(ax, panel, study, features, metric, styles, speedups, published)
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
     width = PANEL_INCHES[0] * columns
@@ -167,6 +176,7 @@ def _draw_panel(
     metric: str,
     styles: Mapping[str, Mapping[str, object]],
     speedups: pd.DataFrame | None,
+    published: pd.DataFrame,
 ) -> int:
     """Draw one study in one kind of features; returns the lines of its caption."""
     measured = panel[panel["value"].notna()]
@@ -181,6 +191,10 @@ def _draw_panel(
         for arm, rows in panel.groupby("arm", sort=False)
     }
     ratios = metric not in SHARES and bool((measured["value"] > 0).all())
+    elsewhere = published.query("study == @study and features == @features and images <= @panel.images.max()")
+    for (arm, _), run in elsewhere.groupby(["arm", "seed"], sort=False):
+        style = styles.get(arm, line_style(len(styles))) | PUBLISHED
+        ax.plot(run["images"], run["value"], zorder=1, **style)
     for arm, of_seeds in values.items():
         _draw_arm(ax, of_seeds, styles[arm], ratios)
     for (arm, seed), _ in panel[diverged(panel)].groupby(["arm", "seed"]):
@@ -199,6 +213,8 @@ def _draw_panel(
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
     sentences = _caption(panel, values, ratios)
+    if len(elsewhere):
+        sentences.append(f"Grey: published runs, {elsewhere['n'].max():,} samples, with the marks of their arms.")
     if speedups is not None:
         sentences += _mark_crossings(ax, speedups.query("study == @study and features == @features"), metric, styles)
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)

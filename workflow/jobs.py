@@ -58,6 +58,8 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
             raise StudyError(
                 f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put images there or mend it"
             )
+        if experiment.published and not experiment.published.exists():
+            raise StudyError(f"{folder / name}.yaml: published: there is no {experiment.published}: mend or drop it")
     return experiments
 
 

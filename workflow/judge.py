@@ -41,7 +41,7 @@ def read_curves(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: not a table ({error}): name a CSV file with the columns {', '.join(NEEDED)}") from None
+        raise StudyError(f"{path}: not a table ({error}): name a CSV file of {', '.join(NEEDED)}") from None
     missing = [column for column in NEEDED if column not in table]
     if missing:
         raise StudyError(f"{path}: lacks the columns {', '.join(missing)}: add them")
@@ -83,7 +83,7 @@ def judge(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("curves", type=Path, help="CSV with the columns arm, images, value; perhaps study, seed and more")
+    parser.add_argument("curves", type=Path, help="CSV with the columns arm, images, value; perhaps seed and study")
     parser.add_argument("--baseline", required=True, metavar="ARM")
     parser.add_argument("--candidate", required=True, metavar="ARM")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives verdict and figures")

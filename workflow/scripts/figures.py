@@ -11,6 +11,7 @@ from diffusion.gaussian import NoiseSchedule
 from diffusion.training import Tables, scheme_tables
 from workflow.figures import fid_curves, samples_grid
 from workflow.jobs import job
+from workflow.judge import read_curves
 from workflow.schedules import draw_schedules
 from workflow.tables import diverged
 
@@ -18,7 +19,9 @@ with job(snakemake):
     output = snakemake.output
     metrics = pd.read_csv(snakemake.input.metrics)
     speedups = pd.read_csv(snakemake.input.speedups)
-    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)], speedups=speedups)
+    tables = [read_curves(Path(path)).query("study == @study") for study, path in snakemake.params.published.items()]
+    published = pd.concat(tables) if tables else None
+    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)], speedups=speedups, published=published)
 
     keys = ["study", "arm", "seed", "step"]
     without_samples = set(metrics.loc[diverged(metrics), keys].itertuples(index=False, name=None))
