@@ -31,6 +31,7 @@ from torch import Tensor
 
 from diffusion.config import RunConfig, load_experiment
 from diffusion.devices import MOST_ON_CPU, autocast
+from workflow.jobs import set_environment, use_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 2048
@@ -60,7 +61,6 @@ def compare(options: argparse.Namespace) -> None:
     """Take turns between both nets, and print the medians as a table."""
     import pandas as pd
 
-    from workflow.jobs import set_environment
     from workflow.requests import unet_size
 
     set_environment(str(ROOT))
@@ -144,7 +144,7 @@ def peak_flops(run: RunConfig) -> float:
 def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float]:
     """The first step with all that precedes it, then steps for some seconds. Meant for a process of its own."""
     run = settings(options)
-    torch.set_num_threads(run.train.threads)
+    use_torch(run.train.threads, int(device() == "cuda"))
     began = time.perf_counter()
     step = WORK[net, work](run, options)
     step()
@@ -300,7 +300,7 @@ def profile(options: argparse.Namespace) -> str:
     from torch.profiler import ProfilerActivity
 
     run = settings(options)
-    torch.set_num_threads(run.train.threads)
+    use_torch(run.train.threads, int(device() == "cuda"))
     step = ours_train(run, options)
     for _ in range(3):
         step()

@@ -400,6 +400,22 @@ def test_no_more_than_a_batch_is_sampled_at_once(tmp_path):
     assert np.load(tmp_path / "samples.npy").shape == (5, 32, 32, 3)
 
 
+def test_samples_in_bf16_are_those_in_fp32_but_for_rounding(tmp_path):
+    loaded = load_checkpoint(save_ours(tmp_path / "weights.safetensors", det_weights()), "cpu")
+    exact, rough, auto = (
+        Sample(images=4, steps=10, batch_size=batch_size, precision=precision)
+        for precision, batch_size in (("fp32", 4), ("bf16", 4), ("auto", None))
+    )
+    images = []
+    for settings in (exact, rough, auto):
+        sample_checkpoint(loaded, settings, tmp_path / "samples.npy", "cpu")
+        images.append(np.load(tmp_path / "samples.npy").astype(int))
+    difference = np.abs(images[1] - images[0])
+    assert images[0].std() > 10 and 0 < difference.mean() < 1
+    # On a CPU, what is not said is fp32.
+    assert np.abs(images[2] - images[0]).max() <= 1
+
+
 def test_progress_is_told_within_a_batch(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint, "TELL_SECONDS", -1)
     caplog.set_level("INFO")

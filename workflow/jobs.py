@@ -163,6 +163,8 @@ def use_torch(threads: int, gpus: int) -> str:
             f"torch {torch.__version__} finds no GPU on {platform.node()}: say `device: cpu` in the study, "
             "or install a torch and a driver that fit each other"
         )
+    # Shapes stay: the fastest algorithms are worth a search.
+    torch.backends.cudnn.benchmark = bool(gpus)
     return "cuda" if gpus else "cpu"
 
 
