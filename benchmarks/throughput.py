@@ -200,7 +200,8 @@ def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int
     from diffusion.training import untrained
 
     model, schedule = untrained(run, 0)
-    checkpoint = Checkpoint(model.to(device()).eval(), schedule, run.dataset.image_size)
+    model = model.to(device()).to(memory_format=torch.channels_last).eval()
+    checkpoint = Checkpoint(model, schedule, run.dataset.image_size)
     sample, directory = load(options).sample, tempfile.mkdtemp()
     count = sample_batch(options)
     once = sample.model_copy(update={"images": count, "batch_size": count})

@@ -303,7 +303,9 @@ def _sample(denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, indices
     if settings.sampler == "ddim":
         return ddim_sample(denoise, checkpoint.schedule, x, settings.steps)
 
+    _, channels, height, width = x.shape
+
     def noise(step: int) -> Tensor:
-        return latents(settings.seed, indices, tuple(x.shape[1:]), f"ddpm{step}").to(x.device)
+        return latents(settings.seed, indices, (channels, height, width), f"ddpm{step}").to(x.device)
 
     return ddpm_sample(denoise, checkpoint.schedule, x, settings.steps, noise)

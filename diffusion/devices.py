@@ -9,7 +9,8 @@ WARM_UP = 3  # calls in which libraries choose their algorithms, before a graph 
 # Images in a batch of samples: more gain nothing, and on a CPU fewer stay in its cache.
 MOST, MOST_ON_CPU = 1024, 64
 PROBED = 8
-SHARE_OF_MEMORY = 0.7
+# Of the memory of a GPU, which other jobs may share, and in bytes: tensors stay below 2^31 numbers.
+SHARE_OF_MEMORY, MOST_BYTES = 0.5, 16e9
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
@@ -71,4 +72,4 @@ def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.d
         model(torch.zeros(PROBED, *shape, device=device), torch.zeros(PROBED, dtype=torch.int64, device=device))
     per_image = (torch.cuda.max_memory_allocated() - before) / PROBED
     free, _ = torch.cuda.mem_get_info()
-    return max(1, min(MOST, int(SHARE_OF_MEMORY * free / per_image)))
+    return max(1, min(MOST, int(min(SHARE_OF_MEMORY * free, MOST_BYTES) / per_image)))

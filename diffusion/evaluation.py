@@ -9,15 +9,14 @@ import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from diffusion import StudyError
 from diffusion.data import split
-from diffusion.features import extract_features
+from diffusion.features import Extractor, extract_features
 from diffusion.files import replacing
 from diffusion.metrics import (
     NEIGHBOURS,
@@ -64,7 +63,7 @@ class Reference:
     radii: np.ndarray
     kernel: float
     held_out_distances: np.ndarray
-    key: dict[str, str | int | None]
+    key: dict[str, Any]
 
     @property
     def gaussian(self) -> Gaussian:
@@ -76,9 +75,7 @@ class Reference:
             np.savez(file, **{**vars(self), "key": json.dumps(self.key)})
 
 
-def reference_of(
-    features: np.ndarray, key: dict[str, str | int | None], held_out_features: np.ndarray | None = None
-) -> Reference:
+def reference_of(features: np.ndarray, key: dict[str, Any], held_out_features: np.ndarray | None = None) -> Reference:
     """The reference that consists of features [M, D]. Raises StudyError for fewer than two."""
     mean, root = fit_gaussian(features)
     few = len(features) <= NEIGHBOURS
@@ -91,13 +88,13 @@ def reference_of(
 
 
 def reference_key(
-    extractor: nn.Module,
+    extractor: Extractor,
     dataset_sha256: str,
     part: str = "train",
     held_out: int = 0,
     count: int | None = None,
     seed: int = 0,
-) -> dict[str, str | int | None]:
+) -> dict[str, Any]:
     """What determines the numbers of a reference: the images, which of them, and the extractor.
 
     Args:
@@ -109,7 +106,7 @@ def reference_key(
     return which | extractor.identity
 
 
-def make_reference(images: np.ndarray, extractor: nn.Module, key: dict[str, str | int | None]) -> Reference:
+def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]) -> Reference:
     """The reference of images uint8 [N, H, W, 3] that its `reference_key` describes.
 
     Raises:
@@ -132,7 +129,7 @@ def make_reference(images: np.ndarray, extractor: nn.Module, key: dict[str, str 
     return reference_of(features, key, held_out_features)
 
 
-def load_reference(path: str | Path, expected_key: dict[str, str | int | None]) -> Reference:
+def load_reference(path: str | Path, expected_key: dict[str, Any]) -> Reference:
     """Reads a reference. Raises StudyError if it is missing, damaged, or of a key other than expected."""
     try:
         with np.load(path, allow_pickle=False) as file:

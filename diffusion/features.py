@@ -7,7 +7,7 @@ import itertools
 import logging
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -80,7 +80,14 @@ class _InvertedResidual(nn.Module):
         return h + x if self.skips else h
 
 
-class EfficientNetLite0(nn.Module):
+class Extractor(nn.Module):
+    """A net that gives features float32 [B, D] of images uint8 [B, 3, H, W]."""
+
+    identity: dict[str, str]
+    """What determines the features."""
+
+
+class EfficientNetLite0(Extractor):
     """EfficientNet-Lite0 to its pooled features: images uint8 [B, 3, H, W] -> float32 [B, 1280].
 
     Tan and Le 2019, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6.
@@ -110,20 +117,20 @@ class EfficientNetLite0(nn.Module):
         return _relu6(self._bn1(self._conv_head(x))).mean((2, 3))
 
 
-def fold_batch_norms(net: nn.Module) -> nn.Module:
+def fold_batch_norms(net: nn.Module) -> None:
     """Folds every BatchNorm2d of a net in eval mode into the convolution registered just before it."""
     for parent in net.modules():
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, conv_name, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
-    return net
 
 
-def _load_lite0(path: Path) -> nn.Module:
+def _load_lite0(path: Path) -> Extractor:
     net = EfficientNetLite0()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    net = fold_batch_norms(net.eval()).to(memory_format=torch.channels_last)
+    fold_batch_norms(net.eval())
+    net = net.to(memory_format=torch.channels_last)
     net.identity = {
         "extractor": LITE0,
         "weights_sha256": LITE0_SHA256,
@@ -133,7 +140,7 @@ def _load_lite0(path: Path) -> nn.Module:
     return net
 
 
-class _TorchFidelityExtractor(nn.Module):
+class _TorchFidelityExtractor(Extractor):
     """One of torch-fidelity's extractors, asked for the one layer it computes the Frechet distance from."""
 
     def __init__(self, name: str, path: Path | None):
@@ -180,7 +187,7 @@ def _state_sha256(net: nn.Module) -> str:
 
 def load_extractor(
     name: str, device: str | torch.device, path: str | Path | None = None, sha256: str | None = None
-) -> nn.Module:
+) -> Extractor:
     """The feature extractor of that name on a device: images uint8 [B, 3, H, W] -> features float32 [B, D].
 
     "efficientnet-lite0" (D = 1280) comes with the installation; the others ("inception-v3-compat", D = 2048,
@@ -190,13 +197,10 @@ def load_extractor(
 
     Raises StudyError for an unknown name and for weights that are missing, altered or out of reach.
     """
-    path = path and Path(path)
-    if name == LITE0:
-        net = _load_lite0(weights_file(name, path))
-    else:
-        # An extractor that a caller registered with torch-fidelity is none of the known sources.
-        known = name in SOURCES and SOURCES[name].sha256
-        net = _TorchFidelityExtractor(name, weights_file(name, path, sha256) if known else None)
+    # An extractor that a caller registered with torch-fidelity is none of the known sources.
+    known = name == LITE0 or (name in SOURCES and SOURCES[name].sha256)
+    file = weights_file(name, Path(path) if path else None, sha256) if known else None
+    net = _load_lite0(file) if name == LITE0 and file else _TorchFidelityExtractor(name, file)
     # TF32 is off and kernels vary with the release, not with the patch
     net.identity["torch"] = ".".join(torch.__version__.split(".")[:2])
     return net.requires_grad_(False).eval().to(device)
@@ -205,7 +209,7 @@ def load_extractor(
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """No TF32 inside: its three digits would tell the features of a GPU from those of a CPU."""
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "ieee"
     try:
@@ -215,7 +219,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def extract_features(
-    images: np.ndarray, extractor: nn.Module, batch_size: int | None = None, indices: Sequence[int] | None = None
+    images: np.ndarray, extractor: Extractor, batch_size: int | None = None, indices: np.ndarray | None = None
 ) -> np.ndarray:
     """Features float32 [N, D] of images uint8 [N, H, W, 3], read batch by batch.
 
@@ -228,15 +232,16 @@ def extract_features(
         raise StudyError(f"Images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}: convert them.")
     device = next(extractor.parameters()).device
     batch_size = batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
-    indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    features = None
+    if indices is None:
+        indices = np.arange(len(images))
+    features = np.empty((0, 0), np.float32)
     start = logged = time.monotonic()
     with torch.inference_mode(), _full_precision():
         for first in range(0, max(len(indices), 1), batch_size):
             batch = torch.from_numpy(np.array(images[indices[first : first + batch_size]])).to(device)
             _forget_pages(images)
             of_batch = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
-            if features is None:
+            if first == 0:
                 features = np.empty((len(indices), of_batch.shape[1]), np.float32)
             features[first : first + batch_size] = of_batch
             done, now = min(first + batch_size, len(indices)), time.monotonic()

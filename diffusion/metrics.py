@@ -40,7 +40,7 @@ class Gaussian(NamedTuple):
 # Frechet distance
 
 
-def fit_gaussian(features: np.ndarray) -> Gaussian:
+def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
     """The Gaussian with the mean and covariance of features [N, D]. Raises StudyError as `frechet_distance` does."""
     x = _checked(features)
     mean = x.mean(0, dtype=torch.float64)
@@ -98,8 +98,8 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
     )
 
 
-def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> tuple[float, Tensor | None]:
-    """The distance, and the influence [N] of each image on it, of mean zero.
+def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> tuple[float, Tensor]:
+    """The distance, and the influence [N] of each image on it, of mean zero (empty if not asked for).
 
     The last trace is the sum of the singular values s of A B^T, for any A, B with A^T A = S_1, B^T B = S_2. They are
     the roots of the eigenvalues of (A B^T)(A B^T)^T where N <= D, of B S_1 B^T otherwise; a root keeps half of the
@@ -130,7 +130,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
         # Without vectors it takes half the time, and serves unless some value is too small.
         eigenvalues = torch.linalg.eigvalsh(gram)
         if eigenvalues[0] >= SMALL_EIGENVALUE * eigenvalues[-1]:
-            return max((traces - 2 * eigenvalues.sqrt().sum()).item(), 0.0), None
+            return max((traces - 2 * eigenvalues.sqrt().sum()).item(), 0.0), x.new_empty(0)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     small = eigenvalues < SMALL_EIGENVALUE * eigenvalues[-1]
     s, vectors, small_vectors = eigenvalues[~small].sqrt(), vectors[:, ~small], vectors[:, small]
@@ -142,7 +142,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
     nuclear_norm = s.sum() + torch.linalg.svdvals(small_cross).sum()
     distance = max((traces - 2 * nuclear_norm).item(), 0.0)
     if not with_influences:
-        return distance, None
+        return distance, x.new_empty(0)
     if low_rank:
         transported = (n - 1) * vectors.square() @ s
     else:

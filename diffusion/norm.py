@@ -10,6 +10,8 @@ import importlib.util
 import logging
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +33,7 @@ def group_norm(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool 
         silu: return z * sigmoid(z) in place of z = gain * normalised(x) + offset.
 
     Returns:
-        [N, C, H, W] in the dtype of x; sums are float32, or float64 if x is.
+        [N, C, H, W] in the dtype of x; sums are float32, or on a CPU float64 if x is.
     """
     return _GroupNorm.apply(x, gain.expand(x.shape[:2]), offset.expand(x.shape[:2]), groups, silu)
 
@@ -52,7 +54,9 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
-        return *_implementation(x.device.type).backward(g, x, *rest, ctx.silu), None, None
+        gain, offset, mean, rstd = rest
+        dx, d_gain, d_offset = _implementation(x.device.type).backward(g, x, gain, offset, mean, rstd, ctx.silu)
+        return dx, d_gain, d_offset, None, None
 
 
 class Plain:
@@ -122,8 +126,13 @@ def _images(of_channels: Tensor) -> Tensor:
 def _implementation(device_type: str) -> type[Plain] | ModuleType:
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return Plain
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        logging.getLogger(__name__).warning("no C compiler, which Triton needs: norms are several times slower")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    # Debian's own Python would name another place for itself.
+    schemes = {sysconfig.get_default_scheme(), "posix_prefix"}
+    headers = any(Path(sysconfig.get_path("include", scheme), "Python.h").exists() for scheme in schemes)
+    if not (compiler and headers):
+        missing = "Python's headers are" if compiler else "a C compiler is"
+        logging.getLogger(__name__).warning("%s missing, which Triton needs: norms are slow without it", missing)
         return Plain
     from diffusion import kernels  # late: Triton is not everywhere
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from fontTools.ttLib import TTFont
@@ -36,6 +36,7 @@ PRIVATE_USE = 0xF0000  # the first of 65,534 characters without a meaning of the
 SECONDS_BETWEEN_REPORTS = 10
 SECONDS_BETWEEN_NOTES = 5
 NOT_STATED = "not stated"
+TRAIN = {"train": True, "test": False}
 LICENCE_BYTES = 10_000
 # Of datasets that torchvision fetches, where their authors state one.
 LICENCES = {
@@ -48,6 +49,7 @@ LICENCES = {
 }
 
 Item = TypeVar("Item")
+Opener = Callable[[], Any]
 
 
 # OpenMoji
@@ -92,7 +94,7 @@ def _code_points(name: str) -> tuple[int, ...]:
     return tuple(int(point, 16) for point in name.split("-"))
 
 
-def _one_character_each(path: Traversable, names: Sequence[str]) -> tuple[IO[bytes], dict[str, str]]:
+def _one_character_each(path: Traversable, names: Sequence[str]) -> tuple[BinaryIO, dict[str, str]]:
     """The font with a private character for every glyph that it joins a name's code points to, and name -> character.
 
     So a sequence can be drawn without a text layout engine, which Pillow finds on some machines only.
@@ -107,7 +109,7 @@ def _one_character_each(path: Traversable, names: Sequence[str]) -> tuple[IO[byt
         for first, ligatures in subtable.ligatures.items()
         for ligature in ligatures
     }
-    characters = {}
+    characters: dict[str, str] = {}
     for name in names:
         sequence = tuple(glyphs.get(point) for point in _code_points(name))
         glyph = sequence[0] if len(sequence) == 1 else joined.get(sequence)
@@ -191,15 +193,15 @@ def prepare_folder(directory: Path, source: Path, image_size: int, pad: int = 0)
             with files[names[index]]() as file:
                 return _decode(file)
 
-        _prepare(directory, Pictures(names, picture, str(source), _licence(files)), image_size, pad)
+        _prepare(directory, Pictures(names, picture, str(source), _licence(files), _stamp(source)), image_size, pad)
 
 
 @contextmanager
-def _open_source(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
+def _open_source(source: Path) -> Iterator[dict[str, Opener]]:
     """The files of a folder or zip in the order of their relative paths: how to open each for reading."""
     if source.is_dir():
         files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
-        yield {name: partial(files[name].open, "rb") for name in sorted(files)}
+        yield {name: partial(open, files[name], "rb") for name in sorted(files)}
     elif source.is_file():
         try:
             with zipfile.ZipFile(source) as archive:
@@ -211,13 +213,20 @@ def _open_source(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
         raise StudyError(f"There is no {source}: name the folder or zip file that holds the images.")
 
 
+def _stamp(source: Path) -> str:
+    """Sizes and times of a zip or of all files of a folder."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    stats = [(path, path.stat()) for path in files if path.is_file()]
+    return json.dumps([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+
+
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
-def _licence(files: Mapping[str, Callable[[], IO[bytes]]]) -> str:
+def _licence(files: Mapping[str, Opener]) -> str:
     """The first line of a licence that lies beside the images, or above them in the only folder of a zip."""
     for name in files:
         path = PurePosixPath(name)
@@ -254,12 +263,19 @@ def prepare_torchvision(
         raise StudyError(f"torchvision has no dataset {name} that can be fetched: mend dataset.name.")
     parts = []
     for split in splits:
-        chosen = {"split": split} if "split" in known else {"train": {"train": True, "test": False}.get(split)}
-        if chosen.get("train", True) is None:
+        if "split" in known:
+            chosen: dict[str, Any] = {"split": split}
+        elif "train" in known and split in TRAIN:
+            chosen = {"train": TRAIN[split]}
+        elif "train" in known:
             raise StudyError(f"{name} has no split {split}, only train and test: mend dataset.splits.")
+        elif len(splits) == 1:
+            chosen = {}  # of one part
+        else:
+            raise StudyError(f"{name} is not divided into splits: name one in dataset.splits.")
         try:
             parts.append(kind(root, download=True, **chosen))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise StudyError(f"{name} has no split {split} ({error}): mend dataset.splits.") from error
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -326,6 +342,8 @@ class Pictures(NamedTuple):
     """By index; RGB and upright. May raise anything."""
     source: str
     licence: str
+    stamp: str = ""
+    """Changes when the pictures do, though their names stay."""
 
 
 def _decode(file: IO[bytes]) -> Image.Image:
@@ -365,7 +383,7 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too long and thin to be enlarged to {width}x{height}")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
@@ -384,7 +402,7 @@ def _prepare(directory: Path, pictures: Pictures, image_size: int, pad: int) -> 
     versions = _versions("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")
     about = {"source": pictures.source, "licence": pictures.licence, "versions": versions}
     names = pictures.names
-    key = hashlib.sha256(json.dumps([about, list(names), image_size, pad]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([about, list(names), pictures.stamp, image_size, pad]).encode()).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     unfinished, note = directory / "images.partial.npy", directory / "images.partial.json"
     done, skipped = _noted(note, key)

@@ -140,7 +140,7 @@ def probe(
             yield hybrid_loss(schedule, model(x_t, steps), x, x_t, steps, epsilon, *factors)
 
     if tables is not None:
-        tables = tables.to(device)
+        tables = tables.to(torch.device(device))
     rows, mse, vb = [], [], []
     mean, correction, scatter = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for index, (first, end) in enumerate(itertools.pairwise(edges)):
@@ -151,7 +151,7 @@ def probe(
         vb.append(of_vb)
         found = Noise(np.nan, np.nan)
         share = tables.probabilities[first:end].sum().item() if tables else 0.0
-        if share:
+        if tables and share:
             spread = Spread()
             for of in losses(index, tables.probabilities[first:end], tables):
                 gradients = torch.autograd.grad(of.loss.mean(), parameters)

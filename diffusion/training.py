@@ -133,8 +133,8 @@ class TrainState:
         model, self.schedule = untrained(run, seed)
         tables = scheme_tables(self.schedule, run.scheme, run.match)
         self.schedule = self.schedule.to(self.device)
-        self.model = model.to(self.device, memory_format=torch.channels_last).train()
-        self.parameters = list(self.model.parameters())
+        self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         train = run.train
         self.optimizer = torch.optim.AdamW(
@@ -144,7 +144,7 @@ class TrainState:
         self.history = None
         if run.scheme.timesteps.learnt:
             _, parameters = run.scheme.timesteps.chosen
-            self.history = LossHistory(self.schedule.timesteps, **parameters, device=self.device)
+            self.history = LossHistory(self.schedule.timesteps, device=self.device, **parameters)  # type: ignore[arg-type]
         # Dropout draws anew at each call, which a graph would have to be told of.
         graphed = self.device.type == "cuda" and not run.model.dropout
         self.gradients = Graphed(self._gradients) if graphed else self._gradients
@@ -300,7 +300,10 @@ class Meter:
 
 
 def train_step(state: TrainState, batches: Batches) -> None:
-    """One optimiser step on the batch that belongs to `state.step`. Nothing in it waits for the device."""
+    """One optimiser step on the batch that belongs to `state.step`.
+
+    Nothing in it waits for the device, but for the order of a new epoch to be copied there.
+    """
     train, schedule, device = state.run.train, state.schedule, state.device
     seed, step, size = state.seed, state.step, state.run.train.batch_size
 
@@ -323,7 +326,11 @@ def train_step(state: TrainState, batches: Batches) -> None:
     for first in range(mine.start, mine.stop, micro_batch):
         i = slice(first, min(first + micro_batch, mine.stop))
         *found, terms[:, i] = state.gradients(x_start[i], noise[i], t[i], mse_weight[i] / size, vb_weight[i] / size)
-        gradients = torch._foreach_add(gradients, found) if gradients else found
+        if gradients:
+            torch._foreach_add_(gradients, found)
+        else:
+            # The next call may write where this one did.
+            gradients = [g.clone() for g in found] if len(mine) > micro_batch else found
     parallel.sum_up([*gradients, terms])
     for parameter, gradient in zip(state.parameters, gradients, strict=True):
         parameter.grad = gradient

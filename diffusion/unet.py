@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from diffusion.norm import group_norm
 GROUPS = 32
 
 Resample = Callable[[Tensor], Tensor]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class UNet(nn.Module):
@@ -96,7 +97,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*stage))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(GROUPS, width), nn.SiLU(), zeroed(nn.Conv2d(width, 6 if learn_sigma else 3, 3, padding=1))
+            Norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, 6 if learn_sigma else 3, 3, padding=1))
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -110,23 +111,29 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
         norm, _, convolution = self.out
-        return convolution(normalised(x, norm, silu=True))
+        return convolution(norm(x, silu=True))
 
 
-def normalised(
-    x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
-) -> Tensor:
-    """norm(x) (1 + scale) + shift, then perhaps SiLU, in one operation. x [B, C, H, W]; scale, shift [B, C]."""
-    gain, offset = norm.weight[None], norm.bias[None]
-    if scale is not None:
-        gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
-    return group_norm(x, gain, offset, norm.num_groups, silu)
+class Norm(nn.GroupNorm):
+    """Group norm of 32 groups that takes along what follows it: the timestep's scale and shift, and SiLU."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels)
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        """norm(x) (1 + scale) + shift, then perhaps SiLU. x [B, C, H, W]; scale and shift [B, C], both or neither."""
+        gain, offset = self.weight[None], self.bias[None]
+        if scale is not None and shift is not None:
+            gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+        return group_norm(x, gain, offset, self.num_groups, silu)
 
 
 class Stage(nn.Sequential):
     """Blocks in a row; those that know of time are given its embedding."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         for block in self:
             x = block(x, embedding) if isinstance(block, ResBlock) else block(x)
         return x
@@ -147,10 +154,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
         self.resample = resample or unchanged
-        self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(Norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (1 + scale_shift_norm) * c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, c_out),
+            Norm(c_out),
             nn.SiLU(),
             nn.Dropout(dropout),
             zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)),
@@ -160,14 +167,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         # The activations lie here for the layout of the state dict: the norm takes them along.
         norm, _, convolution = self.in_layers
-        h = convolution(self.resample(normalised(x, norm, silu=True)))
+        h = convolution(self.resample(norm(x, silu=True)))
         time = self.emb_layers(embedding)
         norm, _, dropout, convolution = self.out_layers
         if self.scale_shift_norm:
             scale, shift = time.chunk(2, dim=1)
-            h = normalised(h, norm, scale, shift, silu=True)
+            h = norm(h, scale, shift, silu=True)
         else:
-            h = normalised(h + time[:, :, None, None], norm, silu=True)
+            h = norm(h + time[:, :, None, None], silu=True)
         return self.skip_connection(self.resample(x)) + convolution(dropout(h))
 
 
@@ -177,14 +184,14 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         # Channels last, so pixels are rows and every step is a view or a matrix product.
-        rows = normalised(x, self.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        rows = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         qkv = F.linear(rows, self.qkv.weight.squeeze(2), self.qkv.bias)
         q, k, v = qkv.unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=3)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -258,7 +265,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zeroed(module: Layer) -> Layer:
     """The module with all parameters at zero, so that a block starts as its skip."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

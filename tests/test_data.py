@@ -346,7 +346,7 @@ def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["images.npy", "manifest.json"]
 
 
-@pytest.mark.parametrize("change", ["another picture", "cut short"])
+@pytest.mark.parametrize("change", ["another picture", "other pixels", "cut short"])
 def test_what_another_preparation_left_is_not_gone_on_with(tmp_path, monkeypatch, change):
     for index in range(4):
         save(tmp_path / f"in/{index}.png", constant(50 * index))
@@ -361,8 +361,12 @@ def test_what_another_preparation_left_is_not_gone_on_with(tmp_path, monkeypatch
     (tmp_path / "out/images.partial.json").write_text(json.dumps(note | {"done": 2}))
     if change == "another picture":
         save(tmp_path / "in/9.png", constant(250))
+    if change == "other pixels":
+        save(tmp_path / "in/0.png", np.random.default_rng(0).integers(0, 256, (40, 40, 3)))
     images = prepared(tmp_path, tmp_path / "in")
-    assert images[:, 0, 0, 0].tolist() == [0, 50, 100, 150, *([250] if change == "another picture" else [])]
+    levels = images[:, 0, 0, 0].tolist()
+    assert levels[1:] == [50, 100, 150, *([250] if change == "another picture" else [])]
+    assert (levels[0] == 0) == (images[0] == 0).all() == (change != "other pixels")
 
 
 def test_ffhq_as_it_is_downloaded(tmp_path):
@@ -412,6 +416,7 @@ def test_flowers_are_taken_split_by_split(tmp_path, flowers):
         ("FakeData", ["train"], "torchvision has no dataset FakeData"),
         ("Flowers102", ["training"], "Flowers102 has no split training"),
         ("MNIST", ["val"], "MNIST has no split val, only train and test"),
+        ("SEMEION", ["train", "test"], "SEMEION is not divided into splits"),
     ],
 )
 def test_torchvision_has_no_such(tmp_path, flowers, name, splits, said):

@@ -59,6 +59,8 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
     [
         ("arm,images\na,1\n", "a", "lacks the columns value: add them"),
         ("", "a", "not a table"),
+        ("arm,images,value\na,1,2\nb,1,n.a.?\n", "a", "value holds more than numbers"),
+        ("arm,images,value\n1,1,2\nb,1,2\n", "c", "no row has the arm c: there are 1, b"),
         ("arm,images,value\na,1,2\nb,1,2\n", "c", "no row has the arm c: there are a, b"),
     ],
 )

@@ -24,6 +24,8 @@ from packaging.utils import canonicalize_name
 
 from diffusion import StudyError
 from diffusion.config import Experiment
+from diffusion.files import replacing
+from diffusion.weights import LITE0, SOURCES, hub_directory, weights_file
 from workflow import layout
 from workflow.jobs import load_experiments
 
@@ -42,6 +44,7 @@ cd "$(dirname "$0")"
 test -x .venv/bin/python || "${{PYTHON:-python3}}" -m venv --system-site-packages .venv
 .venv/bin/python -m pip install --quiet --no-index --no-deps wheels/*.whl
 export PATH="$PWD/.venv/bin:$PATH"
+if test -d torch; then export TORCH_HOME="$PWD/torch"; fi
 status=0
 python -m snakemake --cores all --keep-going --resources gpu="${{GPU_JOBS:-4}}" \\
   --config experiments={studies} tracking=off -- reports/fid_curves.png || status=$?
@@ -73,6 +76,17 @@ def needed(names: Iterable[str], python: str) -> list[str]:
     return sorted(pins.values())
 
 
+def _weights(experiments: dict[str, Experiment]) -> dict[str, Path]:
+    """Where torch looks for the weights of feature extractors that come in no wheel, and where they lie here."""
+    found = {}
+    for name in {name for experiment in experiments.values() for name in experiment.evaluate.features} - {LITE0}:
+        path = weights_file(name)
+        if path is None:
+            raise StudyError(f"the weights of {name} are not in {hub_directory()}: fetch {SOURCES[name].url} to there")
+        found[SOURCES[name].file] = path
+    return found
+
+
 def _is_pure(name: str) -> bool:
     """Whether a package that is installed here runs on any Python."""
     try:
@@ -101,8 +115,16 @@ def pack(studies: list[str], python: str, also: list[str], out: Path) -> None:
     )  # fmt: skip
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = needed((Requirement(text).name for text in project["dependencies"]), python)
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    with tempfile.TemporaryDirectory() as directory, tarfile.open(out, "w") as archive:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        raise StudyError(f"{ROOT} is no git checkout, whose files could be packed: clone the project")
+    tracked = [path for path in listed.stdout.splitlines() if (ROOT / path).exists()]
+    weights = _weights(experiments)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        replacing(out) as file,
+        tarfile.open(fileobj=file, mode="w") as archive,
+    ):
         wheels = Path(directory, "wheels")
         pip, otherwise = [sys.executable, "-m", "pip"], "a wheel cannot be fetched: see above"
         platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
@@ -114,8 +136,10 @@ def pack(studies: list[str], python: str, also: list[str], out: Path) -> None:
         _run([*pip, "download", "--quiet", "--no-deps", *target, "--dest", str(wheels), *compiled], otherwise)
         script = Path(directory, "run.sh")
         script.write_text(RUN.format(studies=",".join(studies)))
-        for path in [*tracked.splitlines(), *map(str, files)]:
-            archive.add(path, f"carry/{path}")
+        for path in [*tracked, *map(str, files)]:
+            archive.add(ROOT / path, f"carry/{path}")
+        for place, path in weights.items():
+            archive.add(path, f"carry/torch/hub/{place}")
         archive.add(wheels, "carry/wheels")
         archive.add(script, "carry/run.sh")
     logger.info("%s: %.0f MB; there: tar xf %s && bash carry/run.sh", out, out.stat().st_size / 1e6, out.name)

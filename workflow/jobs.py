@@ -141,6 +141,12 @@ def job(snakemake: Any) -> Iterator[None]:
     except KeyboardInterrupt:
         logging.error("stopped: the same command does it again")
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every job imports
+            raise
+        logging.error("the memory of the GPU is full: let fewer jobs share it (--resources gpu=1), or lower "
+                      "train.micro_batch, sample.batch_size or probe.batch_size")  # fmt: skip
+        sys.exit(1)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
             raise

@@ -48,6 +48,12 @@ def read_curves(path: Path) -> pd.DataFrame:
     for column, value in DEFAULTS.items():
         if column not in table:
             table[column] = value
+    table["arm"] = table["arm"].astype(str)
+    for column in ("images", "value"):
+        try:
+            table[column] = pd.to_numeric(table[column])
+        except (ValueError, TypeError) as error:
+            raise StudyError(f"{path}: {column} holds more than numbers ({error}): mend it") from None
     if "step" not in table:
         table["step"] = table["images"]
     return table[COLUMNS]
@@ -90,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         judge(read_curves(arguments.curves), arguments.baseline, arguments.candidate, arguments.out)
-    except StudyError as error:
+    except (StudyError, OSError) as error:
         sys.exit(str(error))
     logger.info("the verdict is in %s", arguments.out / "verdict.md")
 

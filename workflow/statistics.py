@@ -15,7 +15,7 @@ import bisect
 import itertools
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,8 @@ THRESHOLD_SHARES = (0.25, 0.5, 0.75)
 PIVOT_DRAWS = 100_000
 MOST_PLACED = 12  # censored pairs, of which every placement is tried: 2^12
 MOST_SEEDS = 10_000
+
+Values = TypeVar("Values", float, np.ndarray)
 
 PAIR = ["study", "features", "metric", "baseline", "candidate"]
 COLUMNS = [
@@ -128,7 +130,9 @@ def _falling(level: np.ndarray) -> np.ndarray:
     return fit
 
 
-def time_to_threshold(level: np.ndarray, axis: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def time_to_threshold(
+    level: np.ndarray, axis: np.ndarray, threshold: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
     """Where the falling fit of a curve comes to a threshold, as bounds (low, high), equal where the crossing is seen.
 
     Being there means staying there. Between trained checkpoints the level is linear in the log of the axis, as it is
@@ -179,7 +183,7 @@ def average(level: np.ndarray, images: np.ndarray) -> np.ndarray:
 # --- Comparisons --------------------------------------------------------------------------------------------
 
 
-def to_level(values: np.ndarray, metric: str, scale: str) -> np.ndarray:
+def to_level(values: Values, metric: str, scale: str) -> Values:
     """Values of a metric as levels, lower is better. `scale` is "log" or "plain"."""
     if scale == "log":
         return np.log(values)
