@@ -35,11 +35,12 @@ test: $(READY)  ## the tests, in minutes
 test-all: $(READY)  ## the slow ones too
 	pytest
 
-lint: $(READY)  ## style of Python and Snakemake files
+lint: $(READY)  ## style of Python and Snakemake files, types
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
+	mypy
 
 format: $(READY)  ## mend what lint finds, where that can be automatic
 	ruff check --fix .
@@ -47,7 +48,7 @@ format: $(READY)  ## mend what lint finds, where that can be automatic
 	snakefmt Snakefile workflow/rules
 
 clean:  ## drop figures, tables, logs and MLflow's store; keep datasets, checkpoints and metrics
-	rm -rf reports/*.png reports/*.svg reports/*.csv reports/*.md reports/*.html reports/pages mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache
+	rm -rf reports/*.png reports/*.svg reports/*.csv reports/*.md reports/*.html reports/pages mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache .mypy_cache
 
 clean-all: clean  ## drop all results too, with every trained net
 	rm -rf results .snakemake

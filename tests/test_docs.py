@@ -1,0 +1,55 @@
+"""What the documentation shows is what works."""
+
+import re
+import subprocess
+import sys
+
+from projects import ROOT, copy_project, edit, snakemake
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+
+
+def insert(path, before: str, text: str) -> None:
+    content = path.read_text()
+    assert content.count(before) == 1, before
+    path.write_text(content.replace(before, text + before))
+
+
+def test_a_density_is_added_as_the_docs_say(tmp_path):
+    project = copy_project(tmp_path)
+    function, schema = blocks("docs/extending.md", "python")
+    parameters, field = schema.split("class Density(Choice):\n    ...\n")
+    insert(project / "diffusion/timesteps.py", "DENSITIES: dict", function + "\n\n")
+    insert(project / "diffusion/timesteps.py", '    "uniform": uniform,\n', '    "triangle": triangle,\n')
+    insert(project / "diffusion/config.py", "class Density(Choice):\n", parameters)
+    insert(project / "diffusion/config.py", "    loss_second_moment: LossSecondMoment | None = None\n", field)
+    (arm,) = re.findall(r"`(\{timesteps: \{triangle.*?\}\})` is an arm", (ROOT / "docs/extending.md").read_text())
+    code = f"""
+import yaml
+from diffusion.config import Arm
+from diffusion.gaussian import NoiseSchedule, linear_betas
+from diffusion.training import scheme_tables
+p = scheme_tables(NoiseSchedule(linear_betas(1000)), Arm(**yaml.safe_load({arm!r}))).probabilities
+print(abs(p.sum().item() - 1) < 1e-12, p.argmax().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert done.stdout.split() in (["True", "699"], ["True", "700"]), done.stderr
+    edit(project, lambda study: study["arms"].update(mine={"timesteps": {"triangle": {"peak": 0.7}}}))
+    done = snakemake(project, "--dry-run", "--quiet", "all", "--config", "tracking=off")
+    assert done.returncode == 0 and re.search(r"^train +24$", done.stdout + done.stderr, re.M), done.stderr
+    edit(project, lambda study: study["arms"].update(mine={"timesteps": {"triangle": {"peek": 0.7}}}))
+    done = snakemake(project, "--dry-run", "--config", "tracking=off")
+    assert done.returncode == 1 and "did you mean peak?" in done.stdout + done.stderr
+
+
+def test_pages_link_to_what_is_there():
+    for page in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("reports/*/*/*.md"),
+    ]:
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
