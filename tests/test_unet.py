@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample, timestep_embedding
+from diffusion.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample, doubled, halved, timestep_embedding
 
 SMALL = {
     "image_size": 16,
@@ -257,3 +257,14 @@ def test_timestep_embedding_is_cosines_then_sines():
     actual = timestep_embedding(t, 32)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(halved, nn.AvgPool2d(2)), (doubled, nn.Upsample(scale_factor=2))], ids=["halved", "doubled"]
+)
+def test_resampling_has_the_values_and_gradients_of_torch(ours, theirs):
+    x = images(2, 4, 5).double().requires_grad_()
+    y, expected = ours(x), theirs(x)
+    g = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g))
