@@ -25,7 +25,7 @@ def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) ->
     mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
     group = channels // groups
     _statistics[(n * groups,)](
-        sums, mean, rstd, pieces, channels, pixels * group, EPSILON, group, triton.next_power_of_2(group)
+        sums, mean, rstd, channels, pixels * group, EPSILON, pieces, group, triton.next_power_of_2(group)
     )
     z = torch.empty_like(x)
     _affine[n * triton.cdiv(pixels, rows), channels // width](
@@ -47,7 +47,7 @@ def backward(
     )
     d_gain, d_offset, p, q = (torch.empty_like(table) for table in (gain, gain, mean, mean))
     _statistics_backward[(n * groups,)](
-        sums, gain, mean, rstd, d_gain, d_offset, p, q, pieces, channels, pixels * group, group,
+        sums, gain, mean, rstd, d_gain, d_offset, p, q, channels, pixels * group, pieces, group,
         triton.next_power_of_2(group),
     )  # fmt: skip
     dx = torch.empty_like(x)
@@ -105,8 +105,8 @@ def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, wi
     channel = _channels(width)
     total = tl.zeros([rows, width], tl.float32)
     square = tl.zeros([rows, width], tl.float32)
-    for row in range(first, first + piece, rows):
-        at, mask = _tile(row, pixels, channel, channels, rows)
+    for row in range(0, piece, rows):
+        at, mask = _tile(first + row, pixels, channel, channels, rows)
         value = tl.load(x + n * pixels * channels + at, mask, 0.0).to(tl.float32)
         total += value
         square += value * value
@@ -116,7 +116,9 @@ def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, wi
 
 
 @triton.jit
-def _statistics(sums, mean, rstd, pieces, channels, count, epsilon, group: tl.constexpr, padded: tl.constexpr):
+def _statistics(
+    sums, mean, rstd, channels, count, epsilon, pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr
+):
     """Mean and 1 / standard deviation of a group of an image, from the sums of its channels."""
     groups = channels // group
     n = (tl.program_id(0) // groups).to(tl.int64)
@@ -164,8 +166,8 @@ def _sums_backward(
     a, b = _coefficients(gain, offset, mean, rstd, n, channel, channels, group)
     total = tl.zeros([rows, width], tl.float32)
     product = tl.zeros([rows, width], tl.float32)
-    for row in range(first, first + piece, rows):
-        at, mask = _tile(row, pixels, channel, channels, rows)
+    for row in range(0, piece, rows):
+        at, mask = _tile(first + row, pixels, channel, channels, rows)
         at += n * pixels * channels
         value = tl.load(x + at, mask, 0.0).to(tl.float32)
         slope = _through(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
@@ -178,8 +180,8 @@ def _sums_backward(
 
 @triton.jit
 def _statistics_backward(
-    sums, gain, mean, rstd, d_gain, d_offset, p, q, pieces, channels, count,
-    group: tl.constexpr, padded: tl.constexpr,
+    sums, gain, mean, rstd, d_gain, d_offset, p, q, channels, count,
+    pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gain and offset of a group of an image, and P and Q of its dx = A g + P x + Q."""
     groups = channels // group

@@ -121,12 +121,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from diffusion import kernels
 
-CONSTANTS = {{"silu": True, "piece": 256, "rows": 32, "width": 128, "padded": 4}}
+CONSTANTS = {{"silu": True, "piece": 256, "rows": 32, "width": 128, "padded": 4, "pieces": 64}}
 for images in ("*bf16", "*fp32"):
     for name in ("_sums", "_statistics", "_affine", "_sums_backward", "_statistics_backward", "_affine_backward"):
         kernel = getattr(kernels, name)
         types = {{"x": images, "z": images, "g": images, "dx": images, "epsilon": "fp32"}}
-        types |= dict.fromkeys(("pixels", "channels", "pieces", "count", "group"), "i32")
+        types |= dict.fromkeys(("pixels", "channels", "count", "group"), "i32")
         constants = dict(CONSTANTS, group=4) if name.startswith("_statistics") else CONSTANTS
         signature = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}}
         constants = {{n: constants[n] for n in kernel.arg_names if n in constants}}
