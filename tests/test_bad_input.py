@@ -48,9 +48,18 @@ def folder(write):
         study(dataset=None)(project)
         content = yaml.safe_load((project / "experiments/bad.yaml").read_text())
         content["dataset"] = {"source": "folder", "path": "pictures", "image_size": 16}
+        del content["evaluate"]["reference_images"]
         (project / "experiments/bad.yaml").write_text(yaml.safe_dump(content))
 
     return prepare
+
+
+def few(project):
+    folder(pictures)(project)
+    path = project / "experiments/bad.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["evaluate"]["reference_images"] = 2000
+    path.write_text(yaml.safe_dump(content))
 
 
 def pictures(place, count=4, size=20):
@@ -139,6 +148,13 @@ TABLE = {
     "a path for a name": (DRY_RUN, study(name="../bad"), ["name", "pattern"]),
     # data
     "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),
+    "fewer pictures than asked for": (DRY_RUN, few, ["pictures holds 4 files", "reference_images: 2000", "lower it"]),
+    "no such class of torchvision": (
+        DATASET,
+        study(dataset={"source": "torchvision", "name": "Flower", "held_out": 0}),
+        ["torchvision has no dataset Flower", "mend dataset.name"],
+    ),
+    "published curves that are nowhere": (DRY_RUN, study(published="no.csv"), ["published: there is no no.csv"]),
     "folder without images": (DATASET, folder(lambda place: None), ["pictures holds no images"]),
     "unreadable images": (DATASET, folder(half_readable), ["1 of the 5 images", "cannot be used"]),
     "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
@@ -158,7 +174,7 @@ TABLE = {
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
     "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["'vgg' is no feature extractor"]),
     # command line
-    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "there are: openmoji"]),
+    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "there are: fashion_mnist"]),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
     "tracking half": ([*DRY_RUN, "tracking=half"], study(), ["--config tracking=half", "tracking=off"]),
     "plan from nothing": (
@@ -177,7 +193,7 @@ TABLE = {
         ["0 is no size above 0"],
     ),
     "budget at no speed": (["-m", "workflow.budget", "openmoji", "--train-rate", "0"], None, ["--train-rate is 0"]),
-    "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "there are: openmoji"]),
+    "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "there are: fashion_mnist"]),
     "orphans of a broken study": (["-m", "workflow.orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
     "images of two sizes": (
         ["-m", "diffusion", "evaluate", "mixed", "mixed"],

@@ -164,7 +164,7 @@ def _run(command: list[str], otherwise: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m workflow.carry", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     packing = verbs.add_parser("pack", help="here: write what is to be carried")
     packing.add_argument("--python", default="3.12", metavar="VERSION", help="there (default: %(default)s)")

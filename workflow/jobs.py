@@ -22,6 +22,7 @@ from diffusion import Stopped, StudyError
 from diffusion.config import Experiment, Folder, load_experiment
 from diffusion.weights import check_weights
 from workflow import layout
+from workflow.requests import pictures
 
 FIGURE, VERDICT = Path("reports/fid_curves.png"), Path("reports/verdict.md")
 # Snakemake hands `off` on as a word, YAML as a truth value.
@@ -58,9 +59,23 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
             raise StudyError(
                 f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put images there or mend it"
             )
+        if isinstance(dataset, Folder) and not prepared.exists():
+            _check_count(experiment, dataset, folder / f"{name}.yaml")
         if experiment.published and not experiment.published.exists():
             raise StudyError(f"{folder / name}.yaml: published: there is no {experiment.published}: mend or drop it")
     return experiments
+
+
+def _check_count(experiment: Experiment, dataset: Folder, file: Path) -> None:
+    """Make sure that a folder holds as many files as the study takes images from it."""
+    evaluate, found = experiment.evaluate, pictures(dataset)
+    left = dataset.held_out if evaluate.reference == "held_out" else found - dataset.held_out
+    wanted = evaluate.reference_images or 1
+    if found and left < wanted:  # where there is none, preparing it tells more
+        raise StudyError(
+            f"{file}: {dataset.path} holds {found} files, of which dataset.held_out keeps {dataset.held_out}: too few "
+            f"for evaluate.reference_images: {wanted} ({evaluate.reference}): lower it"
+        )
 
 
 def check_writable() -> None:

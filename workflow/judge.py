@@ -88,7 +88,7 @@ def judge(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m workflow.judge", description=__doc__.splitlines()[0])
     parser.add_argument("curves", type=Path, help="CSV with the columns arm, images, value; perhaps seed and study")
     parser.add_argument("--baseline", required=True, metavar="ARM")
     parser.add_argument("--candidate", required=True, metavar="ARM")
