@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from projects import ROOT
 
+from workflow import figures
 from workflow.judge import read_curves
 
 CLAIM = ROOT / "reports/published/claim"
@@ -47,6 +48,8 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
     table.to_csv(tmp_path / "three.csv", index=False)
     arguments = ("--baseline", "theirs", "--candidate", "ours")
     assert judge(tmp_path / "one.csv", tmp_path / "one", *arguments).returncode == 0
+    panel = figures._draw_curves(read_curves(tmp_path / "one.csv"), "fd").axes[0]
+    assert panel.get_ylabel().startswith("FID\n") and not panel.child_axes
     assert "nothing can be concluded" in (tmp_path / "one/verdict.md").read_text()
     assert judge(tmp_path / "three.csv", tmp_path / "three", *arguments).returncode == 0
     told = (tmp_path / "three/verdict.md").read_text()

@@ -84,8 +84,8 @@ def metric_name(features: str, metric: str) -> str:
 
 
 def metric_label(features: str, metric: str, n: int) -> str:
-    """What was measured, and of how much, such as "FD (EfficientNet-Lite0), 500 samples"."""
-    return f"{metric_name(features, metric)}, {n:,} samples"
+    """What was measured, and of how much if that is known (not 0), such as "FD (EfficientNet-Lite0), 500 samples"."""
+    return metric_name(features, metric) + (f", {n:,} samples" if n else "")
 
 
 def fid_curves(
@@ -329,7 +329,7 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
     trained = panel[panel["step"] > 0]
     batch_sizes = (trained["images"] / trained["step"]).unique()
     shown = [ax]
-    if len(batch_sizes) == 1:
+    if len(batch_sizes) == 1 and batch_sizes[0] > 1:  # curves from elsewhere may know images alone
         (batch_size,) = batch_sizes
         steps = ax.secondary_xaxis("top", functions=(lambda x: x / batch_size, lambda step: step * batch_size))
         steps.set_xlabel("optimiser steps")
