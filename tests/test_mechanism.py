@@ -109,3 +109,15 @@ def test_figures_of_little(tmp_path, candidates):
     for of in (table, table.iloc[:0]):
         draw_mechanism(of, {"small": {"baseline": "base", "candidates": candidates}}, [tmp_path / "a.png"])
         assert min(Image.open(tmp_path / "a.png").size) > 100
+
+
+def test_what_was_measured_at_no_common_time_is_unknown_and_stops_nothing():
+    """A noise scale is missing where the mean gradient drowns: at other checkpoints in every run, perhaps."""
+    table = probes({})
+    drowned = (table["metric"] == "noise_scale") & (table["arm"].eq("base") == table["step"].eq(100))
+    table.loc[drowned, ["value", "reason"]] = np.nan, "the mean gradient drowns in noise"
+    found = changes(table, {"small": COMPARE})
+    assert set(found["metric"]) == set(METRICS) - {"noise_scale"}
+    metrics = study(curves(4, 1.0), curves(4, 0.9, seed=1))
+    text = verdict_text(metrics, compared(metrics), found, {"small": COMPARE | {"matched": []}})
+    assert "so the noise scale is unknown" in text

@@ -247,8 +247,11 @@ def compare_pair(
 
 
 def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> pd.DataFrame:
-    """As `compare_pair`, without times."""
-    pairs = _paired(rows, baseline, candidate)
+    """As `compare_pair`, without times; empty if the runs share no range of images, since a probe may lack any value."""
+    try:
+        pairs = _paired(rows, baseline, candidate)
+    except StudyError:
+        pairs = None
     if pairs is None:
         return pd.DataFrame(columns=COLUMNS)
     return _about(pairs, rows, baseline, candidate, _compare_levels(pairs))
