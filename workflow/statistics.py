@@ -247,7 +247,7 @@ def compare_pair(
 
 
 def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> pd.DataFrame:
-    """As `compare_pair`, without times; empty if the runs share no range of images, since a probe may lack any value."""
+    """As `compare_pair`, without times; empty if runs share no range of images, since a probe may lack any value."""
     try:
         pairs = _paired(rows, baseline, candidate)
     except StudyError:
