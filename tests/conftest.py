@@ -1,3 +1,4 @@
+import os
 import signal
 
 import pytest
@@ -7,6 +8,9 @@ from projects import copy_project, edit, reduce, snakemake
 
 # Results do not depend on the machine's core count, and tests run side by side do not fight.
 torch.set_num_threads(1)
+# Where there is no GPU, Triton's kernels run in its interpreter. It reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # A shell that starts the tests in the background ignores Ctrl-C for them; what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

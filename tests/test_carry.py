@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -25,6 +26,10 @@ def test_what_is_needed_is_pinned_and_leaves_torch_behind():
     }
 
 
+# torch, what it needs, and torchvision.
+MACHINE = ("torch", "functorch", "triton", "nvidia", "cuda", "sympy", "mpmath", "networkx", "fsspec")
+
+
 def run(command, directory, **environment):
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     done = subprocess.run(command, cwd=directory, env=kept | environment, capture_output=True, text=True, timeout=900)
@@ -41,11 +46,16 @@ def test_a_study_goes_there_and_its_results_come_home(tmp_path):
     run([sys.executable, "-m", "workflow.carry", "pack", "openmoji", "--python", python], home)
 
     # There: torch lies where the machine's own packages lie, all else comes from the archive, and no index answers.
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.name.startswith(MACHINE) and path.suffix != ".dist-info":
+            (machine / path.name).symlink_to(path)
     there.parent.mkdir()
     run(["tar", "xf", home / "carry.tar"], there.parent)
     run([sys.executable, "-m", "venv", "--system-site-packages", ".venv"], there)
     site = next(there.glob(".venv/lib/python*/site-packages"))
-    (site / "zz_machine.pth").write_text(sysconfig.get_path("purelib"))
+    (site / "zz_machine.pth").write_text(str(machine))
     told = run(
         ["bash", "carry/run.sh"], there.parent, PIP_INDEX_URL="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9"
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 from diffusion.norm import Plain, group_norm
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "diffusion/kernels.py"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 # Images, channels, height, width, groups: one channel per group; three; a width that is no power of two.
@@ -76,17 +75,8 @@ def test_half_precision_is_rounded_once():
     assert torch.equal(z, group_norm(x.float(), gain, offset, 32, silu=True).bfloat16())
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels, to be run by Triton's interpreter."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location("interpreted_kernels", KERNELS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs them on the GPU")
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
     ("n", "channels", "height", "width", "groups", "dtype"),
@@ -97,15 +87,17 @@ def interpreted(monkeypatch):
         (2, 64, 8, 8, 32, torch.bfloat16),
     ],
 )
-def test_kernels_do_what_the_operations_do(interpreted, n, channels, height, width, groups, dtype, silu):
+def test_kernels_do_what_the_operations_do(n, channels, height, width, groups, dtype, silu):
+    from diffusion import kernels
+
     x, (gain, offset) = images(n, channels, height, width, dtype), tables(n, channels, dtype=torch.float32)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     expected = Plain.forward(x, gain, offset, groups, silu)
-    for ours, theirs in zip(interpreted.forward(x, gain, offset, groups, silu), expected, strict=True):
+    for ours, theirs in zip(kernels.forward(x, gain, offset, groups, silu), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
     g = images(n, channels, height, width, dtype).flip(0) - 3
     arguments = (g, x, gain, offset, *expected[1:], silu)
-    for ours, theirs in zip(interpreted.backward(*arguments), Plain.backward(*arguments), strict=True):
+    for ours, theirs in zip(kernels.backward(*arguments), Plain.backward(*arguments), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, **tolerance)
 
