@@ -257,6 +257,7 @@ def prepare_torchvision(
         StudyError: there is no such dataset or split, or it cannot be fetched; as `prepare_folder`.
     """
     import torchvision.datasets  # late: seconds
+    from torch.utils.data import ConcatDataset
 
     kind = getattr(torchvision.datasets, name, None)
     if not (isinstance(kind, type) and "download" in (known := inspect.signature(kind).parameters)):
@@ -283,15 +284,12 @@ def prepare_torchvision(
                 f"{name} is not in {root.resolve()} and cannot be fetched ({reason}): where there is a network, say "
                 f"`torchvision.datasets.{name}({str(root)!r}, download=True)` in Python, and copy that folder here."
             ) from error
-    places = [(part, index) for part in parts for index in range(len(part))]
+    whole: ConcatDataset[Any] = ConcatDataset(parts)
     names = [f"{split}/{index}" for split, part in zip(splits, parts, strict=True) for index in range(len(part))]
 
-    def picture(index: int) -> Image.Image:
-        part, inside = places[index]
-        return _upright_rgb(part[inside][0])
-
     source = f"torchvision {torchvision.__version__.split('+')[0]}: {name}, {', '.join(splits)}"
-    _prepare(directory, Pictures(names, picture, source, LICENCES.get(name, NOT_STATED)), image_size, pad)
+    pictures = Pictures(names, lambda index: _upright_rgb(whole[index][0]), source, LICENCES.get(name, NOT_STATED))
+    _prepare(directory, pictures, image_size, pad)
 
 
 def prepare_huggingface(

@@ -153,7 +153,7 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
-        self.resample = resample or unchanged
+        self.resample = resample or nn.Identity()
         self.in_layers = nn.Sequential(Norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (1 + scale_shift_norm) * c_out))
         self.out_layers = nn.Sequential(
@@ -251,10 +251,6 @@ def halved(x: Tensor) -> Tensor:
 def doubled(x: Tensor) -> Tensor:
     """Every pixel as 2x2."""
     return _Doubled.apply(x)
-
-
-def unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -6,7 +6,9 @@ python -m workflow.judge curves.csv --baseline uni05 --candidate under05 --out d
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -59,6 +61,28 @@ def read_curves(path: Path) -> pd.DataFrame:
     return table[COLUMNS]
 
 
+def write_verdict(
+    metrics: pd.DataFrame,
+    probes: pd.DataFrame,
+    comparisons: Mapping[str, Mapping[str, Any] | None],
+    speedups: Path,
+    verdict: Path,
+    forest: Path,
+) -> pd.DataFrame:
+    """Write the table of speed-ups, which it returns, the verdict in words and the forest plot.
+
+    Args:
+        comparisons: as `workflow.verdict.verdict_text` takes them.
+    """
+    table = speedup_table(metrics, {study: compare for study, compare in comparisons.items() if compare})
+    with replacing(speedups) as file:
+        table.to_csv(file, index=False)
+    with replacing(verdict) as file:
+        file.write(verdict_text(metrics, table, changes(probes, comparisons), comparisons).encode())
+    draw_forest(table, [forest])
+    return table
+
+
 def judge(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path) -> None:
     """Write verdict.md, speedup.csv, fid_curves.png and speedups.png of two arms of every study in the table.
 
@@ -76,15 +100,10 @@ def judge(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path)
         }
         for study, rows in metrics.groupby("study", sort=False)
     }  # fmt: skip
-    table = speedup_table(metrics, comparisons)
-    mechanism = changes(pd.DataFrame(columns=PROBE_COLUMNS), comparisons)
     directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / "speedup.csv") as file:
-        table.to_csv(file, index=False)
-    with replacing(directory / "verdict.md") as file:
-        file.write(verdict_text(metrics, table, mechanism, comparisons).encode())
+    paths = (directory / name for name in ("speedup.csv", "verdict.md", "speedups.png"))
+    table = write_verdict(metrics, pd.DataFrame(columns=PROBE_COLUMNS), comparisons, *paths)
     fid_curves(metrics, [directory / "fid_curves.png"], metrics["metric"].iloc[0], table)
-    draw_forest(table, [directory / "speedups.png"])
 
 
 def main() -> None:
