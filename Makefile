@@ -22,7 +22,8 @@ report: $(READY)  ## all of it in one file for a browser: reports/report.html
 	snakemake --report reports/report.html --report-stylesheet workflow/report/report.css \
 	  --config experiments=$(EXPERIMENTS)
 
-ui: $(READY)  ## browse the runs in MLflow, at http://127.0.0.1:5000
+ui: $(READY)  ## browse the runs in MLflow: choose "Model training", a study, then the view "Arms"
+	@echo 'http://127.0.0.1:5000: choose "Model training" at the top left, a study, then Views, "Arms". Ctrl-C ends it.'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
 	  --artifacts-destination ./mlartifacts --workers 1 --host 127.0.0.1 --port 5000
 

@@ -232,42 +232,50 @@ def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experime
     command = [sys.executable, "-m", "workflow.tracking", "follow", "--parent-pid", str(os.getpid()), *files]
     with (layout.RESULTS / "tracking.log").open("a") as log:
         # A session of its own: Ctrl-C is for the jobs, and the tracker then reports how they ended.
-        _tracker = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        _tracker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True)
 
 
-def stop_tracking() -> None:
-    """Let the tracking process forward what is left and close the runs. Never an error: it can be done later."""
+def stop_tracking() -> list[str]:
+    """Let the tracking process forward what is left and close the runs; a line per study on where it is in MLflow.
+
+    Never an error: it can be done later.
+    """
     if _tracker is None:
-        return
+        return []
     _tracker.send_signal(signal.SIGTERM)
     try:
-        _tracker.wait(timeout=120)
+        return _tracker.communicate(timeout=120)[0].split("\n")[:-1]
     except subprocess.TimeoutExpired:
         print("MLflow is slow to answer: `make track` forwards the rest later", file=sys.stderr)
+        return []
 
 
-def tell_results() -> None:
-    """The last lines of a run: the answers, where the figure is, and what to open."""
+def tell_results(tracked: list[str]) -> None:
+    """The last lines of a run: the answers, where the figure is, and what to open.
+
+    Args:
+        tracked: what `stop_tracking` gave.
+    """
     if not FIGURE.exists():
         return
-    from workflow.pages import answer, sections  # pandas: not for every dry run
+    from workflow.pages import answer, plain, sections  # pandas: not for every dry run
 
     told = sections(VERDICT.read_text(encoding="utf-8")) if VERDICT.exists() else {}
-    lines = [f"{study}: {answer(text)}\n" for study, text in told.items() if answer(text)]
-    lines = [line.replace("*", "").replace("`", "") for line in lines]
+    lines = [f"{study}: {plain(answer(text))}\n" for study, text in told.items() if answer(text)]
     lines += [f"The figure: {FIGURE.resolve()}", f"The verdict: {VERDICT.resolve()}"]
-    lines += ["All in one page: `make report`", "MLflow: `make ui`, then open http://127.0.0.1:5000"]
+    lines += ["All in one page: `make report`"]
+    lines += ["In MLflow: `make ui`, then open", *(f"  {line}" for line in tracked)] if tracked else []
     print("\n" + "\n".join(lines) + "\n", file=sys.stderr)
 
 
-def tell_time_left() -> None:
-    """After each job, say how long the rest of the workflow may take, judging by the jobs so far."""
+def tidy_output() -> None:
+    """Leave out what Snakemake says of its scheduling; say after each job how long the rest may take, by the jobs so far."""
     began = time.monotonic()
 
-    def tell(record: logging.LogRecord) -> bool:
+    def tidy(record: logging.LogRecord) -> bool:
         if getattr(record, "event", None) == LogEvent.PROGRESS and 0 < record.done < record.total:
             left = (time.monotonic() - began) / record.done * (record.total - record.done)
             print(f"about {left // 60:.0f} min {left % 60:.0f} s left of the whole", file=sys.stderr)
-        return True
+        return not str(record.msg).startswith(("Select jobs to execute", "Execute "))
 
-    snakemake_logger.addFilter(tell)
+    snakemake_logger.addFilter(tidy)

@@ -42,6 +42,11 @@ def answer(section: str) -> str:
     return found[1] if found else ""
 
 
+def plain(markdown: str) -> str:
+    """A text of `answer` without its marks."""
+    return markdown.replace("*", "").replace("`", "")
+
+
 def front_page(introduction: str, verdict: str) -> str:
     """The first page of the report in reStructuredText: an introduction, in which `.. answers` stands for the answer on
     each study in the text of `verdict.md`."""

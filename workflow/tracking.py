@@ -2,11 +2,12 @@
 
     python -m workflow.tracking follow experiments/a.yaml
 
-It forwards what training and evaluation leave under `results/`. What was forwarded before, it asks the store:
+At its end it prints where each study is in MLflow's UI. It forwards what training and evaluation leave under `results/`. What was forwarded before, it asks the store:
 a follower that was killed repeats nothing and loses nothing.
 
 A study is an MLflow experiment: a parent run named like the study, below it a run per arm and seed. The step
-of every metric is the number of training images seen.
+of every metric is the number of training images seen. The experiment's description is the answer; its saved view
+`Arms` compares the arms.
 """
 
 import argparse
@@ -33,18 +34,19 @@ from PIL import Image
 from diffusion import StudyError
 from diffusion.config import TRAIN_VERSION, Choice, Experiment, RunConfig, Scheme, load_experiment
 from diffusion.files import read_json
+from diffusion.weights import INCEPTION
 from workflow import layout
-from workflow.pages import sections
-from workflow.tables import markdown_table
+from workflow.pages import answer, plain, sections
+from workflow.tables import HIGHER_IS_BETTER, markdown_table
 
 logger = logging.getLogger("workflow.tracking")
 
 PASS_SECONDS = 10
 LOCK_SECONDS = 10
+UI = "http://127.0.0.1:5000"  # of `make ui`, which serves a store that is no server itself
 BATCH_METRICS = 1000  # MLflow takes no more at once
 REPORTS = Path("reports")
-# So that the UI opens on training runs, not on traces of language models.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+LEGEND = 'Steps are training images seen. The view "Arms" groups the runs by arm, the best one first.'
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -76,14 +78,31 @@ def train_metrics(row: dict[str, str], images: int, last_images: int) -> dict[st
 
 
 def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]:
-    """(metric, images) -> value of a checkpoint's metrics.csv; only Inception's features give FID and KID."""
-    values = {}
-    for row in rows:
-        names = {"fd": "fid"} if row["features"] == "inception-v3-compat" else {"kid": "kd"}
-        if (value := finite(row["value"])) is not None:
-            name = names.get(row["metric"], row["metric"])
-            values[f"eval/{name} {row['features']}", round(float(row["images"]))] = value
-    return values
+    """(metric, images) -> value of a checkpoint's metrics.csv."""
+    return {
+        (metric_key(row["metric"], row["features"]), round(float(row["images"]))): value
+        for row in rows
+        if (value := finite(row["value"])) is not None
+    }
+
+
+def metric_key(metric: str, features: str) -> str:
+    """What a metric of samples is called in the store: only Inception's features give `eval/fid` and `eval/kid`."""
+    names = {"fd": "fid"} if features == INCEPTION else {"kid": "kd"}
+    return f"eval/{names.get(metric, metric)} {features}"
+
+
+def arms_view(experiment: Experiment) -> str:
+    """The saved view `Arms` as MLflow's UI keeps it: runs grouped by arm, by the mean of the first metric, best first."""
+    metrics = [(metric, features) for features in experiment.evaluate.features for metric in experiment.evaluate.metrics]
+    columns = [f"metrics.`{metric_key(*of)}`" for of in metrics] + ["metrics.`train/loss`"]
+    state = {
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]},
+        "orderByKey": columns[0],
+        "orderByAsc": metrics[0][0] not in HIGHER_IS_BETTER,
+        "selectedColumns": columns,
+    }
+    return json.dumps({"name": "Arms", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 
 def provenance_tags(provenance: dict[str, Any], directory: Path) -> dict[str, str | None]:
@@ -204,9 +223,13 @@ class Study:
         # A server knows where its artifacts go; a database alone does not.
         root = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or Path("mlartifacts").resolve().as_uri()
         place = None if uri.startswith("http") else f"{root.rstrip('/')}/{experiment.name}"
-        self.id = (
-            found.experiment_id if found else self.client.create_experiment(experiment.name, place, EXPERIMENT_TAGS)
-        )
+        self.id = found.experiment_id if found else self.client.create_experiment(experiment.name, place)
+        # So that the UI opens on training runs, not on traces of language models.
+        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.sharedViewState.arms": arms_view(experiment)}
+        self.described = found.tags if found else {}
+        self._describe(tags)
+        ui = uri.rstrip("/") if uri.startswith("http") else UI
+        self.address = f"{ui}/#/experiments/{self.id}/runs?workflowType=machine_learning&viewStateShareKey=arms"
         runs = [run for run in self.client.search_runs([self.id], max_results=50_000) if "run" in run.data.tags]
         self.stored = {run.data.tags["run"]: run.info.run_id for run in runs}
         self.tracked: dict[str, Tracked] = {}
@@ -234,6 +257,7 @@ class Study:
             told = sections((REPORTS / "verdict.md").read_text(encoding="utf-8")).get(self.experiment.name, "")
         note = "\n\n".join(filter(None, [told, standings(arms)]))
         self._set_tags(parent, {"mlflow.note.content": note or None})
+        self._describe({"mlflow.note.content": " ".join(filter(None, [plain(answer(told)), LEGEND]))})
         ended = sum(run.status in ("FINISHED", "FAILED") for run in runs)
         moving = any(run.moved_since(since) for run in runs)
         self._set_status(parent, state(ended == len(self.directories), moving))
@@ -348,6 +372,13 @@ class Study:
             self.client.log_batch(run.id, tags=[self.entities.RunTag(*item) for item in changed.items()])
             run.tags |= changed
 
+    def _describe(self, tags: dict[str, str]) -> None:
+        """Set tags of the experiment itself."""
+        for name, value in tags.items():
+            if self.described.get(name) != value:
+                self.client.set_experiment_tag(self.id, name, value)
+        self.described = {**self.described, **tags}
+
     def _metrics(self, path: Path, values: dict[tuple[str, int], float]) -> list:
         """MLflow's metrics, dated by the file they come from."""
         written = round(path.stat().st_mtime * 1000)
@@ -382,6 +413,9 @@ def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], 
                     logger.warning("%s is not tracked in %s: the next start forwards the rest (%s)", path, uri, reason)
                 failing.add(path)
         if stopping:
+            with suppress(BrokenPipeError):  # who started this may be gone
+                for of in studies.values():
+                    print(f"{of.experiment.name}: {of.address}", flush=True)
             return
         next_pass = time.monotonic() + PASS_SECONDS
         while time.monotonic() < next_pass and not stopped():

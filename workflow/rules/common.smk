@@ -10,7 +10,7 @@ from diffusion import StudyError
 from workflow import jobs, layout, requests
 
 jobs.set_environment(workflow.basedir)
-jobs.tell_time_left()
+jobs.tidy_output()
 try:
     EXPERIMENTS = jobs.load_experiments(config, Path(workflow.basedir) / "experiments")
     if workflow.is_main_process:
@@ -49,8 +49,7 @@ onstart:
 
 
 onsuccess:
-    jobs.stop_tracking()
-    jobs.tell_results()
+    jobs.tell_results(jobs.stop_tracking())
 
 
 onerror:
