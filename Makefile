@@ -36,12 +36,13 @@ test: $(READY)  ## the tests, in minutes
 test-all: $(READY)  ## the slow ones too
 	pytest
 
-lint: $(READY)  ## style of Python and Snakemake files, types
+lint: $(READY)  ## style and docstrings of Python and Snakemake files, types, unused dependencies
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
 	mypy
+	deptry --no-ansi .
 
 format: $(READY)  ## mend what lint finds, where that can be automatic
 	ruff check --fix .

@@ -2,10 +2,10 @@
 
 import argparse
 import logging
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from diffusion import StudyError
+from diffusion import StudyError, one_sentence
 from diffusion.weights import INCEPTION, LITE0, SOURCES
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,11 @@ PUBLISHED = ("image_size", "head_channels", "heads", "schedule", "timesteps")
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Sample a checkpoint, ours or a published one, to samples.npy and samples.png."""
+    """Sample a checkpoint, ours or a published one, to samples.npy and samples.png.
+
+    Raises:
+        StudyError: the checkpoint is no such net or diverged, arguments do not fit it, or the GPU is too small.
+    """
     import math
 
     import numpy as np
@@ -62,8 +66,8 @@ def sample(arguments: argparse.Namespace) -> None:
     logger.info("%d samples are in %s, %d of them as a grid in %s", settings.images, array, shown, grid)
 
 
-def add_sample(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("sample", help="draw images from a checkpoint", description=sample.__doc__)
+def _add_sample(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("sample", help="draw images from a checkpoint", description=_summary(sample))
     parser.set_defaults(verb=sample)
     parser.add_argument("checkpoint", type=_file, help="weights.safetensors of a run, or a published .pt")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives samples.npy and samples.png")
@@ -91,7 +95,11 @@ def add_sample(verbs: argparse._SubParsersAction) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the weights of a run as a plain state dict that guided-diffusion loads."""
+    """Write the weights of a run as a plain state dict that guided-diffusion loads.
+
+    Raises:
+        StudyError: the files are of other kinds, the weights are damaged, or the run diverged.
+    """
     from diffusion.checkpoint import load_checkpoint, write_published
 
     source, target = arguments.weights, arguments.out
@@ -106,8 +114,8 @@ def export(arguments: argparse.Namespace) -> None:
     logger.info("%s: images of %d pixels, %d timesteps", target, checkpoint.image_size, checkpoint.schedule.timesteps)
 
 
-def add_export(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("export", help="write weights in the published layout", description=export.__doc__)
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("export", help="write weights in the published layout", description=_summary(export))
     parser.set_defaults(verb=export)
     parser.add_argument("weights", type=_file, help="weights.safetensors of a run")
     parser.add_argument("out", type=Path, help="the .pt to write")
@@ -138,9 +146,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             print(f"  {row.metric:12} {row.value:.6g}{error}{note}")
 
 
-def add_evaluate(verbs: argparse._SubParsersAction) -> None:
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser(
-        "evaluate", help="measure one set of images against another", description=evaluate.__doc__
+        "evaluate", help="measure one set of images against another", description=_summary(evaluate)
     )
     parser.set_defaults(verb=evaluate)
     parser.add_argument("generated", type=Path, help="folder, zip or .npy of generated images")
@@ -168,18 +176,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run one verb; a mistake ends in one sentence on stderr and exit code 1 (2 where the arguments are wrong)."""
     parser = argparse.ArgumentParser("python -m diffusion", description="Work on single checkpoints, without a study.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add_sample(verbs)
-    add_export(verbs)
-    add_evaluate(verbs)
+    _add_sample(verbs)
+    _add_export(verbs)
+    _add_evaluate(verbs)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    try:
+    with one_sentence():
         arguments.verb(arguments)
-    except StudyError as error:
-        sys.exit(str(error))
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{place}{error.strerror or error}: make room, or mend the path or its permission, and try again")
+
+
+def _summary(verb: Callable[[argparse.Namespace], None]) -> str:
+    return (verb.__doc__ or "").partition("Raises:")[0]
 
 
 def _device(name: str) -> str:
@@ -193,14 +200,14 @@ def _device(name: str) -> str:
 
 def _file(text: str) -> Path:
     if not (path := Path(text)).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {path}")
+        raise argparse.ArgumentTypeError(f"there is no file {path}: mend the path")
     return path
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but it is {number}")
-    return number
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but it is {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: int, step: int, diverged: bool) -> None:
-    """Write weights with what is needed to rebuild the net. Equal runs give equal bytes."""
+    """Write weights (by name, each of its own shape [...]) with what rebuilds the net. Equal runs give equal bytes."""
     about = {"config": config.canonical(), "seed": seed, "step": step, "diverged": diverged}
     # One metadata key: safetensors writes several in no fixed order.
     content = save({k: v.contiguous().cpu() for k, v in weights.items()}, {"checkpoint": json.dumps(about)})
@@ -230,7 +230,10 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
 
 
 def write_published(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write weights as guided-diffusion does: a plain state dict of float32. Equal weights give equal bytes."""
+    """Write weights (by name, each of its own shape [...]) as guided-diffusion does: a plain state dict of float32.
+
+    Equal weights give equal bytes.
+    """
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     with replacing(path) as file:
         torch.save(plain, file)

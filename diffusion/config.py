@@ -30,7 +30,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Choice(Section):
@@ -53,52 +53,85 @@ class Choice(Section):
 
 
 class NoParameters(Section):
-    pass
+    """A scheme without parameters."""
 
 
 class P2(Section):
+    """1 / (k + SNR)^gamma."""
+
     gamma: NonNegativeFloat = 0.5
+    """0 is uniform."""
     k: PositiveFloat = 1.0
+    """Keeps the weight of nearly clean images finite."""
 
 
 class LossSecondMoment(Section):
+    """sqrt(E[L_t^2]), learnt from the losses."""
+
     history: PositiveInt = 10
+    """Losses remembered for each timestep; draws are uniform until all have so many."""
     uniform_share: float = Field(0.001, ge=0, le=1)
+    """Share of uniform draws, so that no timestep is forgotten."""
 
 
 class LogNormalSigma(Section):
+    """ln(sigma) is normal."""
+
     mean: float = -1.2
+    """Of ln(sigma), sigma = SNR^(-1/2)."""
     std: PositiveFloat = 1.2
+    """Of ln(sigma)."""
 
 
 class LogitNormal(Section):
+    """logit(t / T) is normal."""
+
     mean: float = 0.0
+    """Of logit(t / T); above 0: noisier."""
     std: PositiveFloat = 1.0
+    """Of logit(t / T)."""
 
 
 class SpeedDensity(Section):
+    """SpeeD's draws."""
+
     k: PositiveFloat = 5.0
+    """How many times as likely t < tau is."""
     tau: PositiveInt = 700
+    """A timestep; at most `diffusion.timesteps`."""
 
 
 class MinSNR(Section):
+    """min(SNR, gamma) / SNR."""
+
     gamma: PositiveFloat = 5.0
+    """SNR from which on a timestep weighs less."""
 
 
 class SpeedWeight(Section):
+    """SpeeD's weight."""
+
     lam: float = Field(0.6, ge=0.5, lt=1)
+    """Weights run from 1 - lam to lam for t < tau."""
     tau: PositiveInt = 700
+    """A timestep; at most `diffusion.timesteps`."""
 
 
 class Density(Choice):
-    """Density over timesteps; the functions are in `diffusion.timesteps`."""
+    """How timesteps are drawn: one of these. The functions are in `diffusion.timesteps`."""
 
     uniform: NoParameters | None = None
+    """1 / T (Ho et al. 2020)."""
     p2: P2 | None = None
+    """By the weight of Choi et al. 2022."""
     loss_second_moment: LossSecondMoment | None = None
+    """Learnt (Nichol & Dhariwal 2021)."""
     log_normal_sigma: LogNormalSigma | None = None
+    """Karras et al. 2022."""
     logit_normal: LogitNormal | None = None
+    """Esser et al. 2024."""
     speed: SpeedDensity | None = None
+    """SpeeD (Wang et al. 2024)."""
 
     @property
     def learnt(self) -> bool:
@@ -107,51 +140,78 @@ class Density(Choice):
 
 
 class Weight(Choice):
-    """Weight over timesteps; the functions are in `diffusion.losses`."""
+    """How a term of the loss is weighted at timestep t: one of these. The functions are in `diffusion.losses`."""
 
     unweighted: NoParameters | None = None
+    """1 (Ho et al. 2020)."""
     p2: P2 | None = None
+    """Choi et al. 2022."""
     min_snr: MinSNR | None = None
+    """Hang et al. 2023."""
     debiased: NoParameters | None = None
+    """1 / sqrt(SNR) (Yu et al. 2023)."""
     speed: SpeedWeight | None = None
+    """SpeeD (Wang et al. 2024)."""
 
 
 class OpenMoji(Section):
+    """Colour emoji from a package that is installed."""
+
     source: Literal["openmoji"]
     image_size: PositiveInt
-    # Images that training does not see: `diffusion.data.split`.
+    """Height and width in pixels."""
     held_out: int = Field(0, ge=0)
+    """Images that training does not see, for probes and for `evaluate.reference: held_out`."""
 
 
 class Folder(Section):
+    """Every picture below a folder, or in a zip."""
+
     source: Literal["folder"]
     path: Path
+    """Of the folder or zip."""
     image_size: PositiveInt
-    # Pixels of black added at every side of a picture, before it is reduced.
+    """Height and width in pixels."""
     pad: int = Field(0, ge=0)
+    """Black pixels added at every side, before the picture is reduced."""
     held_out: int = Field(0, ge=0)
+    """Images that training does not see."""
 
 
 class Torchvision(Section):
+    """A dataset that torchvision fetches, or finds in `data/`."""
+
     source: Literal["torchvision"]
-    # Of a class in torchvision.datasets.
     name: str
+    """Of a class in `torchvision.datasets`."""
     splits: tuple[str, ...] = Field(("train",), min_length=1)
+    """One after the other."""
     image_size: PositiveInt
+    """Height and width in pixels."""
     pad: int = Field(0, ge=0)
+    """Black pixels added at every side, before the picture is reduced."""
     held_out: int = Field(0, ge=0)
+    """Images that training does not see."""
 
 
 class HuggingFace(Section):
+    """An image dataset of the Hugging Face hub (needs the package `datasets`)."""
+
     source: Literal["huggingface"]
-    # On the hub, or a folder.
     name: str
+    """On the hub, or a folder of that layout."""
     split: str = "train"
+    """Which part."""
     column: str = "image"
+    """Where its pictures are."""
     revision: str | None = None
+    """Commit, tag or branch on the hub; pins it."""
     image_size: PositiveInt
+    """Height and width in pixels."""
     pad: int = Field(0, ge=0)
+    """Black pixels added at every side, before the picture is reduced."""
     held_out: int = Field(0, ge=0)
+    """Images that training does not see."""
 
 
 Dataset = Annotated[OpenMoji | Folder | Torchvision | HuggingFace, Field(discriminator="source")]
@@ -161,15 +221,25 @@ class Model(Section):
     """The ADM U-Net (Dhariwal & Nichol 2021); keys are the keyword arguments of `diffusion.unet.UNet`."""
 
     channels: PositiveInt = 128
+    """Width at full resolution."""
     channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1)
+    """Width of each level in `channels`; each level after the first halves height and width."""
     res_blocks: PositiveInt = 2
+    """Residual blocks of a level on the way down."""
     attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    """Heights in pixels at which there is attention; the middle always has it."""
     head_channels: PositiveInt = 64
+    """Width of an attention head."""
     heads: PositiveInt | None = None
+    """Attention heads at every width, in place of `head_channels`."""
     scale_shift_norm: bool = True
+    """Whether the timestep scales and shifts, or is added."""
     resblock_updown: bool = True
+    """Whether residual blocks resize, or convolutions."""
     learn_sigma: bool = True
+    """Whether the variance is learnt; without it the loss has no vb term."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability, within residual blocks."""
 
     @model_validator(mode="after")
     def _channels_divide(self) -> "Model":
@@ -189,24 +259,39 @@ class Model(Section):
 
 
 class Diffusion(Section):
+    """The noise: `diffusion.gaussian`."""
+
     timesteps: int = Field(1000, ge=2)
+    """T."""
     schedule: Literal["linear", "cosine"] = "linear"
+    """Of the betas: Ho et al. 2020, or Nichol & Dhariwal 2021."""
 
 
 class Train(Section):
     """What one optimiser step does. A step is one batch of `batch_size` images, in pieces of `micro_batch`."""
 
     batch_size: PositiveInt = 256
+    """Images per step."""
     micro_batch: PositiveInt | None = None
+    """Images whose gradients are computed at once; unset: the whole batch."""
     learning_rate: PositiveFloat = 1e-4
+    """Of AdamW."""
     learning_rate_warmup: int = Field(0, ge=0)
+    """Steps in which it grows from 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """Of AdamW."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Per step, of the averaged weights that are sampled."""
     ema_warmup: bool = True
+    """Whether the decay grows to its value, so that untrained weights are soon forgotten."""
     random_flip: bool = False
+    """Whether pictures are mirrored with probability 1/2."""
     precision: Precision = "auto"
+    """Of the net: bf16 on a GPU and fp32 on a CPU, unless said."""
     threads: PositiveInt = 1
+    """CPU threads of each job of the study."""
     log_every: PositiveInt = 50
+    """Steps between rows of the log."""
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> "Train":
@@ -221,17 +306,21 @@ class Scheme(Section):
     """How the timesteps of a run are drawn and weighted."""
 
     timesteps: Density = Density(uniform=NoParameters())
-    # One shared offset for the whole batch: its timesteps cover the density evenly.
+    """Density that timesteps are drawn from."""
     stratified: bool = False
+    """One shared offset for the whole batch: its timesteps cover the density evenly."""
     mse_weight: Weight = Weight(unweighted=NoParameters())
+    """Of the term that trains the mean."""
     vb_weight: Weight = Weight(unweighted=NoParameters())
-    # Weights over T p_t, so that the expected gradient is that of uniform draws. Unset: as the density's paper has it.
+    """Of the term that trains the variance."""
     importance_corrected: bool | None = None
-    # Whether the correction, or the match, also reaches the vb term.
+    """Weights over T p_t: the expected gradient is that of uniform draws; unset: as the density's paper has it."""
     correct_vb: bool = True
+    """Whether the correction, or the match, also reaches the vb term."""
 
     @property
     def corrected(self) -> bool:
+        """Whether the weights are divided by T p_t."""
         if self.importance_corrected is None:
             return self.timesteps.learnt
         return self.importance_corrected
@@ -241,8 +330,11 @@ class Arm(Scheme):
     """A scheme as the experiment file writes it, with the arm it is matched to and its own training settings."""
 
     match: str | None = None
+    """Another arm, whose expected gradient this one keeps by its weights."""
     weigh_twice: bool = False
+    """Allows drawing by p2 *and* weighting the loss."""
     train: dict[str, Any] = {}
+    """Keys of `train` that differ for this arm."""
 
     @model_validator(mode="after")
     def _weigh_once(self) -> "Arm":
@@ -265,30 +357,44 @@ class Regular(Section):
     """Checkpoints from `start` (default: `every`) to `until`, `every` steps apart."""
 
     every: PositiveInt
+    """Steps between checkpoints."""
     until: PositiveInt
+    """The last step."""
     start: int | None = Field(None, ge=0)
+    """The first one; 0 is the untrained net; unset: `every`."""
 
     @property
     def steps(self) -> list[int]:
+        """All of them, growing."""
         return list(range(self.every if self.start is None else self.start, self.until + 1, self.every))
 
 
 class Sample(Section):
+    """How every checkpoint is sampled."""
+
     sampler: Literal["ddim", "ddpm"] = "ddim"
+    """Song et al. 2021 (eta = 0), or Ho et al. 2020."""
     steps: PositiveInt = 25
+    """Evaluations of the net per sample."""
     images: int = Field(10_000, ge=2)
-    # None: what the memory of a GPU holds.
+    """Samples of a checkpoint: the N of its FD."""
     batch_size: PositiveInt | None = None
+    """Images at once; unset: what the memory of a GPU holds."""
     precision: Precision = "auto"
+    """As `train.precision`."""
     seed: int = Field(0, ge=0)
+    """Of the latents, which all checkpoints share."""
     keep: bool = False
+    """Whether the arrays of samples stay after evaluation."""
 
 
 class WeightsFile(Section):
     """Weights of a feature extractor on disk: a path, or with it the sha256 of others than the published ones."""
 
     path: Path
+    """Of the file."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Unset: that of the published weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -297,35 +403,44 @@ class WeightsFile(Section):
 
 
 class Evaluate(Section):
-    """Samples against `reference_images` images (default: all) of a part of the dataset, by features of fixed nets."""
+    """Samples against images of the dataset, by features of fixed nets."""
 
     features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
+    """Feature extractors; the first one's is the primary comparison."""
     metrics: tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...] = Field(
         ("fd",), min_length=1
     )
+    """`fd` among them, which the curves show."""
     reference: Literal["train", "held_out"] = "train"
+    """Which part of the dataset."""
     reference_images: int | None = Field(None, ge=2)
+    """How many of it; unset: all."""
     weights: dict[str, WeightsFile] = {}
+    """Extractor -> its file of weights, where no network is: a path, or `{path: ..., sha256: ...}`."""
 
     @model_validator(mode="after")
     def _weights_are_used(self) -> "Evaluate":
         for name in self.weights:
             if name not in self.features:
-                raise ValueError(f"weights: {name} is not among the features ({', '.join(self.features)})")
+                raise ValueError(
+                    f"weights: {name} is none of the features ({', '.join(self.features)}): drop or add it"
+                )
+        if "fd" not in self.metrics:
+            raise ValueError("metrics: the curves show fd: add it")
         if self.reference == "held_out" and "memorised" in self.metrics:
             raise ValueError("metrics: memorised compares with the training images: say reference: train, or drop it")
         return self
 
 
 class Probe(Section):
-    """How loss and gradient of every checkpoint are measured in bins of timesteps: `diffusion.probe`.
-
-    `images` of those held out from training, where there are any, in batches whose gradients are compared.
-    """
+    """How loss and gradient of every checkpoint are measured in bins of timesteps: `diffusion.probe`."""
 
     images: PositiveInt = 256
+    """Of those held out from training, where there are any."""
     batch_size: PositiveInt = 16
+    """Images in each of the batches whose gradients are compared."""
     bins: PositiveInt = 10
+    """Of equal width in t."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Probe":
@@ -337,20 +452,25 @@ class Probe(Section):
 
 
 class Primary(Section):
+    """The comparison that the study is made for."""
+
     candidate: str
+    """An arm among the candidates."""
     metric: Literal["fd", "kid", "precision", "recall"] = "fd"
+    """One of `evaluate.metrics`, in the first of `evaluate.features`."""
 
 
 class Compare(Section):
-    """Which arms are compared. One comparison is primary, in the first of `evaluate.features`; others are secondary.
-
-    `thresholds` are values of the primary metric; unset, `workflow.statistics.compare_pair` has the rule.
-    """
+    """Which arms are compared. One comparison is primary, the others are secondary."""
 
     baseline: str
+    """An arm."""
     candidates: tuple[str, ...] = Field(min_length=1)
+    """Arms that are compared with it."""
     primary: Primary
+    """Declared before anything is seen."""
     thresholds: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
+    """Values of the primary metric, for speed-ups; unset: at 1/4, 1/2 and 3/4 of the baseline's own way."""
 
     @model_validator(mode="after")
     def _arms_differ(self) -> "Compare":
@@ -370,6 +490,7 @@ class Frozen(Section):
 
     @cached_property
     def hash8(self) -> str:
+        """Eight hexadecimal digits of the sha256 of `canonical()`."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
 
 
@@ -391,6 +512,7 @@ class RunConfig(Initial):
 
     @property
     def initial(self) -> Initial:
+        """What it starts from."""
         return Initial(**{name: getattr(self, name) for name in Initial.model_fields})
 
 
@@ -398,32 +520,46 @@ class Experiment(Section):
     """One study: arms x seeds on one dataset."""
 
     name: Name
+    """That of the file, without .yaml."""
     dataset: Dataset
+    """What is learnt."""
     model: Model = Model()
+    """The net."""
     diffusion: Diffusion = Diffusion()
+    """The noise."""
     train: Train = Train()
+    """What one step does."""
     checkpoints: Regular | tuple[int, ...]
+    """Steps at which a run is sampled and evaluated: regular ones, or a list."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """A run of every arm each; arms of a seed share all random numbers."""
     arms: dict[Name, Arm] = Field(min_length=1)
+    """Name -> how it draws and weights timesteps."""
     sample: Sample = Sample()
+    """How checkpoints are sampled."""
     evaluate: Evaluate = Evaluate()
-    # None leaves the mechanism unmeasured.
+    """What samples are compared with, and how."""
     probe: Probe | None = Probe()
+    """How the mechanism is measured; null: not at all."""
     compare: Compare | None = None
-    # A table of curves from elsewhere (`workflow.judge`), to be laid under the study's own; it enters no verdict.
+    """What the verdict is on; unset: no verdict."""
     published: Path | None = None
+    """A table of curves from elsewhere, laid in grey under the study's own; it enters no verdict."""
     tracking: bool = True
+    """Whether MLflow tracks it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Data-parallel processes of one training run, a GPU each (on a CPU: `train.threads` threads each).
+    """Where nets run; auto: on a GPU if there is one."""
     processes: PositiveInt = 1
+    """Data-parallel processes of one training run, a GPU each (on a CPU: `train.threads` threads each)."""
 
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
+    RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references"}
 
     @field_validator("seeds")
     @classmethod
     def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is named twice: every seed is one run per arm")
+            raise ValueError("a seed is named twice: drop one")
         return seeds
 
     @field_validator("checkpoints")
@@ -436,6 +572,8 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
+        if self.name in self.RESERVED_NAMES:
+            raise ValueError(f"name: results/{self.name}/ holds something else: choose another")
         check_image_size(self.dataset.image_size, self.model)
         check_sampling_steps(self.sample, self.diffusion.timesteps)
         needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
@@ -452,12 +590,13 @@ class Experiment(Section):
             self._check_arm(name)
         for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
             if name not in self.arms:
-                raise ValueError(f"compare: {name} is not among the arms ({', '.join(self.arms)})")
+                raise ValueError(f"compare: {name} is not among the arms: name one of {', '.join(self.arms)}")
         if self.compare and self.compare.primary.candidate not in self.compare.candidates:
-            raise ValueError(f"compare.primary: {self.compare.primary.candidate} is not among the candidates")
+            known, candidate = ", ".join(self.compare.candidates), self.compare.primary.candidate
+            raise ValueError(f"compare.primary: {candidate} is not among the candidates: name one of {known}")
         if self.compare and self.compare.primary.metric not in self.evaluate.metrics:
-            metrics = ", ".join(self.evaluate.metrics)
-            raise ValueError(f"compare.primary.metric: {self.compare.primary.metric} is not evaluated, only {metrics}")
+            metric = self.compare.primary.metric
+            raise ValueError(f"compare.primary.metric: {metric} is not evaluated: add it to evaluate.metrics")
         return self
 
     def _check_arm(self, name: str) -> None:
@@ -467,7 +606,9 @@ class Experiment(Section):
         if arm.match:
             target = self.arms.get(arm.match)
             if target is None or target.match:
-                raise ValueError(f"arms.{name}.match: {arm.match} must be another arm that is not matched itself")
+                raise ValueError(
+                    f"arms.{name}.match: {arm.match} is no other arm that is not matched itself: name such an arm"
+                )
             if target.timesteps.learnt:
                 raise ValueError(f"arms.{name}.match: the density of {arm.match} changes: match an arm whose stays")
         for key in ("timesteps", "mse_weight", "vb_weight"):
@@ -514,12 +655,14 @@ def load_experiment(path: Path) -> Experiment:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
-        raise StudyError(f"{path}: no such experiment; there are: {known}") from None
+        if known := ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))):
+            raise StudyError(f"{path}: no such experiment: name one of {known}") from None
+        raise StudyError(f"{path}: no such experiment: start this where the Snakefile lies, and name a study "
+                         "without folder and .yaml") from None  # fmt: skip
     except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read ({error}): an experiment is a UTF-8 text file") from None
+        raise StudyError(f"{path}: cannot be read ({error}): save it as UTF-8 text, or mend its permission") from None
     except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from None
+        raise StudyError(f"{path}: not valid YAML: mend it there: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise StudyError(f"{path}: must hold keys and values such as `name: {path.stem}`, not {type(content).__name__}")
     try:
@@ -538,7 +681,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.value != "<<"]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice: drop one", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -547,6 +692,11 @@ def _scheme(arm: Arm) -> Scheme:
 
 
 def check_image_size(image_size: int, model: Model) -> None:
+    """Make sure that the net fits images of `image_size` pixels.
+
+    Raises:
+        ValueError: a level cannot be halved, attention lies at no level, or heads do not divide a width.
+    """
     halvings = len(model.channel_mult) - 1
     if image_size % 2**halvings:
         raise ValueError(
@@ -557,7 +707,7 @@ def check_image_size(image_size: int, model: Model) -> None:
     for resolution in model.attention_resolutions:
         if resolution not in levels:
             known = ", ".join(map(str, levels))
-            raise ValueError(f"model.attention_resolutions: the net has no resolution {resolution}, only {known}")
+            raise ValueError(f"model.attention_resolutions: the net has no resolution {resolution}: take from {known}")
     # The middle block always attends.
     for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
         key = "heads" if model.heads else "head_channels"
@@ -568,6 +718,11 @@ def check_image_size(image_size: int, model: Model) -> None:
 
 
 def check_sampling_steps(sample: Sample, timesteps: int) -> None:
+    """Make sure that the sampler can take so many steps through T = `timesteps`.
+
+    Raises:
+        ValueError: it cannot.
+    """
     # DDIM takes every n-th timestep, so only some numbers of steps exist.
     possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
     if sample.sampler == "ddim" and sample.steps not in possible:

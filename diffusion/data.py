@@ -34,7 +34,7 @@ def load_images(directory: Path, verify: bool = False) -> np.ndarray:
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise StudyError(
-            f"No whole dataset in {directory} ({reason}): delete it and run the same command again."
+            f"No whole dataset in {directory} ({reason}): delete that directory and run the same command again."
         ) from error
     if images.shape != expected or images.dtype != np.uint8:
         raise StudyError(
@@ -50,7 +50,8 @@ def load_images(directory: Path, verify: bool = False) -> np.ndarray:
 
 
 def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` images training sees and which are kept from it: indices, both growing.
+    """Which of `count` images training sees and which are kept from it: indices, both growing, int64
+    [count - held_out] and [held_out].
 
     The held-out ones are the last of one fixed permutation, so more of them include fewer.
 
@@ -58,7 +59,7 @@ def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
         StudyError: no image would be left to train on.
     """
     if held_out >= count:
-        raise StudyError(f"dataset.held_out is {held_out} of {count} images: leave some to train on.")
+        raise StudyError(f"dataset.held_out is {held_out} of {count} images, which leaves none to train on: lower it.")
     order = np.random.default_rng(0).permutation(count)
     return np.sort(order[: count - held_out]), np.sort(order[count - held_out :])
 

@@ -36,6 +36,7 @@ class Graphed:
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
+        """The function's results for arguments [B, ...], whose other dimensions stay equal from call to call."""
         rows = len(arguments[0])
         if rows not in self.captured:
             self.captured[rows] = self._capture(arguments)

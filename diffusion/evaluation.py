@@ -67,6 +67,7 @@ class Reference:
 
     @property
     def gaussian(self) -> Gaussian:
+        """Mean [D] and root of the covariance [R, D], float64."""
         return Gaussian(torch.from_numpy(self.mean), torch.from_numpy(self.root))
 
     def save(self, path: str | Path) -> None:
@@ -130,21 +131,29 @@ def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]
 
 
 def load_reference(path: str | Path, expected_key: dict[str, Any]) -> Reference:
-    """Reads a reference. Raises StudyError if it is missing, damaged, or of a key other than expected."""
+    """Reads a reference.
+
+    Raises:
+        StudyError: it is missing, damaged, or of a key other than expected.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {field.name: file[field.name] for field in dataclasses.fields(Reference)}
         reference = Reference(**arrays | {"kernel": float(arrays["kernel"]), "key": json.loads(str(arrays["key"]))})
     except FileNotFoundError as error:
-        raise StudyError(f"The reference {path} does not exist: make it from the dataset first.") from error
+        raise StudyError(f"There is no reference {path}: run the same command again, which makes it.") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise StudyError(f"The reference {path} is damaged ({error}): delete it and make it again.") from error
+        raise StudyError(
+            f"The reference {path} is damaged ({error}): delete it and run the same command again."
+        ) from error
     differing = sorted(
         name for name in expected_key | reference.key if expected_key.get(name) != reference.key.get(name)
     )
     if differing:
         told = "; ".join(f"{name} is {reference.key.get(name)}, not {expected_key.get(name)}" for name in differing)
-        raise StudyError(f"The reference {path} was made for something else ({told}): delete it and make it again.")
+        raise StudyError(
+            f"The reference {path} was made for something else ({told}): delete it and run the same command again."
+        )
     return reference
 
 
@@ -218,7 +227,8 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     `diffusion.metrics`. A set too small for a metric, or empty because its run diverged, gives a row with the value
     NaN and the reason.
 
-    Raises StudyError for an unknown metric, unequal D, NaN or infinite features.
+    Raises:
+        StudyError: a metric is unknown, D is not that of the reference, or features are NaN or infinite.
     """
     known = [name for names, _ in _METRICS.values() for name in names]
     unknown = [name for name in metrics if name not in known]
@@ -228,7 +238,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     if n and features.shape[1:] != reference.features.shape[1:]:
         raise StudyError(
             f"Features of shape {list(features.shape)} do not fit a reference of shape "
-            f"{list(reference.features.shape)}: use one extractor for both."
+            f"{list(reference.features.shape)}: delete the older of the two and run the same command again."
         )
     if not np.isfinite(features).all():
         raise StudyError("The features hold NaN or infinite numbers: check the images and the extractor's weights.")

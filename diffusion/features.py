@@ -108,6 +108,7 @@ class EfficientNetLite0(Extractor):
         self._fc = nn.Linear(1280, 1000)  # unused; here so that the weights load strictly
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W] in 0..255 -> float32 [B, 1280]."""
         # Bicubic weights overshoot at edges; no grey level lies beyond 0 and 255.
         x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True).clamp_(0, 255)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -226,7 +227,8 @@ def extract_features(
     A memory map stays on disk, and what was read of it leaves memory again. `indices` takes these images only, in this
     order. No image at all gives [0, D]. The default batch is 16 on a CPU, 256 on a GPU.
 
-    Raises StudyError for images of another shape or type.
+    Raises:
+        StudyError: images are of another shape or type.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise StudyError(f"Images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}: convert them.")

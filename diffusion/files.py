@@ -20,6 +20,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when all went well, and vanishes otherwise.
 
     What a killed writer of the same path left behind goes first; one that is still at work, forgotten, then fails.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         leftover.unlink(missing_ok=True)
@@ -61,6 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{path}: missing: run the same command again") from None
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: damaged ({error}): delete it and run the same command again") from None
     if not isinstance(content, dict):

@@ -15,7 +15,8 @@ from diffusion.gaussian import NoiseSchedule, at, p_mean_variance
 
 
 def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
-    """1 / (k + SNR)^gamma (Choi et al. 2022, arXiv 2204.00227, eq. 8, without the variational weight). Shape of snr.
+    """1 / (k + SNR)^gamma (Choi et al. 2022, arXiv 2204.00227, eq. 8, without the variational weight). snr [...]
+    gives the same shape.
 
     With k = 1 it is (1 - alphas_cumprod)^gamma. gamma = 0 gives ones.
     """
@@ -28,7 +29,7 @@ def unweighted(schedule: NoiseSchedule) -> Tensor:
 
 
 def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
-    """The P2 weight of each timestep, [T]."""
+    """The P2 weight of each timestep (Choi et al. 2022, arXiv 2204.00227). [T]."""
     return p2_weight(schedule.snr, gamma, k)
 
 

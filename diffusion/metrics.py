@@ -80,6 +80,10 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
     A line in 1/n through the distances of 15 random subsets of n = N/2 ... N images, read at 1/n = 0. The bias is
     linear in 1/n only for covariances of full rank: N must exceed 2 D. The standard error is the infinitesimal
     jackknife's; an image counts as often as the fit's weights say.
+
+    Args:
+        features: [N, D].
+        rng: chooses the subsets.
     """
     x = _checked(features)
     n = len(x)
@@ -107,6 +111,9 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
 
     An image at x moves the distance in proportion to |x - m_1|^2 - (x - m_1)^T T (x - m_1) + 2 (m_1 - m_2)^T (x - m_1),
     T = B^T (B S_1 B^T)^(-1/2) B: the optimal transport from N(0, S_1) to N(0, S_2).
+
+    Raises:
+        StudyError: features are of another dimension D than the reference.
     """
     if x.shape[1] != len(reference.mean):
         raise StudyError(

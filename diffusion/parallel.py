@@ -23,7 +23,7 @@ def share(batch_size: int) -> range:
 
 
 def sum_up(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes, in one reduction. All of one dtype and on one device."""
+    """Replace each tensor [...] by its sum over the processes, in one reduction. All of one dtype and on one device."""
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

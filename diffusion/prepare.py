@@ -198,7 +198,11 @@ def prepare_folder(directory: Path, source: Path, image_size: int, pad: int = 0)
 
 @contextmanager
 def _open_source(source: Path) -> Iterator[dict[str, Opener]]:
-    """The files of a folder or zip in the order of their relative paths: how to open each for reading."""
+    """The files of a folder or zip in the order of their relative paths: how to open each for reading.
+
+    Raises:
+        StudyError: there is no such folder or zip.
+    """
     if source.is_dir():
         files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
         yield {name: partial(open, files[name], "rb") for name in sorted(files)}
@@ -354,7 +358,11 @@ def _decode(file: IO[bytes]) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB, turned as its EXIF says, transparency over white."""
+    """Any image as RGB, turned as its EXIF says, transparency over white.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey to 255 on conversion instead of scaling it.
@@ -376,6 +384,9 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Reduce the short side to `size`, then crop the centre: ADM (Dhariwal & Nichol 2021, arXiv 2105.05233).
 
     Area averages halve the image first; the bicubic filter does the rest, always less than a factor of two.
+
+    Raises:
+        ValueError: it would become too large on the way.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -392,9 +403,12 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _prepare(directory: Path, pictures: Pictures, image_size: int, pad: int) -> None:
-    """Reduce pictures to a dataset; those that cannot be read are skipped, and too many are a StudyError.
+    """Reduce pictures to a dataset; those that cannot be read are skipped.
 
     Until all is done it lies in `images.partial.npy`, beside a note of how far it is: there a next call goes on.
+
+    Raises:
+        StudyError: too many pictures cannot be read.
     """
     _check_size(image_size)
     versions = _versions("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")

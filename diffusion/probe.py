@@ -29,6 +29,7 @@ class Spread:
         self.count, self.total, self.squares = 0, torch.zeros((), dtype=torch.float64), 0.0
 
     def add(self, vector: Tensor) -> None:
+        """See one more vector, [P]."""
         vector = vector.double()
         self.count += 1
         self.total = self.total.to(vector.device) + vector
@@ -36,6 +37,7 @@ class Spread:
 
     @property
     def mean(self) -> Tensor:
+        """g, float64 [P]."""
         return self.total / self.count
 
     @property

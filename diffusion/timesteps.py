@@ -58,7 +58,7 @@ def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
 
 
 def loss_second_moment(schedule: NoiseSchedule, history: int, uniform_share: float) -> Tensor:
-    """Where `LossHistory(T, history, uniform_share)` starts: 1 / T for each timestep. [T], sums to 1."""
+    """Where `LossHistory` (Nichol & Dhariwal 2021) starts: 1 / T for each timestep. [T], sums to 1."""
     return uniform(schedule)
 
 

@@ -55,6 +55,7 @@ class Tables:
     vb_weight: Tensor
 
     def to(self, device: torch.device) -> "Tables":
+        """The same tables on a device."""
         return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
 
 
@@ -155,7 +156,7 @@ class TrainState:
         self.id = "start"
 
     def ema_weights(self) -> dict[str, Tensor]:
-        """The averaged weights, by the net's own parameter names."""
+        """The averaged weights, by the net's own parameter names, each of its parameter's shape [...], float32."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
 
     def batches(self, images: np.ndarray) -> Batches:
@@ -386,7 +387,9 @@ def train_segment(
         StudyError: a state file is damaged or foreign, the dataset is empty, or another process trains this run.
     """
     if len(images) == 0:
-        raise StudyError(f"{directory}: the dataset has no images: prepare it again")
+        raise StudyError(
+            f"{directory}: its dataset has no images: delete that below results/datasets and run the same command again"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     with alone_in(directory.parent) if parallel.rank() == 0 else nullcontext():
         state = TrainState(run, seed, device)
@@ -398,7 +401,11 @@ def train_segment(
 
 
 def _train(state: TrainState, batches: Batches, directory: Path, until: int, rows: list[dict[str, float]]) -> None:
-    """The loop of a segment, from the state as it is; `rows` were logged before."""
+    """The loop of a segment, from the state as it is; `rows` were logged before.
+
+    Raises:
+        Stopped: asked to stop; the partial state is saved.
+    """
     run, parent, first = state.run, state.id, parallel.rank() == 0
     partial = directory / "state.partial.pt"
     log, saver = _Log(directory / "log.csv", rows, state, until) if first else None, _Saver(partial)
@@ -426,7 +433,10 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, row
                     saver.wait()
                     raise Stopped(f"stopped at step {state.step} of {until}: the same command goes on from there")
     if state.diverged is not None:
-        logger.warning("the loss is no longer finite at step %d: this run has diverged and ends here", state.diverged)
+        logger.warning(
+            "the loss is no longer finite at step %d: this run diverged and ends here; lower its learning rate",
+            state.diverged,
+        )
         state.step = until
     state.id = uuid.uuid4().hex
     if first:
@@ -445,8 +455,8 @@ def _resume(state: TrainState, partial: Path) -> list[dict[str, float]]:
         return []
     try:
         content = state.load(partial, parent=state.id)
-    except StudyError as error:
-        logger.warning("%s; it is dropped", error)
+    except StudyError:
+        logger.warning("%s does not continue this run and is dropped: going on from step %d", partial, state.step)
         partial.unlink(missing_ok=True)
         return []
     logger.info("going on from step %d", state.step)

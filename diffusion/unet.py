@@ -134,6 +134,7 @@ class Stage(nn.Sequential):
     """Blocks in a row; those that know of time are given its embedding."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, C, H, W] and the embedding [B, E] of its timesteps -> [B, C', H', W']."""
         for block in self:
             x = block(x, embedding) if isinstance(block, ResBlock) else block(x)
         return x
@@ -165,6 +166,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, c_in, H, W] and the embedding [B, E] of its timesteps -> [B, c_out, H', W']."""
         # The activations lie here for the layout of the state dict: the norm takes them along.
         norm, _, convolution = self.in_layers
         h = convolution(self.resample(norm(x, silu=True)))
@@ -189,6 +191,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
         batch, channels, height, width = x.shape
         # Channels last, so pixels are rows and every step is a view or a matrix product.
         rows = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -207,6 +210,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H / 2, W / 2]."""
         return self.op(x)
 
 
@@ -218,6 +222,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
         return self.conv(F.interpolate(x, scale_factor=2))
 
 
@@ -244,12 +249,15 @@ class _Doubled(torch.autograd.Function):
 
 
 def halved(x: Tensor) -> Tensor:
-    """Means of 2x2 pixels. Each is the other's transpose but for a factor, and that is faster than torch's own."""
+    """Means of 2x2 pixels, [B, C, H, W] -> [B, C, H / 2, W / 2].
+
+    This and `doubled` are each other's transpose but for a factor; as such their gradients are faster than torch's own.
+    """
     return _Halved.apply(x)
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Every pixel as 2x2."""
+    """Every pixel as 2x2, [B, C, H, W] -> [B, C, 2 H, 2 W]."""
     return _Doubled.apply(x)
 
 

@@ -174,7 +174,7 @@ TABLE = {
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
     "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["'vgg' is no feature extractor"]),
     # command line
-    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "there are: fashion_mnist"]),
+    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
     "tracking half": ([*DRY_RUN, "tracking=half"], study(), ["--config tracking=half", "tracking=off"]),
     "plan from nothing": (
@@ -193,7 +193,7 @@ TABLE = {
         ["0 is no size above 0"],
     ),
     "budget at no speed": (["-m", "workflow.budget", "openmoji", "--train-rate", "0"], None, ["--train-rate is 0"]),
-    "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "there are: fashion_mnist"]),
+    "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
     "orphans of a broken study": (["-m", "workflow.orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
     "images of two sizes": (
         ["-m", "diffusion", "evaluate", "mixed", "mixed"],

@@ -11,7 +11,7 @@ from PIL import Image
 from test_features import write_random_inception
 
 from diffusion import StudyError
-from diffusion.__main__ import add_evaluate
+from diffusion.__main__ import _add_evaluate
 from diffusion.evaluation import evaluate, reference_of
 from diffusion.features import extract_features, load_extractor
 from diffusion.prepare import read_images
@@ -20,7 +20,7 @@ from diffusion.weights import INCEPTION, LITE0
 
 def run(*words) -> None:
     parser = argparse.ArgumentParser()
-    add_evaluate(parser.add_subparsers())
+    _add_evaluate(parser.add_subparsers())
     arguments = parser.parse_args(["evaluate", *map(str, words)])
     arguments.verb(arguments)
 

@@ -72,6 +72,8 @@ WRONG = [
     ("modle", {}, ["modle: unknown key", "did you mean model?"]),
     ("train.lerning_rate", 1e-4, ["train.lerning_rate: unknown key", "did you mean learning_rate?"]),
     ("xyzzy", 1, ["xyzzy: unknown key", "remove it"]),
+    ("name", "datasets", ["name: results/datasets/ holds something else", "choose another"]),
+    ("evaluate.metrics", ["kid", "precision"], ["evaluate: metrics: the curves show fd", "add it"]),
     ("dataset.imge_size", 32, ["dataset.imge_size: unknown key", "did you mean image_size?"]),
     ("arms.under05.timestep", "uniform", ["arms.under05.timestep: unknown key", "did you mean timesteps?"]),
     (
@@ -100,7 +102,7 @@ WRONG = [
     ("model", None, ["model:", "dictionary"]),
     ("model.channels", 48, ["model: channels x channel_mult", "multiple of 32", "change channels"]),
     ("model.channel_mult", [], ["model.channel_mult", "at least 1"]),
-    ("model.attention_resolutions", [8], ["model.attention_resolutions", "no resolution 8", "only 32, 16"]),
+    ("model.attention_resolutions", [8], ["model.attention_resolutions", "no resolution 8", "take from 32, 16"]),
     ("model.head_channels", 48, ["model.head_channels: 48 does not divide", "64"]),
     ("model.dropout", 1, ["model.dropout", "less than 1"]),
     ("dataset.image_size", 33, ["dataset.image_size: 33", "use a multiple of 2"]),
@@ -132,13 +134,13 @@ WRONG = [
         ["arms.under05: ", "weights twice", "drop mse_weight", "weigh_twice: true"],
     ),
     ("arms.matched05.vb_weight", P2, ["arms.matched05: match sets both weights", "drop"]),
-    ("arms.matched05.match", "nobody", ["arms.matched05.match: nobody must be another arm"]),
+    ("arms.matched05.match", "nobody", ["arms.matched05.match: nobody is no other arm"]),
     (
         "arms.under05.match",
         "matched05",
-        ["arms.under05.match: matched05 must be another arm that is not matched"],
+        ["arms.under05.match: matched05 is no other arm that is not matched"],
     ),
-    ("arms.under05.match", "under05", ["arms.under05.match: under05 must be another arm"]),
+    ("arms.under05.match", "under05", ["arms.under05.match: under05 is no other arm"]),
     (
         "arms.matched05.importance_corrected",
         True,
@@ -200,7 +202,7 @@ WRONG = [
     ("compare.candidates", [], ["compare.candidates", "at least 1"]),
     ("compare.candidates", ["under05", "uni05"], ["compare: uni05 is named twice, or is the baseline"]),
     ("compare.candidates", ["under05", "under05"], ["compare: under05 is named twice"]),
-    ("compare.primary.metric", "kid", ["compare.primary.metric: kid is not evaluated, only"]),
+    ("compare.primary.metric", "kid", ["compare.primary.metric: kid is not evaluated: add it"]),
     ("compare.thresholds", [], ["compare.thresholds", "at least 1"]),
     ("compare.thresholds", [50, -1], ["compare.thresholds", "greater than 0"]),
     ("probe.images", 40, ["probe: images 40 is not two or more batches of batch_size 16", "choose a multiple"]),
@@ -251,19 +253,19 @@ def test_files_that_are_no_experiment_are_told(tmp_path, text, said):
 def test_missing_file_lists_those_that_exist(tmp_path):
     for name in ("second", "first"):
         (tmp_path / f"{name}.yaml").touch()
-    with pytest.raises(StudyError, match=r"study.yaml: no such experiment; there are: first, second$"):
+    with pytest.raises(StudyError, match=r"study.yaml: no such experiment: name one of first, second$"):
         load_experiment(tmp_path / "study.yaml")
 
 
 def test_missing_file_among_none(tmp_path):
-    with pytest.raises(StudyError, match="there are: none"):
+    with pytest.raises(StudyError, match="start this where the Snakefile lies"):
         load_experiment(tmp_path / "study.yaml")
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\xff")], ids=["folder", "binary"])
 def test_unreadable_file_is_told(tmp_path, make):
     make(tmp_path / "study.yaml")
-    with pytest.raises(StudyError, match="study.yaml: cannot be read .* UTF-8 text file"):
+    with pytest.raises(StudyError, match="study.yaml: cannot be read .* UTF-8 text"):
         load_experiment(tmp_path / "study.yaml")
 
 

@@ -1,5 +1,6 @@
 """What the documentation shows is what works."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -42,6 +43,24 @@ print(abs(p.sum().item() - 1) < 1e-12, p.argmax().item())
     edit(project, lambda study: study["arms"].update(mine={"timesteps": {"triangle": {"peek": 0.7}}}))
     done = snakemake(project, "--dry-run", "--config", "tracking=off")
     assert done.returncode == 1 and "did you mean peak?" in done.stdout + done.stderr
+
+
+def test_pages_made_from_the_code_are_those_of_this_code():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    told = "run `python docs/generate.py`"
+    assert (ROOT / "docs/study.md").read_text() == generate.study_page(), told
+    assert (ROOT / "docs/house.dot").read_text() == generate.house(), told
+    arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.house()))
+    drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/house.svg").read_text())
+    assert arrows == set(drawn), told
+    assert ("diffusion.training", "diffusion.losses") in arrows and ("workflow.rules", "workflow.scripts") in arrows
+
+
+def test_every_key_of_an_experiment_is_explained():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs/study.md").read_text(), re.M)
+    assert len(rows) > 100 and not [key for key, told in rows if not told and key != "source"]
 
 
 def test_pages_link_to_what_is_there():
