@@ -22,9 +22,9 @@ from diffusion.config import Scheme
 from diffusion.data import load_images, to_model_range
 from diffusion.losses import hybrid_loss
 from diffusion.probe import Spread
+from diffusion.schemes import Tables, scheme_tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_stratified, draw_timesteps
-from diffusion.training import Tables, scheme_tables
 
 BATCH_SIZE = 32
 P2 = {"p2": {"gamma": 0.5, "k": 1}}

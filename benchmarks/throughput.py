@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffusion.config import RunConfig, load_experiment
-from diffusion.devices import MOST_ON_CPU, autocast
+from diffusion.devices import MOST_IMAGES_ON_CPU, autocast
 from workflow.jobs import set_environment, use_torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +116,8 @@ def device_name() -> str:
 
 def sample_batch(options: argparse.Namespace) -> int:
     """Images sampled at once; where nobody says, many on a GPU."""
-    return options.sample_batch or load(options).sample.batch_size or (256 if device() == "cuda" else MOST_ON_CPU)
+    chosen = options.sample_batch or load(options).sample.batch_size
+    return chosen or (256 if device() == "cuda" else MOST_IMAGES_ON_CPU)
 
 
 def synchronize() -> None:

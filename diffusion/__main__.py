@@ -125,6 +125,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Measure generated images against real ones, and print a line per metric.
 
     A set is a folder or zip of pictures of one size, or a .npy file of uint8 [N, H, W, 3].
+
+    Raises:
+        StudyError: a set cannot be read, or weights are not to be had.
     """
     import math
 
@@ -133,6 +136,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from diffusion.features import extract_features, load_extractor
     from diffusion.prepare import read_images
 
+    if arguments.weights_sha256 and not arguments.weights:
+        raise StudyError("--weights-sha256 is of a file: name that with --weights")
     generated, real = (read_images(path) for path in (arguments.generated, arguments.real))
     device = _device(arguments.device)
     print(f"{len(generated):,} images of {arguments.generated} against {len(real):,} of {arguments.real}")

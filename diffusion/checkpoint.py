@@ -12,11 +12,10 @@ import os
 import pickle
 import re
 import shutil
-import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,14 @@ from diffusion import StudyError
 from diffusion.config import Diffusion, Initial, Model, Sample, check_image_size, in_words
 from diffusion.data import to_uint8
 from diffusion.devices import autocast, largest_batch
-from diffusion.files import check_unchanged, replacing
+from diffusion.files import check_unchanged, replacing, write_npy_header
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
+from diffusion.progress import Progress
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 from diffusion.unet import UNet
 
 logger = logging.getLogger(__name__)
 
-TELL_SECONDS = 10
 PREVIEW_GAP = 1  # pixels
 
 
@@ -95,7 +94,10 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         model = _filled(model, weights, device)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise StudyError(f"{path}: not a whole checkpoint ({reason}): delete it and start again") from None
+        raise StudyError(
+            f"{path}: not a whole checkpoint of a run ({reason}): if a run wrote it, delete it and run the same "
+            "command again; otherwise name another file"
+        ) from None
     schedule = noise_schedule(config.diffusion)
     return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"])
 
@@ -253,33 +255,29 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Pat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(destination))
     image = (3, checkpoint.image_size, checkpoint.image_size)
     size = settings.batch_size or largest_batch(checkpoint.model, image, device, settings.precision)
-    denoise = _told(checkpoint.model, count, settings, device)
+    denoise = _telling(checkpoint.model, count, settings, device)
     with replacing(destination) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        write_npy_header(file, shape)
         batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
         start = [latents(settings.seed, indices, image) for indices in batches[:1]]
-        for indices, following in zip_longest(batches, batches[1:], fillvalue=range(0)):
+        for indices, following in pairwise([*batches, range(0)]):
             x = _sample(denoise, checkpoint, settings, indices, start.pop().to(device))
             # Drawn while a GPU still works on these.
             start = [latents(settings.seed, following, image)] if following else []
             file.write(to_uint8(x).cpu().numpy().tobytes())
 
 
-def _told(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
-    """The model in the precision asked for, logging how far `count` samples have come: one batch may take minutes."""
-    start = told = time.monotonic()
+def _telling(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
+    """The model in the precision asked for, telling how far `count` samples have come: one batch may take minutes."""
+    progress = Progress("samples", count)
     done = 0.0
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal told, done
+        nonlocal done
         with autocast(device, settings.precision):
             output = model(x, t).float()
         done += len(x) / settings.steps
-        if time.monotonic() - told > TELL_SECONDS:
-            told = time.monotonic()
-            rate = done / (told - start)
-            left = (count - done) / rate
-            logger.info("%g/%d samples, %.2g images/s, %.0f s left", round(done, 1), count, rate, left)
+        progress.at(done)
         return output
 
     return denoise

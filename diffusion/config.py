@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ GROUP_NORM_GROUPS = 32
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ImageSize = Annotated[int, Field(ge=8)]
 Precision = Literal["auto", "fp32", "bf16"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
 
@@ -154,11 +156,12 @@ class Weight(Choice):
     """SpeeD (Wang et al. 2024)."""
 
 
+# The order of keys in these four is hashed (`workflow.layout.pixels`): new ones go last, with a default.
 class OpenMoji(Section):
     """Colour emoji from a package that is installed."""
 
     source: Literal["openmoji"]
-    image_size: PositiveInt
+    image_size: ImageSize
     """Height and width in pixels."""
     held_out: int = Field(0, ge=0)
     """Images that training does not see, for probes and for `evaluate.reference: held_out`."""
@@ -170,7 +173,7 @@ class Folder(Section):
     source: Literal["folder"]
     path: Path
     """Of the folder or zip."""
-    image_size: PositiveInt
+    image_size: ImageSize
     """Height and width in pixels."""
     pad: int = Field(0, ge=0)
     """Black pixels added at every side, before the picture is reduced."""
@@ -186,7 +189,7 @@ class Torchvision(Section):
     """Of a class in `torchvision.datasets`."""
     splits: tuple[str, ...] = Field(("train",), min_length=1)
     """One after the other."""
-    image_size: PositiveInt
+    image_size: ImageSize
     """Height and width in pixels."""
     pad: int = Field(0, ge=0)
     """Black pixels added at every side, before the picture is reduced."""
@@ -206,7 +209,7 @@ class HuggingFace(Section):
     """Where its pictures are."""
     revision: str | None = None
     """Commit, tag or branch on the hub; pins it."""
-    image_size: PositiveInt
+    image_size: ImageSize
     """Height and width in pixels."""
     pad: int = Field(0, ge=0)
     """Black pixels added at every side, before the picture is reduced."""
@@ -337,7 +340,7 @@ class Arm(Scheme):
     """Keys of `train` that differ for this arm."""
 
     @model_validator(mode="after")
-    def _weigh_once(self) -> "Arm":
+    def _consistent(self) -> "Arm":
         density, weight = self.timesteps.chosen[0], self.mse_weight.chosen[0]
         if density == "p2" and weight != "unweighted" and not (self.corrected or self.weigh_twice):
             raise ValueError(
@@ -359,7 +362,7 @@ class Regular(Section):
     every: PositiveInt
     """Steps between checkpoints."""
     until: PositiveInt
-    """The last step."""
+    """No step lies beyond it."""
     start: int | None = Field(None, ge=0)
     """The first one; 0 is the untrained net; unset: `every`."""
 
@@ -419,7 +422,7 @@ class Evaluate(Section):
     """Extractor -> its file of weights, where no network is: a path, or `{path: ..., sha256: ...}`."""
 
     @model_validator(mode="after")
-    def _weights_are_used(self) -> "Evaluate":
+    def _consistent(self) -> "Evaluate":
         for name in self.weights:
             if name not in self.features:
                 raise ValueError(
@@ -481,7 +484,7 @@ class Compare(Section):
         return self
 
 
-class Frozen(Section):
+class Hashed(Section):
     """A section whose JSON is canonical, so that equal content has an equal hash."""
 
     def canonical(self) -> str:
@@ -494,7 +497,7 @@ class Frozen(Section):
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
 
 
-class Initial(Frozen):
+class Initial(Hashed):
     """What determines the untrained weights, beside the seed: arms that agree in it start from the same net."""
 
     dataset: Dataset
@@ -566,8 +569,9 @@ class Experiment(Section):
     @classmethod
     def _checkpoints_in_order(cls, value: Regular | tuple[int, ...]) -> Regular | tuple[int, ...]:
         steps = value.steps if isinstance(value, Regular) else list(value)
-        if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"steps must grow from 0 or more to at least 1, but are {steps}: put them in order")
+        if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
+            remedy = "put them in order" if steps else "list some, or raise until"
+            raise ValueError(f"steps must grow from 0 or more to at least 1, but are {steps}: {remedy}")
         return value
 
     @model_validator(mode="after")
@@ -735,7 +739,7 @@ def check_sampling_steps(sample: Sample, timesteps: int) -> None:
 
 
 def in_words(error: ValueError) -> str:
-    """The first mistake that a section found in its values, in one sentence."""
+    """The first mistake that a section (pydantic) or a check found in its values, in one sentence."""
     return _sentence(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
 
 
@@ -755,9 +759,10 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _sentence(error: Any) -> str:
     """One mistake that pydantic found, in words."""
-    # Union tags and class names in the location are pydantic's, not the user's.
-    tags = {"openmoji", "folder", "torchvision", "huggingface", "Regular"}
-    location = ".".join(str(part) for part in error["loc"] if part not in tags and "[" not in str(part))
+    # Second in the location of a union is pydantic's name of the member, not a key; so is what has brackets.
+    union = error["loc"][:1] in (("dataset",), ("checkpoints",))
+    parts = error["loc"][:1] + error["loc"][2:] if union else error["loc"]
+    location = ".".join(str(part) for part in parts if "[" not in str(part))
     if error["type"] == "extra_forbidden":
         key = str(error["loc"][-1])
         close = difflib.get_close_matches(key, _known_keys(Experiment) - {key}, n=1)

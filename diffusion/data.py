@@ -65,7 +65,11 @@ def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def training_images(directory: Path, held_out: int) -> np.ndarray:
-    """What training sees of a prepared dataset: as `load_images`, in memory if some images are held out."""
+    """What training sees of a prepared dataset: uint8 [M, H, W, 3], in memory if some images are held out.
+
+    Raises:
+        StudyError: as `load_images`, which verifies all pixels, and as `split`.
+    """
     images = load_images(directory, verify=True)
     return images[split(len(images), held_out)[0]] if held_out else images
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 WARM_UP = 3  # calls in which libraries choose their algorithms, before a graph is captured
 # Images in a batch of samples: more gain nothing, and on a CPU fewer stay in its cache.
-MOST, MOST_ON_CPU = 1024, 64
-PROBED = 8
+MOST_IMAGES, MOST_IMAGES_ON_CPU = 1024, 64
+PROBE_IMAGES = 8
 # Of the memory of a GPU, which other jobs may share, and in bytes: tensors stay below 2^31 numbers.
 SHARE_OF_MEMORY, MOST_BYTES = 0.5, 16e9
 
@@ -63,14 +63,20 @@ class Graphed:
 
 @torch.inference_mode()
 def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str, precision: str) -> int:
-    """How many images [*shape] to evaluate at once: on a GPU what its free memory holds, by a small batch's share."""
+    """How many images [*shape] to evaluate at once, 1 to 1,024: what a GPU's memory holds, by a small batch's share.
+
+    On a CPU 64. A net of which not even the small batch fits the GPU ends in torch's OutOfMemoryError.
+    """
     if torch.device(device).type != "cuda":
-        return MOST_ON_CPU
+        return MOST_IMAGES_ON_CPU
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with autocast(device, precision):
-        model(torch.zeros(PROBED, *shape, device=device), torch.zeros(PROBED, dtype=torch.int64, device=device))
-    per_image = (torch.cuda.max_memory_allocated() - before) / PROBED
+        model(
+            torch.zeros(PROBE_IMAGES, *shape, device=device),
+            torch.zeros(PROBE_IMAGES, dtype=torch.int64, device=device),
+        )
+    per_image = (torch.cuda.max_memory_allocated() - before) / PROBE_IMAGES
     free, _ = torch.cuda.mem_get_info()
-    return max(1, min(MOST, int(min(SHARE_OF_MEMORY * free, MOST_BYTES) / per_image)))
+    return max(1, min(MOST_IMAGES, int(min(SHARE_OF_MEMORY * free, MOST_BYTES) / per_image)))

@@ -41,6 +41,7 @@ __all__ = [
     "load_reference",
     "make_reference",
     "reference_key",
+    "reference_of",
 ]
 
 
@@ -77,7 +78,11 @@ class Reference:
 
 
 def reference_of(features: np.ndarray, key: dict[str, Any], held_out_features: np.ndarray | None = None) -> Reference:
-    """The reference that consists of features [M, D]. Raises StudyError for fewer than two."""
+    """The reference that consists of features [M, D], and those of held-out images, [H, D], which tell copies.
+
+    Raises:
+        StudyError: there are fewer than two features.
+    """
     mean, root = fit_gaussian(features)
     few = len(features) <= NEIGHBOURS
     radii = np.full(len(features), np.nan, np.float32) if few else neighbour_radii(features)
@@ -170,26 +175,6 @@ class MetricRow(NamedTuple):
     reason: str
 
 
-def _fd(features: np.ndarray, reference: Reference) -> dict[str, Estimate]:
-    return {"fd": frechet(features, reference.gaussian)}
-
-
-def _fd_infinity(features: np.ndarray, reference: Reference) -> dict[str, Estimate]:
-    return {"fd_infinity": frechet_infinity(features, reference.gaussian, np.random.default_rng(SUBSETS_SEED))}
-
-
-def _kid(features: np.ndarray, reference: Reference) -> dict[str, Estimate]:
-    return {"kid": kernel_distance(features, reference.features, reference.kernel)}
-
-
-def _precision_recall(features: np.ndarray, reference: Reference) -> dict[str, Estimate]:
-    return precision_recall(features, reference.features, reference.radii)
-
-
-def _memorised(features: np.ndarray, reference: Reference) -> dict[str, Estimate]:
-    return {"memorised": memorised(features, reference.features, reference.held_out_distances)}
-
-
 def _both_sides(fewest: int) -> Callable[[int, Reference], str]:
     def reason(n: int, reference: Reference) -> str:
         m = len(reference.features)
@@ -210,14 +195,24 @@ def _holds_out(n: int, reference: Reference) -> str:
     return _both_sides(2)(n, reference)
 
 
-# function -> (the metrics it computes at once, why it cannot: n, reference -> reason)
-_METRICS: dict[Callable[..., dict[str, Estimate]], tuple[tuple[str, ...], Callable[[int, Reference], str]]] = {
-    _fd: (("fd",), _both_sides(2)),
-    _fd_infinity: (("fd_infinity",), _full_rank),
-    _kid: (("kid",), _both_sides(2)),
-    _precision_recall: (("precision", "recall"), _both_sides(NEIGHBOURS + 1)),
-    _memorised: (("memorised",), _holds_out),
-}
+Compute = Callable[[np.ndarray, Reference], dict[str, Estimate]]
+
+# (the metrics that are computed at once; why they cannot be: n, reference -> reason; how: features, reference -> them)
+_METRICS: list[tuple[tuple[str, ...], Callable[[int, Reference], str], Compute]] = [
+    (("fd",), _both_sides(2), lambda x, of: {"fd": frechet(x, of.gaussian)}),
+    (
+        ("fd_infinity",),
+        _full_rank,
+        lambda x, of: {"fd_infinity": frechet_infinity(x, of.gaussian, np.random.default_rng(SUBSETS_SEED))},
+    ),
+    (("kid",), _both_sides(2), lambda x, of: {"kid": kernel_distance(x, of.features, of.kernel)}),
+    (
+        ("precision", "recall"),
+        _both_sides(NEIGHBOURS + 1),
+        lambda x, of: precision_recall(x, of.features, of.radii),
+    ),
+    (("memorised",), _holds_out, lambda x, of: {"memorised": memorised(x, of.features, of.held_out_distances)}),
+]
 
 
 def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str]) -> list[MetricRow]:
@@ -230,7 +225,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     Raises:
         StudyError: a metric is unknown, D is not that of the reference, or features are NaN or infinite.
     """
-    known = [name for names, _ in _METRICS.values() for name in names]
+    known = [name for names, *_ in _METRICS for name in names]
     unknown = [name for name in metrics if name not in known]
     if unknown:
         raise StudyError(f"evaluate.metrics names '{unknown[0]}', which is no metric: choose from {', '.join(known)}.")
@@ -243,7 +238,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     if not np.isfinite(features).all():
         raise StudyError("The features hold NaN or infinite numbers: check the images and the extractor's weights.")
     estimates: dict[str, Estimate] = {}
-    for compute, (names, why_not) in _METRICS.items():
+    for names, why_not, compute in _METRICS:
         if not set(names) & set(metrics):
             continue
         reason = why_not(n, reference) if n else "no samples"

@@ -6,7 +6,6 @@ import io
 import itertools
 import logging
 import mmap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import StudyError
+from diffusion.progress import Progress
 from diffusion.weights import LITE0, LITE0_SHA256, SOURCES, hub_directory, weights_file
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ LITE0_STAGES = (  # (kernel, stride, expansion, channels, blocks): Tan and Le 20
     (3, 1, 6, 320, 1),
 )
 CPU_BATCH, GPU_BATCH = 16, 256  # what fits a CPU's cache, and what fills a GPU
-LOG_SECONDS = 10.0
 
 
 class _SameConv2d(nn.Conv2d):
@@ -162,10 +161,11 @@ class _TorchFidelityExtractor(Extractor):
                     name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=path and str(path)
                 )
         except (OSError, EOFError, RuntimeError, ImportError, UnpicklingError) as error:
+            place = hub_directory() / (SOURCES[name].file if name in SOURCES else "")
             reason = " ".join(str(error).split())[:200]
             raise StudyError(
                 f"The weights of feature extractor '{name}' could not be loaded ({reason}): fetch them once "
-                f"where there is a network, copy them into {hub_directory()}, or choose '{LITE0}'."
+                f"where there is a network, copy them to {place}, or choose '{LITE0}'."
             ) from error
         self.identity = {
             "extractor": f"{name}/{layer}",
@@ -196,10 +196,11 @@ def load_extractor(
     sha256, unless another is given) or fetched when first used. The attribute `identity` names what determines the
     features.
 
-    Raises StudyError for an unknown name and for weights that are missing, altered or out of reach.
+    Raises:
+        StudyError: the name is unknown; weights are missing, altered or out of reach.
     """
     # An extractor that a caller registered with torch-fidelity is none of the known sources.
-    known = name == LITE0 or (name in SOURCES and SOURCES[name].sha256)
+    known = name == LITE0 or (name in SOURCES and (path or SOURCES[name].sha256))
     file = weights_file(name, Path(path) if path else None, sha256) if known else None
     net = _load_lite0(file) if name == LITE0 and file else _TorchFidelityExtractor(name, file)
     # TF32 is off and kernels vary with the release, not with the patch
@@ -237,7 +238,7 @@ def extract_features(
     if indices is None:
         indices = np.arange(len(images))
     features = np.empty((0, 0), np.float32)
-    start = logged = time.monotonic()
+    progress = Progress("images through the extractor", len(indices))
     with torch.inference_mode(), _full_precision():
         for first in range(0, max(len(indices), 1), batch_size):
             batch = torch.from_numpy(np.array(images[indices[first : first + batch_size]])).to(device)
@@ -246,11 +247,8 @@ def extract_features(
             if first == 0:
                 features = np.empty((len(indices), of_batch.shape[1]), np.float32)
             features[first : first + batch_size] = of_batch
-            done, now = min(first + batch_size, len(indices)), time.monotonic()
-            if now - logged >= LOG_SECONDS:
-                logged, rate = now, done / (now - start)
-                left = (len(indices) - done) / rate
-                logger.info("features of %d/%d images, %.1f img/s, %.0f s left", done, len(indices), rate, left)
+            if len(indices):
+                progress.at(min(first + batch_size, len(indices)))
     return features
 
 

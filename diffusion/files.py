@@ -40,6 +40,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
+    """The header of a .npy file of uint8 numbers of this shape, in C order; they follow."""
+    import numpy as np  # not for every dry run
+
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
 def sha256(path: Path) -> str:
     """The digest of a file's content, in hexadecimal."""
     with path.open("rb") as file:

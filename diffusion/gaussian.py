@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,6 +36,11 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine
 class NoiseSchedule:
     """The tables that follow from betas, each a float64 tensor [T].
 
+    `alphas_cumprod` is the share of x_0's variance that is left in x_t, `alphas_cumprod_prev` that in x_{t-1}, `snr`
+    is alphas_cumprod / (1 - alphas_cumprod). `posterior_variance`, its logarithm `..._clipped` and the
+    coefficients `posterior_mean_x_start` and `posterior_mean_x_t` of the mean are of q(x_{t-1} | x_t, x_0), Ho et al.
+    2020, eq. 7.
+
     Args:
         betas: variances of q(x_t | x_{t-1}), [T], each in (0, 1).
 
@@ -49,9 +55,8 @@ class NoiseSchedule:
         self.betas = betas
         self.timesteps = len(betas)
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
-        self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.alphas_cumprod_prev = _previous(self.alphas_cumprod)
         self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        # Ho et al. 2020, eq. 7.
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         # The posterior variance is 0 at t = 0, so its logarithm takes the value at t = 1.
         self.posterior_log_variance_clipped = torch.cat(
@@ -74,14 +79,20 @@ class NoiseSchedule:
         )
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7). [B, C, H, W]."""
+        """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7). Images [B, C, H, W], t [B]."""
         return at(self.posterior_mean_x_start, t, x_t) * x_start + at(self.posterior_mean_x_t, t, x_t) * x_t
 
     def predict_x_start(self, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0 from predicted noise: the inverse of `q_sample`. [B, C, H, W]."""
+        """x_0 from predicted noise: `q_sample` (Ho et al. 2020, eq. 4) solved for it. Images [B, C, H, W], t [B]."""
         return (
             at((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t
             - at((1 / self.alphas_cumprod - 1).sqrt(), t, x_t) * epsilon
+        )
+
+    def predict_epsilon(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise between x_0 and x_t: the inverse of `predict_x_start`. Images [B, C, H, W], t [B]."""
+        return (at((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t - x_start) / at(
+            (1 / self.alphas_cumprod - 1).sqrt(), t, x_t
         )
 
 
@@ -96,9 +107,10 @@ class PMeanVariance(NamedTuple):
 def p_mean_variance(
     schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
 ) -> PMeanVariance:
-    """p(x_{t-1} | x_t) as the model sees it.
+    """p(x_{t-1} | x_t) as the model sees it: with the mean of Ho et al. 2020, eq. 7, at the x_0 that it predicts.
 
     Args:
+        x_t, t: images [B, C, H, W] and their timesteps [B].
         model_output: [B, 2C, H, W] (epsilon, then v of the learned-range variance) or [B, C, H, W] (epsilon alone; the
             variance is then the clipped posterior variance).
         clip: clip the predicted x_0 to [-1, 1].
@@ -121,12 +133,23 @@ def p_mean_variance(
 def respaced(schedule: NoiseSchedule, timesteps: Tensor) -> NoiseSchedule:
     """The process seen only at some timesteps: same alphas_cumprod there, new betas between them.
 
+    Nichol & Dhariwal 2021, sec. 4.
+
     Args:
         timesteps: growing indices into the schedule, [S].
+
+    Raises:
+        ValueError: they do not grow.
     """
+    if (timesteps.diff() <= 0).any():
+        raise ValueError(f"timesteps must grow, but are {timesteps.tolist()}")
     alphas_cumprod = schedule.alphas_cumprod[timesteps]
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    return NoiseSchedule(1 - alphas_cumprod / previous)
+    return NoiseSchedule(1 - alphas_cumprod / _previous(alphas_cumprod))
+
+
+def _previous(alphas_cumprod: Tensor) -> Tensor:
+    """alphas_cumprod of t - 1, which is 1 before t = 0. [T]."""
+    return F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

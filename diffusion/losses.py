@@ -92,6 +92,7 @@ def hybrid_loss(
     mean is detached in it. The code line that this agrees with weights mse by P2, and never the bound.
 
     Args:
+        x_start, x_t, noise: [B, C, H, W]: images in [-1, 1], what `q_sample` makes of them, and the noise in it.
         model_output: [B, 2C, H, W] epsilon and variance, or [B, C, H, W] epsilon alone (then vb is 0).
         t: timesteps of the images, [B].
         mse_weight, vb_weight: factors of the two terms, per image [B] or one number.

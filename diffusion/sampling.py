@@ -43,22 +43,24 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
     """Deterministic DDIM (eta = 0), x_0 clipped at every step (Song et al. 2021, eq. 12).
 
     Args:
+        schedule: that the model was trained with.
         latents: x_T, standard normal, [B, 3, H, W].
         steps: number of model evaluations; see `ddim_timesteps`.
 
     Returns:
         images [B, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: as `ddim_timesteps`.
     """
     used = ddim_timesteps(schedule.timesteps, steps)
-    coarse, stamps = respaced(schedule, used.flip(0)).to(latents.device), used.tolist()
+    coarse = respaced(schedule, used.flip(0)).to(latents.device)
     x = latents
-    for index in reversed(range(steps)):
-        t, i = _repeated(stamps[steps - 1 - index], x), _repeated(index, x)
+    for step, stamp in enumerate(used.tolist()):
+        t, i = _repeated(stamp, x), _repeated(steps - 1 - step, x)
         x_start = p_mean_variance(coarse, model(x, t), x, i).pred_x_start
         # Clipping x_0 changes the noise that the image implies.
-        epsilon = (at((1 / coarse.alphas_cumprod).sqrt(), i, x) * x - x_start) / at(
-            (1 / coarse.alphas_cumprod - 1).sqrt(), i, x
-        )
+        epsilon = coarse.predict_epsilon(x_start, x, i)
         a_prev = at(coarse.alphas_cumprod_prev, i, x)
         x = a_prev.sqrt() * x_start + (1 - a_prev).sqrt() * epsilon
     return x
@@ -71,25 +73,36 @@ def ddpm_sample(
     """Ancestral sampling with the model's variance, x_0 clipped at every step (Ho et al. 2020, algorithm 2).
 
     Args:
+        schedule: that the model was trained with.
         latents: x_T, standard normal, [B, 3, H, W].
         steps: number of model evaluations; see `ddpm_timesteps`.
         noise: gives the standard normal noise [B, 3, H, W] of step 0..steps-1 (none is added in the last).
 
     Returns:
         images [B, 3, H, W], nearly in [-1, 1].
+
+    Raises:
+        ValueError: as `ddpm_timesteps`.
     """
     used = ddpm_timesteps(schedule.timesteps, steps)
-    coarse, stamps = respaced(schedule, used.flip(0)).to(latents.device), used.tolist()
+    coarse = respaced(schedule, used.flip(0)).to(latents.device)
     x = latents
-    for index in reversed(range(steps)):
-        t, i = _repeated(stamps[steps - 1 - index], x), _repeated(index, x)
+    for step, stamp in enumerate(used.tolist()):
+        t, i = _repeated(stamp, x), _repeated(steps - 1 - step, x)
         mean, log_variance, _ = p_mean_variance(coarse, model(x, t), x, i)
-        x = mean + (0.5 * log_variance).exp() * noise(steps - 1 - index) if index else mean
+        x = mean + (0.5 * log_variance).exp() * noise(step) if step < steps - 1 else mean
     return x
 
 
 def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
-    """Standard normal latents of some samples, each dependent on (seed, its index) alone. float32 [B, *shape]."""
+    """Standard normal latents of some samples, each dependent on (seed, its index) alone.
+
+    float32 [B, *shape], on the CPU.
+
+    Args:
+        shape: of one, (C, H, W).
+        stream: name of the random stream (`diffusion.streams`).
+    """
     return torch.stack([torch.randn(shape, generator=generator(seed, stream, index)) for index in indices])
 
 

@@ -12,10 +12,9 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,14 +25,15 @@ from torch.utils._pytree import tree_map_only
 
 from diffusion import Stopped, StudyError, parallel
 from diffusion.checkpoint import build, save_weights
-from diffusion.config import Initial, RunConfig, Scheme
+from diffusion.config import Initial, RunConfig
 from diffusion.data import Batches, random_flip, to_model_range
 from diffusion.devices import Graphed, autocast
 from diffusion.files import alone_in, replacing
 from diffusion.gaussian import NoiseSchedule
-from diffusion.losses import WEIGHTS, hybrid_loss
+from diffusion.losses import hybrid_loss
+from diffusion.schemes import Tables, matched, scheme_tables
 from diffusion.streams import generator, stream_seed
-from diffusion.timesteps import DENSITIES, LossHistory, draw_stratified, draw_timesteps, uniform
+from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.unet import UNet
 
 logger = logging.getLogger(__name__)
@@ -44,72 +44,6 @@ LOG_COLUMNS = [
 ]  # fmt: skip
 SAVE_SECONDS = 300
 TELL_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Tables:
-    """An arm in numbers, each [T] float64: how timesteps are drawn and what weights the two loss terms have."""
-
-    probabilities: Tensor
-    mse_weight: Tensor
-    vb_weight: Tensor
-
-    def to(self, device: torch.device) -> "Tables":
-        """The same tables on a device."""
-        return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
-
-
-def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None = None) -> Tables:
-    """The tables of an arm, as it starts.
-
-    An arm that is matched to another keeps that arm's expected gradient; one whose losses are importance-corrected
-    keeps that of uniform draws.
-
-    Raises:
-        StudyError: a density or weight is not finite, or losses of timesteps that are never drawn are to be corrected.
-    """
-    probabilities = _table(DENSITIES, scheme.timesteps.chosen, schedule)
-    mse_weight = _table(WEIGHTS, scheme.mse_weight.chosen, schedule)
-    vb_weight = _table(WEIGHTS, scheme.vb_weight.chosen, schedule)
-    if match is not None:
-        target = scheme_tables(schedule, match)
-    elif scheme.corrected:
-        target = Tables(uniform(schedule), mse_weight, vb_weight)
-    else:
-        return Tables(probabilities, mse_weight, vb_weight)
-    if (probabilities == 0).any():
-        name, parameters = scheme.timesteps.chosen
-        raise StudyError(
-            f"the density {name} {parameters} never draws {int((probabilities == 0).sum())} of the timesteps, so its "
-            "losses cannot be corrected: widen it, or drop match and importance_corrected"
-        )
-    return matched(probabilities, target, scheme.correct_vb)
-
-
-def _table(
-    functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
-) -> Tensor:
-    name, parameters = chosen
-    table = functions[name](schedule, **parameters)
-    if not torch.isfinite(table).all():
-        raise StudyError(f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: choose milder numbers")
-    return table
-
-
-def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> Tables:
-    """The target's weights times q_t / p_t, its density over another: E_q[w grad] = E_p[(q / p) w grad].
-
-    Where p_t is small the weights are large: P2's density (gamma 0.5, k 1, linear, T = 1000) matched to uniform draws
-    gives vb a weight of 80 at t = 0. Without `correct_vb` that term keeps the target's weights, and the variance alone
-    is then trained towards another expectation; the mean of the prediction is not, since vb does not reach it.
-
-    Args:
-        probabilities: the density p to draw by, [T], all above 0.
-    """
-    ratio = target.probabilities / probabilities
-    return Tables(
-        probabilities, target.mse_weight * ratio, target.vb_weight * ratio if correct_vb else target.vb_weight
-    )
 
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
@@ -153,6 +87,7 @@ class TrainState:
         self.step = 0
         self.seconds = 0.0
         self.diverged: int | None = None
+        # Of this state; a partial one names as its parent the state that it continues.
         self.id = "start"
 
     def ema_weights(self) -> dict[str, Tensor]:
@@ -193,7 +128,7 @@ class TrainState:
         return replace(self.tables, probabilities=probabilities)
 
     def content(self, **more: Any) -> dict[str, Any]:
-        """All of it, as `save_state` writes it."""
+        """All of it, as `save_state` writes it; a partial state has `more`: its parent's id and the rows of the log."""
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
             "diverged": self.diverged, "id": self.id, "model": self.model.state_dict(), "ema": self.ema_weights(),
@@ -301,7 +236,7 @@ class Meter:
 
 
 def train_step(state: TrainState, batches: Batches) -> None:
-    """One optimiser step on the batch that belongs to `state.step`.
+    """One optimiser step on the batch that belongs to `state.step`; all of `state` moves.
 
     Nothing in it waits for the device, but for the order of a new epoch to be copied there.
     """
@@ -353,7 +288,7 @@ def train_step(state: TrainState, batches: Batches) -> None:
 
 
 def learning_rate(step: int, base: float, warmup: int) -> float:
-    """Linear from base / warmup to base over the first `warmup` steps, then constant."""
+    """Linear from base / warmup to base over the first `warmup` steps, then constant. Steps count from 0."""
     return base * min(1.0, (step + 1) / warmup) if warmup else base
 
 
@@ -381,9 +316,13 @@ def train_segment(
 
     Args:
         images: the dataset, uint8 [N, H, W, 3].
+        previous: state.pt of the checkpoint before.
+        directory: of this checkpoint, below that of the run.
+        until: its step.
 
     Raises:
         Stopped: asked to stop; the partial state is saved.
+        OSError: the disk is full, or nothing may be written there.
         StudyError: a state file is damaged or foreign, the dataset is empty, or another process trains this run.
     """
     if len(images) == 0:
@@ -406,9 +345,9 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, row
     Raises:
         Stopped: asked to stop; the partial state is saved.
     """
-    run, parent, first = state.run, state.id, parallel.rank() == 0
+    run, parent, writes = state.run, state.id, parallel.rank() == 0
     partial = directory / "state.partial.pt"
-    log, saver = _Log(directory / "log.csv", rows, state, until) if first else None, _Saver(partial)
+    log, saver = _Log(directory / "log.csv", rows, state, until) if writes else None, _Saver(partial)
     with _StopSignals() as stop:
         saved = time.monotonic()
         while state.step < until and state.diverged is None:
@@ -439,7 +378,7 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, row
         )
         state.step = until
     state.id = uuid.uuid4().hex
-    if first:
+    if writes:
         weights = state.ema_weights()
         save_weights(
             directory / "weights.safetensors", weights, run.initial, state.seed, until, state.diverged is not None

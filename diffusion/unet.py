@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from diffusion.config import GROUP_NORM_GROUPS
 from diffusion.norm import group_norm
-
-GROUPS = 32
 
 Resample = Callable[[Tensor], Tensor]
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -118,7 +117,7 @@ class Norm(nn.GroupNorm):
     """Group norm of 32 groups that takes along what follows it: the timestep's scale and shift, and SiLU."""
 
     def __init__(self, channels: int):
-        super().__init__(GROUPS, channels)
+        super().__init__(GROUP_NORM_GROUPS, channels)
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
@@ -262,7 +261,10 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to 1 / 10,000. t [B] to float32 [B, dim]."""
+    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to 1 / 10,000. t [B] to float32 [B, dim].
+
+    As in Vaswani et al. 2017, in the order of guided-diffusion; dim is even.
+    """
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies

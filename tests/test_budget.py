@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import torch
 import yaml
 from projects import ROOT, copy_project, edit, snakemake
 
@@ -70,19 +71,31 @@ def test_it_counts_the_jobs_that_snakemake_counts(tmp_path, change):
 
 def test_the_command_adds_studies_up_and_measures_what_it_is_not_told(ffhq, capsys, caplog):
     given = ["--train-rate", "240.5", "--sample-rate", "23.6"]
-    assert budget.main(["ffhq", *given]) == 0
+    budget.main(["ffhq", *given])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ffhq"))
     assert "| 2 | 20 | 51,200,000 | 200,000 | 59.1 | 2.4 | 83 |" in line
     (budget.Path("experiments") / "openmoji.yaml").write_text((ROOT / "experiments/openmoji.yaml").read_text())
-    assert budget.main(["openmoji", "ffhq", *given]) == 0
+    budget.main(["openmoji", "ffhq", *given])
     assert "| all | 6 | 36 |" in capsys.readouterr().out
     with caplog.at_level("INFO"):
-        assert budget.main(["openmoji"]) == 0
+        budget.main(["openmoji"])
     assert "openmoji: measured here (cpu, 32 at once)" in caplog.text
     hours = float(next(line for line in capsys.readouterr().out.splitlines() if "openmoji" in line).split("|")[6])
     assert 0 <= hours < 10
 
 
 @pytest.mark.parametrize("option", ["--train-rate", "--sample-rate", "--jobs"])
-def test_rates_of_nothing_are_refused(ffhq, option, caplog):
-    assert budget.main(["ffhq", option, "0"]) == 1 and f"{option} is 0: give a number above 0" in caplog.text
+def test_rates_of_nothing_are_refused(ffhq, option):
+    with pytest.raises(SystemExit, match=f"{option} is 0: give a number above 0"):
+        budget.main(["ffhq", option, "0"])
+
+
+def test_a_batch_that_does_not_fit_the_gpu_is_told(ffhq, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("diffusion.training.TrainState", full)
+    with pytest.raises(
+        SystemExit, match=r"^ffhq: a batch of 1 does not fit .* lower train.micro_batch, or give --train-rate"
+    ):
+        budget.main(["ffhq"])

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import sys
 import warnings
 import zipfile
@@ -18,7 +19,7 @@ import torchvision
 from PIL import Image, ImageFont, features
 from scipy.io import savemat
 
-from diffusion import StudyError, data, prepare
+from diffusion import StudyError, data, prepare, progress
 
 SIZE = 16
 
@@ -497,16 +498,13 @@ def test_a_source_that_holds_no_images_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("no zip")
     with pytest.raises(StudyError, match="neither a folder nor a whole zip"):
         prepared(tmp_path, tmp_path / "notes.txt")
-    save(tmp_path / "in/x.png", constant(9))
-    with pytest.raises(StudyError, match="image_size is 0"):
-        prepared(tmp_path, tmp_path / "in", size=0)
 
 
 def test_progress_tells_rate_and_time_left(caplog, monkeypatch):
-    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_REPORTS", 0)
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
     with caplog.at_level(logging.INFO):
-        assert list(prepare._with_progress(["a", "b"], "images read")) == ["a", "b"]
-    assert "1 of 2 images read" in caplog.messages[0] and "s left" in caplog.messages[0]
+        assert list(progress.with_progress(["a", "b"], "images read")) == ["a", "b"]
+    assert re.fullmatch(r"1 of 2 images read, \S+/s, \d+ s left", caplog.messages[0]) and len(caplog.messages) == 2
 
 
 # Loading

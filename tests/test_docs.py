@@ -18,20 +18,25 @@ def insert(path, before: str, text: str) -> None:
     path.write_text(content.replace(before, text + before))
 
 
-def test_a_density_is_added_as_the_docs_say(tmp_path):
-    project = copy_project(tmp_path)
+def add_triangle(project):
+    """The density that docs/extending.md adds."""
     function, schema = blocks("docs/extending.md", "python")
     parameters, field = schema.split("class Density(Choice):\n    ...\n")
     insert(project / "diffusion/timesteps.py", "DENSITIES: dict", function + "\n\n")
     insert(project / "diffusion/timesteps.py", '    "uniform": uniform,\n', '    "triangle": triangle,\n')
     insert(project / "diffusion/config.py", "class Density(Choice):\n", parameters)
     insert(project / "diffusion/config.py", "    loss_second_moment: LossSecondMoment | None = None\n", field)
+
+
+def test_a_density_is_added_as_the_docs_say(tmp_path):
+    project = copy_project(tmp_path)
+    add_triangle(project)
     (arm,) = re.findall(r"`(\{timesteps: \{triangle.*?\}\})` is an arm", (ROOT / "docs/extending.md").read_text())
     code = f"""
 import yaml
 from diffusion.config import Arm
 from diffusion.gaussian import NoiseSchedule, linear_betas
-from diffusion.training import scheme_tables
+from diffusion.schemes import scheme_tables
 p = scheme_tables(NoiseSchedule(linear_betas(1000)), Arm(**yaml.safe_load({arm!r}))).probabilities
 print(abs(p.sum().item() - 1) < 1e-12, p.argmax().item())
 """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,9 @@ from diffusion.config import Evaluate, Experiment, OpenMoji
 from diffusion.data import split, training_images
 from diffusion.weights import INCEPTION, LITE0, SOURCES
 from workflow import layout
-from workflow.tables import collect
+from workflow.figures import fid_curves
+from workflow.statistics import speedup_table
+from workflow.tables import collect, of_checkpoint, read_table, write_table
 
 
 @pytest.fixture
@@ -42,8 +45,8 @@ def without_held_out(**evaluate):
             ["the weights of inception-v3-compat are not at nowhere.pth"],
         ),
         (ask_for(features=["inception"]), ["'inception' is no feature extractor", LITE0, INCEPTION]),
-        (ask_for(weights={INCEPTION: "a.pth"}), ["inception-v3-compat is not among the features"]),
-        (without_held_out(metrics=["memorised"]), ["set dataset.held_out to 2 or more"]),
+        (ask_for(weights={INCEPTION: "a.pth"}), ["inception-v3-compat is none of the features"]),
+        (without_held_out(metrics=["fd", "memorised"]), ["set dataset.held_out to 2 or more"]),
         (without_held_out(reference="held_out"), ["set dataset.held_out to 2 or more"]),
     ],
 )
@@ -97,6 +100,27 @@ def test_unequal_numbers_of_samples_are_refused(tmp_path):
     assert len(collect([a, diverged], ["x", "x"])) == 2
     with pytest.raises(StudyError, match="100 samples at one checkpoint and 200 at another"):
         collect([a, b], ["x", "x"])
+
+
+@pytest.mark.parametrize("arm", ["05", "nan", "na"])
+def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
+    about, paths, arms = {"images": 0, "seconds": 1.5}, [], []
+    for name, step, value in (("1", 4, 3.0), ("1", 8, 2.0), (arm, 4, 2.5), (arm, 8, 1.0)):
+        wildcards = SimpleNamespace(study="2024", arm=f"{name}-1a2b3c4d", seed="0")
+        row = {"features": LITE0, "metric": "fd", "value": value, "stderr": np.nan, "n": 12, "reason": ""}
+        paths.append(tmp_path / f"{name}{step}.csv")
+        arms.append(name)
+        write_table(of_checkpoint([row], wildcards, about | {"step": step, "images": 8 * step}), paths[-1])
+    assert read_table(paths[-1])["arm"].tolist() == [arm]
+    write_table(collect(paths, arms), tmp_path / "metrics.csv")
+    table = read_table(tmp_path / "metrics.csv")
+    assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
+    compare = {"baseline": "1", "candidates": [arm], "thresholds": None, "features": LITE0}
+    compare["primary"] = {"candidate": arm, "metric": "fd"}
+    speedup_table(table, {"2024": compare}).to_csv(tmp_path / "speedup.csv", index=False)
+    speedups = read_table(tmp_path / "speedup.csv")
+    assert len(speedups) and speedups["baseline"].eq("1").all() and speedups["candidate"].eq(arm).all()
+    fid_curves(table, [tmp_path / "curves.png"], speedups=speedups)
 
 
 @pytest.mark.slow

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import diffusion.features as features_module
 import diffusion.weights as weights
-from diffusion import StudyError
+from diffusion import StudyError, features, progress
 from diffusion.features import EfficientNetLite0, extract_features, fold_batch_norms, load_extractor
 from diffusion.weights import INCEPTION, LITE0, SOURCES, check_weights, hub_directory, weights_file
 
@@ -52,7 +51,7 @@ def write_random_inception(path: Path) -> None:
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(224, 3, 2), (56, 5, 2), (14, 5, 2), (28, 5, 1)])
 def test_same_padding_is_tensorflows(size, kernel, stride):
     generator = torch.Generator().manual_seed(0)
-    conv = features_module._SameConv2d(2, 3, kernel, stride)
+    conv = features._SameConv2d(2, 3, kernel, stride)
     x = torch.randn(1, 2, size, size, generator=generator)
     total = (math.ceil(size / stride) - 1) * stride + kernel - size
     padded = F.pad(x, (total // 2, total - total // 2) * 2)
@@ -124,12 +123,12 @@ def test_features_are_computed_without_tf32(real):
 
 
 def test_progress_is_logged(real, extractor, monkeypatch, caplog):
-    monkeypatch.setattr(features_module, "LOG_SECONDS", 0.0)
-    with caplog.at_level(logging.INFO, "diffusion.features"):
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
+    with caplog.at_level(logging.INFO, "diffusion.progress"):
         extract_features(real[:4], extractor, batch_size=2)
     assert [record.getMessage().split(" images")[0] for record in caplog.records] == [
-        "features of 2/4",
-        "features of 4/4",
+        "2 of 4",
+        "4 of 4",
     ]
 
 

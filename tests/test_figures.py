@@ -9,7 +9,7 @@ from scipy import stats
 from diffusion import StudyError
 from diffusion.checkpoint import preview
 from workflow import figures
-from workflow.figures import fid_curves, metric_label, samples_grid
+from workflow.figures import fid_curves, metric_label, preview_grid, samples_grid
 
 ARMS = ("uni05", "under05", "matched05", "uniform", "speed", "min-snr")
 COLUMNS = [
@@ -368,6 +368,24 @@ def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_pre
     with Image.open(tmp_path / "samples.png") as image:
         line = np.asarray(image)[2 * figures.FONT_PIXELS + 120, 2 * figures.FONT_PIXELS + 240 :: 492, 0]
     np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
+
+
+def test_previews_are_put_in_rows_by_arm_and_study():
+    metrics = diverge(table(seeds=1), "under05", 0, 400)
+    cells = [
+        ("small", arm, 0, step, factor * step, f"{arm}{step}.png")
+        for arm, factor in (("uni05", 32), ("under05", 64))
+        for step in (0, 200, 400)
+    ]
+    grids, steps = preview_grid(cells, metrics)
+    assert {arm: {images: path and path.name for images, path in row.items()} for arm, row in grids.items()} == {
+        "uni05": {0: "uni050.png", 6400: "uni05200.png", 12800: "uni05400.png"},
+        "under05": {0: "under050.png", 12800: "under05200.png", 25600: None},
+    }
+    # After 12,800 images one arm is at step 400, the other at 200.
+    assert steps == {0: 0, 6400: 200, 25600: 400}
+    grids, _ = preview_grid([*cells, ("large", "uni05", 0, 0, 0, "a.png")], metrics)
+    assert list(grids) == ["small uni05", "small under05", "large uni05"]
 
 
 def test_a_study_that_diverged_everywhere_has_a_grid_without_samples(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from projects import ROOT
 
 from workflow import figures
-from workflow.judge import read_curves
+from workflow.tables import read_curves
 
 CLAIM = ROOT / "reports/published/claim"
 
@@ -63,8 +63,21 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
         ("arm,images\na,1\n", "a", "lacks the columns value: add them"),
         ("", "a", "not a table"),
         ("arm,images,value\na,1,2\nb,1,n.a.?\n", "a", "value holds more than numbers"),
-        ("arm,images,value\n1,1,2\nb,1,2\n", "c", "no row has the arm c: there are 1, b"),
-        ("arm,images,value\na,1,2\nb,1,2\n", "c", "no row has the arm c: there are a, b"),
+        ("arm,images,value\n05,1,2\nb,1,2\n", "c", "no row has the arm c: name one of 05, b"),
+        ("arm,images,value\na,1,2\nb,1,2\n", "c", "no row has the arm c: name one of a, b"),
+        ("arm,images,value\nNA,1,2\nb,1,2\n", "NA", "a row has no arm, or a word for that such as NA: fill it in"),
+        (
+            "arm,images,value,seed\na,1,2,s1\nb,1,2,s1\n",
+            "a",
+            "seed holds more than numbers",
+        ),
+        ("arm,images,value,n\na,1,2,many\nb,1,2,9\n", "a", "n holds more than numbers"),
+        ("arm,images,value,metric\na,1,2,FID\nb,1,2,FID\n", "a", "metric FID is unknown: write one of fd, fd_infinity"),
+        (
+            "arm,images,value\na,6400,2\na,6400,3\nb,6400,2\n",
+            "a",
+            "curves.csv: a has two values at 6,400 images: number its runs in a column seed, or drop one",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(tmp_path, content, baseline, said):
@@ -72,6 +85,32 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, content, baseline, said):
     done = judge(tmp_path / "curves.csv", tmp_path / "out", "--baseline", baseline, "--candidate", "b")
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_samples_may_be_blank(tmp_path):
+    (tmp_path / "curves.csv").write_text("arm,images,value,n\na,1,2,\na,2,1,\nb,1,2,500\nb,2,1,500\n")
+    assert read_curves(tmp_path / "curves.csv")["n"].tolist() == [0, 0, 500, 500]
+    done = judge(tmp_path / "curves.csv", tmp_path / "out", "--baseline", "a", "--candidate", "b")
+    assert done.returncode == 1 and "in a table of your own keep one n per study" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_arms_named_by_numbers_are_compared(tmp_path):
+    (tmp_path / "curves.csv").write_text("study,arm,images,value\n2024,05,1,2\n2024,05,2,1\n2024,5,1,2\n2024,5,2,1.5\n")
+    done = judge(tmp_path / "curves.csv", tmp_path / "out", "--baseline", "05", "--candidate", "5")
+    assert done.returncode == 0, done.stderr
+    assert "`5` and `05`" in (tmp_path / "out/verdict.md").read_text()
+
+
+def test_published_curves_are_of_the_study_that_names_them(tmp_path):
+    (tmp_path / "curves.csv").write_text("arm,images,value\na,1,2\na,2,1\n")
+    assert set(read_curves(tmp_path / "curves.csv")["study"]) == {"curves"}
+    published = read_curves(tmp_path / "curves.csv", "mine")
+    panel = figures._draw_curves(published.assign(study="mine", value=3.0), "fd", None, published).axes[0]
+    grey = [line for line in panel.lines if line.get_color() == figures.PUBLISHED["color"]]
+    assert [line.get_ydata().tolist() for line in grey] == [[2, 1]]
+    # A study's name stays where the table says it.
+    assert set(read_curves(CLAIM / "curves.csv", "mine")["study"]) == {"ffhq128", "flowers102"}
 
 
 def test_a_table_keeps_what_it_says_of_itself():

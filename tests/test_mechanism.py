@@ -7,7 +7,8 @@ from PIL import Image
 from scipy import stats
 from test_verdict import COMPARE, compared, curves, study
 
-from workflow.mechanism import _draw, changes, draw_mechanism
+from workflow.mechanism import _draw, draw_mechanism
+from workflow.statistics import changes
 from workflow.tables import PROBE_COLUMNS
 from workflow.verdict import verdict_text
 

@@ -182,7 +182,34 @@ def test_torchrun_stops_and_goes_on_to_the_same_end(segment, tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_mistake_in_one_of_several_processes_is_one_sentence(segment, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with pytest.raises(StudyError, match=r"process \d of 2 ended with exit code 1: what it said is above"):
+    with pytest.raises(
+        StudyError, match=r"process \d of 2 ended with exit code 1: mend what it says above \(and in .*train.log\)"
+    ):
         train(segment._replace(dataset="nowhere"), 2)
     said = capfd.readouterr().err
     assert "No whole dataset in nowhere" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_one_of_several_processes_is_one_sentence(segment, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        process = in_a_process(segment._replace(directory=str(disk / "run/step4000"), until=4000))
+        log = disk / "run/step4000/log.csv"
+        while not (log.exists() and len(log.read_text().splitlines()) > 3):
+            assert process.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(OSError, match="No space left"), (disk / "all").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 100)
+        _, said = process.communicate(timeout=60)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    told, *raised = said.splitlines()
+    assert "No space left on device: make room" in told
+    # What follows is of the test's own process, which logs nothing.
+    assert raised[0].startswith("Traceback") and sum(line.startswith("Traceback") for line in raised) == 1
+    assert "process 0 of 2 ended with exit code 1: mend what it says above" in raised[-1]

@@ -6,9 +6,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from diffusion.config import Scheme
+from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
-from diffusion.training import Tables, scheme_tables
+from diffusion.schemes import Tables, scheme_tables
 from workflow import schedules
 from workflow.schedules import axis_limits, curves, draw_schedules, tenths
 
@@ -28,6 +28,15 @@ SCHEMES = {
 
 def tables(*arms, schedule=LINEAR):
     return {arm: scheme_tables(schedule, *SCHEMES[arm]) for arm in arms}
+
+
+def runs(arms):
+    """(study, arm, run) of a study; `arms` maps names to those of SCHEMES."""
+    sections = {"dataset": OpenMoji(source="openmoji", image_size=16), "model": Model(), "diffusion": Diffusion()}
+    return [
+        ("small", name, RunConfig(**sections, train=Train(), scheme=scheme, match=match, train_version=1))
+        for name, (scheme, match) in ((name, SCHEMES[arm]) for name, arm in arms.items())
+    ]
 
 
 def half_drawn(timesteps=1000):
@@ -209,16 +218,30 @@ def test_equal_tables_give_equal_bytes(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         paths = [tmp_path / folder / name for name in ("schedules.png", "schedules.svg")]
-        draw_schedules({"small": (LINEAR, tables("uni05", "under05"))}, paths)
+        draw_schedules(runs({"uni05": "uni05", "under05": "under05"}), paths)
     for name in ("schedules.png", "schedules.svg"):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
         assert first == second
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["schedules.png", "schedules.svg"]
 
 
+def test_runs_become_the_tables_of_their_studies(monkeypatch):
+    found = []
+    monkeypatch.setattr(schedules, "_draw_figure", lambda *arguments: found.append(arguments))
+    monkeypatch.setattr(schedules, "save_figure", lambda *_: None)
+    draw_schedules([*runs({"matched05": "matched05", "learnt": "learnt"}), ("large", *runs({"a": "uni05"})[0][1:])], [])
+    ((studies, adaptive),) = found
+    assert {study: list(arms) for study, (_, arms) in studies.items()} == {
+        "small": ["matched05", "learnt"],
+        "large": ["a"],
+    }
+    expected = tables("matched05")["matched05"]
+    assert torch.equal(studies["small"][1]["matched05"].mse_weight, expected.mse_weight)
+    assert torch.equal(studies["small"][0].snr, LINEAR.snr) and adaptive == [("small", "learnt")]
+
+
 def test_nothing_is_cut_off_at_the_edges(tmp_path):
-    arms = {f"{arm}_{'x' * (39 - len(arm))}": of_arm for arm, of_arm in tables(*SCHEMES).items()}
-    draw_schedules({"small": (LINEAR, arms)}, [tmp_path / "schedules.png"])
+    draw_schedules(runs({f"{arm}_{'x' * (39 - len(arm))}": arm for arm in SCHEMES}), [tmp_path / "schedules.png"])
     with Image.open(tmp_path / "schedules.png") as image:
         pixels = np.asarray(image.convert("L"))
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):

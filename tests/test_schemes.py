@@ -11,9 +11,10 @@ from diffusion import StudyError
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
 from diffusion.losses import hybrid_loss, p2_weight
+from diffusion.schemes import Tables, scheme_tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_stratified, draw_timesteps
-from diffusion.training import Tables, TrainState, ema_decay, scheme_tables, train_segment, train_step, untrained
+from diffusion.training import TrainState, ema_decay, train_segment, train_step, untrained
 
 LONG, SHORT = NoiseSchedule(linear_betas(1000)), NoiseSchedule(linear_betas(40))
 P2 = {"p2": {"gamma": 0.5, "k": 1}}

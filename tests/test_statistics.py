@@ -328,7 +328,7 @@ def test_one_comparison_is_primary():
     assert primary["threshold"].dropna().unique().tolist() == [150]
     assert len(table[["features", "metric"]].drop_duplicates()) == 4
     assert table[~table["primary"]]["threshold"].nunique() == 3  # by the rule
-    assert speedup_table(pd.concat(both), {}).columns.tolist() == statistics.COLUMNS
+    assert speedup_table(pd.concat(both), {}).columns.tolist() == statistics.SPEEDUP_COLUMNS
 
 
 # Verdict and noise

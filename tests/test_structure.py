@@ -26,17 +26,19 @@ ALLOWED = {
     "gaussian": set(),
     "norm": {"kernels"},
     "kernels": {"norm"},
-    "unet": {"norm"},
+    "unet": {"norm", "config"},
     "devices": set(),
     "data": set(),
-    "prepare": {"files"},
+    "prepare": {"files", "progress"},
+    "progress": set(),
     "files": set(),
-    "weights": set(),
+    "weights": {"files"},
     "metrics": set(),
-    "features": {"weights"},
+    "features": {"weights", "progress"},
     "timesteps": {"gaussian"},
     "losses": {"gaussian"},
     "sampling": {"gaussian", "streams"},
+    "schemes": {"config", "gaussian", "losses", "timesteps"},
 }
 
 

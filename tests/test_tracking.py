@@ -242,8 +242,8 @@ def test_the_answer_on_a_study_is_found_in_the_verdict():
         ((False, False), "KILLED"),
     ],
 )
-def test_state(facts, expected):
-    assert tracking.state(*facts) == expected
+def test_run_status(facts, expected):
+    assert tracking.run_status(*facts) == expected
 
 
 # The store
@@ -395,12 +395,17 @@ def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
 
 
 @pytest.mark.slow
-def test_a_second_follower_leaves_it_to_the_first(study, processes):
+@pytest.mark.parametrize(
+    ("command", "code", "advice"),
+    [("follow", 0, "this one leaves it to that"), ("sync", 1, "once it has ended, make track forwards what is left")],
+)
+def test_a_second_process_leaves_it_to_the_first(study, processes, command, code, advice):
     Path("results").mkdir()
     with FileLock("results/.tracking.lock"):
-        processes.append(start("follow"))
-        assert processes[0].wait(timeout=60) == 0
-    assert processes[0].stderr.read().count("\n") == 1
+        processes.append(start(command))
+        assert processes[0].wait(timeout=60) == code
+    told = processes[0].stderr.read()
+    assert told.count("\n") == 1 and advice in told
     assert not Path("mlflow.db").exists()
 
 
@@ -413,6 +418,17 @@ def test_an_unreachable_store_fails_nothing(study, processes):
     assert processes[0].wait(timeout=60) == 0
     told = processes[0].stderr.read()
     assert told.count("\n") == 1 and "127.0.0.1:1" in told and "next start" in told
+
+
+def test_what_a_sync_cannot_forward_is_a_failure(study):
+    write_log(directory(study, 100), range(1, 11))
+    process = start("sync", "http://127.0.0.1:1")
+    assert process.wait(timeout=60) == 1
+    told = process.stderr.read()
+    assert told.count("\n") == 1 and "toy.yaml is not tracked in http://127.0.0.1:1 (" in told
+    assert "): start that server, or mend MLFLOW_TRACKING_URI, then make track again" in told
+    process = start("sync")
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
 
 
 def test_a_mistake_in_the_experiment_is_one_sentence(study):

@@ -19,13 +19,13 @@ from diffusion.checkpoint import load_checkpoint, sample_checkpoint
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, RunConfig, Sample, Scheme, Train
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import p2_weight
+from diffusion.schemes import scheme_tables
 from diffusion.training import (
     TrainState,
     ema_decay,
     initial_weights,
     learning_rate,
     save_state,
-    scheme_tables,
     train_segment,
     train_step,
     untrained,

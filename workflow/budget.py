@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion import StudyError
+from diffusion import StudyError, one_sentence
 from diffusion.config import Experiment, load_experiment
 from workflow import layout
 from workflow.requests import FEATURES, images_in, pictures, unet_size
@@ -93,7 +93,11 @@ def _images(experiment: Experiment) -> int:
 
 
 def measure(experiment: Experiment) -> Rates:
-    """The rates of a study's own net on this machine, in half a minute: of as many images at once as that allows."""
+    """The rates of a study's own net on this machine, in half a minute: of as many images at once as that allows.
+
+    Raises:
+        StudyError: so many do not fit the GPU, or there is none where one is asked for.
+    """
     import numpy as np
     import torch
 
@@ -125,9 +129,16 @@ def measure(experiment: Experiment) -> Rates:
         batches = state.batches(np.zeros((count, size, size, 3), np.uint8))
         return seconds(lambda: train_step(state, batches)), forward
 
-    step, _ = of_batch(1)
-    count = max(1, min(run.train.micro_batch or run.train.batch_size, int(MEASURE_SECONDS / step)))
-    step, forward = of_batch(count)
+    count = 1
+    try:
+        step, _ = of_batch(count)
+        count = max(1, min(run.train.micro_batch or run.train.batch_size, int(MEASURE_SECONDS / step)))
+        step, forward = of_batch(count)
+    except torch.OutOfMemoryError:
+        raise StudyError(
+            f"{experiment.name}: a batch of {count} does not fit the memory of the GPU: lower train.micro_batch, or "
+            "give --train-rate and --sample-rate"
+        ) from None
     rates = Rates(count / step, count / forward / experiment.sample.steps)
     logger.info(
         "%s: measured here (%s, %d at once): %.3g images/s trained, %.3g sampled",
@@ -151,7 +162,19 @@ def table(budgets: dict[str, Budget]) -> str:
     return markdown_table([*head, "GB kept", "GB at most"], rows)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _check(options: argparse.Namespace) -> None:
+    """Make sure that all that is given is above 0.
+
+    Raises:
+        StudyError: it is not.
+    """
+    for name in ("train_rate", "sample_rate", "jobs"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise StudyError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """What `python -m workflow.budget` does; a mistake ends in one sentence on stderr and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m workflow.budget", description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", help="names of files in experiments/")
     parser.add_argument(
@@ -163,10 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="jobs side by side, for the disk they need (default: 1)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        for name in ("train_rate", "sample_rate", "jobs"):
-            if (value := getattr(options, name)) is not None and not value > 0:
-                raise StudyError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
+    with one_sentence():
+        _check(options)
         budgets = {}
         for study in options.studies:
             experiment = load_experiment(Path("experiments") / f"{study}.yaml")
@@ -179,11 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"Free here: {free / GIGA:,.1f} GB. Evaluation and probes come on top of the hours.\n")
         if free < sum(of.peak for of in budgets.values()):
             sys.stdout.write("That is too little: drop checkpoints, seeds or samples, or work on a larger disk.\n")
-    except StudyError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from diffusion import StudyError
+from diffusion import StudyError, one_sentence
 from diffusion.config import Experiment
 from diffusion.files import replacing
 from diffusion.weights import LITE0, SOURCES, hub_directory, weights_file
@@ -77,7 +77,11 @@ def needed(names: Iterable[str], python: str) -> list[str]:
 
 
 def _weights(experiments: dict[str, Experiment]) -> dict[str, Path]:
-    """Where torch looks for the weights of feature extractors that come in no wheel, and where they lie here."""
+    """Where torch looks for the weights of feature extractors that come in no wheel, and where they lie here.
+
+    Raises:
+        StudyError: they do not lie here.
+    """
     found = {}
     for name in {name for experiment in experiments.values() for name in experiment.evaluate.features} - {LITE0}:
         path = weights_file(name)
@@ -96,22 +100,23 @@ def _is_pure(name: str) -> bool:
     return "-none-any" in told
 
 
-def pack(studies: list[str], python: str, also: list[str], out: Path) -> None:
+def pack(studies: str, python: str, also: list[str], out: Path) -> None:
     """Prepare the datasets of studies, fetch wheels, and write the archive.
 
     Args:
+        studies: names of files in `experiments/`, parted by commas.
         also: more packages to carry, without what they need, such as torchvision==0.26.0.
 
     Raises:
         StudyError: a dataset cannot be prepared, or a wheel cannot be fetched.
     """
-    experiments = load_experiments({"experiments": ",".join(studies)}, ROOT / "experiments")
+    experiments = load_experiments({"experiments": studies}, ROOT / "experiments")
     datasets = {layout.dataset_directory(experiment.dataset) for experiment in experiments.values()}
     files = [path / name for path in datasets for name in ("images.npy", "manifest.json")]
     _run(
-        [sys.executable, "-m", "snakemake", "--cores", "all", "--config", f"experiments={','.join(studies)}",
+        [sys.executable, "-m", "snakemake", "--cores", "all", "--config", f"experiments={studies}",
          "tracking=off", "--", *map(str, files)],
-        "the datasets cannot be prepared: see above",
+        "the datasets cannot be prepared: mend what Snakemake says above, then pack again",
     )  # fmt: skip
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = needed((Requirement(text).name for text in project["dependencies"]), python)
@@ -126,7 +131,8 @@ def pack(studies: list[str], python: str, also: list[str], out: Path) -> None:
         tarfile.open(fileobj=file, mode="w") as archive,
     ):
         wheels = Path(directory, "wheels")
-        pip, otherwise = [sys.executable, "-m", "pip"], "a wheel cannot be fetched: see above"
+        pip = [sys.executable, "-m", "pip"]
+        otherwise = "pip cannot fetch a wheel (above): pack where there is a network, or name another --python"
         platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
         target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
         pure = [pin for pin in pins if _is_pure(pin.partition("==")[0])]
@@ -135,7 +141,7 @@ def pack(studies: list[str], python: str, also: list[str], out: Path) -> None:
         _run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), *pure], otherwise)
         _run([*pip, "download", "--quiet", "--no-deps", *target, "--dest", str(wheels), *compiled], otherwise)
         script = Path(directory, "run.sh")
-        script.write_text(RUN.format(studies=",".join(studies)))
+        script.write_text(RUN.format(studies=studies))
         for path in [*tracked, *map(str, files)]:
             archive.add(ROOT / path, f"carry/{path}")
         for place, path in weights.items():
@@ -147,14 +153,14 @@ def pack(studies: list[str], python: str, also: list[str], out: Path) -> None:
 
 def collect(experiments: dict[str, Experiment], out: Path) -> None:
     """Write reports, and of the results what is small: all but images, weights and states."""
-    kept = [path for path in Path("reports").iterdir() if path.is_file()]
+    kept = [path for path in layout.REPORTS.iterdir() if path.is_file()]
     for study, experiment in experiments.items():
         kept.append(layout.dataset_directory(experiment.dataset) / "manifest.json")
         kept += [path for path in sorted((layout.RESULTS / study).rglob("*")) if path.name in SMALL]
-    with tarfile.open(out, "w:gz") as archive:
+    kept = [path for path in kept if path.exists()]
+    with replacing(out) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in kept:
-            if path.exists():
-                archive.add(path)
+            archive.add(path)
     logger.info("%s: %d files, %.1f MB", out, len(kept), out.stat().st_size / 1e6)
 
 
@@ -164,6 +170,7 @@ def _run(command: list[str], otherwise: str) -> None:
 
 
 def main() -> None:
+    """What `python -m workflow.carry` does; a mistake ends in one sentence on stderr and exit code 1."""
     parser = argparse.ArgumentParser("python -m workflow.carry", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     packing = verbs.add_parser("pack", help="here: write what is to be carried")
@@ -174,13 +181,11 @@ def main() -> None:
         verb.add_argument("studies", help="names of files in experiments/, parted by commas")
         verb.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
-    try:
+    with one_sentence():
         if arguments.verb == "pack":
-            pack(arguments.studies.split(","), arguments.python, arguments.also, arguments.out)
+            pack(arguments.studies, arguments.python, arguments.also, arguments.out)
         else:
             collect(load_experiments({"experiments": arguments.studies}, Path("experiments")), arguments.out)
-    except StudyError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The study's figures: metric curves over training images, previews of samples, and the grid of them."""
+"""The study's figures: metric curves over training images, and the grid of previews of samples."""
 
 import textwrap
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -12,29 +13,11 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import t as student_t
 
 from diffusion import StudyError
 from diffusion.files import replacing
-from diffusion.weights import INCEPTION, LITE0
-from workflow.statistics import middle_threshold
-from workflow.tables import HIGHER_IS_BETTER, SHARES, diverged
-
-FEATURE_NAMES = {
-    INCEPTION: "Inception-v3",
-    LITE0: "EfficientNet-Lite0",
-    "dinov2-vit-b-14": "DINOv2 ViT-B/14",
-    "clip-vit-b-32": "CLIP ViT-B/32",
-}
-METRIC_NAMES = {
-    "fd": "FD",
-    "fd_infinity": "FD∞",
-    "kid": "KD",
-    "precision": "Precision",
-    "recall": "Recall",
-    "memorised": "Memorised",
-}
-INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
+from workflow.statistics import middle_threshold, t_interval
+from workflow.tables import HIGHER_IS_BETTER, SHARES, diverged, metric_name
 
 # Okabe & Ito 2008, "Color Universal Design"; yellow is left out: too pale for a line on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -72,17 +55,6 @@ PALE_INK = (90, 90, 90)
 # --- Curves -------------------------------------------------------------------------------------------------
 
 
-def metric_name(features: str, metric: str) -> str:
-    """What was measured, such as "FD (EfficientNet-Lite0)".
-
-    FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) name numbers
-    that compare with the literature: those of `inception-v3-compat` alone. Other features give FD and KD.
-    """
-    if features == INCEPTION and metric in INCEPTION_NAMES:
-        return INCEPTION_NAMES[metric]
-    return f"{METRIC_NAMES[metric]} ({FEATURE_NAMES.get(features, features)})"
-
-
 def metric_label(features: str, metric: str, n: int) -> str:
     """What was measured, and of how much if that is known (not 0), such as "FD (EfficientNet-Lite0), 500 samples"."""
     return metric_name(features, metric) + (f", {n:,} samples" if n else "")
@@ -111,7 +83,8 @@ def fid_curves(
         speedups: `workflow.statistics.speedup_table`, of which the middle threshold and its crossings are marked.
         published: such a table of curves from elsewhere, drawn in grey where study, features and metric are the same.
 
-    Raises StudyError when no row has this metric, and for unequal numbers of samples in one panel.
+    Raises:
+        StudyError: no row has this metric, or one panel has unequal numbers of samples.
     """
     with matplotlib.rc_context(STYLE):
         save_figure(_draw_curves(metrics, metric, speedups, published), paths)
@@ -123,7 +96,9 @@ def _draw_curves(
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
     if rows.empty:
-        raise StudyError(f"The table of metrics has no row of '{metric}': name it in evaluate.metrics, then evaluate.")
+        raise StudyError(
+            f"The table of metrics has no row of '{metric}': add it to evaluate.metrics and run the same command again"
+        )
     panels = list(rows.groupby(["study", "features"], sort=False))
     styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
     published = metrics.iloc[:0] if published is None else published[published["metric"] == metric]
@@ -178,13 +153,18 @@ def _draw_panel(
     speedups: pd.DataFrame | None,
     published: pd.DataFrame,
 ) -> int:
-    """Draw one study in one kind of features; returns the lines of its caption."""
+    """Draw one study in one kind of features; returns the lines of its caption.
+
+    Raises:
+        StudyError: values come from unequal numbers of samples.
+    """
     measured = panel[panel["value"].notna()]
     counts = sorted({int(n) for n in measured["n"]})
     if len(counts) > 1:
         raise StudyError(
             f"Study '{study}' has {metric} of {counts[0]:,} and of {counts[-1]:,} samples, and its bias "
-            "depends on that number: give sample.images one value and evaluate every checkpoint again."
+            "depends on that number: delete the metrics.csv of the checkpoints with the other number and run the same "
+            "command again; in a table of your own keep one n per study"
         )
     values = {
         arm: rows.pivot(index="images", columns="seed", values="value")
@@ -275,13 +255,9 @@ def _mark_crossings(
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, lower and upper edge ([K] each) of values [K, S] over the S seeds; by logs for ratios."""
     scaled = np.log(values) if ratios else values
-    seeds = values.shape[1]
-    mean = scaled.mean(axis=1)
-    if seeds < 3:
+    mean, low, high = t_interval(scaled)
+    if values.shape[1] < 3:
         low, high = scaled.min(axis=1), scaled.max(axis=1)
-    else:
-        half = student_t.ppf(0.975, seeds - 1) * scaled.std(axis=1, ddof=1) / np.sqrt(seeds)
-        low, high = mean - half, mean + half
     return tuple(np.exp(edge) if ratios else edge for edge in (mean, low, high))
 
 
@@ -314,6 +290,7 @@ def _band_in_words(seeds: int, whose: str, ratios: bool) -> str:
 
 
 def set_log_axis(ax: Axes) -> None:
+    """Make the y axis of what is drawn already logarithmic, with ticks at round numbers however short it is."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
@@ -353,6 +330,30 @@ def _short(count: float) -> str:
 # --- Samples ------------------------------------------------------------------------------------------------
 
 
+def preview_grid(
+    cells: Iterable[tuple[str, str, int, int, int, str]], metrics: pd.DataFrame
+) -> tuple[dict[str, dict[int, Path | None]], dict[int, int]]:
+    """What `samples_grid` takes, grids and steps: a row per arm of each study, without what diverged.
+
+    Args:
+        cells: (study, arm, seed, step, training images, its preview) of every checkpoint to be shown.
+        metrics: the long table of metrics, which tells what diverged.
+
+    Returns:
+        The grids, and the steps of those numbers of images that are one step in all arms.
+    """
+    cells, keys = list(cells), ["study", "arm", "seed", "step"]
+    without_samples = set(metrics.loc[diverged(metrics), keys].itertuples(index=False, name=None))
+    several = len({study for study, *_ in cells}) > 1
+    grids: dict[str, dict[int, Path | None]] = defaultdict(dict)
+    steps: dict[int, set[int]] = defaultdict(set)
+    for study, arm, seed, step, images, preview in cells:
+        shown = (study, arm, seed, step) not in without_samples
+        grids[f"{study} {arm}" if several else arm][images] = Path(preview) if shown else None
+        steps[images].add(step)
+    return grids, {images: s.pop() for images, s in steps.items() if len(s) == 1}
+
+
 def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Path, steps: Mapping[int, int]) -> None:
     """Save one PNG of previews: a row per arm, a column per checkpoint (six at most, from first to last).
 
@@ -363,7 +364,8 @@ def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Pa
         destination: the PNG.
         steps: training images -> optimiser step, for the headings; a column without one names images only.
 
-    Raises StudyError for a preview that cannot be read.
+    Raises:
+        StudyError: a preview cannot be read.
     """
     columns = sorted({images for row in grids.values() for images in row})
     chosen = np.linspace(0, len(columns) - 1, min(len(columns), GRID_COLUMNS)).round().astype(int)
@@ -404,7 +406,9 @@ def _load_cell(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except OSError as error:
-        raise StudyError(f"The preview {path} cannot be read ({error}): sample that checkpoint again.") from error
+        raise StudyError(
+            f"The preview {path} cannot be read ({error}): delete it and run the same command again"
+        ) from error
     if image.width > CELL_PIXELS:
         return image.reduce(round(image.width / CELL_PIXELS))
     factor = round(CELL_PIXELS / image.width)

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from workflow.figures import COLOURS, STYLE, draw_legend, metric_name, save_figure
+from workflow.figures import COLOURS, STYLE, draw_legend, save_figure
 from workflow.statistics import PAIR, over_seeds, verdict
+from workflow.tables import metric_name
 
 WIDTH_INCHES = 11.0
 ROW_INCHES = 0.27

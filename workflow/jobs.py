@@ -22,12 +22,14 @@ from diffusion import Stopped, StudyError
 from diffusion.config import Experiment, Folder, load_experiment
 from diffusion.weights import check_weights
 from workflow import layout
+from workflow.answers import answer, plain, sections
 from workflow.requests import pictures
 
-FIGURE, VERDICT = Path("reports/fid_curves.png"), Path("reports/verdict.md")
+FIGURE, VERDICT = layout.REPORTS / "fid_curves.png", layout.REPORTS / "verdict.md"
 # Snakemake hands `off` on as a word, YAML as a truth value.
 TRACKING = {"on": True, "off": False, True: True, False: False}
-ORPHAN_SECONDS = 120
+LEFT_JOBS_SECONDS = 120
+LAST_PASS_SECONDS = 120  # for the tracking process to forward what is left
 _tracker: subprocess.Popen | None = None
 
 
@@ -47,7 +49,7 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
     """
     unknown = set(config) - {"experiments", "tracking"}
     if unknown:
-        raise StudyError(f"--config {unknown.pop()}: unknown key; there are experiments=NAME,NAME and tracking=off")
+        raise StudyError(f"--config {unknown.pop()}: unknown key: say experiments=NAME,NAME or tracking=off")
     if config.get("tracking", "on") not in TRACKING:
         raise StudyError(f"--config tracking={config['tracking']}: say tracking=on or tracking=off")
     names = str(config.get("experiments", "openmoji")).split(",")
@@ -67,8 +69,17 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
 
 
 def _check_count(experiment: Experiment, dataset: Folder, file: Path) -> None:
-    """Make sure that a folder holds as many files as the study takes images from it."""
+    """Make sure that a folder holds as many files as the study takes images from it.
+
+    Raises:
+        StudyError: it holds fewer.
+    """
     evaluate, found = experiment.evaluate, pictures(dataset)
+    if found and dataset.held_out >= found:
+        raise StudyError(
+            f"{file}: dataset.held_out: {dataset.held_out} of the {found} files in {dataset.path} leaves none to train "
+            "on: lower it"
+        )
     left = dataset.held_out if evaluate.reference == "held_out" else found - dataset.held_out
     wanted = evaluate.reference_images or 1
     if found and left < wanted:  # where there is none, preparing it tells more
@@ -84,7 +95,7 @@ def check_writable() -> None:
     Raises:
         StudyError: a directory of results is read-only.
     """
-    for path in (layout.RESULTS, FIGURE.parent):
+    for path in (layout.RESULTS, layout.REPORTS):
         if path.exists() and not os.access(path, os.W_OK):
             raise StudyError(f"{path.resolve()}: Read-only: nothing can be written there: mend the mount or permission")
 
@@ -95,7 +106,7 @@ def date_back() -> None:
     min(time, now) never turns an older file into a newer one, so nothing is made again because of it.
     """
     now = time.time()
-    for path in chain(layout.RESULTS.rglob("*"), FIGURE.parent.rglob("*")):
+    for path in chain(layout.RESULTS.rglob("*"), layout.REPORTS.rglob("*")):
         with suppress(OSError):  # gone meanwhile, or another user's
             if path.stat().st_mtime > now:
                 os.utime(path, (now, now))
@@ -126,7 +137,7 @@ def gpus(experiment: Experiment, elsewhere: bool) -> int:
 
 
 def _has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists()
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def job_name(snakemake: Any) -> str:
@@ -148,6 +159,19 @@ def log_to(path: str, name: str) -> None:
 def job(snakemake: Any) -> Iterator[None]:
     """Run the body of a script: log to the terminal and the rule's log file, tell a mistake in one sentence."""
     log_to(snakemake.log[0], job_name(snakemake))
+    with mistakes_in_words():
+        yield
+
+
+@contextmanager
+def mistakes_in_words() -> Iterator[None]:
+    """End this process with exit code 1 and one sentence in its log where it was stopped, or where the user or the
+    machine made a mistake.
+
+    Raises:
+        RuntimeError: it is not torch's for a full GPU.
+        OSError: it is not for a full disk or a missing permission.
+    """
     try:
         yield
     except (StudyError, Stopped) as error:
@@ -189,34 +213,40 @@ def use_torch(threads: int, gpus: int) -> str:
     return "cuda" if gpus else "cpu"
 
 
-def cancel_orphans(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
+def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
     """Cancel what a killed Snakemake left in SLURM's queue, of those jobs (rule, wildcards) that are to be done now.
 
     They would spoil the outputs of the new ones. Training jobs save before they end, so that nothing is lost.
     Snakemake's lock sees to it that no living Snakemake waits for them.
 
     Raises:
-        WorkflowError: they do not end within two minutes.
+        WorkflowError: they do not end within two minutes, or the queue cannot be seen.
     """
     # The plugin tells jobs apart by their comment, and has no name for it.
     comments = {f"rule_{rule}_wildcards_{'_'.join(wildcards)}" for rule, wildcards in jobs}
 
-    def orphans() -> list[str]:
+    def left_jobs() -> list[str]:
         command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%k"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise WorkflowError(
+                f"squeue fails ({error}): start this on a login node of the cluster, or without --workflow-profile"
+            ) from None
         queue = [line.split("|", 2) for line in told.splitlines()]
         return [number for number, place, comment in queue if place == os.getcwd() and comment in comments]
 
-    left = orphans()
+    left = left_jobs()
     if not left:
         return
     print(f"SLURM jobs that a killed Snakemake left are cancelled first: {' '.join(left)}", file=sys.stderr)
     subprocess.run(["scancel", *left], check=True)
-    deadline = time.monotonic() + ORPHAN_SECONDS
-    while left := orphans():
+    deadline = time.monotonic() + LEFT_JOBS_SECONDS
+    while left := left_jobs():
         if time.monotonic() > deadline:
             raise WorkflowError(
-                f"SLURM jobs {' '.join(left)} of a killed Snakemake do not end: see to them, then start again"
+                f"SLURM jobs {' '.join(left)} of a killed Snakemake do not end within 2 minutes: cancel them with "
+                "scancel, or ask the cluster's staff, then start again"
             )
         time.sleep(2)
 
@@ -244,7 +274,7 @@ def stop_tracking() -> list[str]:
         return []
     _tracker.send_signal(signal.SIGTERM)
     try:
-        return _tracker.communicate(timeout=120)[0].split("\n")[:-1]
+        return _tracker.communicate(timeout=LAST_PASS_SECONDS)[0].split("\n")[:-1]
     except subprocess.TimeoutExpired:
         print("MLflow is slow to answer: `make track` forwards the rest later", file=sys.stderr)
         return []
@@ -258,8 +288,6 @@ def tell_results(tracked: list[str]) -> None:
     """
     if not FIGURE.exists():
         return
-    from workflow.pages import answer, plain, sections  # pandas: not for every dry run
-
     told = sections(VERDICT.read_text(encoding="utf-8")) if VERDICT.exists() else {}
     lines = [f"{study}: {plain(answer(text))}\n" for study, text in told.items() if answer(text)]
     lines += [f"The figure: {FIGURE.resolve()}", f"The verdict: {VERDICT.resolve()}"]
@@ -269,7 +297,7 @@ def tell_results(tracked: list[str]) -> None:
 
 
 def tidy_output() -> None:
-    """Leave out what Snakemake says of its scheduling; say after each job how long the rest may take, by the jobs so far."""
+    """Leave out what Snakemake says of its scheduling; say after each job how long the rest may take."""
     began = time.monotonic()
 
     def tidy(record: logging.LogRecord) -> bool:

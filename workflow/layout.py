@@ -8,6 +8,7 @@ from diffusion.config import Dataset, Evaluate, Experiment, RunConfig
 RESULTS = Path("results")
 DATASETS = RESULTS / "datasets"
 REFERENCES = RESULTS / "references"
+REPORTS = Path("reports")
 
 
 def dataset_directory(dataset: Dataset) -> Path:
@@ -41,15 +42,6 @@ def step_directory(study: str, arm: str, run: RunConfig, seed: int, step: int) -
     if step == 0:
         return RESULTS / study / f"init-{run.initial.hash8}" / f"seed{seed}" / "step0"
     return run_directory(study, arm, run, seed) / f"step{step}"
-
-
-def drop_older_states(state: Path) -> None:
-    """Remove the states of a run before this one. A segment does so when it starts from this one, which Snakemake then
-    knows to be complete; the two newest states of a run always stay."""
-    step = int(state.parent.name.removeprefix("step"))
-    for older in state.parent.parent.glob("step*/state.pt"):
-        if int(older.parent.name.removeprefix("step")) < step:
-            older.unlink()
 
 
 def checkpoints(experiment: Experiment) -> list[tuple[str, int, int, Path]]:

@@ -1,4 +1,4 @@
-"""Why arms differ: their loss on each part of the timesteps, and how noisy their gradients are. Table and figure."""
+"""Why arms differ: their loss on each part of the timesteps, and how noisy their gradients are. The figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,33 +13,13 @@ from matplotlib.lines import Line2D
 from scipy.stats import gmean
 
 from workflow.figures import STYLE, draw_legend, line_style, save_figure, set_image_axis, set_log_axis
-from workflow.statistics import COLUMNS, compare_levels
+from workflow.statistics import changes
+from workflow.tables import ALL
 
-ALL = "all"
 WIDTH_INCHES = 10.0
 BLOCK_INCHES = 7.6
 SPREAD = 0.5  # of a bin's width: arms side by side
 NOISE_SCALE = "noise scale tr(Σ)/|g|², images"
-
-
-def changes(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any] | None]) -> pd.DataFrame:
-    """What each candidate changes in each metric of the probes: as `workflow.statistics.speedup_table`, with the
-    column `timesteps` ("0-99", "all") for its `features`.
-
-    Args:
-        probes: `reports/mechanism.csv`.
-        comparisons: study -> its `baseline` and `candidates`; None where nothing is compared.
-    """
-    tables = [
-        compare_levels(rows.rename(columns={"timesteps": "features"}), compare["baseline"], candidate)
-        for study, compare in comparisons.items()
-        if compare
-        for _, rows in probes[probes["study"] == study].groupby(["timesteps", "metric"], sort=False)
-        for candidate in compare["candidates"]
-    ]
-    filled = [table for table in tables if len(table)]
-    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
-    return table.rename(columns={"features": "timesteps"})
 
 
 def draw_mechanism(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]], paths: list[Path]) -> None:

@@ -4,17 +4,14 @@ python -m workflow.orphans [--remove]
 """
 
 import argparse
-import logging
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffusion import StudyError
+from diffusion import StudyError, one_sentence
 from diffusion.config import Experiment, load_experiment
 from workflow import layout
-
-logger = logging.getLogger("workflow.orphans")
 
 LOCKS = Path(".snakemake/locks")
 
@@ -54,7 +51,8 @@ def size(path: Path) -> int:
 def remove(paths: Sequence[Path]) -> None:
     """Delete files and directories.
 
-    Raises StudyError while Snakemake works in this directory.
+    Raises:
+        StudyError: Snakemake works in this directory.
     """
     if any(LOCKS.glob("*")):
         raise StudyError(
@@ -64,28 +62,34 @@ def remove(paths: Sequence[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _studies() -> list[Experiment]:
+    """All studies of the project.
+
+    Raises:
+        StudyError: there is none here, or one cannot be read.
+    """
+    files = sorted(Path("experiments").glob("*.yaml"))
+    if not files:
+        raise StudyError("experiments/ holds no study here: start this where the Snakefile lies")
+    return [load_experiment(file) for file in files]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """What `python -m workflow.orphans` does; a mistake ends in one sentence on stderr and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m workflow.orphans", description=__doc__.splitlines()[0])
     parser.add_argument("--remove", action="store_true", help="delete what is listed")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    try:
-        files = sorted(Path("experiments").glob("*.yaml"))
-        if not files:
-            raise StudyError("experiments/ holds no study here: start this where the Snakefile lies")
-        found = orphans([load_experiment(file) for file in files])
+    with one_sentence():
+        studies = _studies()
+        found = orphans(studies)
         sizes = [size(path) for path in found]
         for path, count in zip(found, sizes, strict=True):
             sys.stdout.write(f"{count / 1e6:10,.1f} MB  {path}\n")
         if options.remove:
             remove(found)
         done = "removed" if options.remove else "would be removed by --remove" if found else "in all"
-        sys.stdout.write(f"{sum(sizes) / 1e6:10,.1f} MB {done}, {len(found)} orphans of {len(files)} studies\n")
-    except StudyError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+        sys.stdout.write(f"{sum(sizes) / 1e6:10,.1f} MB {done}, {len(found)} orphans of {len(studies)} studies\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,16 +2,15 @@
 their HTML."""
 
 import html
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 from markdown_it import MarkdownIt
 
+from workflow.answers import answer, sections
 from workflow.tables import markdown_table
 
-METHOD_TITLE = "How this was computed"
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; color: #1a1a1a; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: block; overflow-x: auto; }
@@ -27,24 +26,6 @@ def to_html(markdown: str, title: str) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
-
-
-def sections(verdict: str) -> dict[str, str]:
-    """The question and the answer on each study in the text of `verdict.md`."""
-    parts = re.split(r"^## (.+)$", verdict, flags=re.MULTILINE)
-    told = {name: text.split("\n### ")[0].strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-    return {name: text for name, text in told.items() if name != METHOD_TITLE}
-
-
-def answer(section: str) -> str:
-    """The answer in a text of `sections`: one line of Markdown, "" where it has none."""
-    found = re.search(r"^\*\*Answer\.\*\* (.*)$", section, re.MULTILINE)
-    return found[1] if found else ""
-
-
-def plain(markdown: str) -> str:
-    """A text of `answer` without its marks."""
-    return markdown.replace("*", "").replace("`", "")
 
 
 def front_page(introduction: str, verdict: str) -> str:
@@ -78,7 +59,7 @@ def provenance_page(provenances: Mapping[str, Iterable[Mapping[str, Any]]], expe
     for study, experiment in experiments.items():
         origins: dict[tuple[str, ...], list[str]] = {}
         for of in provenances[study]:
-            dirty = {True: " with uncommitted changes", False: "", None: ""}[of["git_dirty"]]
+            dirty = " with uncommitted changes" if of["git_dirty"] else ""
             versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items() if version)
             origin = (f"`{of['git_commit'] or 'outside git'}`{dirty}", of["host"], of["device"], versions)
             origins.setdefault(origin, []).append(of["finished"])

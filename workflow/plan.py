@@ -4,19 +4,16 @@ python -m workflow.plan reports/metrics.csv --baseline uni05 --candidate under05
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from diffusion import StudyError
-from workflow.figures import metric_name
+from diffusion import StudyError, one_sentence
 from workflow.statistics import POWER, cautious_sd, compare_pair, noise_floor, over_seeds, seeds_needed
+from workflow.tables import metric_name, read_curves
 from workflow.verdict import effect_size
-
-logger = logging.getLogger("workflow.plan")
 
 
 def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) -> str:
@@ -26,7 +23,8 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
         metrics: the long table of one study, extractor and metric: the pilot.
         effect: relative change of the metric for distances, such as 0.02; a difference for precision and recall.
 
-    Raises StudyError when the pilot holds fewer than two pairs, or when no number of seeds in reach is enough.
+    Raises:
+        StudyError: the pilot holds fewer than two pairs, or no number of seeds in reach is enough.
     """
     table = compare_pair(metrics, baseline, candidate)
     pairs = int(over_seeds(table, "average")["pairs"]) if len(table) else 0
@@ -49,15 +47,19 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
     cases = (("if that is the true spread", noise.paired), ("to be safe", cautious_sd(noise.paired, pairs)))
     for case, sd in cases:
         seeds = seeds_needed(wanted, sd)
-        lines.append(
-            f"  {seeds} seeds, {seeds * hours:,.1f} hours of training in both arms, {case} ({effect_size(sd, scale)})"
-        )
-    lines.append("Hours are training seconds of the pilot, one run at a time; sampling and evaluation come on top.")
+        cost = f"{seeds * hours:,.1f} hours of training in both arms, " if hours > 0 else ""
+        lines.append(f"  {seeds} seeds, {cost}{case} ({effect_size(sd, scale)})")
+    if hours > 0:  # a table from elsewhere may not know seconds
+        lines.append("Hours are training seconds of the pilot, one run at a time; sampling and evaluation come on top.")
     return "\n".join(lines)
 
 
 def _effect(text: str) -> float:
-    """A size: 2% or 0.02."""
+    """A size: 2% or 0.02.
+
+    Raises:
+        ArgumentTypeError: it is no such number above 0.
+    """
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -67,8 +69,13 @@ def _effect(text: str) -> float:
     return value
 
 
-def _chosen(metrics: pd.DataFrame, **wanted: str | None) -> pd.DataFrame:
-    """The rows of one study, extractor and metric; what is not wanted by name must be the only one."""
+def _pilot(path: Path, arms: list[str], **wanted: str | None) -> pd.DataFrame:
+    """The rows of one study, extractor and metric in a file; what is not wanted by name must be the only one.
+
+    Raises:
+        StudyError: it is no table of curves, lacks what is wanted or an arm, or one of several must be chosen.
+    """
+    metrics = read_curves(path)
     for column, value in wanted.items():
         there = list(metrics[column].unique())
         if value is None and len(there) == 1:
@@ -77,10 +84,14 @@ def _chosen(metrics: pd.DataFrame, **wanted: str | None) -> pd.DataFrame:
             told = f"{value} is not in the table" if value else "must be chosen"
             raise StudyError(f"--{column} {told}: take one of {', '.join(there)}")
         metrics = metrics[metrics[column] == value]
+    for arm in arms:
+        if arm not in (there := list(metrics["arm"].unique())):
+            raise StudyError(f"{path}: no arm {arm}: name one of {', '.join(there)}")
     return metrics
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
+    """What `python -m workflow.plan` does; a mistake ends in one sentence on stderr and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m workflow.plan", description=__doc__.splitlines()[0])
     parser.add_argument("metrics", type=Path, help="metrics.csv of a pilot")
     parser.add_argument("--baseline", required=True, help="arm")
@@ -90,19 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--features", help="needed where the table holds several")
     parser.add_argument("--metric", default="fd", help="default: fd")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    try:
-        if not options.metrics.is_file():
-            raise StudyError(f"{options.metrics}: no such file: name the metrics.csv of a finished study")
-        table = _chosen(
-            pd.read_csv(options.metrics), study=options.study, metric=options.metric, features=options.features
-        )
-        sys.stdout.write(plan(table, options.baseline, options.candidate, options.effect) + "\n")
-    except StudyError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    with one_sentence():
+        arms, wanted = [options.baseline, options.candidate], {"study": options.study, "features": options.features}
+        pilot = _pilot(options.metrics, arms, metric=options.metric, **wanted)
+        sys.stdout.write(plan(pilot, *arms, options.effect) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,6 +2,8 @@
 
 Estimates for slow hardware, with room to spare: a job that asks for more is refused or waits longer, and one that
 meets its limit is not lost (a training job saves, ends, and goes on when it is tried again).
+
+Everywhere `gpus` is 0 or 1, that of one process, which computes in `threads` (of a run: `train.threads`) where it is 0.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The figure of the schedules: which timesteps the arms of a study draw, how they weight them, what both come to."""
 
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from diffusion.checkpoint import noise_schedule
+from diffusion.config import RunConfig
 from diffusion.gaussian import NoiseSchedule
-from diffusion.training import Tables
+from diffusion.schemes import Tables, scheme_tables
 from workflow.figures import STYLE, draw_legend, line_style, save_figure
 
 TENTHS = 10
@@ -56,23 +58,25 @@ def tenths(values: np.ndarray) -> np.ndarray:
     return np.bincount(tenth, values, TENTHS) / values.sum()
 
 
-def draw_schedules(
-    studies: Mapping[str, tuple[NoiseSchedule, Mapping[str, Tables]]],
-    paths: list[Path],
-    adaptive: Collection[tuple[str, str]] = (),
-) -> None:
+def draw_schedules(runs: Iterable[tuple[str, str, RunConfig]], paths: list[Path]) -> None:
     """Draw how the arms of each study draw and weight timesteps, and save it to each path.
 
     A study is a block: the density, the weight of the mse and their product against t, the same against log SNR, and
     the share of each tenth of the timesteps in the draws and in the expected weight. Against log SNR a density is one
     per unit of log SNR, p_t / |d log SNR / dt| (Kingma & Gao 2023, arXiv 2303.00848, sec. 2); a weight is the same
-    function at other abscissae. Equal tables give equal bytes.
+    function at other abscissae. A density that is learnt is drawn as it starts. Equal runs give equal bytes.
 
     Args:
-        studies: study -> its noise schedule and the tables of its arms, in the order in which they get their styles.
+        runs: (study, arm, run), in the order in which arms get their styles.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
-        adaptive: (study, arm) whose density changes during training; its tables are those it starts with.
     """
+    studies: dict[str, tuple[NoiseSchedule, dict[str, Tables]]] = {}
+    adaptive = []
+    for study, arm, run in runs:
+        schedule = noise_schedule(run.diffusion)
+        studies.setdefault(study, (schedule, {}))[1][arm] = scheme_tables(schedule, run.scheme, run.match)
+        if run.scheme.timesteps.learnt:
+            adaptive.append((study, arm))
     with matplotlib.rc_context(STYLE):
         save_figure(_draw_figure(studies, adaptive), paths)
 
@@ -80,6 +84,8 @@ def draw_schedules(
 def _draw_figure(
     studies: Mapping[str, tuple[NoiseSchedule, Mapping[str, Tables]]], adaptive: Collection[tuple[str, str]]
 ) -> Figure:
+    """The figure of studies, each with its noise schedule and the tables of its arms; the densities of `adaptive`,
+    (study, arm), change during training."""
     arms = list(dict.fromkeys(arm for _, tables in studies.values() for arm in tables))
     widths = np.linspace(*LINE_WIDTHS, len(arms))
     styles = {
@@ -185,18 +191,12 @@ def axis_limits(lines: list[np.ndarray], draws: list[np.ndarray]) -> tuple[str, 
     drawn = [(line[line > 0], p[line > 0]) for line, p in zip(lines, draws, strict=True) if (line > 0).any()]
     if not drawn:
         return "linear", 0.0, 1.0
-    typical = [_median(line, p) for line, p in drawn]
+    typical = [np.quantile(line, 0.5, weights=p, method="inverted_cdf") for line, p in drawn]
     lowest, highest = min(line.min() for line, _ in drawn), max(line.max() for line, _ in drawn)
     if highest <= LOG_AXIS_FROM_RATIO * min(typical):
         return "linear", 0.0, 1.08 * highest
     lowest, highest = max(lowest, min(typical) / LOG_AXIS_REACH), min(highest, max(typical) * LOG_AXIS_REACH)
     return "log", lowest / 1.5, highest * 1.5
-
-
-def _median(values: np.ndarray, weights: np.ndarray) -> float:
-    order = np.argsort(values)
-    cumulative = np.cumsum(weights[order])
-    return values[order][np.searchsorted(cumulative, cumulative[-1] / 2)]
 
 
 def _draw_shares(ax: Axes, shares: np.ndarray, timesteps: int) -> None:

@@ -14,22 +14,40 @@ from diffusion import Stopped, StudyError
 from diffusion.config import RunConfig
 from diffusion.data import training_images
 from diffusion.training import train_segment
-from workflow.jobs import log_to, use_torch
+from workflow.jobs import log_to, mistakes_in_words, use_torch
 
 
 class Segment(NamedTuple):
-    """What a process must know; it travels to the others as JSON. gpus and threads are those of one process."""
+    """What a process must know; it travels to the others as JSON."""
 
     run: str
+    """`RunConfig`, as JSON."""
     seed: int
     dataset: str
+    """Directory of the prepared dataset."""
     previous: str | None
+    """state.pt to go on from; None: from the seed alone."""
     directory: str
+    """Receives the checkpoint."""
     until: int
+    """Its step."""
     gpus: int
+    """Of one process: 0 or 1."""
     threads: int
+    """Of torch in one process."""
     log: str
+    """File that every process adds to."""
     name: str
+    """What log lines begin with."""
+
+
+def drop_older_states(state: Path) -> None:
+    """Remove the states of a run before this one. A segment does so when it starts from this one, which Snakemake then
+    knows to be complete; the two newest states of a run always stay."""
+    step = int(state.parent.name.removeprefix("step"))
+    for older in state.parent.parent.glob("step*/state.pt"):
+        if int(older.parent.name.removeprefix("step")) < step:
+            older.unlink()
 
 
 def train(segment: Segment, processes: int) -> None:
@@ -69,8 +87,10 @@ def train(segment: Segment, processes: int) -> None:
         raise Stopped("stopped: the same command goes on from there") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        said = f"what it said is above and in {segment.log}"
-        raise StudyError(f"process {rank} of {processes} ended with exit code {failure.exitcode}: {said}") from None
+        raise StudyError(
+            f"process {rank} of {processes} ended with exit code {failure.exitcode}: mend what it says above (and in "
+            f"{segment.log}), then run the same command again"
+        ) from None
 
 
 def _train_here(segment: Segment) -> None:
@@ -82,19 +102,29 @@ def _train_here(segment: Segment) -> None:
 
 
 def _main() -> None:
-    """One of several processes, as torchrun starts it."""
+    """One of several processes, as torchrun starts it.
+
+    Raises:
+        RuntimeError: a fault of its own; where another process failed, it ends in silence.
+    """
     segment = Segment(*json.loads(sys.argv[1]))
     if segment.gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if segment.gpus else "gloo")
     log_to(segment.log, segment.name if dist.get_rank() == 0 else f"{segment.name}, process {dist.get_rank()}")
     try:
-        _train_here(segment)
-    except (StudyError, Stopped) as error:
-        # Every process stops at the same step; one says so.
-        if dist.get_rank() == 0 or isinstance(error, StudyError):
-            logging.error("%s", error)
-        sys.exit(1)
+        with mistakes_in_words():
+            try:
+                _train_here(segment)
+            except Stopped as error:
+                # Every process stops at the same step; one says so.
+                if dist.get_rank() == 0:
+                    logging.error("%s", error)
+                sys.exit(1)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        sys.exit(1)  # another process failed, and has said why
     finally:
         dist.destroy_process_group()
 

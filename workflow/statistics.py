@@ -38,7 +38,7 @@ MOST_SEEDS = 10_000
 Values = TypeVar("Values", float, np.ndarray)
 
 PAIR = ["study", "features", "metric", "baseline", "candidate"]
-COLUMNS = [
+SPEEDUP_COLUMNS = [
     *PAIR, "primary", "scale", "quantity", "threshold", "seed", "of_baseline", "of_candidate", "effect", "low", "high",
     "pairs", "censored", "diverged_baseline", "diverged_candidate", "first_images", "last_images",
 ]  # fmt: skip
@@ -217,8 +217,13 @@ def speedup_table(metrics: pd.DataFrame, comparisons: Mapping[str, Mapping[str, 
             for candidate in compare["candidates"]:
                 table = compare_pair(rows, compare["baseline"], candidate, compare["thresholds"] if main else None)
                 tables.append(table.assign(primary=main and candidate == compare["primary"]["candidate"]))
+    return _joined(tables)
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of comparisons, any of which may be empty, as one."""
     filled = [table for table in tables if len(table)]
-    return pd.concat(filled, ignore_index=True)[COLUMNS] if filled else pd.DataFrame(columns=COLUMNS)
+    return pd.concat(filled, ignore_index=True)[SPEEDUP_COLUMNS] if filled else pd.DataFrame(columns=SPEEDUP_COLUMNS)
 
 
 def compare_pair(
@@ -233,10 +238,13 @@ def compare_pair(
         rows: the long table of one study, extractor and metric.
         thresholds: values of the metric. Without them, those at 1/4, 1/2 and 3/4 of the way, in level, from the
             baseline's mean at the first trained checkpoint to its mean at the last. The candidate has no say in them.
+
+    Raises:
+        StudyError: the arms share no range of training images.
     """
     pairs = _paired(rows, baseline, candidate)
     if pairs is None:
-        return pd.DataFrame(columns=COLUMNS)
+        return pd.DataFrame(columns=SPEEDUP_COLUMNS)
     whole = ~pairs.lost[:, 0]
     if not thresholds:
         start, end = pairs.levels[whole, 0][:, [0, -1]].mean(axis=0) if whole.any() else (np.nan, np.nan)
@@ -253,8 +261,26 @@ def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> pd.Data
     except StudyError:
         pairs = None
     if pairs is None:
-        return pd.DataFrame(columns=COLUMNS)
+        return pd.DataFrame(columns=SPEEDUP_COLUMNS)
     return _about(pairs, rows, baseline, candidate, _compare_levels(pairs))
+
+
+def changes(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any] | None]) -> pd.DataFrame:
+    """What each candidate changes in each metric of the probes: as `speedup_table`, with the column `timesteps`
+    ("0-99", "all") for its `features`.
+
+    Args:
+        probes: `reports/mechanism.csv`.
+        comparisons: study -> its `baseline` and `candidates`; None where nothing is compared.
+    """
+    tables = [
+        compare_levels(rows.rename(columns={"timesteps": "features"}), compare["baseline"], candidate)
+        for study, compare in comparisons.items()
+        if compare
+        for _, rows in probes[probes["study"] == study].groupby(["timesteps", "metric"], sort=False)
+        for candidate in compare["candidates"]
+    ]
+    return _joined(tables).rename(columns={"features": "timesteps"})
 
 
 class _Pairs(NamedTuple):
@@ -274,7 +300,11 @@ class _Pairs(NamedTuple):
 
 
 def _paired(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
-    """The pairs of one metric, None if there is none."""
+    """The pairs of one metric, None if there is none.
+
+    Raises:
+        StudyError: they share no range of training images.
+    """
     rows = rows[rows["arm"].isin([baseline, candidate]) & (rows["value"].notna() | diverged(rows))]
     metric = "".join(rows["metric"].unique())
     scale = "plain" if metric in SHARES or (rows["value"] <= 0).any() else "log"
@@ -305,7 +335,7 @@ def _about(
     about = {name: rows[name].iloc[0] for name in ("study", "features", "metric")}
     about |= {"baseline": baseline, "candidate": candidate, "primary": False, "scale": pairs.scale}
     about |= {"first_images": pairs.grid[0], "last_images": pairs.grid[-1]}
-    return pd.concat(tables, ignore_index=True).assign(**about)[COLUMNS]
+    return pd.concat(tables, ignore_index=True).assign(**about)[SPEEDUP_COLUMNS]
 
 
 def _compare_levels(pairs: _Pairs) -> list[pd.DataFrame]:
@@ -364,7 +394,11 @@ def _table(
 
 
 def over_seeds(table: pd.DataFrame, quantity: str, threshold: float = np.nan) -> pd.Series:
-    """The row over all seeds of a quantity, in the rows of one comparison."""
+    """The row over all seeds of a quantity, in the rows of one comparison.
+
+    Raises:
+        IndexError: there is none.
+    """
     rows = table[(table["quantity"] == quantity) & table["seed"].isna()]
     return rows[(rows["threshold"] == threshold) | (rows["threshold"].isna() & np.isnan(threshold))].iloc[0]
 
@@ -394,6 +428,9 @@ def power(effect: float, sd: float, pairs: int) -> float:
     """Chance that the two-sided 5% paired t-test shows an advantage `effect`, when paired differences have this `sd`.
 
     t squared is F with 1 and pairs - 1 degrees of freedom and noncentrality pairs (effect / sd)^2.
+
+    Args:
+        pairs: 2 or more.
     """
     if sd == 0:
         return 1.0
@@ -411,7 +448,8 @@ def detectable(sd: float, pairs: int) -> float:
 def seeds_needed(effect: float, sd: float) -> int:
     """The fewest pairs that show an advantage `effect` with 80% power, at least 2.
 
-    Raises StudyError when that takes more than 10,000.
+    Raises:
+        StudyError: that takes more than 10,000.
     """
     counts = range(2, MOST_SEEDS + 1)
     found = bisect.bisect_left(counts, True, key=lambda pairs: power(effect, sd, pairs) >= POWER)
@@ -425,6 +463,9 @@ def cautious_sd(sd: float, pairs: int) -> float:
 
     To plan from a pilot by its own sd gives too few seeds more often than not (Browne 1995, On the use of a pilot
     sample for sample size determination, Statistics in Medicine 14).
+
+    Args:
+        pairs: 2 or more.
     """
     return sd * float(np.sqrt((pairs - 1) / chi2.ppf(1 - POWER, pairs - 1)))
 

@@ -2,8 +2,8 @@
 
     python -m workflow.tracking follow experiments/a.yaml
 
-At its end it prints where each study is in MLflow's UI. It forwards what training and evaluation leave under `results/`. What was forwarded before, it asks the store:
-a follower that was killed repeats nothing and loses nothing.
+At its end it prints where each study is in MLflow's UI. It forwards what training and evaluation leave under
+`results/`. What was forwarded before, it asks the store: a follower that was killed repeats nothing and loses nothing.
 
 A study is an MLflow experiment: a parent run named like the study, below it a run per arm and seed. The step
 of every metric is the number of training images seen. The experiment's description is the answer; its saved view
@@ -36,7 +36,7 @@ from diffusion.config import TRAIN_VERSION, Choice, Experiment, RunConfig, Schem
 from diffusion.files import read_json
 from diffusion.weights import INCEPTION
 from workflow import layout
-from workflow.pages import answer, plain, sections
+from workflow.answers import answer, plain, sections
 from workflow.tables import HIGHER_IS_BETTER, markdown_table
 
 logger = logging.getLogger("workflow.tracking")
@@ -45,7 +45,14 @@ PASS_SECONDS = 10
 LOCK_SECONDS = 10
 UI = "http://127.0.0.1:5000"  # of `make ui`, which serves a store that is no server itself
 BATCH_METRICS = 1000  # MLflow takes no more at once
-REPORTS = Path("reports")
+ADVICE = {
+    "follow": "the next start forwards the rest",
+    "sync": "start that server, or mend MLFLOW_TRACKING_URI, then make track again",
+}
+BUSY = {
+    "follow": "this one leaves it to that",
+    "sync": "it forwards them; once it has ended, make track forwards what is left",
+}
 LEGEND = 'Steps are training images seen. The view "Arms" groups the runs by arm, the best one first.'
 
 
@@ -93,8 +100,9 @@ def metric_key(metric: str, features: str) -> str:
 
 
 def arms_view(experiment: Experiment) -> str:
-    """The saved view `Arms` as MLflow's UI keeps it: runs grouped by arm, by the mean of the first metric, best first."""
-    metrics = [(metric, features) for features in experiment.evaluate.features for metric in experiment.evaluate.metrics]
+    """The saved view `Arms` as MLflow's UI keeps it: runs by arm, by the mean of the first metric, best first."""
+    evaluate = experiment.evaluate
+    metrics = [(metric, features) for features in evaluate.features for metric in evaluate.metrics]
     columns = [f"metrics.`{metric_key(*of)}`" for of in metrics] + ["metrics.`train/loss`"]
     state = {
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]},
@@ -150,7 +158,7 @@ def standings(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
     return markdown_table(["mean over seeds", *names], rows)
 
 
-def state(complete: bool, moving: bool, diverged: bool = False) -> str:
+def run_status(complete: bool, moving: bool, diverged: bool = False) -> str:
     """MLflow's status: a run that is neither complete nor moving was stopped."""
     return "FAILED" if diverged else "FINISHED" if complete else "RUNNING" if moving else "KILLED"
 
@@ -190,8 +198,8 @@ class Tracked:
     sampled: set[int]
     files: dict[Path, tuple[float, int]] = field(default_factory=dict)
 
-    def is_new(self, path: Path) -> bool:
-        """Whether the file is there and was not asked about in this state before."""
+    def take_new(self, path: Path) -> bool:
+        """Whether the file is there and was not taken in this state before; from now on it was."""
         try:
             stat = path.stat()
         except FileNotFoundError:
@@ -200,6 +208,7 @@ class Tracked:
         return before != self.files[path]
 
     def moved_since(self, moment: float | None) -> bool:
+        """Whether a file that was taken was written at the moment (seconds since the epoch) or later; None: never."""
         return moment is not None and any(modified >= moment for modified, _ in self.files.values())
 
 
@@ -225,9 +234,12 @@ class Study:
         place = None if uri.startswith("http") else f"{root.rstrip('/')}/{experiment.name}"
         self.id = found.experiment_id if found else self.client.create_experiment(experiment.name, place)
         # So that the UI opens on training runs, not on traces of language models.
-        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.sharedViewState.arms": arms_view(experiment)}
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.sharedViewState.arms": arms_view(experiment),
+        }
         self.described = found.tags if found else {}
-        self._describe(tags)
+        self._tag_experiment(tags)
         ui = uri.rstrip("/") if uri.startswith("http") else UI
         self.address = f"{ui}/#/experiments/{self.id}/runs?workflowType=machine_learning&viewStateShareKey=arms"
         runs = [run for run in self.client.search_runs([self.id], max_results=50_000) if "run" in run.data.tags]
@@ -254,13 +266,13 @@ class Study:
             arms.setdefault(arm, []).append(run.evaluated)
         told = ""
         with suppress(FileNotFoundError):
-            told = sections((REPORTS / "verdict.md").read_text(encoding="utf-8")).get(self.experiment.name, "")
+            told = sections((layout.REPORTS / "verdict.md").read_text(encoding="utf-8")).get(self.experiment.name, "")
         note = "\n\n".join(filter(None, [told, standings(arms)]))
         self._set_tags(parent, {"mlflow.note.content": note or None})
-        self._describe({"mlflow.note.content": " ".join(filter(None, [plain(answer(told)), LEGEND]))})
+        self._tag_experiment({"mlflow.note.content": " ".join(filter(None, [plain(answer(told)), LEGEND]))})
         ended = sum(run.status in ("FINISHED", "FAILED") for run in runs)
         moving = any(run.moved_since(since) for run in runs)
-        self._set_status(parent, state(ended == len(self.directories), moving))
+        self._set_status(parent, run_status(ended == len(self.directories), moving))
 
     def _forward_run(self, parent: Tracked, arm: str, seed: int, since: float | None) -> Tracked:
         tags = {"study": self.experiment.name, "role": "run", "mlflow.parentRunId": parent.id}
@@ -272,14 +284,14 @@ class Study:
             self._forward_log(run, directory / "log.csv", max(directories) * batch_size)
             self._forward_evaluation(run, directory / "metrics.csv")
             self._forward_samples(run, directory / "preview.png", step * batch_size)
-            if run.is_new(path := directory / "provenance.json"):
+            if run.take_new(path := directory / "provenance.json"):
                 self._set_tags(run, provenance_tags(read_json(path), directory))
         complete = all((directory / "metrics.csv").exists() for directory in directories.values())
-        self._set_status(run, state(complete, run.moved_since(since), "diverged" in run.tags))
+        self._set_status(run, run_status(complete, run.moved_since(since), "diverged" in run.tags))
         return run
 
     def _forward_log(self, run: Tracked, path: Path, last_images: int) -> None:
-        if not run.is_new(path):
+        if not run.take_new(path):
             return
         rows = []
         for row in read_rows(path):
@@ -293,7 +305,7 @@ class Study:
             self.client.log_batch(run.id, metrics=batch)
 
     def _forward_evaluation(self, run: Tracked, path: Path) -> None:
-        if run.is_new(path):
+        if run.take_new(path):
             values = eval_metrics(read_rows(path))
             # A checkpoint evaluated anew to another value gets a second point: the table shows the newest.
             new = {at: value for at, value in values.items() if run.evaluated.get(at) != value}
@@ -301,14 +313,14 @@ class Study:
             run.evaluated |= new
 
     def _forward_samples(self, run: Tracked, path: Path, images: int) -> None:
-        if run.is_new(path) and images not in run.sampled:
+        if run.take_new(path) and images not in run.sampled:
             with Image.open(path) as grid:
                 self.client.log_image(run.id, grid, key="samples", step=images)
             run.sampled.add(images)
 
     def _forward_dataset(self, run: Tracked) -> None:
         directory = layout.dataset_directory(self.experiment.dataset)
-        if not run.has_dataset and run.is_new(path := directory / "manifest.json"):
+        if not run.has_dataset and run.take_new(path := directory / "manifest.json"):
             manifest = read_json(path)
             source = json.dumps({"source": manifest["source"], "licence": manifest.get("licence")})
             profile = json.dumps({"images": manifest.get("count"), "image_size": manifest.get("image_size")})
@@ -320,11 +332,12 @@ class Study:
 
     def _forward_reports(self, parent: Tracked) -> None:
         """The experiment file, and the reports once they are about this study."""
-        files, table = [self.path], REPORTS / "metrics.csv"
+        files, table = [self.path], layout.REPORTS / "metrics.csv"
         if table.exists() and any(row.get("study") == self.experiment.name for row in read_rows(table)):
-            files += [table, REPORTS / "speedup.csv", REPORTS / "verdict.md", *sorted(REPORTS.glob("*.png"))]
+            files += [table, table.with_name("speedup.csv"), table.with_name("verdict.md")]
+            files += sorted(layout.REPORTS.glob("*.png"))
         for path in files:
-            if parent.is_new(path):
+            if parent.take_new(path):
                 self.client.log_artifact(parent.id, str(path))
 
     def _run(self, key: str, name: str, tags: dict[str, str], params: dict[str, str]) -> Tracked:
@@ -372,8 +385,7 @@ class Study:
             self.client.log_batch(run.id, tags=[self.entities.RunTag(*item) for item in changed.items()])
             run.tags |= changed
 
-    def _describe(self, tags: dict[str, str]) -> None:
-        """Set tags of the experiment itself."""
+    def _tag_experiment(self, tags: dict[str, str]) -> None:
         for name, value in tags.items():
             if self.described.get(name) != value:
                 self.client.set_experiment_tag(self.id, name, value)
@@ -391,10 +403,15 @@ class Study:
         return self._directory(arm, seed).relative_to(layout.RESULTS / self.experiment.name).as_posix()
 
 
-def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool]) -> None:
+def follow(
+    uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str = ADVICE["follow"]
+) -> set[Path]:
     """Pass over the studies until stopped, and once more then: what was written before the stop is forwarded.
 
-    An error ends the pass of its study alone and is told once; the next pass asks the store anew.
+    An error ends the pass of its study alone and is told once, with an advice; the next pass asks the store anew.
+
+    Returns:
+        The files of the studies that the last pass could not forward.
     """
     began = time.time()
     studies: dict[Path, Study] = {}
@@ -410,19 +427,24 @@ def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], 
                 studies.pop(path, None)
                 if path not in failing:
                     reason = " ".join(str(error).split())[:200]
-                    logger.warning("%s is not tracked in %s: the next start forwards the rest (%s)", path, uri, reason)
+                    logger.warning("%s is not tracked in %s (%s): %s", path, uri, reason, advice)
                 failing.add(path)
         if stopping:
             with suppress(BrokenPipeError):  # who started this may be gone
                 for of in studies.values():
                     print(f"{of.experiment.name}: {of.address}", flush=True)
-            return
+            return failing
         next_pass = time.monotonic() + PASS_SECONDS
         while time.monotonic() < next_pass and not stopped():
             time.sleep(1)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """What `python -m workflow.tracking` does; returns its exit code.
+
+    That is 1 for a wrong experiment file, and where `sync` could not forward a study. What befalls the store is no
+    failure of `follow`, which works beside a study.
+    """
     parser = argparse.ArgumentParser(prog="python -m workflow.tracking", description="Forward studies to MLflow.")
     parser.add_argument("command", choices=["follow", "sync"], help="follow: until told to stop; sync: one pass")
     parser.add_argument("experiments", nargs="+", type=Path, help="experiment files")
@@ -443,13 +465,14 @@ def main(arguments: list[str] | None = None) -> int:
         layout.RESULTS.mkdir(exist_ok=True)
         # A follower whose parent was just killed needs a moment to let go.
         with FileLock(layout.RESULTS / ".tracking.lock", timeout=LOCK_SECONDS):
-            follow(options.uri, experiments, stopped)
+            failed = bool(follow(options.uri, experiments, stopped, ADVICE[options.command]))
     except StudyError as error:
         logger.error("%s", error)
         return 1
     except Timeout:
-        logger.warning("another process already tracks the studies of %s: this one leaves it to that", Path.cwd())
-    return 0
+        failed = True
+        logger.warning("another process already tracks the studies of %s: %s", Path.cwd(), BUSY[options.command])
+    return int(failed and options.command == "sync")
 
 
 def _be_quiet_and_quick() -> None:

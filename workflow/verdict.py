@@ -1,27 +1,31 @@
 """The verdict in words: `reports/verdict.md`, from the table of `workflow.statistics`."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from diffusion import StudyError
-from workflow.figures import metric_name
-from workflow.mechanism import ALL
-from workflow.pages import METHOD_TITLE
+from diffusion.config import Experiment
+from diffusion.files import replacing
+from workflow.answers import METHOD_TITLE
 from workflow.statistics import (
     PAIR,
     POWER,
+    SPEEDUP_COLUMNS,
     cautious_sd,
+    changes,
     detectable,
     middle_threshold,
     noise_floor,
     over_seeds,
     seeds_needed,
+    speedup_table,
     verdict,
 )
-from workflow.tables import HIGHER_IS_BETTER, diverged, markdown_table
+from workflow.tables import ALL, HIGHER_IS_BETTER, diverged, markdown_table, metric_name, write_table
 
 EFFECTS = (0.01, 0.02, 0.05)
 LEGEND = """\
@@ -50,6 +54,43 @@ METHOD = """\
 """
 
 
+def comparison(experiment: Experiment) -> dict[str, Any]:
+    """Which arms of a study are compared: its section `compare`, or all with the first; and what a reader must know.
+
+    Returns:
+        `baseline`, `candidates`, `features` (of the primary comparison), `matched` (candidates that are matched to the
+        baseline), and where the study has a section `compare` its `primary` and `thresholds`.
+    """
+    first, *others = experiment.arms
+    compare = experiment.compare.model_dump(mode="json") if experiment.compare else {}
+    compare = {"baseline": first, "candidates": others} | compare
+    matched = [arm for arm in compare["candidates"] if experiment.arms[arm].match == compare["baseline"]]
+    return compare | {"features": experiment.evaluate.features[0], "matched": matched}
+
+
+def write_verdict(
+    metrics: pd.DataFrame,
+    probes: pd.DataFrame,
+    comparisons: Mapping[str, Mapping[str, Any] | None],
+    speedups: Path,
+    verdict: Path,
+    forest: Path,
+) -> pd.DataFrame:
+    """Write the table of speed-ups, which it returns, the verdict in words and the forest plot.
+
+    Args:
+        comparisons: as `verdict_text` takes them.
+    """
+    from workflow.forest import draw_forest  # matplotlib: not to plan
+
+    table = speedup_table(metrics, {study: compare for study, compare in comparisons.items() if compare})
+    write_table(table, speedups, SPEEDUP_COLUMNS)
+    with replacing(verdict) as file:
+        file.write(verdict_text(metrics, table, changes(probes, comparisons), comparisons).encode())
+    draw_forest(table, [forest])
+    return table
+
+
 def verdict_text(
     metrics: pd.DataFrame,
     table: pd.DataFrame,
@@ -61,9 +102,8 @@ def verdict_text(
     Args:
         metrics: the long table of metrics.
         table: `workflow.statistics.speedup_table` of it.
-        mechanism: `workflow.mechanism.changes` of the probes.
-        comparisons: study -> its section `compare`, with the candidates that are `matched` to the baseline; None where
-            nothing is compared.
+        mechanism: `workflow.statistics.changes` of the probes.
+        comparisons: study -> its `comparison`; None where nothing is compared.
     """
     parts = ["# Verdict", LEGEND]
     for study, compare in comparisons.items():
@@ -99,7 +139,11 @@ def _study(metrics: pd.DataFrame, table: pd.DataFrame, compare: Mapping[str, Any
 def sentence(table: pd.DataFrame) -> str:
     """The verdict on one comparison, with its numbers: average advantage, speed-up at the middle threshold, seeds."""
     average, threshold = over_seeds(table, "average"), middle_threshold(table)
-    baseline, candidate, name = average["baseline"], average["candidate"], metric_name(*_measured(average))
+    baseline, candidate, name = (
+        average["baseline"],
+        average["candidate"],
+        metric_name(average["features"], average["metric"]),
+    )
     told = verdict(average)
     if told == "no difference shown":
         text = f"**No difference shown** between `{candidate}` and `{baseline}` in {name}"
@@ -251,12 +295,8 @@ def _diverged(metrics: pd.DataFrame) -> str:
 # --- Numbers in words ---------------------------------------------------------------------------------------
 
 
-def _measured(row: pd.Series) -> tuple[str, str]:
-    return row["features"], row["metric"]
-
-
 def _names(row: pd.Series) -> list[str]:
-    return [f"`{row['candidate']}`", metric_name(*_measured(row))]
+    return [f"`{row['candidate']}`", metric_name(row["features"], row["metric"])]
 
 
 def _change(row: pd.Series) -> str:

@@ -8,6 +8,7 @@ sys.path.insert(0, workflow.basedir)
 
 from diffusion import StudyError
 from workflow import jobs, layout, requests
+from workflow.verdict import comparison
 
 jobs.set_environment(workflow.basedir)
 jobs.tidy_output()
@@ -44,7 +45,7 @@ wildcard_constraints:
 onstart:
     jobs.date_back()
     if workflow.executor_plugin.name == "slurm":
-        jobs.cancel_orphans((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
+        jobs.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
     jobs.start_tracking(config, EXPERIMENTS)
 
 
@@ -87,7 +88,7 @@ def processes_of(wildcards):
 
 def previous_step(wildcards):
     """The checkpoint that a segment goes on from; 0: it starts from the seed alone."""
-    return max([0, *(s for s in experiment_of(wildcards).steps if s < int(wildcards.step))])
+    return max((s for s in experiment_of(wildcards).steps if s < int(wildcards.step)), default=0)
 
 
 def previous_state(wildcards):
@@ -101,7 +102,7 @@ def droppable(path):
 
 
 def reference_of(experiment):
-    """Which images are the reference: arguments of `make_reference` and `reference_key`."""
+    """Which images are the reference: arguments of `reference_key`."""
     evaluate = experiment.evaluate
     return {
         "part": evaluate.reference,
@@ -130,15 +131,6 @@ def probe_files(study):
     if experiment.probe is None:
         return []
     return [directory / "probe.csv" for _, _, step, directory in layout.checkpoints(experiment) if step > 0]
-
-
-def comparison_of(experiment):
-    """Which arms of a study are compared: its section `compare`, or all with the first; and what a reader must know."""
-    first, *others = experiment.arms
-    compare = experiment.compare.model_dump(mode="json") if experiment.compare else {}
-    compare = {"baseline": first, "candidates": others} | compare
-    matched = [arm for arm in compare["candidates"] if experiment.arms[arm].match == compare["baseline"]]
-    return compare | {"features": experiment.evaluate.features[0], "matched": matched}
 
 
 def minutes(request):

@@ -73,7 +73,7 @@ rule mechanism:
         "../../environment.yml"
     params:
         comparisons={
-            e.name: {key: comparison_of(e)[key] for key in ("baseline", "candidates")} for e in EXPERIMENTS.values()
+            e.name: {key: comparison(e)[key] for key in ("baseline", "candidates")} for e in EXPERIMENTS.values()
         },
     message:
         "Collect the probes and draw them"
@@ -104,7 +104,7 @@ rule verdict:
     conda:
         "../../environment.yml"
     params:
-        comparisons={e.name: e.compare and comparison_of(e) for e in EXPERIMENTS.values()},
+        comparisons={e.name: e.compare and comparison(e) for e in EXPERIMENTS.values()},
     message:
         "Compare the arms"
     script:
@@ -195,12 +195,12 @@ rule pages:
     conda:
         "../../environment.yml"
     params:
-        introduction=(Path(workflow.basedir) / "workflow/report/front.rst").read_text(),
+        introduction=(Path(workflow.basedir) / "workflow/report/front.rst").read_text(encoding="utf-8"),
         studies={
             study: {
                 "manifest": str(dataset_files(e)["manifest"]),
                 "provenances": [str(path) for path in checkpoint_files(study, "provenance.json")],
-                "experiment": (Path(workflow.basedir) / "experiments" / f"{study}.yaml").read_text(),
+                "experiment": (Path(workflow.basedir) / "experiments" / f"{study}.yaml").read_text(encoding="utf-8"),
             }
             for study, e in EXPERIMENTS.items()
         },

@@ -6,10 +6,10 @@ import pandas as pd
 
 from workflow.jobs import job
 from workflow.mechanism import draw_mechanism
-from workflow.tables import PROBE_COLUMNS, write_table
+from workflow.tables import PROBE_COLUMNS, read_table, write_table
 
 with job(snakemake):
-    probes = [pd.read_csv(path) for path in snakemake.input]
+    probes = [read_table(path) for path in snakemake.input]
     table = pd.concat(probes, ignore_index=True) if probes else pd.DataFrame(columns=PROBE_COLUMNS)
     write_table(table, Path(snakemake.output.table), PROBE_COLUMNS)
     draw_mechanism(table, snakemake.params.comparisons, [Path(snakemake.output.figure)])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 from workflow.jobs import job
-from workflow.tables import write_table
+from workflow.tables import read_table, write_table
 
 with job(snakemake):
-    table = pd.concat([pd.read_csv(path) for path in snakemake.input], ignore_index=True)
+    table = pd.concat([read_table(path) for path in snakemake.input], ignore_index=True)
     write_table(table, Path(snakemake.output[0]))

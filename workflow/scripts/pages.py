@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import pandas as pd
-
 from diffusion.files import read_json, replacing
 from workflow.jobs import job
 from workflow.pages import cost_page, data_page, front_page, provenance_page, to_html
+from workflow.tables import read_table
 
 with job(snakemake):
     studies = snakemake.params.studies
@@ -17,7 +16,7 @@ with job(snakemake):
             {study: [read_json(Path(path)) for path in of["provenances"]] for study, of in studies.items()},
             {study: of["experiment"] for study, of in studies.items()},
         ),
-        "cost": cost_page(pd.read_csv(snakemake.input.metrics)),
+        "cost": cost_page(read_table(snakemake.input.metrics)),
     }
     with replacing(Path(snakemake.output.front)) as file:
         file.write(front_page(snakemake.params.introduction, pages["verdict"]).encode())

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import pandas as pd
-
 from diffusion.checkpoint import load_checkpoint
 from diffusion.config import RunConfig
 from diffusion.files import read_json
 from diffusion.probe import diverged_rows, probe, probe_images
-from diffusion.training import scheme_tables
+from diffusion.schemes import scheme_tables
 from workflow.jobs import job, use_torch
-from workflow.tables import PROBE_COLUMNS, write_table
+from workflow.tables import PROBE_COLUMNS, of_checkpoint, write_table
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
@@ -25,12 +23,6 @@ with job(snakemake):
         rows = probe(net.model, net.schedule, tables, images, bins, batch_size, seed, device)
     else:
         rows = diverged_rows(run.diffusion.timesteps, bins, about["diverged"])
-    table = pd.DataFrame(rows).assign(
-        study=snakemake.wildcards.study,
-        arm=snakemake.wildcards.arm.rsplit("-", 1)[0],
-        seed=seed,
-        n=len(images),
-        held_out=run.dataset.held_out > 0,
-        **{key: about[key] for key in ("step", "images", "seconds")},
-    )
+    table = of_checkpoint(rows, snakemake.wildcards, about)
+    table = table.assign(n=len(images), held_out=run.dataset.held_out > 0)
     write_table(table, Path(snakemake.output[0]), PROBE_COLUMNS)

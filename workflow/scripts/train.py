@@ -6,9 +6,8 @@ from diffusion.config import RunConfig
 from diffusion.files import sha256
 from diffusion.training import summary
 from workflow.jobs import job, job_name
-from workflow.layout import drop_older_states
 from workflow.provenance import write_provenance
-from workflow.segment import Segment, train
+from workflow.segment import Segment, drop_older_states, train
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-import pandas as pd
-
 from workflow.jobs import job
-from workflow.judge import write_verdict
+from workflow.tables import read_table
+from workflow.verdict import write_verdict
 
 with job(snakemake):
     output = snakemake.output
     write_verdict(
-        pd.read_csv(snakemake.input.metrics),
-        pd.read_csv(snakemake.input.mechanism),
+        read_table(snakemake.input.metrics),
+        read_table(snakemake.input.mechanism),
         snakemake.params.comparisons,
         *map(Path, (output.speedups, output.verdict, output.forest)),
     )

@@ -1,0 +1,76 @@
+"""What stands between Snakemake and the work: counts before anything is spent, the queue of a cluster, mistakes."""
+
+import errno
+import logging
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from projects import ROOT
+from snakemake.exceptions import WorkflowError
+
+from diffusion import Stopped, StudyError
+from workflow import jobs
+
+
+def study(folder, held_out):
+    """A study of four pictures, some of them held out."""
+    (folder / "pictures").mkdir()
+    for index in range(4):
+        Image.fromarray(np.full((8, 8, 3), index, np.uint8)).save(folder / f"pictures/{index}.png")
+    content = yaml.safe_load((ROOT / "experiments/openmoji.yaml").read_text()) | {"name": "mine", "probe": None}
+    content["dataset"] = {"source": "folder", "path": "pictures", "image_size": 16, "held_out": held_out}
+    content["evaluate"] = {"features": ["efficientnet-lite0"]}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize("held_out", [4, 9])
+def test_what_is_held_out_leaves_some_to_train_on(tmp_path, monkeypatch, held_out):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path, held_out)
+    told = f"mine.yaml: dataset.held_out: {held_out} of the 4 files in pictures leaves none to train on: lower it"
+    with pytest.raises(StudyError, match=told):
+        jobs.load_experiments({"experiments": "mine"}, tmp_path)
+
+
+def test_enough_may_be_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path, 2)
+    assert set(jobs.load_experiments({"experiments": "mine"}, tmp_path)) == {"mine"}
+
+
+@pytest.mark.parametrize("squeue", [None, "#!/bin/sh\nexit 3\n"])
+def test_a_queue_that_cannot_be_seen_is_told(tmp_path, monkeypatch, squeue):
+    if squeue:
+        (tmp_path / "squeue").write_text(squeue)
+        (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        WorkflowError, match=r"squeue fails \(.*\): start this on a login node of the cluster, or without"
+    ):
+        jobs.cancel_left_jobs([("train", ["a"])])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (StudyError("a mistake"), "a mistake"),
+        (Stopped("stopped"), "stopped"),
+        (KeyboardInterrupt(), "the same command does it again"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory of the GPU is full"),
+        (OSError(errno.ENOSPC, "No space left", "a.pt"), "a.pt: No space left: make room"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(caplog, error, said):
+    with pytest.raises(SystemExit) as ended, jobs.mistakes_in_words():
+        raise error
+    assert ended.value.code == 1 and len(caplog.records) == 1 and said in caplog.text
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(errno.EIO, "a fault")])
+def test_what_is_no_mistake_of_the_user_stays_as_it_is(caplog, error):
+    with pytest.raises(type(error)), jobs.mistakes_in_words():
+        raise error
+    assert not caplog.records and logging.getLogger().handlers

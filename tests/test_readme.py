@@ -1,0 +1,103 @@
+"""The README's journeys, run as they are printed; what needs a GPU, a cluster or a person is left out by name."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made import scenes
+from PIL import Image
+from projects import ROOT, edit, reduce
+from test_docs import add_triangle
+
+JOURNEYS = dict(
+    re.findall(r"^## (\d\. .*)\n(?:(?!^## )[\s\S])*?```sh\n([\s\S]*?)```", (ROOT / "README.md").read_text(), re.M)
+)
+LEFT_OUT = {
+    "make ui": "serves until it is told to end: test_ui.py starts the same server",
+    "make test-all": "runs this test",
+    "snakemake --workflow-profile": "needs a cluster: test_slurm.py has one",
+}
+
+
+def as_printed(number: int) -> str:
+    """The commands of a journey, without those that are left out."""
+    (text,) = (text for title, text in JOURNEYS.items() if title.startswith(f"{number}."))
+    return "\n".join(line for line in text.splitlines() if not line.startswith(tuple(LEFT_OUT)))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A fresh clone with what is not committed yet, and an environment as `make` sets it up."""
+    if not (Path(sys.prefix) / ".installed").exists() or not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout and the environment that `make` sets up")
+    clone = tmp_path_factory.mktemp("journeys") / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
+            shutil.copy(ROOT / name, clone / name)
+    os.utime(clone / "requirements.txt", (0, 0))  # so that make finds nothing to install
+    (clone / ".venv").symlink_to(sys.prefix)
+    edit(clone, reduce)
+    return clone
+
+
+def walk(clone, number):
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if sys.prefix not in p)
+    command = ["bash", "-euo", "pipefail", "-c", as_printed(number)]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    (clone.parent / f"journey{number}.txt").write_text(done.stdout + done.stderr)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_there_are_five_journeys():
+    assert [title[0] for title in JOURNEYS] == list("12345")
+    assert all(
+        any(line.startswith(part) for text in JOURNEYS.values() for line in text.splitlines()) for part in LEFT_OUT
+    )
+
+
+@pytest.mark.slow
+def test_see_it_work(clone):
+    code, told = walk(clone, 1)
+    assert code == 0, told
+    assert "openmoji: " in told and "/#/experiments/1/runs" in told
+    assert (clone / "reports/fid_curves.png").stat().st_size > 10_000
+    assert "Verdict" in (clone / "reports/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_own_density_on_own_pictures(clone):
+    add_triangle(clone)
+    (clone / "data/pictures").mkdir(parents=True)
+    for index, image in enumerate(scenes(300, seed=1)):
+        Image.fromarray(image).save(clone / f"data/pictures/{index}.png")
+    code, told = walk(clone, 2)
+    assert code == 0, told
+    assert re.search(r"^train +12$", told, re.M) and re.search(r"^\| mine \| 4 \|", told, re.M), told
+    assert re.search(r"^mine: .*mine.* uniform in FD", told, re.M), told
+
+
+@pytest.mark.slow
+def test_the_ffhq_study_says_what_is_missing(clone):
+    code, told = walk(clone, 3)
+    assert code != 0 and "dataset.path: data/thumbnails128x128 is not there: put images there" in told
+
+
+@pytest.mark.slow
+def test_cite_it(clone):
+    code, told = walk(clone, 4)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True).stdout
+    assert code == 0 and "cff-version: 1.2.0" in told and commit.strip() in told.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_change_the_code(clone):
+    subprocess.run(["git", "checkout", "--quiet", "."], cwd=clone, check=True)
+    code, told = walk(clone, 5)
+    assert code == 0 and "No dependency issues" in told and re.search(r"\d+ passed", told), told
