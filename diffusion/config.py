@@ -636,6 +636,19 @@ class Experiment(Section):
         """Steps of the checkpoints, growing; 0 is the untrained net."""
         return self.checkpoints.steps if isinstance(self.checkpoints, Regular) else list(self.checkpoints)
 
+    @property
+    def comparison(self) -> dict[str, Any]:
+        """Which arms are compared: the section `compare`, or all with the first; and what a reader must know.
+
+        `baseline`, `candidates`, `features` (of the primary comparison), `matched` (candidates that are matched to the
+        baseline), and where there is a section `compare` its `primary` and `thresholds`.
+        """
+        first, *others = self.arms
+        compare = {"baseline": first, "candidates": others}
+        compare |= self.compare.model_dump(mode="json") if self.compare else {}
+        matched = [arm for arm in compare["candidates"] if self.arms[arm].match == compare["baseline"]]
+        return compare | {"features": self.evaluate.features[0], "matched": matched}
+
     def run(self, arm_name: str) -> RunConfig:
         """The run of an arm: shared sections, its own training settings, its scheme, and whom it is matched to."""
         arm = self.arms[arm_name]

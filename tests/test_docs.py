@@ -60,7 +60,7 @@ def test_pages_made_from_the_code_are_those_of_this_code():
     arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.house()))
     drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/house.svg").read_text())
     assert arrows == set(drawn), told
-    assert ("diffusion.training", "diffusion.losses") in arrows and ("workflow.rules", "workflow.scripts") in arrows
+    assert ("diffusion.training", "diffusion.schemes") in arrows and ("workflow.rules", "workflow.scripts") in arrows
 
 
 def test_every_key_of_an_experiment_is_explained():

@@ -264,12 +264,13 @@ def test_an_own_folder_with_unreadable_images_is_told_before_training(tmp_path):
     assert not list(project.glob("results/openmoji/*/seed*/step*/state.pt"))
 
 
-def test_the_commands_of_the_readme_are_understood(tmp_path):
+def test_the_commands_of_the_docs_are_understood(tmp_path):
     project = copy_project(tmp_path)
     shutil.copy(project / "experiments/openmoji.yaml", project / "experiments/mine.yaml")
     edit(project, lambda study: study.update(name="mine"), "mine")
-    lines = re.findall(r"^    (snakemake --cores .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M)
-    assert len(lines) >= 4
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    lines = set(re.findall(r"^(?:    )?(snakemake --cores .*?)(?:  +#.*)?$", pages, re.M))
+    assert len(lines) >= 3
     for line in lines:
         command = [sys.executable, "-m", *line.replace("--cores all", "--cores all --dry-run").split()]
         done = subprocess.run(command, cwd=project, capture_output=True, text=True)

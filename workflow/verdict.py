@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from diffusion import StudyError
-from diffusion.config import Experiment
 from diffusion.files import replacing
 from workflow.answers import METHOD_TITLE
 from workflow.statistics import (
@@ -52,20 +51,6 @@ METHOD = """\
 - Seconds are training time as measured, without sampling and evaluation. Where jobs shared cores or a GPU they compare
   loosely.
 """
-
-
-def comparison(experiment: Experiment) -> dict[str, Any]:
-    """Which arms of a study are compared: its section `compare`, or all with the first; and what a reader must know.
-
-    Returns:
-        `baseline`, `candidates`, `features` (of the primary comparison), `matched` (candidates that are matched to the
-        baseline), and where the study has a section `compare` its `primary` and `thresholds`.
-    """
-    first, *others = experiment.arms
-    compare = experiment.compare.model_dump(mode="json") if experiment.compare else {}
-    compare = {"baseline": first, "candidates": others} | compare
-    matched = [arm for arm in compare["candidates"] if experiment.arms[arm].match == compare["baseline"]]
-    return compare | {"features": experiment.evaluate.features[0], "matched": matched}
 
 
 def write_verdict(

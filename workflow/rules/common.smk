@@ -8,7 +8,6 @@ sys.path.insert(0, workflow.basedir)
 
 from diffusion import StudyError
 from workflow import jobs, layout, requests
-from workflow.verdict import comparison
 
 jobs.set_environment(workflow.basedir)
 jobs.tidy_output()

@@ -73,7 +73,7 @@ rule mechanism:
         "../../environment.yml"
     params:
         comparisons={
-            e.name: {key: comparison(e)[key] for key in ("baseline", "candidates")} for e in EXPERIMENTS.values()
+            e.name: {key: e.comparison[key] for key in ("baseline", "candidates")} for e in EXPERIMENTS.values()
         },
     message:
         "Collect the probes and draw them"
@@ -104,7 +104,7 @@ rule verdict:
     conda:
         "../../environment.yml"
     params:
-        comparisons={e.name: e.compare and comparison(e) for e in EXPERIMENTS.values()},
+        comparisons={e.name: e.compare and e.comparison for e in EXPERIMENTS.values()},
     message:
         "Compare the arms"
     script:
