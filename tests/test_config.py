@@ -72,6 +72,7 @@ WRONG = [
     ("modle", {}, ["modle: unknown key", "did you mean model?"]),
     ("train.lerning_rate", 1e-4, ["train.lerning_rate: unknown key", "did you mean learning_rate?"]),
     ("xyzzy", 1, ["xyzzy: unknown key", "remove it"]),
+    ("arms.folder", {"timestep": "uniform"}, ["arms.folder.timestep: unknown key", "did you mean timesteps?"]),
     ("dataset.image_size", 4, ["dataset.image_size: input should be greater than or equal to 8", "4"]),
     ("checkpoints", {"every": 1000, "until": 500}, ["checkpoints: steps must grow", "raise until"]),
     ("name", "datasets", ["name: results/datasets/ holds something else", "choose another"]),

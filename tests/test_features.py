@@ -132,6 +132,11 @@ def test_progress_is_logged(real, extractor, monkeypatch, caplog):
     ]
 
 
+def test_weights_that_cannot_come_from_a_path_are_not_taken_from_elsewhere(tmp_path):
+    with pytest.raises(StudyError, match="dinov2-vit-b-14 cannot be read from a path"):
+        load_extractor("dinov2-vit-b-14", "cpu", tmp_path / "mine.pth")
+
+
 def test_altered_weights_are_refused(monkeypatch):
     monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
     with pytest.raises(StudyError, match="sha256"):

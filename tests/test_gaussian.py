@@ -155,6 +155,18 @@ def test_mean_is_the_posterior_of_the_clipped_prediction():
     np.testing.assert_allclose(clipped.mean.flatten(), mean, rtol=1e-7)
 
 
+def test_respaced_timesteps_must_grow():
+    with pytest.raises(ValueError, match="must grow"):
+        respaced(NoiseSchedule(linear_betas(10)), torch.tensor([0, 0, 1]))
+
+
+def test_predict_epsilon_inverts_predict_x_start():
+    schedule, t = NoiseSchedule(cosine_betas(50)), torch.tensor([0, 20, 49])
+    x_t, epsilon = torch.randn(2, 3, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_start = schedule.predict_x_start(epsilon, x_t, t)
+    torch.testing.assert_close(schedule.predict_epsilon(x_start, x_t, t), epsilon)
+
+
 def test_respaced_with_all_timesteps_is_the_identity():
     schedule = NoiseSchedule(linear_betas(1000))
     same = respaced(schedule, torch.arange(1000))

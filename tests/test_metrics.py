@@ -27,6 +27,13 @@ from diffusion.metrics import (
 # Frechet distance
 
 
+def test_equal_samples_have_a_distance_without_an_error():
+    """All have the same influence: none."""
+    reference = fit_gaussian(correlated(50, 4, seed=0))
+    estimate = frechet(np.tile(correlated(1, 4, seed=1), (10, 1)), reference)
+    assert estimate.value > 0 and estimate.stderr == 0
+
+
 @pytest.mark.parametrize(("n", "m", "d"), [(300, 200, 64), (40, 300, 64), (300, 40, 64), (40, 30, 64)])
 def test_fd_agrees_with_torch_fidelity(n, m, d):
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
