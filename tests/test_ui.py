@@ -93,7 +93,7 @@ def open_arms(page):
 
 
 def answer(finished):
-    (text,) = re.findall(r"^\*\*Answer\.\*\* (.*?)\.? ", (finished / "reports/verdict.md").read_text(), re.M)
+    (text,) = re.findall(r"^\*\*Answer\.\*\* (.*?) in FD", (finished / "reports/verdict.md").read_text(), re.M)
     return text.replace("*", "").replace("`", "")
 
 
