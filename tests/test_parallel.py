@@ -153,6 +153,12 @@ def in_a_process(segment):
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
 
 
+def test_processes_that_do_not_divide_the_batch_are_told(segment):
+    batch_size = RunConfig.model_validate_json(segment.run).train.batch_size
+    with pytest.raises(StudyError, match=f"processes: {batch_size + 1} do not divide the batch_size {batch_size}"):
+        train(segment, batch_size + 1)
+
+
 @pytest.mark.slow
 def test_torchrun_stops_and_goes_on_to_the_same_end(segment, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -59,6 +59,9 @@ def train(segment: Segment, processes: int) -> None:
     """
     if processes == 1:
         return _train_here(segment)
+    batch_size = RunConfig.model_validate_json(segment.run).train.batch_size
+    if batch_size % processes:  # a profile may ask for more than the study's own check has seen
+        raise StudyError(f"processes: {processes} do not divide the batch_size {batch_size}: ask for a divisor")
     if segment.gpus and torch.cuda.device_count() < processes:
         raise StudyError(
             f"processes: {processes} need a GPU each, and torch finds {torch.cuda.device_count()}: ask for fewer"
