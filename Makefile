@@ -1,15 +1,19 @@
 # make figure: everything, from an empty machine to the figure. make help lists the rest.
-VENV ?= .venv
+# The environment of environment.yml where that is active, else one of its own.
+VENV ?= $(if $(filter convergence,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX),.venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 EXPERIMENTS ?= openmoji
+PORT ?= 5000
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help figure dry-run report ui track test test-all lint format clean clean-all
+.PHONY: help env figure dry-run report ui track test test-all lint format clean clean-all
 
 help:  ## these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(READY)  ## the environment alone, in .venv
 
 figure: $(READY)  ## train, sample, evaluate and draw reports/fid_curves.png (EXPERIMENTS=a,b chooses studies)
 	snakemake --cores all --config experiments=$(EXPERIMENTS) -- reports/fid_curves.png
@@ -21,14 +25,15 @@ report: $(READY)  ## all of it in one file for a browser: reports/report.html
 	snakemake --cores all --config experiments=$(EXPERIMENTS)
 	snakemake --report reports/report.html --report-stylesheet workflow/report/report.css \
 	  --config experiments=$(EXPERIMENTS)
+	@echo 'Open reports/report.html in a browser.'
 
-ui: $(READY)  ## browse the runs in MLflow: choose "Model training", a study, then the view "Arms"
-	@echo 'http://127.0.0.1:5000: choose "Model training" at the top left, a study, then Views, "Arms". Ctrl-C ends it.'
+ui: $(READY)  ## browse the runs in MLflow: choose "Model training", a study, then the view "Arms" (PORT=5001: elsewhere)
+	@echo 'http://127.0.0.1:$(PORT): choose "Model training" at the top left, a study, then Views, "Arms". Ctrl-C ends it.'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
-	  --artifacts-destination ./mlartifacts --workers 1 --host 127.0.0.1 --port 5000
+	  --artifacts-destination ./mlartifacts --workers 1 --host 127.0.0.1 --port $(PORT)
 
 track: $(READY)  ## forward to MLflow what an earlier run could not
-	python -m workflow.tracking sync $(patsubst %,experiments/%.yaml,$(subst $(comma), ,$(EXPERIMENTS)))
+	python -m workflow.tracking sync $(subst $(comma), ,$(EXPERIMENTS))
 
 test: $(READY)  ## the tests, in minutes
 	pytest -m "not slow"

@@ -21,6 +21,8 @@ from diffusion import StudyError
 TRAIN_VERSION = 2
 
 GROUP_NORM_GROUPS = 32
+# Files of a folder or zip that are taken for pictures.
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -172,13 +174,18 @@ class Folder(Section):
 
     source: Literal["folder"]
     path: Path
-    """Of the folder or zip."""
+    """Of the folder or zip; relative to where Snakemake runs."""
     image_size: ImageSize
     """Height and width in pixels."""
     pad: int = Field(0, ge=0)
     """Black pixels added at every side, before the picture is reduced."""
     held_out: int = Field(0, ge=0)
     """Images that training does not see."""
+
+    @field_validator("path")
+    @classmethod
+    def _home(cls, path: Path) -> Path:
+        return path.expanduser()
 
 
 class Torchvision(Section):
@@ -625,7 +632,7 @@ class Experiment(Section):
             batch_size = self.run(name).train.batch_size
         except ValidationError as error:
             mistake = error.errors()[0]
-            raise ValueError(f"arms.{name}.train{'.' if mistake['loc'] else ': '}{_sentence(mistake)}") from None
+            raise ValueError(f"arms.{name}.train{'.' if mistake['loc'] else ': '}{_sentence(mistake, Train)}") from None
         if batch_size % self.processes:
             raise ValueError(
                 f"processes: {self.processes} do not divide the batch_size {batch_size} of {name}: take a divisor"
@@ -672,7 +679,7 @@ def load_experiment(path: Path) -> Experiment:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
-        if known := ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))):
+        if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
             raise StudyError(f"{path}: no such experiment: name one of {known}") from None
         raise StudyError(f"{path}: no such experiment: start this where the Snakefile lies, and name a study "
                          "without folder and .yaml") from None  # fmt: skip
@@ -685,7 +692,9 @@ def load_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        raise StudyError("\n".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
+        # A list of which every item is wrong is not also too short.
+        mistakes = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
+        raise StudyError("\n".join(f"{path}: {_sentence(e)}" for e in mistakes)) from None
     if experiment.name != path.stem:
         raise StudyError(f"{path}: name is {experiment.name}, but the file is called {path.stem}: make them equal")
     return experiment
@@ -756,12 +765,14 @@ def in_words(error: ValueError) -> str:
     return _sentence(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
 
 
-def _known_keys(section: type[BaseModel]) -> set[str]:
-    keys = set(section.model_fields)
-    for field in section.model_fields.values():
-        for inner in _sections_in(field.annotation):
-            keys |= _known_keys(inner)
-    return keys
+def _keys_at(location: tuple[Any, ...], root: type[BaseModel]) -> set[str]:
+    """The keys of the section that a location within the root leads to."""
+    sections = [root]
+    for part in location:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        # Names of arms, and of members of a union, lead no further.
+        sections = [inner for field in fields for inner in _sections_in(field.annotation)] or sections
+    return {key for section in sections for key in section.model_fields}
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -770,19 +781,34 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in getattr(annotation, "__args__", ()) for section in _sections_in(argument)]
 
 
-def _sentence(error: Any) -> str:
-    """One mistake that pydantic found, in words."""
+# What pydantic says of a type of mistake is about Python: what to write instead.
+REMEDIES = {
+    "tuple_type": "write a list, such as [0, 1]",
+    "too_short": "name at least one",
+    "string_pattern_mismatch": "write small letters, digits and _, as in my_arm2",
+    "dict_type": "write keys and values, as in {key: value}; none at all is {}",
+    "model_type": "write keys and values, as in {key: value}; none at all is {}",
+}
+
+
+def _sentence(error: Any, root: type[BaseModel] = Experiment) -> str:
+    """One mistake that pydantic found in a section, in words."""
     # Second in the location of a union is pydantic's name of the member, not a key; so is what has brackets.
     union = error["loc"][:1] in (("dataset",), ("checkpoints",))
     parts = error["loc"][:1] + error["loc"][2:] if union else error["loc"]
-    location = ".".join(str(part) for part in parts if "[" not in str(part))
-    if error["type"] == "extra_forbidden":
-        key = str(error["loc"][-1])
-        close = difflib.get_close_matches(key, _known_keys(Experiment) - {key}, n=1)
-        return f"{location}: unknown key" + (f"; did you mean {close[0]}?" if close else ": remove it")
-    if error["type"] == "missing":
-        return f"{location}: missing: add it"
+    location, kind, given = ".".join(str(part) for part in parts if "[" not in str(part)), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = _keys_at(error["loc"][:-1], root)
+        close = difflib.get_close_matches(str(error["loc"][-1]).lower(), known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+        return f"{location}: unknown key; {remedy}"
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{location}{'.source' if kind != 'missing' else ''}: missing: add it"
+    if kind == "union_tag_invalid":
+        return f"{location}.source: {error['ctx']['tag']} is unknown: name one of {error['ctx']['expected_tags']}"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return f"{location}: {message}" if location else message
-    return f"{location}: {message[0].lower() + message[1:]}, but it is {error['input']!r}"
+    if kind in REMEDIES:
+        return f"{location}: {REMEDIES[kind]}, but it is {given!r}"
+    return f"{location}: {message[0].lower() + message[1:]}, but it is {given!r}"

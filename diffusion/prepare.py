@@ -25,12 +25,12 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from diffusion import StudyError
+from diffusion.config import IMAGE_SUFFIXES
 from diffusion.files import read_json, replacing, write_npy_header
 from diffusion.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_SKIPPED_FRACTION = 0.01
 PRIVATE_USE = 0xF0000  # the first of 65,534 characters without a meaning of their own
 SECONDS_BETWEEN_NOTES = 5

@@ -56,7 +56,17 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
 def _table(
     functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
 ) -> Tensor:
+    """One table of an arm, [T].
+
+    Raises:
+        StudyError: no function has the name, or what it gives is not finite.
+    """
     name, parameters = chosen
+    if name not in functions:
+        raise StudyError(
+            f"{name} is a key of diffusion/config.py, but no function has this name: add it to DENSITIES in "
+            "diffusion/timesteps.py, or to WEIGHTS in diffusion/losses.py"
+        )
     table = functions[name](schedule, **parameters)
     if not torch.isfinite(table).all():
         raise StudyError(f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: choose milder numbers")

@@ -148,7 +148,7 @@ TABLE = {
     "a path for a name": (DRY_RUN, study(name="../bad"), ["name", "pattern"]),
     # data
     "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),
-    "fewer pictures than asked for": (DRY_RUN, few, ["pictures holds 4 files", "reference_images: 2000", "lower it"]),
+    "fewer pictures than asked for": (DRY_RUN, few, ["reference_images: 2000 (train) of 4 pictures", "lower it"]),
     "no such class of torchvision": (
         DATASET,
         study(dataset={"source": "torchvision", "name": "Flower", "held_out": 0}),

@@ -12,7 +12,7 @@ from projects import ROOT
 from snakemake.exceptions import WorkflowError
 
 from diffusion import Stopped, StudyError
-from workflow import jobs
+from workflow import jobs, layout
 
 
 def study(folder, held_out):
@@ -30,8 +30,24 @@ def study(folder, held_out):
 def test_what_is_held_out_leaves_some_to_train_on(tmp_path, monkeypatch, held_out):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, held_out)
-    told = f"mine.yaml: dataset.held_out: {held_out} of the 4 files in pictures leaves none to train on: lower it"
+    told = f"mine.yaml: dataset.held_out: {held_out} of 4 pictures leaves none to train on: lower it"
     with pytest.raises(StudyError, match=told):
+        jobs.load_experiments({"experiments": "mine"}, tmp_path)
+
+
+def test_pictures_are_counted_by_their_names_and_after_they_were_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path, 2)
+    experiment = jobs.load_experiments({"experiments": " mine.yaml"}, tmp_path)["mine"]
+    directory = layout.dataset_directory(experiment.dataset)
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").write_text('{"count": 2}')
+    with pytest.raises(StudyError, match="2 of 2 pictures leaves none to train on"):
+        jobs.load_experiments({"experiments": "mine"}, tmp_path)
+    (directory / "manifest.json").unlink()
+    for picture in (tmp_path / "pictures").iterdir():
+        picture.rename(picture.with_suffix(".txt"))
+    with pytest.raises(StudyError, match="there are no pictures in pictures: put some there"):
         jobs.load_experiments({"experiments": "mine"}, tmp_path)
 
 

@@ -29,7 +29,7 @@ ALLOWED = {
     "unet": {"norm", "config"},
     "devices": set(),
     "data": set(),
-    "prepare": {"files", "progress"},
+    "prepare": {"config", "files", "progress"},
     "progress": set(),
     "files": set(),
     "weights": {"files"},

@@ -115,6 +115,13 @@ def test_forest_shows_estimates_intervals_and_seeds(tmp_path):
     assert min(Image.open(tmp_path / "empty.png").size) > 100
 
 
+def test_forest_keeps_its_panels_where_every_seed_is_censored(tmp_path):
+    base, cand = curves(2, 1.0), 3 * curves(2, 1.0)  # the candidate never arrives
+    figure = _draw(compared(study(base, cand)))
+    figure.savefig(tmp_path / "a.png")
+    assert all(ax.get_position().width > 0.25 for ax in figure.axes)
+
+
 def test_curves_mark_the_middle_threshold_and_its_crossings(tmp_path):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
     table = compared(metrics)

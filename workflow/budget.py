@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_sentence():
         _check(options)
         budgets = {}
-        for study in options.studies:
+        for study in [name.removesuffix(".yaml") for names in options.studies for name in names.split(",") if name]:
             experiment = load_experiment(Path("experiments") / f"{study}.yaml")
             known = options.train_rate and options.sample_rate
             rates = Rates(options.train_rate, options.sample_rate) if known else measure(experiment)

@@ -98,7 +98,8 @@ def _draw_row(ax: Axes, y: float, rows: pd.DataFrame, limits: tuple[float, float
     """One quantity: its seeds and its interval, cut at the limits of the axis."""
     seeds, summary = rows[rows["seed"].notna()], rows[rows["seed"].isna()].iloc[0]
     exact = seeds["effect"].dropna()
-    ax.plot(exact, np.full(len(exact), y), "o", markersize=4, color=SEED, zorder=3, clip_on=False)
+    if len(exact):  # an empty line that is not clipped has the layout think that it lies at pixel (0, 0)
+        ax.plot(exact, np.full(len(exact), y), "o", markersize=4, color=SEED, zorder=3, clip_on=False)
     for bound, marker in (("low", ">"), ("high", "<")):
         bounds = seeds[(seeds["censored"] > 0) & np.isfinite(seeds[bound])][bound]
         ax.plot(bounds, np.full(len(bounds), y), marker, markersize=5, color=SEED, zorder=3)

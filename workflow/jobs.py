@@ -20,12 +20,15 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from diffusion import Stopped, StudyError
 from diffusion.config import Experiment, Folder, load_experiment
+from diffusion.files import read_json
 from diffusion.weights import check_weights
 from workflow import layout
 from workflow.answers import answer, plain, sections
 from workflow.requests import pictures
 
 FIGURE, VERDICT = layout.REPORTS / "fid_curves.png", layout.REPORTS / "verdict.md"
+# What Snakemake says of its own scheduling.
+NOISE = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
 # Snakemake hands `off` on as a word, YAML as a truth value.
 TRACKING = {"on": True, "off": False, True: True, False: False}
 LEFT_JOBS_SECONDS = 120
@@ -52,40 +55,43 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
         raise StudyError(f"--config {unknown.pop()}: unknown key: say experiments=NAME,NAME or tracking=off")
     if config.get("tracking", "on") not in TRACKING:
         raise StudyError(f"--config tracking={config['tracking']}: say tracking=on or tracking=off")
-    names = str(config.get("experiments", "openmoji")).split(",")
+    names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
     experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
     for name, experiment in experiments.items():
         dataset = experiment.dataset
-        prepared = layout.dataset_directory(dataset) / "images.npy"
+        prepared = layout.dataset_directory(dataset) / "manifest.json"  # written last
         if isinstance(dataset, Folder) and not dataset.path.exists() and not prepared.exists():
             raise StudyError(
                 f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put images there or mend it"
             )
-        if isinstance(dataset, Folder) and not prepared.exists():
-            _check_count(experiment, dataset, folder / f"{name}.yaml")
+        if prepared.exists():
+            _check_count(experiment, read_json(prepared)["count"], folder / f"{name}.yaml")
+        elif isinstance(dataset, Folder):
+            _check_count(experiment, pictures(dataset), folder / f"{name}.yaml")
         if experiment.published and not experiment.published.exists():
             raise StudyError(f"{folder / name}.yaml: published: there is no {experiment.published}: mend or drop it")
     return experiments
 
 
-def _check_count(experiment: Experiment, dataset: Folder, file: Path) -> None:
-    """Make sure that a folder holds as many files as the study takes images from it.
+def _check_count(experiment: Experiment, found: int, file: Path) -> None:
+    """Make sure that of the pictures found there are as many as the study takes.
 
     Raises:
-        StudyError: it holds fewer.
+        StudyError: there are fewer.
     """
-    evaluate, found = experiment.evaluate, pictures(dataset)
-    if found and dataset.held_out >= found:
+    dataset, evaluate = experiment.dataset, experiment.evaluate
+    if not found:
+        raise StudyError(f"{file}: dataset: there are no pictures in {getattr(dataset, 'path', 'it')}: put some there")
+    if dataset.held_out >= found:
         raise StudyError(
-            f"{file}: dataset.held_out: {dataset.held_out} of the {found} files in {dataset.path} leaves none to train "
-            "on: lower it"
+            f"{file}: dataset.held_out: {dataset.held_out} of {found} pictures leaves none to train on: lower it"
         )
     left = dataset.held_out if evaluate.reference == "held_out" else found - dataset.held_out
     wanted = evaluate.reference_images or 1
-    if found and left < wanted:  # where there is none, preparing it tells more
+    if left < wanted:
         raise StudyError(
-            f"{file}: {dataset.path} holds {found} files, of which dataset.held_out keeps {dataset.held_out}: too few "
-            f"for evaluate.reference_images: {wanted} ({evaluate.reference}): lower it"
+            f"{file}: evaluate.reference_images: {wanted} ({evaluate.reference}) of {found} pictures, of which "
+            f"dataset.held_out keeps {dataset.held_out}: too few: lower it"
         )
 
 
@@ -304,6 +310,6 @@ def tidy_output() -> None:
         if getattr(record, "event", None) == LogEvent.PROGRESS and 0 < record.done < record.total:
             left = (time.monotonic() - began) / record.done * (record.total - record.done)
             print(f"about {left // 60:.0f} min {left % 60:.0f} s left of the whole", file=sys.stderr)
-        return not str(record.msg).startswith(("Select jobs to execute", "Execute "))
+        return not str(record.msg).startswith(NOISE)
 
     snakemake_logger.addFilter(tidy)

@@ -44,16 +44,19 @@ def _draw(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]]) ->
         figure = Figure((WIDTH_INCHES, 1))
         figure.text(0.5, 0.5, "No study is probed.", ha="center", va="center")
         return figure
+    styles = {arm: line_style(index) for index, arm in enumerate(probes["arm"].unique())}
     figure = Figure((WIDTH_INCHES, BLOCK_INCHES * len(studies)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for block, study in zip(figure.subfigures(len(studies), squeeze=False)[:, 0], studies, strict=True):
-        _draw_block(block, probes[probes["study"] == study], comparisons[study])
+        _draw_block(block, probes[probes["study"] == study], comparisons[study], styles)
     return figure
 
 
-def _draw_block(block: SubFigure, probes: pd.DataFrame, compare: Mapping[str, Any]) -> None:
+def _draw_block(
+    block: SubFigure, probes: pd.DataFrame, compare: Mapping[str, Any], styles: Mapping[str, Mapping[str, object]]
+) -> None:
     study, baseline = probes["study"].iloc[0], compare["baseline"]
-    styles = {arm: line_style(index) for index, arm in enumerate(probes["arm"].unique())}
+    styles = {arm: style for arm, style in styles.items() if arm in set(probes["arm"])}
     of_bins = probes[probes["timesteps"] != ALL]
     bins = {name: place for place, name in enumerate(of_bins["timesteps"].unique())}
     changed = changes(of_bins, {study: compare})

@@ -66,6 +66,8 @@ def _effect(text: str) -> float:
         value = 0.0
     if not 0 < value < np.inf:
         raise argparse.ArgumentTypeError(f"{text} is no size above 0: write it as 2% or 0.02")
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is {100 * value:g}%: write {text.removesuffix('%')}% if that is less")
     return value
 
 

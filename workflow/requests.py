@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffusion.config import Dataset, Evaluate, Experiment, Model, Probe, RunConfig, Sample
+from diffusion.config import IMAGE_SUFFIXES, Dataset, Evaluate, Experiment, Model, Probe, RunConfig, Sample
 
 # Multiply-adds per second of one CPU thread and of one GPU (bf16; fp32): about a quarter of an A100.
 CPU_SPEED, GPU_SPEED, GPU_SPEED_FP32 = 5e9, 2e13, 5e12
@@ -121,13 +121,15 @@ def dataset(config: Dataset) -> Request:
 
 
 def pictures(config: Dataset) -> int:
-    """How many images the source of a dataset may hold: of a folder or zip its files, pictures or not."""
+    """How many images the source of a dataset may hold: of a folder or zip the files named like pictures."""
     if config.source != "folder":
         return OPENMOJI_PICTURES if config.source == "openmoji" else NAMED_PICTURES
     if zipfile.is_zipfile(config.path):
         with zipfile.ZipFile(config.path) as archive:
-            return len(archive.namelist())
-    return sum(len(files) for *_, files in os.walk(config.path))
+            names = archive.namelist()
+    else:
+        names = [name for *_, files in os.walk(config.path) for name in files]
+    return sum(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in names)
 
 
 def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) -> Request:

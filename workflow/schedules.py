@@ -238,7 +238,7 @@ def _caption(arms: Mapping[str, Curves], adaptive: list[str]) -> str:
     for first, *others in _equal({arm: of_arm.product / totals[arm] for arm, of_arm in arms.items()}):
         factors = {arm: f"{totals[arm] / totals[first]:.3g}" for arm in others}
         if scaled := [f"{arm} = {factor} × {first}" for arm, factor in factors.items() if factor != "1"]:
-            sentences.append(f"Expected weights in proportion, at every t: {_listed(scaled)}.")
+            sentences.append(f"Expected weights of the mse in proportion, at every t: {_listed(scaled)}.")
     if adaptive:
         sentences.append(f"The density of {_listed(adaptive)} follows the losses: drawn as it starts.")
     return "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)

@@ -447,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m workflow.tracking", description="Forward studies to MLflow.")
     parser.add_argument("command", choices=["follow", "sync"], help="follow: until told to stop; sync: one pass")
-    parser.add_argument("experiments", nargs="+", type=Path, help="experiment files")
+    parser.add_argument("experiments", nargs="+", type=_file, help="studies, by name or file")
     parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="the process that started this one")
     options = parser.parse_args(arguments)
@@ -473,6 +473,11 @@ def main(arguments: list[str] | None = None) -> int:
         failed = True
         logger.warning("another process already tracks the studies of %s: %s", Path.cwd(), BUSY[options.command])
     return int(failed and options.command == "sync")
+
+
+def _file(text: str) -> Path:
+    """The experiment file of a study, from its name or path."""
+    return Path(text) if text.endswith(".yaml") else Path("experiments", f"{text}.yaml")
 
 
 def _be_quiet_and_quick() -> None:

@@ -29,7 +29,8 @@ from workflow.tables import ALL, HIGHER_IS_BETTER, diverged, markdown_table, met
 EFFECTS = (0.01, 0.02, 0.05)
 LEGEND = """\
 Brackets hold 95% intervals over seeds. A change is that of the candidate's metric against the baseline's: for FD and
-KID less is better, for precision and recall more. A speed-up above 1 means that the candidate arrives earlier."""
+KD (the formula of KID in other features than Inception's) less is better, for precision and recall more. A speed-up
+above 1 means that the candidate arrives earlier."""
 WHY = """\
 Measured at every checkpoint, on images and noise that arms share: the unweighted terms of the loss, and each arm's
 own gradient, weights included, with its noise scale tr(Sigma) / |g|^2: the batch size, in images, at which noise and
@@ -161,7 +162,7 @@ def _warning(average: pd.Series) -> str:
 def _reach(table: pd.DataFrame) -> str:
     """What so many seeds could have shown."""
     average, noise = over_seeds(table, "average"), noise_floor(table)
-    if np.isnan(noise.paired):
+    if average["pairs"] < 3:  # two pairs hardly know their own spread
         return ""
     smallest = effect_size(detectable(noise.paired, average["pairs"]), average["scale"])
     return (
@@ -304,7 +305,7 @@ def _speedup(row: pd.Series) -> str:
 def _with_interval(row: pd.Series, text: Callable[[float], str], mirrored: bool) -> str:
     low, high = (row["high"], row["low"]) if mirrored else (row["low"], row["high"])
     if np.isnan(row["effect"]) and np.isinf([low, high]).all():
-        return "unknown"
+        return "unknown: too few runs arrive"
     if np.isinf([low, high]).all():
         interval = "no interval"
     elif np.isinf(high):

@@ -17,7 +17,7 @@ try:
         jobs.check_writable()
         jobs.check_extractors(EXPERIMENTS)
 except StudyError as error:
-    raise WorkflowError(error)
+    sys.exit(str(error))  # an error of Snakemake's would wrap the sentence in places of this file
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {
