@@ -274,7 +274,8 @@ def test_the_commands_of_the_docs_are_understood(tmp_path):
     for line in lines:
         command = [sys.executable, "-m", *line.replace("--cores all", "--cores all --dry-run").split()]
         done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-        assert done.returncode == 0 and re.search("[Tt]rain", done.stdout + done.stderr), line + done.stdout + done.stderr
+        told = done.stdout + done.stderr
+        assert done.returncode == 0 and re.search("[Tt]rain", told), line + told
 
 
 def test_the_environment_is_one_list():
