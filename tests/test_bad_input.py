@@ -145,7 +145,7 @@ TABLE = {
     "comparison with nobody": (DRY_RUN, study(compare={"baseline": "b"}), ["compare: b is not among the arms"]),
     "more bins than timesteps": (DRY_RUN, study(probe={"bins": 2000}), ["probe.bins", "lower it"]),
     "another name": (DRY_RUN, study(name="good"), ["name is good", "make them equal"]),
-    "a path for a name": (DRY_RUN, study(name="../bad"), ["name", "pattern"]),
+    "a path for a name": (DRY_RUN, study(name="../bad"), ["name: write small letters"]),
     # data
     "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),
     "fewer pictures than asked for": (DRY_RUN, few, ["reference_images: 2000 (train) of 4 pictures", "lower it"]),
@@ -155,10 +155,10 @@ TABLE = {
         ["torchvision has no dataset Flower", "mend dataset.name"],
     ),
     "published curves that are nowhere": (DRY_RUN, study(published="no.csv"), ["published: there is no no.csv"]),
-    "folder without images": (DATASET, folder(lambda place: None), ["pictures holds no images"]),
+    "folder without images": (DATASET, folder(lambda place: None), ["there are no pictures in pictures"]),
     "unreadable images": (DATASET, folder(half_readable), ["1 of the 5 images", "cannot be used"]),
     "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
-    "truncated zip": (DATASET, broken_zip, ["neither a folder nor a whole zip"]),
+    "truncated zip": (DATASET, broken_zip, ["there are no pictures in", "or a whole zip"]),
     "zip that leaves its folder": (DATASET, evil_zip, ["pictures holds no images"]),
     # checkpoints
     "no such checkpoint": ([*SAMPLE, "no.safetensors"], None, ["no.safetensors"]),

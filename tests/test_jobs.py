@@ -47,7 +47,7 @@ def test_pictures_are_counted_by_their_names_and_after_they_were_prepared(tmp_pa
     (directory / "manifest.json").unlink()
     for picture in (tmp_path / "pictures").iterdir():
         picture.rename(picture.with_suffix(".txt"))
-    with pytest.raises(StudyError, match="there are no pictures in pictures: put some there"):
+    with pytest.raises(StudyError, match="there are no pictures in pictures: name a folder"):
         jobs.load_experiments({"experiments": "mine"}, tmp_path)
 
 

@@ -270,7 +270,7 @@ def test_the_commands_of_the_docs_are_understood(tmp_path):
     edit(project, lambda study: study.update(name="mine"), "mine")
     pages = "".join(page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
     lines = set(re.findall(r"^(?:    )?(snakemake --cores .*?)(?:  +#.*)?$", pages, re.M))
-    assert len(lines) >= 3
+    assert len(lines) >= 2
     for line in lines:
         command = [sys.executable, "-m", *line.replace("--cores all", "--cores all --dry-run").split()]
         done = subprocess.run(command, cwd=project, capture_output=True, text=True)

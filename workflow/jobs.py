@@ -81,7 +81,8 @@ def _check_count(experiment: Experiment, found: int, file: Path) -> None:
     """
     dataset, evaluate = experiment.dataset, experiment.evaluate
     if not found:
-        raise StudyError(f"{file}: dataset: there are no pictures in {getattr(dataset, 'path', 'it')}: put some there")
+        place = getattr(dataset, "path", "it")
+        raise StudyError(f"{file}: dataset: there are no pictures in {place}: name a folder with some, or a whole zip")
     if dataset.held_out >= found:
         raise StudyError(
             f"{file}: dataset.held_out: {dataset.held_out} of {found} pictures leaves none to train on: lower it"
