@@ -112,7 +112,7 @@ def _study(metrics: pd.DataFrame, table: pd.DataFrame, compare: Mapping[str, Any
     secondary = [group for group in groups if not group["primary"].any()]
     candidate = compare["primary"]["candidate"]
     parts = [f"**Question.** Does `{candidate}` converge in fewer training images than `{compare['baseline']}`?"]
-    parts += [f"**Answer.** {sentence(group)} {_reach(group)}" for group in primary]
+    parts += [f"**Answer.** {sentence(group)} {_reach(group)}".rstrip() for group in primary]
     if not primary:
         parts.append("**Answer.** None: the primary metric has no value in both arms.")
     parts += [_comparisons(primary + secondary), _thresholds(primary + secondary), _noise_floor(primary + secondary)]
