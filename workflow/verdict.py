@@ -141,7 +141,9 @@ def sentence(table: pd.DataFrame) -> str:
     else:
         text += f": over {images} no pair of runs is without divergence."
     if not np.isnan(threshold):
-        text += f" Speed-up in images to {name} {threshold:.4g}: {_speedup(over_seeds(table, 'images', threshold))}."
+        speedup = _speedup(over_seeds(table, "images", threshold))
+        why = ", since too few runs arrive" if speedup == "unknown" else ""
+        text += f" Speed-up in images to {name} {threshold:.4g}: {speedup}{why}."
     return text + _warning(average)
 
 
@@ -305,7 +307,7 @@ def _speedup(row: pd.Series) -> str:
 def _with_interval(row: pd.Series, text: Callable[[float], str], mirrored: bool) -> str:
     low, high = (row["high"], row["low"]) if mirrored else (row["low"], row["high"])
     if np.isnan(row["effect"]) and np.isinf([low, high]).all():
-        return "unknown: too few runs arrive"
+        return "unknown"
     if np.isinf([low, high]).all():
         interval = "no interval"
     elif np.isinf(high):
