@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from workflow.statistics import average, censored_interval, log_speedup, t_interval, time_to_threshold, verdict
+from convergence.analysis.comparison import verdict
+from convergence.analysis.curves import average, log_speedup, time_to_threshold
+from convergence.analysis.intervals import censored_interval, t_interval
 
 SEEDS = (3, 5, 10)
 FEWEST = 0.1  # of the studies: a share of fewer is not told

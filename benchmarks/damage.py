@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from diffusion.evaluation import evaluate, reference_of
-from diffusion.features import extract_features, load_extractor
-from diffusion.weights import LITE0
+from diffusion.evaluation.extractors import extract_features, load_extractor
+from diffusion.evaluation.reference import evaluate, reference_of
+from diffusion.evaluation.weights import LITE0
 
 SIDE, HEADER = 28, 16
 NOISE = {0: 9.134, 4: None, 8: None, 16: 97.5, 32: None, 64: 255.1}  # sigma in grey levels: FD by torch-fidelity

@@ -40,7 +40,7 @@ def main() -> None:
     elif arguments.part:
         memory(arguments, Path(arguments.part))
     else:
-        from workflow.jobs import set_environment
+        from convergence.snakefile import set_environment
 
         # As the workflow does for its jobs: the allocator is set before Python starts.
         set_environment(ROOT)
@@ -93,8 +93,8 @@ def speed(arguments: argparse.Namespace) -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    from diffusion.features import EfficientNetLite0, extract_features, load_extractor
-    from diffusion.metrics import (
+    from diffusion.evaluation.extractors import EfficientNetLite0, extract_features, load_extractor
+    from diffusion.evaluation.metrics import (
         _frechet,
         fit_gaussian,
         frechet,
@@ -103,13 +103,13 @@ def speed(arguments: argparse.Namespace) -> None:
         neighbour_radii,
         precision_recall,
     )
-    from diffusion.weights import LITE0, weights_file
+    from diffusion.evaluation.weights import LITE0, weights_file
 
     torch.set_num_threads(arguments.threads)
     versions = f"torch {torch.__version__}, torch-fidelity {torch_fidelity.__version__}"
     print(f"{processor()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}, {versions}\n")
 
-    class Plain(torch_fidelity.FeatureExtractorBase):
+    class TorchGroupNorm(torch_fidelity.FeatureExtractorBase):
         """The same net as one would hand it to torch-fidelity: neither folded nor channels_last."""
 
         def __init__(self, name: str, features_list: list[str], **kwargs: Any):
@@ -138,7 +138,7 @@ def speed(arguments: argparse.Namespace) -> None:
         def __getitem__(self, index: int) -> torch.Tensor:
             return torch.from_numpy(self.images[index]).permute(2, 0, 1)
 
-    torch_fidelity.register_feature_extractor("plain-lite0", Plain)
+    torch_fidelity.register_feature_extractor("plain-lite0", TorchGroupNorm)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (arguments.images, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     extractor = load_extractor(LITE0, "cpu")
@@ -196,9 +196,9 @@ def memory(arguments: argparse.Namespace, path: Path) -> None:
     import numpy as np
     import torch
 
-    from diffusion.evaluation import evaluate, reference_of
-    from diffusion.features import extract_features, load_extractor
-    from diffusion.weights import LITE0
+    from diffusion.evaluation.extractors import extract_features, load_extractor
+    from diffusion.evaluation.reference import evaluate, reference_of
+    from diffusion.evaluation.weights import LITE0
 
     class Pixels(torch.nn.Linear):
         """Stands in for a net that would take half an hour: as many numbers of each image as Inception gives."""

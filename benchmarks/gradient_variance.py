@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import load_checkpoint
+from diffusion.checkpoints import load_checkpoint
 from diffusion.config import Scheme
-from diffusion.data import load_images, to_model_range
+from diffusion.data.arrays import load_images
+from diffusion.data.batches import to_model_range
+from diffusion.evaluation.probe import Spread
 from diffusion.losses import hybrid_loss
-from diffusion.probe import Spread
 from diffusion.schemes import Tables, scheme_tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_stratified, draw_timesteps

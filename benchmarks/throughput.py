@@ -29,9 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.config import RunConfig, load_experiment
+from convergence.jobs import use_torch
+from convergence.snakefile import set_environment
+from convergence.study_file import load_experiment
+from diffusion.config import RunConfig
 from diffusion.devices import MOST_IMAGES_ON_CPU, autocast
-from workflow.jobs import set_environment, use_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 2048
@@ -61,7 +63,7 @@ def compare(options: argparse.Namespace) -> None:
     """Take turns between both nets, and print the medians as a table."""
     import pandas as pd
 
-    from workflow.requests import unet_size
+    from convergence.resources import unet_size
 
     set_environment(str(ROOT))
     run = settings(options)
@@ -184,7 +186,7 @@ def random_images(run: RunConfig) -> np.ndarray:
 
 
 def ours_train(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
-    from diffusion.training import TrainState, train_step
+    from diffusion.training.state import TrainState, train_step
 
     state = TrainState(run, 0, device())
     batches = state.batches(random_images(run))
@@ -197,8 +199,8 @@ def ours_train(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]
 
 
 def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
-    from diffusion.checkpoint import Checkpoint, sample_checkpoint
-    from diffusion.training import untrained
+    from diffusion.checkpoints import Checkpoint, sample_checkpoint
+    from diffusion.training.state import untrained
 
     model, schedule = untrained(run, 0)
     model = model.to(device()).to(memory_format=torch.channels_last).eval()

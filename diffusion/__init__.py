@@ -1,28 +1,37 @@
-"""Diffusion training schemes under study: the mathematics, the network, training, sampling and evaluation.
+"""Diffusion models: noise schedules, densities and weights over timesteps, losses, nets, training, sampling, metrics.
 
-Nothing in this package knows of Snakemake or MLflow.
+The names below are imported on first use. The package is independent of Snakemake, MLflow and pandas.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "NoiseSchedule": "gaussian",
+    "cosine_betas": "gaussian",
+    "linear_betas": "gaussian",
+    "DENSITIES": "timesteps",
+    "draw_timesteps": "timesteps",
+    "WEIGHTS": "losses",
+    "hybrid_loss": "losses",
+    "p2_weight": "losses",
+    "ddim_sample": "sampling",
+    "ddim_timesteps": "sampling",
+    "ddpm_sample": "sampling",
+    "UNet": "nets.unet",
+    "frechet_distance": "evaluation.metrics",
+    "load_checkpoint": "checkpoints",
+    "load_published": "published",
+    "to_uint8": "data.batches",
+}
+__all__ = sorted(_MODULES)
 
 
-class StudyError(Exception):
-    """A mistake of the user or the machine, told in one sentence: what, where, and what to do about it."""
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'diffusion' has no attribute '{name}'")
+    return getattr(import_module(f"diffusion.{_MODULES[name]}"), name)
 
 
-class Stopped(Exception):
-    """A long work was asked to stop and has saved how far it came."""
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """End a command with exit code 1 and one sentence on stderr where the user or the machine made a mistake."""
-    try:
-        yield
-    except StudyError as error:
-        sys.exit(str(error))
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{place}{error.strerror or error}: make room, or mend the path or its permission, and try again")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

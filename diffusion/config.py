@@ -1,21 +1,15 @@
-"""The experiment file: its schema and defaults, validated once, without torch.
+"""The settings of one training run, validated without torch.
 
-An `Experiment` is one study. `Experiment.run(arm)` gives the `RunConfig` of an arm: exactly what determines a training
-run, and therefore what its directory is named after.
+A `RunConfig` holds exactly what determines a training run.
 """
 
-import difflib
 import hashlib
 import json
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
-
-from diffusion import StudyError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 # Bump by hand when a change in `diffusion/` alters what a run computes: every run then starts a new directory.
 TRAIN_VERSION = 2
@@ -158,7 +152,7 @@ class Weight(Choice):
     """SpeeD (Wang et al. 2024)."""
 
 
-# The order of keys in these four is hashed (`workflow.layout.pixels`): new ones go last, with a default.
+# The order of keys in these four is hashed (`convergence.layout.pixels`): new ones go last, with a default.
 class OpenMoji(Section):
     """Colour emoji from a package that is installed."""
 
@@ -228,7 +222,7 @@ Dataset = Annotated[OpenMoji | Folder | Torchvision | HuggingFace, Field(discrim
 
 
 class Model(Section):
-    """The ADM U-Net (Dhariwal & Nichol 2021); keys are the keyword arguments of `diffusion.unet.UNet`."""
+    """The ADM U-Net (Dhariwal & Nichol 2021); keys are the keyword arguments of `diffusion.nets.unet.UNet`."""
 
     channels: PositiveInt = 128
     """Width at full resolution."""
@@ -336,49 +330,6 @@ class Scheme(Section):
         return self.importance_corrected
 
 
-class Arm(Scheme):
-    """A scheme as the experiment file writes it, with the arm it is matched to and its own training settings."""
-
-    match: str | None = None
-    """Another arm, whose expected gradient this one keeps by its weights."""
-    weigh_twice: bool = False
-    """Allows drawing by p2 *and* weighting the loss."""
-    train: dict[str, Any] = {}
-    """Keys of `train` that differ for this arm."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Arm":
-        density, weight = self.timesteps.chosen[0], self.mse_weight.chosen[0]
-        if density == "p2" and weight != "unweighted" and not (self.corrected or self.weigh_twice):
-            raise ValueError(
-                f"draws timesteps by p2 and weights the loss by {weight}, which weights twice: drop mse_weight, "
-                "or say weigh_twice: true if it is meant, or importance_corrected: true"
-            )
-        if self.match and {"mse_weight", "vb_weight", "importance_corrected"} & self.model_fields_set:
-            raise ValueError(
-                "match sets both weights: drop mse_weight, vb_weight and importance_corrected, or drop match"
-            )
-        if not (self.correct_vb or self.match or self.corrected):
-            raise ValueError("correct_vb: nothing is corrected: drop it, or say importance_corrected: true")
-        return self
-
-
-class Regular(Section):
-    """Checkpoints from `start` (default: `every`) to `until`, `every` steps apart."""
-
-    every: PositiveInt
-    """Steps between checkpoints."""
-    until: PositiveInt
-    """No step lies beyond it."""
-    start: int | None = Field(None, ge=0)
-    """The first one; 0 is the untrained net; unset: `every`."""
-
-    @property
-    def steps(self) -> list[int]:
-        """All of them, growing."""
-        return list(range(self.every if self.start is None else self.start, self.until + 1, self.every))
-
-
 class Sample(Section):
     """How every checkpoint is sampled."""
 
@@ -396,99 +347,6 @@ class Sample(Section):
     """Of the latents, which all checkpoints share."""
     keep: bool = False
     """Whether the arrays of samples stay after evaluation."""
-
-
-class WeightsFile(Section):
-    """Weights of a feature extractor on disk: a path, or with it the sha256 of others than the published ones."""
-
-    path: Path
-    """Of the file."""
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """Unset: that of the published weights."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-
-class Evaluate(Section):
-    """Samples against images of the dataset, by features of fixed nets."""
-
-    features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
-    """Feature extractors; the first one's is the primary comparison."""
-    metrics: tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...] = Field(
-        ("fd",), min_length=1
-    )
-    """`fd` among them, which the curves show."""
-    reference: Literal["train", "held_out"] = "train"
-    """Which part of the dataset."""
-    reference_images: int | None = Field(None, ge=2)
-    """How many of it; unset: all."""
-    weights: dict[str, WeightsFile] = {}
-    """Extractor -> its file of weights, where no network is: a path, or `{path: ..., sha256: ...}`."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Evaluate":
-        for name in self.weights:
-            if name not in self.features:
-                raise ValueError(
-                    f"weights: {name} is none of the features ({', '.join(self.features)}): drop or add it"
-                )
-        if "fd" not in self.metrics:
-            raise ValueError("metrics: the curves show fd: add it")
-        if self.reference == "held_out" and "memorised" in self.metrics:
-            raise ValueError("metrics: memorised compares with the training images: say reference: train, or drop it")
-        return self
-
-
-class Probe(Section):
-    """How loss and gradient of every checkpoint are measured in bins of timesteps: `diffusion.probe`."""
-
-    images: PositiveInt = 256
-    """Of those held out from training, where there are any."""
-    batch_size: PositiveInt = 16
-    """Images in each of the batches whose gradients are compared."""
-    bins: PositiveInt = 10
-    """Of equal width in t."""
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> "Probe":
-        if self.images % self.batch_size or self.images < 2 * self.batch_size:
-            raise ValueError(
-                f"images {self.images} is not two or more batches of batch_size {self.batch_size}: choose a multiple"
-            )
-        return self
-
-
-class Primary(Section):
-    """The comparison that the study is made for."""
-
-    candidate: str
-    """An arm among the candidates."""
-    metric: Literal["fd", "kid", "precision", "recall"] = "fd"
-    """One of `evaluate.metrics`, in the first of `evaluate.features`."""
-
-
-class Compare(Section):
-    """Which arms are compared. One comparison is primary, the others are secondary."""
-
-    baseline: str
-    """An arm."""
-    candidates: tuple[str, ...] = Field(min_length=1)
-    """Arms that are compared with it."""
-    primary: Primary
-    """Declared before anything is seen."""
-    thresholds: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
-    """Values of the primary metric, for speed-ups; unset: at 1/4, 1/2 and 3/4 of the baseline's own way."""
-
-    @model_validator(mode="after")
-    def _arms_differ(self) -> "Compare":
-        arms = [self.baseline, *self.candidates]
-        for arm in self.candidates:
-            if arms.count(arm) > 1:
-                raise ValueError(f"{arm} is named twice, or is the baseline: name every arm once")
-        return self
 
 
 class Hashed(Section):
@@ -524,197 +382,6 @@ class RunConfig(Initial):
     def initial(self) -> Initial:
         """What it starts from."""
         return Initial(**{name: getattr(self, name) for name in Initial.model_fields})
-
-
-class Experiment(Section):
-    """One study: arms x seeds on one dataset."""
-
-    name: Name
-    """That of the file, without .yaml."""
-    dataset: Dataset
-    """What is learnt."""
-    model: Model = Model()
-    """The net."""
-    diffusion: Diffusion = Diffusion()
-    """The noise."""
-    train: Train = Train()
-    """What one step does."""
-    checkpoints: Regular | tuple[int, ...]
-    """Steps at which a run is sampled and evaluated: regular ones, or a list."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    """A run of every arm each; arms of a seed share all random numbers."""
-    arms: dict[Name, Arm] = Field(min_length=1)
-    """Name -> how it draws and weights timesteps."""
-    sample: Sample = Sample()
-    """How checkpoints are sampled."""
-    evaluate: Evaluate = Evaluate()
-    """What samples are compared with, and how."""
-    probe: Probe | None = Probe()
-    """How the mechanism is measured; null: not at all."""
-    compare: Compare | None = None
-    """What the verdict is on; unset: no verdict."""
-    published: Path | None = None
-    """A table of curves from elsewhere, laid in grey under the study's own; it enters no verdict."""
-    tracking: bool = True
-    """Whether MLflow tracks it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where nets run; auto: on a GPU if there is one."""
-    processes: PositiveInt = 1
-    """Data-parallel processes of one training run, a GPU each (on a CPU: `train.threads` threads each)."""
-
-    RESERVED_ARMS: ClassVar[set[str]] = {"init"}
-    RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references"}
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is named twice: drop one")
-        return seeds
-
-    @field_validator("checkpoints")
-    @classmethod
-    def _checkpoints_in_order(cls, value: Regular | tuple[int, ...]) -> Regular | tuple[int, ...]:
-        steps = value.steps if isinstance(value, Regular) else list(value)
-        if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
-            remedy = "put them in order" if steps else "list some, or raise until"
-            raise ValueError(f"steps must grow from 0 or more to at least 1, but are {steps}: {remedy}")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Experiment":
-        if self.name in self.RESERVED_NAMES:
-            raise ValueError(f"name: results/{self.name}/ holds something else: choose another")
-        check_image_size(self.dataset.image_size, self.model)
-        check_sampling_steps(self.sample, self.diffusion.timesteps)
-        needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
-        if needs_held_out and self.dataset.held_out < 2:
-            raise ValueError("evaluate: needs images that training does not see: set dataset.held_out to 2 or more")
-        if self.probe and self.probe.bins > self.diffusion.timesteps:
-            raise ValueError(f"probe.bins: {self.probe.bins} bins for {self.diffusion.timesteps} timesteps: lower it")
-        if self.probe and 0 < self.dataset.held_out < 2 * self.probe.batch_size:
-            raise ValueError(
-                f"probe.batch_size: {self.dataset.held_out} held-out images are not two batches of "
-                f"{self.probe.batch_size}: lower it, or raise dataset.held_out"
-            )
-        for name in self.arms:
-            self._check_arm(name)
-        for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
-            if name not in self.arms:
-                raise ValueError(f"compare: {name} is not among the arms: name one of {', '.join(self.arms)}")
-        if self.compare and self.compare.primary.candidate not in self.compare.candidates:
-            known, candidate = ", ".join(self.compare.candidates), self.compare.primary.candidate
-            raise ValueError(f"compare.primary: {candidate} is not among the candidates: name one of {known}")
-        if self.compare and self.compare.primary.metric not in self.evaluate.metrics:
-            metric = self.compare.primary.metric
-            raise ValueError(f"compare.primary.metric: {metric} is not evaluated: add it to evaluate.metrics")
-        return self
-
-    def _check_arm(self, name: str) -> None:
-        arm = self.arms[name]
-        if name in self.RESERVED_ARMS:
-            raise ValueError(f"arms.{name}: this name is taken by the untrained net: choose another")
-        if arm.match:
-            target = self.arms.get(arm.match)
-            if target is None or target.match:
-                raise ValueError(
-                    f"arms.{name}.match: {arm.match} is no other arm that is not matched itself: name such an arm"
-                )
-            if target.timesteps.learnt:
-                raise ValueError(f"arms.{name}.match: the density of {arm.match} changes: match an arm whose stays")
-        for key in ("timesteps", "mse_weight", "vb_weight"):
-            tau = getattr(arm, key).chosen[1].get("tau", 0)
-            if tau > self.diffusion.timesteps:
-                raise ValueError(
-                    f"arms.{name}.{key}.speed.tau: {tau} is beyond the {self.diffusion.timesteps} timesteps: lower it"
-                )
-        try:
-            batch_size = self.run(name).train.batch_size
-        except ValidationError as error:
-            mistake = error.errors()[0]
-            raise ValueError(f"arms.{name}.train{'.' if mistake['loc'] else ': '}{_sentence(mistake, Train)}") from None
-        if batch_size % self.processes:
-            raise ValueError(
-                f"processes: {self.processes} do not divide the batch_size {batch_size} of {name}: take a divisor"
-            )
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints, growing; 0 is the untrained net."""
-        return self.checkpoints.steps if isinstance(self.checkpoints, Regular) else list(self.checkpoints)
-
-    @property
-    def comparison(self) -> dict[str, Any]:
-        """Which arms are compared: the section `compare`, or all with the first; and what a reader must know.
-
-        `baseline`, `candidates`, `features` (of the primary comparison), `matched` (candidates that are matched to the
-        baseline), and where there is a section `compare` its `primary` and `thresholds`.
-        """
-        first, *others = self.arms
-        compare = {"baseline": first, "candidates": others}
-        compare |= self.compare.model_dump(mode="json") if self.compare else {}
-        matched = [arm for arm in compare["candidates"] if self.arms[arm].match == compare["baseline"]]
-        return compare | {"features": self.evaluate.features[0], "matched": matched}
-
-    def run(self, arm_name: str) -> RunConfig:
-        """The run of an arm: shared sections, its own training settings, its scheme, and whom it is matched to."""
-        arm = self.arms[arm_name]
-        return RunConfig(
-            dataset=self.dataset,
-            model=self.model,
-            diffusion=self.diffusion,
-            train=Train(**{**self.train.model_dump(), **arm.train}),
-            scheme=_scheme(arm),
-            match=_scheme(self.arms[arm.match]) if arm.match else None,
-            train_version=TRAIN_VERSION,
-        )
-
-
-def load_experiment(path: Path) -> Experiment:
-    """Read and validate an experiment file.
-
-    Raises:
-        StudyError: the file is missing, no YAML, or breaks the schema; a line per mistake with file, key and remedy.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
-            raise StudyError(f"{path}: no such experiment: name one of {known}") from None
-        raise StudyError(f"{path}: no such experiment: start this where the Snakefile lies, and name a study "
-                         "without folder and .yaml") from None  # fmt: skip
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read ({error}): save it as UTF-8 text, or mend its permission") from None
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: mend it there: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise StudyError(f"{path}: must hold keys and values such as `name: {path.stem}`, not {type(content).__name__}")
-    try:
-        experiment = Experiment.model_validate(content)
-    except ValidationError as error:
-        # A list of which every item is wrong is not also too short.
-        mistakes = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
-        raise StudyError("\n".join(f"{path}: {_sentence(e)}" for e in mistakes)) from None
-    if experiment.name != path.stem:
-        raise StudyError(f"{path}: name is {experiment.name}, but the file is called {path.stem}: make them equal")
-    return experiment
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key overwrite an earlier one in silence; a study must not lose an arm that way."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.value != "<<"]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice: drop one", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _scheme(arm: Arm) -> Scheme:
-    return Scheme(**{name: getattr(arm, name) for name in Scheme.model_fields})
 
 
 def check_image_size(image_size: int, model: Model) -> None:
@@ -758,57 +425,3 @@ def check_sampling_steps(sample: Sample, timesteps: int) -> None:
         )
     if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
         raise ValueError(f"sample.steps: {sample.steps} do not fit {timesteps} timesteps: take 2 to {timesteps}")
-
-
-def in_words(error: ValueError) -> str:
-    """The first mistake that a section (pydantic) or a check found in its values, in one sentence."""
-    return _sentence(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
-
-
-def _keys_at(location: tuple[Any, ...], root: type[BaseModel]) -> set[str]:
-    """The keys of the section that a location within the root leads to."""
-    sections = [root]
-    for part in location:
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        # Names of arms, and of members of a union, lead no further.
-        sections = [inner for field in fields for inner in _sections_in(field.annotation)] or sections
-    return {key for section in sections for key in section.model_fields}
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections_in(argument)]
-
-
-# What pydantic says of a type of mistake is about Python: what to write instead.
-REMEDIES = {
-    "tuple_type": "write a list, such as [0, 1]",
-    "too_short": "name at least one",
-    "string_pattern_mismatch": "write small letters, digits and _, as in my_arm2",
-    "dict_type": "write keys and values, as in {key: value}; none at all is {}",
-    "model_type": "write keys and values, as in {key: value}; none at all is {}",
-}
-
-
-def _sentence(error: Any, root: type[BaseModel] = Experiment) -> str:
-    """One mistake that pydantic found in a section, in words."""
-    # Second in the location of a union is pydantic's name of the member, not a key; so is what has brackets.
-    union = error["loc"][:1] in (("dataset",), ("checkpoints",))
-    parts = error["loc"][:1] + error["loc"][2:] if union else error["loc"]
-    location, kind, given = ".".join(str(part) for part in parts if "[" not in str(part)), error["type"], error["input"]
-    if kind == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1], root)
-        close = difflib.get_close_matches(str(error["loc"][-1]).lower(), known, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
-        return f"{location}: unknown key; {remedy}"
-    if kind in ("missing", "union_tag_not_found"):
-        return f"{location}{'.source' if kind != 'missing' else ''}: missing: add it"
-    if kind == "union_tag_invalid":
-        return f"{location}.source: {error['ctx']['tag']} is unknown: name one of {error['ctx']['expected_tags']}"
-    message = error["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{location}: {message}" if location else message
-    if kind in REMEDIES:
-        return f"{location}: {REMEDIES[kind]}, but it is {given!r}"
-    return f"{location}: {message[0].lower() + message[1:]}, but it is {given!r}"

@@ -1,5 +1,6 @@
 """Writing files so that a reader never meets half of one, and no two processes write the same; reading what may be
-damaged."""
+damaged.
+"""
 
 import glob
 import hashlib
@@ -12,11 +13,11 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from diffusion import StudyError
+from diffusion.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when all went well, and vanishes otherwise.
 
     What a killed writer of the same path left behind goes first; one that is still at work, forgotten, then fails.
@@ -57,42 +58,42 @@ def check_unchanged(path: Path, digest: str) -> None:
     """Make sure that a file holds what it held when its `sha256` was taken.
 
     Raises:
-        StudyError: it does not.
+        InputError: it does not.
     """
     if sha256(path) != digest:
-        raise StudyError(f"{path}: changed since it was written (sha256): delete it and run the same command again")
+        raise InputError(f"{path}: changed since it was written (sha256): delete it and run the same command again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        StudyError: it cannot be read, or holds something else.
+        InputError: it cannot be read, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyError(f"{path}: missing: run the same command again") from None
+        raise InputError(f"{path}: missing: run the same command again") from None
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: damaged ({error}): delete it and run the same command again") from None
+        raise InputError(f"{path}: damaged ({error}): delete it and run the same command again") from None
     if not isinstance(content, dict):
-        raise StudyError(f"{path}: damaged (no JSON object): delete it and run the same command again")
+        raise InputError(f"{path}: damaged (no JSON object): delete it and run the same command again")
     return content
 
 
 @contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
+def exclusive_lock(directory: Path) -> Iterator[None]:
     """Keep a second trainer off a run: one may still be at work after what started it was killed.
 
     Raises:
-        StudyError: another process is in it.
+        InputError: another process is in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise StudyError(
+        raise InputError(
             f"{directory}: another process is training this run: wait until it ends, or stop it, and start again"
         ) from None
     with lock:

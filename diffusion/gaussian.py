@@ -74,24 +74,24 @@ class NoiseSchedule:
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of q(x_t | x_0) for given noise (Ho et al. 2020, eq. 4). All images [B, C, H, W], t [B]."""
         return (
-            at(self.alphas_cumprod.sqrt(), t, x_start) * x_start
-            + at((1 - self.alphas_cumprod).sqrt(), t, x_start) * noise
+            gather(self.alphas_cumprod.sqrt(), t, x_start) * x_start
+            + gather((1 - self.alphas_cumprod).sqrt(), t, x_start) * noise
         )
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7). Images [B, C, H, W], t [B]."""
-        return at(self.posterior_mean_x_start, t, x_t) * x_start + at(self.posterior_mean_x_t, t, x_t) * x_t
+        return gather(self.posterior_mean_x_start, t, x_t) * x_start + gather(self.posterior_mean_x_t, t, x_t) * x_t
 
     def predict_x_start(self, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_0 from predicted noise: `q_sample` (Ho et al. 2020, eq. 4) solved for it. Images [B, C, H, W], t [B]."""
         return (
-            at((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t
-            - at((1 / self.alphas_cumprod - 1).sqrt(), t, x_t) * epsilon
+            gather((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t
+            - gather((1 / self.alphas_cumprod - 1).sqrt(), t, x_t) * epsilon
         )
 
     def predict_epsilon(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise between x_0 and x_t: the inverse of `predict_x_start`. Images [B, C, H, W], t [B]."""
-        return (at((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t - x_start) / at(
+        return (gather((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t - x_start) / gather(
             (1 / self.alphas_cumprod - 1).sqrt(), t, x_t
         )
 
@@ -117,11 +117,11 @@ def p_mean_variance(
     """
     channels = x_t.shape[1]
     epsilon = model_output[:, :channels]
-    minimum = at(schedule.posterior_log_variance_clipped, t, x_t)
+    minimum = gather(schedule.posterior_log_variance_clipped, t, x_t)
     if model_output.shape[1] == 2 * channels:
         # Nichol & Dhariwal 2021, eq. 15: v in [-1, 1] interpolates between the two bounds in the log domain.
         fraction = (model_output[:, channels:] + 1) / 2
-        log_variance = fraction * at(schedule.betas.log(), t, x_t) + (1 - fraction) * minimum
+        log_variance = fraction * gather(schedule.betas.log(), t, x_t) + (1 - fraction) * minimum
     else:
         log_variance = minimum.expand_as(x_t)
     pred_x_start = schedule.predict_x_start(epsilon, x_t, t)
@@ -152,6 +152,6 @@ def _previous(alphas_cumprod: Tensor) -> Tensor:
     return F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
 
-def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Values of a [T] table at t [B], as [B, 1, 1, 1] in the dtype and on the device of `like`."""
     return table.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))

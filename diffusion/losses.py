@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import NoiseSchedule, at, p_mean_variance
+from diffusion.gaussian import NoiseSchedule, gather, p_mean_variance
 
 
 def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
@@ -114,7 +114,7 @@ def _variational_bound(
     frozen = torch.cat([epsilon.detach(), variance], dim=1)
     mean, log_variance, _ = p_mean_variance(schedule, frozen, x_t, t, clip=False)
     true_mean = schedule.q_posterior_mean(x_start, x_t, t)
-    true_log_variance = at(schedule.posterior_log_variance_clipped, t, x_t)
+    true_log_variance = gather(schedule.posterior_log_variance_clipped, t, x_t)
     divergence = 0.5 * (
         log_variance
         - true_log_variance

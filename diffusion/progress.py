@@ -24,7 +24,7 @@ class Progress:
         self.what, self.total = what, total
         self.start = self.told = time.monotonic()
 
-    def at(self, done: float) -> None:
+    def update(self, done: float) -> None:
         """So many are done: more than 0."""
         now = time.monotonic()
         if now - self.told >= TELL_SECONDS:
@@ -38,4 +38,4 @@ def with_progress(items: Sequence[Item], what: str) -> Iterator[Item]:
     progress = Progress(what, len(items))
     for done, item in enumerate(items, 1):
         yield item
-        progress.at(done)
+        progress.update(done)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import NoiseSchedule, at, p_mean_variance, respaced
+from diffusion.gaussian import NoiseSchedule, gather, p_mean_variance, respaced
 from diffusion.streams import generator
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -61,7 +61,7 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
         x_start = p_mean_variance(coarse, model(x, t), x, i).pred_x_start
         # Clipping x_0 changes the noise that the image implies.
         epsilon = coarse.predict_epsilon(x_start, x, i)
-        a_prev = at(coarse.alphas_cumprod_prev, i, x)
+        a_prev = gather(coarse.alphas_cumprod_prev, i, x)
         x = a_prev.sqrt() * x_start + (1 - a_prev).sqrt() * epsilon
     return x
 

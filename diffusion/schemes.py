@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion import StudyError
 from diffusion.config import Scheme
+from diffusion.errors import InputError
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import WEIGHTS
 from diffusion.timesteps import DENSITIES, uniform
@@ -33,7 +33,7 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
     keeps that of uniform draws.
 
     Raises:
-        StudyError: a density or weight is not finite, or losses of timesteps that are never drawn are to be corrected.
+        InputError: a density or weight is not finite, or losses of timesteps that are never drawn are to be corrected.
     """
     probabilities = _table(DENSITIES, scheme.timesteps.chosen, schedule)
     mse_weight = _table(WEIGHTS, scheme.mse_weight.chosen, schedule)
@@ -46,7 +46,7 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
         return Tables(probabilities, mse_weight, vb_weight)
     if (probabilities == 0).any():
         name, parameters = scheme.timesteps.chosen
-        raise StudyError(
+        raise InputError(
             f"the density {name} {parameters} never draws {int((probabilities == 0).sum())} of the timesteps, so its "
             "losses cannot be corrected: widen it, or drop match and importance_corrected"
         )
@@ -59,17 +59,17 @@ def _table(
     """One table of an arm, [T].
 
     Raises:
-        StudyError: no function has the name, or what it gives is not finite.
+        InputError: no function has the name, or what it gives is not finite.
     """
     name, parameters = chosen
     if name not in functions:
-        raise StudyError(
+        raise InputError(
             f"{name} is a key of diffusion/config.py, but no function has this name: add it to DENSITIES in "
             "diffusion/timesteps.py, or to WEIGHTS in diffusion/losses.py"
         )
     table = functions[name](schedule, **parameters)
     if not torch.isfinite(table).all():
-        raise StudyError(f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: choose milder numbers")
+        raise InputError(f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: choose milder numbers")
     return table
 
 

@@ -15,8 +15,8 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
-from diffusion.config import Experiment  # noqa: E402
-from workflow.tables import markdown_table  # noqa: E402
+from convergence.schema import Experiment
+from convergence.tables import markdown_table
 
 INTRODUCTION = """\
 # Every key of an experiment file
@@ -28,7 +28,7 @@ FLOORS = {"diffusion": "diffusion/: the library", "workflow": "workflow/: what i
 LABELS = {
     "workflow.rules": "Snakefile, rules/*.smk",
     "workflow.scripts": "scripts/, one for each rule",
-    "diffusion.__main__": "python -m diffusion",
+    "convergence.command.images": "python -m diffusion",
 }
 
 

@@ -17,8 +17,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def extractor():
-    from diffusion.features import load_extractor
-    from diffusion.weights import LITE0
+    from diffusion.evaluation.extractors import load_extractor
+    from diffusion.evaluation.weights import LITE0
 
     return load_extractor(LITE0, "cpu")
 
@@ -30,7 +30,7 @@ def real():
 
 @pytest.fixture(scope="session")
 def real_features(real, extractor):
-    from diffusion.features import extract_features
+    from diffusion.evaluation.extractors import extract_features
 
     return extract_features(real, extractor)
 

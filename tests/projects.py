@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["Snakefile", "workflow", "diffusion", "experiments", "profiles", "environment.yml"]
+PARTS = ["Snakefile", "workflow", "diffusion", "convergence", "experiments", "profiles", "environment.yml"]
 
 
 def copy_project(destination):

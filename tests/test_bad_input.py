@@ -124,7 +124,7 @@ def wrong_weights(project):
 
 
 P2 = {"p2": {"gamma": 0.5}}
-SAMPLE = ["-m", "diffusion", "sample", "--out", "samples"]
+SAMPLE = ["-m", "convergence.command.images", "sample", "--out", "samples"]
 TABLE = {
     # config
     "unknown key": (DRY_RUN, study(train={"batchsize": 3}), ["train.batchsize", "did you mean batch_size?"]),
@@ -178,34 +178,52 @@ TABLE = {
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
     "tracking half": ([*DRY_RUN, "tracking=half"], study(), ["--config tracking=half", "tracking=off"]),
     "plan from nothing": (
-        ["-m", "workflow.plan", "no.csv", "--baseline", "a", "--candidate", "b", "--effect", "2%"],
+        ["-m", "convergence.command.plan", "no.csv", "--baseline", "a", "--candidate", "b", "--effect", "2%"],
         None,
         ["no.csv: not a table", "name a CSV file"],
     ),
     "plan from one seed": (
-        ["-m", "workflow.plan", "metrics.csv", "--baseline", "base", "--candidate", "cand", "--effect", "2%"],
+        [
+            "-m",
+            "convergence.command.plan",
+            "metrics.csv",
+            "--baseline",
+            "base",
+            "--candidate",
+            "cand",
+            "--effect",
+            "2%",
+        ],
         metrics,
         ["Pairs of base and cand", "train more seeds"],
     ),
     "plan for an unknown arm": (
-        ["-m", "workflow.plan", "metrics.csv", "--baseline", "base", "--candidate", "c", "--effect", "2%"],
+        ["-m", "convergence.command.plan", "metrics.csv", "--baseline", "base", "--candidate", "c", "--effect", "2%"],
         metrics,
         ["metrics.csv: no arm c: name one of base, cand"],
     ),
     "no effect": (
-        ["-m", "workflow.plan", "metrics.csv", "--baseline", "a", "--candidate", "b", "--effect", "0"],
+        ["-m", "convergence.command.plan", "metrics.csv", "--baseline", "a", "--candidate", "b", "--effect", "0"],
         metrics,
         ["0 is no size above 0"],
     ),
-    "budget at no speed": (["-m", "workflow.budget", "openmoji", "--train-rate", "0"], None, ["--train-rate is 0"]),
-    "budget of nothing": (["-m", "workflow.budget", "opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
-    "orphans of a broken study": (["-m", "workflow.orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
+    "budget at no speed": (
+        ["-m", "convergence.command.budget", "openmoji", "--train-rate", "0"],
+        None,
+        ["--train-rate is 0"],
+    ),
+    "budget of nothing": (
+        ["-m", "convergence.command.budget", "opnmoji"],
+        None,
+        ["opnmoji.yaml", "name one of fashion_mnist"],
+    ),
+    "orphans of a broken study": (["-m", "convergence.command.orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
     "images of two sizes": (
-        ["-m", "diffusion", "evaluate", "mixed", "mixed"],
+        ["-m", "convergence.command.images", "evaluate", "mixed", "mixed"],
         two_sizes,
         ["b.png in mixed has 16x16 pixels where others have 8x8", "reduce all to one size"],
     ),
-    "unknown metric": (["-m", "diffusion", "evaluate", "a", "b", "--metrics", "fid"], None, ["'fid'", "'fd'"]),
+    "unknown metric": (["-m", "convergence.command.images", "evaluate", "a", "b", "--metrics", "fid"], None, ["'fid'", "'fd'"]),
 }
 
 

@@ -5,9 +5,9 @@ import torch
 import yaml
 from projects import ROOT, copy_project, edit, snakemake
 
-from diffusion.config import load_experiment
-from workflow import budget
-from workflow.budget import Rates
+from convergence.command import budget
+from convergence.command.budget import Rates
+from convergence.study_file import load_experiment
 
 # The recipe of the published study on FFHQ at 128 pixels: 98,621,958 parameters, 25.6 million images a run.
 FFHQ = {
@@ -94,7 +94,7 @@ def test_a_batch_that_does_not_fit_the_gpu_is_told(ffhq, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("diffusion.training.TrainState", full)
+    monkeypatch.setattr("diffusion.training.state.TrainState", full)
     with pytest.raises(
         SystemExit, match=r"^ffhq: a batch of 1 does not fit .* lower train.micro_batch, or give --train-rate"
     ):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from projects import ROOT, edit, jobs, reduce
 
-from workflow.carry import needed
+from convergence.command.carry import needed
 
 
 def test_what_is_needed_is_pinned_and_leaves_torch_behind():
@@ -43,7 +43,7 @@ def test_a_study_goes_there_and_its_results_come_home(tmp_path):
     run(["git", "clone", "--quiet", str(ROOT), str(home)], tmp_path)
     edit(home, reduce)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    run([sys.executable, "-m", "workflow.carry", "pack", "openmoji", "--python", python], home)
+    run([sys.executable, "-m", "convergence.command.carry", "pack", "openmoji", "--python", python], home)
 
     # There: torch lies where the machine's own packages lie, all else comes from the archive, and no index answers.
     machine = tmp_path / "machine"
@@ -71,5 +71,5 @@ def test_a_study_goes_there_and_its_results_come_home(tmp_path):
     shutil.rmtree(next(home.glob("results/datasets/*")), ignore_errors=True)
     run(["tar", "xzf", there / "results.tar.gz"], home)
     assert jobs(home, "--config", "tracking=off") == []
-    run([sys.executable, "-m", "workflow.tracking", "sync", "experiments/openmoji.yaml"], home)
+    run([sys.executable, "-m", "convergence.tracking.follow", "sync", "experiments/openmoji.yaml"], home)
     assert (home / "mlflow.db").exists()

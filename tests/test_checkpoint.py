@@ -20,18 +20,13 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion import StudyError, progress
-from diffusion.__main__ import main
-from diffusion.checkpoint import (
-    infer_model,
-    load_checkpoint,
-    load_published,
-    sample_checkpoint,
-    save_weights,
-    write_published,
-)
+from convergence.command.images import main
+from diffusion import progress
+from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, Sample, check_image_size
-from diffusion.unet import UNet
+from diffusion.errors import InputError
+from diffusion.nets.unet import UNet
+from diffusion.published import infer_model, load_published, write_published
 
 ROOT = Path(__file__).parent.parent
 KEYS = json.loads((Path(__file__).parent / "data/adm_state_dict_keys.json").read_text())
@@ -247,7 +242,7 @@ WRONG = [
 @pytest.mark.parametrize(("content", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_other_content_is_refused_in_a_sentence(tmp_path, content, message):
     path = save_pt(tmp_path / "model.pt", content())
-    with pytest.raises(StudyError, match=f"^{path}: .*{message}") as error:
+    with pytest.raises(InputError, match=f"^{path}: .*{message}") as error:
         load_published(path, "cpu", 32, head_channels=16)
     assert "\n" not in str(error.value)
 
@@ -258,7 +253,7 @@ def test_truncated_files_are_refused_in_a_sentence(tmp_path, kept, zipped):
     path = save_pt(tmp_path / "model.pt", det_weights(), _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(StudyError, match=f"^{path}: cut short or damaged .*: fetch it again$"):
+    with pytest.raises(InputError, match=f"^{path}: cut short or damaged .*: fetch it again$"):
         load_published(path, "cpu", 32, head_channels=16)
 
 
@@ -309,14 +304,14 @@ def test_export_overwrites_no_safetensors(tmp_path):
 
 def test_places_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
     ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    assert f"{ours}: File exists: make room, or mend the path" in sentence("sample", ours, "--out", ours, *SHORT)
+    assert f"{ours}: File exists: free space, or correct the path" in sentence("sample", ours, "--out", ours, *SHORT)
     assert "No such file or directory: make room" in sentence("export", ours, tmp_path / "nowhere/model.pt")
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path):
     ours = save_ours(tmp_path / "weights.safetensors", det_weights())
     words = sentence("sample", ours, "--out", tmp_path, *SHORT, "--images", str(10**12))
-    assert words.startswith(f"{tmp_path / 'samples.npy'}: No space left on device: make room")
+    assert words.startswith(f"{tmp_path / 'samples.npy'}: No space left on device: free space")
     assert list(tmp_path.iterdir()) == [ours]
 
 
@@ -338,7 +333,7 @@ def test_wrong_arguments_end_with_code_2(capsys, arguments):
 
 
 def run(*arguments: str | Path, **how: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "diffusion", *map(str, arguments)]
+    command = [sys.executable, "-m", "convergence.command.images", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **how)
 
 
@@ -364,7 +359,7 @@ def test_the_command_from_end_to_end(tmp_path):
 def test_help_needs_no_torch():
     code = """if True:
         import sys
-        from diffusion.__main__ import main
+        from convergence.command.images import main
         try:
             main(["sample", "--help"])
         except SystemExit:

@@ -10,12 +10,12 @@ from made import scenes
 from PIL import Image
 from test_features import write_random_inception
 
-from diffusion import StudyError
-from diffusion.__main__ import _add_evaluate
-from diffusion.evaluation import evaluate, reference_of
-from diffusion.features import extract_features, load_extractor
-from diffusion.prepare import read_images
-from diffusion.weights import INCEPTION, LITE0
+from convergence.command.images import _add_evaluate
+from diffusion.data.folder import read_images
+from diffusion.errors import InputError
+from diffusion.evaluation.extractors import extract_features, load_extractor
+from diffusion.evaluation.reference import evaluate, reference_of
+from diffusion.evaluation.weights import INCEPTION, LITE0
 
 
 def run(*words) -> None:
@@ -71,7 +71,7 @@ def test_inception_runs_from_a_file_of_weights(sets, tmp_path, capsys):
     weights = ["--features", INCEPTION, "--metrics", "fd", "--weights", tmp_path / "random.pth"]
     run(*sets, *weights, "--weights-sha256", digest)
     assert re.search(rf"{INCEPTION}:\n  fd +\d", capsys.readouterr().out)
-    with pytest.raises(StudyError, match="sha256"):
+    with pytest.raises(InputError, match="sha256"):
         run(*sets, *weights)
 
 
@@ -88,7 +88,7 @@ def test_inception_runs_from_a_file_of_weights(sets, tmp_path, capsys):
     ],
 )
 def test_what_is_no_set_of_images_is_refused(tmp_path, make, told):
-    with pytest.raises(StudyError, match=told):
+    with pytest.raises(InputError, match=told):
         read_images(make(tmp_path))
 
 

@@ -8,19 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from diffusion import StudyError, losses, timesteps
-from diffusion.config import (
-    TRAIN_VERSION,
-    Density,
-    Diffusion,
-    Experiment,
-    Model,
-    RunConfig,
-    Scheme,
-    Train,
-    Weight,
-    load_experiment,
-)
+from convergence.errors import StudyError
+from convergence.schema import Experiment
+from convergence.study_file import load_experiment
+from diffusion import losses, timesteps
+from diffusion.config import TRAIN_VERSION, Density, Diffusion, Model, RunConfig, Scheme, Train, Weight
 
 STUDY = {
     "name": "study",

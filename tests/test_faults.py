@@ -17,7 +17,7 @@ import pytest
 import torch
 from projects import assert_equal_results, assert_tracked_once, copy_project, edit, jobs, reduce, snakemake
 
-from diffusion.files import replacing
+from diffusion.files import atomic_write
 
 COMMAND = [sys.executable, "-m", "snakemake", "--cores", "2", "--", "reports/fid_curves.png"]
 PHASES = {"dataset", "reference", "initialise", "train", "sample", "evaluate", "probe", "figures"}
@@ -294,8 +294,8 @@ def test_what_a_killed_writer_left_is_gone_after_the_next(tmp_path):
     script = f"""
 import os, signal
 from pathlib import Path
-from diffusion.files import replacing
-with replacing(Path({str(tmp_path / "a[1].npy")!r})) as file:
+from diffusion.files import atomic_write
+with atomic_write(Path({str(tmp_path / "a[1].npy")!r})) as file:
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -304,7 +304,7 @@ with replacing(Path({str(tmp_path / "a[1].npy")!r})) as file:
     subprocess.run([sys.executable, "-c", script], cwd=root)
     (tmp_path / ".a[1].npy").write_bytes(b"another file")
     assert len(list(tmp_path.iterdir())) == 2 and not (tmp_path / "a[1].npy").exists()
-    with replacing(tmp_path / "a[1].npy") as file:
+    with atomic_write(tmp_path / "a[1].npy") as file:
         file.write(b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a[1].npy", "a[1].npy"]
     assert (tmp_path / "a[1].npy").read_bytes() == b"whole"

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import diffusion.weights as weights
-from diffusion import StudyError, features, progress
-from diffusion.features import EfficientNetLite0, extract_features, fold_batch_norms, load_extractor
-from diffusion.weights import INCEPTION, LITE0, SOURCES, check_weights, hub_directory, weights_file
+import diffusion.evaluation.weights as weights
+from diffusion import progress
+from diffusion.errors import InputError
+from diffusion.evaluation import extractors as features
+from diffusion.evaluation.extractors import EfficientNetLite0, extract_features, fold_batch_norms, load_extractor
+from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES, check_weights, hub_directory, weights_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,7 +108,7 @@ def test_features_of_no_image(real, extractor):
 
 @pytest.mark.parametrize("images", [np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32)])
 def test_features_refuse_other_images(images, extractor):
-    with pytest.raises(StudyError, match="uint8"):
+    with pytest.raises(InputError, match="uint8"):
         extract_features(images, extractor)
 
 
@@ -133,21 +135,21 @@ def test_progress_is_logged(real, extractor, monkeypatch, caplog):
 
 
 def test_weights_that_cannot_come_from_a_path_are_not_taken_from_elsewhere(tmp_path):
-    with pytest.raises(StudyError, match="dinov2-vit-b-14 cannot be read from a path"):
+    with pytest.raises(InputError, match="dinov2-vit-b-14 cannot be read from a path"):
         load_extractor("dinov2-vit-b-14", "cpu", tmp_path / "mine.pth")
 
 
 def test_altered_weights_are_refused(monkeypatch):
     monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
-    with pytest.raises(StudyError, match="sha256"):
+    with pytest.raises(InputError, match="sha256"):
         load_extractor(LITE0, "cpu")
 
 
 def test_lite0_does_without_torch_fidelity():
     program = """if True:
         import sys, numpy as np
-        from diffusion.evaluation import evaluate, make_reference, reference_key
-        from diffusion.features import extract_features, load_extractor
+        from diffusion.evaluation.reference import evaluate, make_reference, reference_key
+        from diffusion.evaluation.extractors import extract_features, load_extractor
         images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
         extractor = load_extractor("efficientnet-lite0", "cpu")
         reference = make_reference(images, extractor, reference_key(extractor, ""))
@@ -186,9 +188,9 @@ def test_registered_extractors_of_torch_fidelity(real):
     expected = real.mean((1, 2)) / 2
     np.testing.assert_allclose(extract_features(real, extractor), expected, rtol=1e-5)
     assert extractor.identity["extractor"] == "pixels/mean"
-    with pytest.raises(StudyError, match="'pixels-offline' could not be loaded.*no route"):
+    with pytest.raises(InputError, match="'pixels-offline' could not be loaded.*no route"):
         load_extractor("pixels-offline", "cpu")
-    with pytest.raises(StudyError, match="'pixel'.*efficientnet-lite0, inception-v3-compat"):
+    with pytest.raises(InputError, match="'pixel'.*efficientnet-lite0, inception-v3-compat"):
         load_extractor("pixel", "cpu")
 
 
@@ -214,7 +216,7 @@ def test_a_memory_map_is_read_and_let_go(tmp_path):
     np.lib.format.open_memmap(path, "w+", np.uint8, (4000, 183, 183, 3))[::7] = 7
     program = f"""if True:
         import re, numpy as np, torch
-        from diffusion.features import extract_features
+        from diffusion.evaluation.extractors import extract_features
         class Mean(torch.nn.Linear):
             def forward(self, x):
                 return x.float().mean((2, 3))
@@ -264,7 +266,7 @@ def test_weights_that_are_nowhere_are_told_with_both_remedies(empty_hub, monkeyp
     source = SOURCES[INCEPTION]
     # Nobody listens on the discard port.
     monkeypatch.setitem(SOURCES, INCEPTION, source._replace(url="http://127.0.0.1:9/weights.pth"))
-    with pytest.raises(StudyError) as told:
+    with pytest.raises(InputError) as told:
         check_weights(INCEPTION)
     for part in (str(empty_hub / source.file), "http://127.0.0.1:9", source.sha256, "copy", "evaluate.weights"):
         assert part in str(told.value)
@@ -301,12 +303,12 @@ def test_weights_files_are_verified(empty_hub, random_inception, tmp_path):
 
     digest = sha256(random_inception.read_bytes()).hexdigest()
     check_weights(INCEPTION, random_inception, digest)
-    with pytest.raises(StudyError, match=f"has sha256 {digest}, not {SOURCES[INCEPTION].sha256}"):
+    with pytest.raises(InputError, match=f"has sha256 {digest}, not {SOURCES[INCEPTION].sha256}"):
         check_weights(INCEPTION, random_inception)
     kept = empty_hub / SOURCES[INCEPTION].file
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"half a downl")
-    with pytest.raises(StudyError, match="fetch it again"):
+    with pytest.raises(InputError, match="fetch it again"):
         check_weights(INCEPTION)
     for name, path, told in [
         (INCEPTION, tmp_path / "none.pth", "are not at .*none.pth"),
@@ -314,6 +316,6 @@ def test_weights_files_are_verified(empty_hub, random_inception, tmp_path):
         (LITE0, random_inception, "drop their path"),
         ("inception", None, "choose from efficientnet-lite0, inception-v3-compat"),
     ]:
-        with pytest.raises(StudyError, match=told):
+        with pytest.raises(InputError, match=told):
             check_weights(name, path)
     check_weights(LITE0)

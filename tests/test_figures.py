@@ -6,10 +6,11 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from scipy import stats
 
-from diffusion import StudyError
-from diffusion.checkpoint import preview
-from workflow import figures
-from workflow.figures import fid_curves, metric_label, preview_grid, samples_grid
+from convergence.errors import StudyError
+from convergence.figures import curves, samples, style
+from convergence.figures.curves import fid_curves, metric_label
+from convergence.figures.samples import preview_grid, samples_grid
+from diffusion.checkpoints import preview
 
 ARMS = ("uni05", "under05", "matched05", "uniform", "speed", "min-snr")
 COLUMNS = [
@@ -51,7 +52,7 @@ def diverge(metrics, arm, seed, step):
 
 
 def axes_of(metrics, metric="fd"):
-    return figures._draw_curves(metrics, metric).axes
+    return curves._draw_curves(metrics, metric).axes
 
 
 def mean_lines(ax):
@@ -90,7 +91,7 @@ def test_label_says_what_was_measured(features, metric, n, label):
 
 def test_fid_is_the_name_for_inception_features_alone():
     for features, called_fid in ((LITE0, False), (INCEPTION, True)):
-        figure = figures._draw_curves(table(features=features), "fd")
+        figure = curves._draw_curves(table(features=features), "fd")
         words = " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
         assert ("FID" in words) == called_fid
     assert "FD (EfficientNet-Lite0), 500 samples" in axes_of(table())[0].get_ylabel()
@@ -233,8 +234,8 @@ def test_published_curves_lie_in_grey_under_those_of_their_study():
     elsewhere = pd.concat([
         table(seeds=1, steps=(100, 400, 800), n=999), table(seeds=1, features=INCEPTION), table(seeds=1, study="other"),
     ])  # fmt: skip
-    panel, *_ = figures._draw_curves(own, "fd", None, elsewhere).axes
-    grey = [line for line in panel.lines if line.get_color() == figures.PUBLISHED["color"]]
+    panel, *_ = curves._draw_curves(own, "fd", None, elsewhere).axes
+    grey = [line for line in panel.lines if line.get_color() == curves.PUBLISHED["color"]]
     # One run of each arm, as far as the study itself goes.
     assert [line.get_xdata().tolist() for line in grey] == [[3200, 12800]] * 2
     assert [line.get_marker() for line in grey] == [line.get_marker() for line in mean_lines(panel)]
@@ -342,17 +343,17 @@ def test_samples_grid_shows_the_pixels_enlarged_without_smoothing(tmp_path):
         page = np.asarray(image)
 
     height, width = 4 * 69, 4 * 137  # a preview is 69 x 137 pixels; 4 times that is nearest to a cell
-    margin = 2 * figures.FONT_PIXELS
+    margin = 2 * samples.FONT_PIXELS
     for row, arm in enumerate(ARMS[:2]):
         for column, images in enumerate((3200, 6400, 12800)):
-            top = margin + row * (height + figures.CELL_GAP)
-            left = margin + column * (width + figures.CELL_GAP)
+            top = margin + row * (height + samples.CELL_GAP)
+            left = margin + column * (width + samples.CELL_GAP)
             cell = page[top : top + height, left : left + width]
             if path := grids[arm][images]:
                 with Image.open(path) as image:
                     np.testing.assert_array_equal(cell, np.asarray(image).repeat(4, 0).repeat(4, 1))
             else:
-                assert (cell[0] == figures.EMPTY_CELL).all()
+                assert (cell[0] == samples.EMPTY_CELL).all()
                 assert len(np.unique(cell)) > 1  # the words
     assert (page[:margin, margin:] < 100).any() and (page[:, :margin] < 100).any()  # headings, arms
     assert (page[0] == 255).all() and (page[:, 0] == 255).all()
@@ -366,7 +367,7 @@ def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_pre
         grids["uni05"][step] = path
     samples_grid(grids, tmp_path / "samples.png", steps={})
     with Image.open(tmp_path / "samples.png") as image:
-        line = np.asarray(image)[2 * figures.FONT_PIXELS + 120, 2 * figures.FONT_PIXELS + 240 :: 492, 0]
+        line = np.asarray(image)[2 * samples.FONT_PIXELS + 120, 2 * samples.FONT_PIXELS + 240 :: 492, 0]
     np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
 
 
@@ -392,7 +393,7 @@ def test_a_study_that_diverged_everywhere_has_a_grid_without_samples(tmp_path):
     samples_grid({"uni05": {100: None, 200: None}}, tmp_path / "samples.png", {})
     with Image.open(tmp_path / "samples.png") as image:
         page = np.asarray(image.convert("RGB"))
-    empty = (page == figures.EMPTY_CELL).all(-1).any(0)
+    empty = (page == samples.EMPTY_CELL).all(-1).any(0)
     assert np.diff(empty.astype(int)).tolist().count(1) == 2
 
 
@@ -418,4 +419,4 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [(0, "0"), (500, "500"), (3200, "3.2k"), (1_536_000, "1.54M"), (999_999, "1M"), (100_000, "100k")],
 )
 def test_counts_are_short(count, text):
-    assert figures._short(count) == text
+    assert style._short(count) == text

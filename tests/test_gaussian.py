@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from diffusion.gaussian import NoiseSchedule, at, cosine_betas, linear_betas, p_mean_variance, respaced
+from diffusion.gaussian import NoiseSchedule, cosine_betas, gather, linear_betas, p_mean_variance, respaced
 
 SHORT = NoiseSchedule(linear_betas(20))
 
@@ -116,7 +116,7 @@ def test_images_of_a_batch_have_their_own_timesteps():
 
 
 def test_tables_take_the_dtype_of_the_images():
-    values = at(SHORT.betas, torch.tensor([0, 3]), torch.zeros(2, 3, 4, 4))
+    values = gather(SHORT.betas, torch.tensor([0, 3]), torch.zeros(2, 3, 4, 4))
     assert values.shape == (2, 1, 1, 1) and values.dtype == torch.float32
     torch.testing.assert_close(values.flatten(), SHORT.betas[[0, 3]].float(), rtol=0, atol=0)
 

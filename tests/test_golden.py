@@ -15,8 +15,8 @@ from torch import Tensor
 from diffusion import timesteps
 from diffusion.gaussian import NoiseSchedule, linear_betas, p_mean_variance
 from diffusion.losses import hybrid_loss, p2_weight
+from diffusion.nets.unet import UNet
 from diffusion.sampling import ddim_sample, ddim_timesteps
-from diffusion.unet import UNet
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = dict(np.load(DATA / "adm_reference.npz"))

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
-from diffusion.data import Batches
+from diffusion.data.batches import Batches
 from diffusion.devices import largest_batch
-from diffusion.norm import Plain, _implementation
-from diffusion.training import TrainState, train_step, untrained
+from diffusion.nets.norm import TorchGroupNorm, _implementation
+from diffusion.training.state import TrainState, train_step, untrained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -43,18 +43,18 @@ def losses(run: RunConfig, steps: int) -> list[float]:
 @pytest.mark.parametrize(("n", "channels", "size"), [(4, 128, 128), (2, 96, 17), (8, 512, 8), (3, 32, 32)])
 def test_kernels_agree_with_the_plain_path(n, channels, size, silu, dtype):
     kernels = _implementation("cuda")
-    assert kernels is not Plain
+    assert kernels is not TorchGroupNorm
     x, g = (
         (torch.randn(n, channels, size, size, device="cuda") + shift).to(dtype, memory_format=torch.channels_last)
         for shift in (1, 0)
     )
     gain, offset = torch.randn(2, n, channels, device="cuda")
-    exact = Plain.forward(x.double(), gain.double(), offset.double(), 32, silu)
+    exact = TorchGroupNorm.forward(x.double(), gain.double(), offset.double(), 32, silu)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     for ours, theirs in zip(kernels.forward(x, gain, offset, 32, silu), exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs, **tolerance)
     found = kernels.backward(g, x, gain, offset, *(s.float() for s in exact[1:]), silu)
-    expected = Plain.backward(g.double(), x.double(), gain.double(), offset.double(), *exact[1:], silu)
+    expected = TorchGroupNorm.backward(g.double(), x.double(), gain.double(), offset.double(), *exact[1:], silu)
     for ours, theirs in zip(found, expected, strict=True):
         # Sums over an image differ by as much as their terms are many.
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance["rtol"], atol=tolerance["atol"] * size)

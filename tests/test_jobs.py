@@ -11,8 +11,9 @@ from PIL import Image
 from projects import ROOT
 from snakemake.exceptions import WorkflowError
 
-from diffusion import Stopped, StudyError
-from workflow import jobs, layout
+from convergence import jobs, layout, snakefile
+from convergence.errors import StudyError
+from diffusion.errors import Stopped
 
 
 def study(folder, held_out):
@@ -32,29 +33,29 @@ def test_what_is_held_out_leaves_some_to_train_on(tmp_path, monkeypatch, held_ou
     study(tmp_path, held_out)
     told = f"mine.yaml: dataset.held_out: {held_out} of 4 pictures leaves none to train on: lower it"
     with pytest.raises(StudyError, match=told):
-        jobs.load_experiments({"experiments": "mine"}, tmp_path)
+        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 def test_pictures_are_counted_by_their_names_and_after_they_were_prepared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, 2)
-    experiment = jobs.load_experiments({"experiments": " mine.yaml"}, tmp_path)["mine"]
+    experiment = snakefile.load_experiments({"experiments": " mine.yaml"}, tmp_path)["mine"]
     directory = layout.dataset_directory(experiment.dataset)
     directory.mkdir(parents=True)
     (directory / "manifest.json").write_text('{"count": 2}')
     with pytest.raises(StudyError, match="2 of 2 pictures leaves none to train on"):
-        jobs.load_experiments({"experiments": "mine"}, tmp_path)
+        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
     (directory / "manifest.json").unlink()
     for picture in (tmp_path / "pictures").iterdir():
         picture.rename(picture.with_suffix(".txt"))
     with pytest.raises(StudyError, match="there are no pictures in pictures: name a folder"):
-        jobs.load_experiments({"experiments": "mine"}, tmp_path)
+        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 def test_enough_may_be_held_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, 2)
-    assert set(jobs.load_experiments({"experiments": "mine"}, tmp_path)) == {"mine"}
+    assert set(snakefile.load_experiments({"experiments": "mine"}, tmp_path)) == {"mine"}
 
 
 @pytest.mark.parametrize("squeue", [None, "#!/bin/sh\nexit 3\n"])
@@ -66,7 +67,7 @@ def test_a_queue_that_cannot_be_seen_is_told(tmp_path, monkeypatch, squeue):
     with pytest.raises(
         WorkflowError, match=r"squeue fails \(.*\): start this on a login node of the cluster, or without"
     ):
-        jobs.cancel_left_jobs([("train", ["a"])])
+        snakefile.cancel_left_jobs([("train", ["a"])])
 
 
 @pytest.mark.parametrize(
@@ -80,13 +81,13 @@ def test_a_queue_that_cannot_be_seen_is_told(tmp_path, monkeypatch, squeue):
     ],
 )
 def test_mistakes_are_told_in_a_sentence(caplog, error, said):
-    with pytest.raises(SystemExit) as ended, jobs.mistakes_in_words():
+    with pytest.raises(SystemExit) as ended, jobs.exit_on_job_error():
         raise error
     assert ended.value.code == 1 and len(caplog.records) == 1 and said in caplog.text
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(errno.EIO, "a fault")])
 def test_what_is_no_mistake_of_the_user_stays_as_it_is(caplog, error):
-    with pytest.raises(type(error)), jobs.mistakes_in_words():
+    with pytest.raises(type(error)), jobs.exit_on_job_error():
         raise error
     assert not caplog.records and logging.getLogger().handlers

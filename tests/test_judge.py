@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 from projects import ROOT
 
-from workflow import figures
-from workflow.tables import read_curves
+from convergence.figures import curves
+from convergence.tables import read_curves
 
 CLAIM = ROOT / "reports/published/claim"
 
 
 def judge(table, out, *arguments):
-    command = [sys.executable, "-m", "workflow.judge", str(table), "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "convergence.command.judge", str(table), "--out", str(out), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -48,7 +48,7 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
     table.to_csv(tmp_path / "three.csv", index=False)
     arguments = ("--baseline", "theirs", "--candidate", "ours")
     assert judge(tmp_path / "one.csv", tmp_path / "one", *arguments).returncode == 0
-    panel = figures._draw_curves(read_curves(tmp_path / "one.csv"), "fd").axes[0]
+    panel = curves._draw_curves(read_curves(tmp_path / "one.csv"), "fd").axes[0]
     assert panel.get_ylabel().startswith("FID\n") and not panel.child_axes
     assert "nothing can be concluded" in (tmp_path / "one/verdict.md").read_text()
     assert judge(tmp_path / "three.csv", tmp_path / "three", *arguments).returncode == 0
@@ -106,8 +106,8 @@ def test_published_curves_are_of_the_study_that_names_them(tmp_path):
     (tmp_path / "curves.csv").write_text("arm,images,value\na,1,2\na,2,1\n")
     assert set(read_curves(tmp_path / "curves.csv")["study"]) == {"curves"}
     published = read_curves(tmp_path / "curves.csv", "mine")
-    panel = figures._draw_curves(published.assign(study="mine", value=3.0), "fd", None, published).axes[0]
-    grey = [line for line in panel.lines if line.get_color() == figures.PUBLISHED["color"]]
+    panel = curves._draw_curves(published.assign(study="mine", value=3.0), "fd", None, published).axes[0]
+    grey = [line for line in panel.lines if line.get_color() == curves.PUBLISHED["color"]]
     assert [line.get_ydata().tolist() for line in grey] == [[2, 1]]
     # A study's name stays where the table says it.
     assert set(read_curves(CLAIM / "curves.csv", "mine")["study"]) == {"ffhq128", "flowers102"}

@@ -7,10 +7,10 @@ from PIL import Image
 from scipy import stats
 from test_verdict import COMPARE, compared, curves, study
 
-from workflow.mechanism import _draw, draw_mechanism
-from workflow.statistics import changes
-from workflow.tables import PROBE_COLUMNS
-from workflow.verdict import verdict_text
+from convergence.analysis.mechanism import compare_probes
+from convergence.analysis.verdict import verdict_text
+from convergence.figures.mechanism import _draw, draw_mechanism
+from convergence.tables import PROBE_COLUMNS
 
 BINS = ["0-49", "50-99", "all"]
 METRICS = ["mse", "vb", "gradient_norm", "gradient_variance", "noise_scale"]
@@ -42,14 +42,14 @@ def average_of(table, timesteps, metric):
 def told(factor, matched=(), **options):
     metrics = study(curves(4, 1.0), curves(4, 0.9, seed=1))
     compare = COMPARE | {"matched": list(matched)}
-    table = changes(probes(factor, **options), {"small": compare})
+    table = compare_probes(probes(factor, **options), {"small": compare})
     text = verdict_text(metrics, compared(metrics), table, {"small": compare})
     return re.search(r"### Why\n(.*?)### Diverged", text, re.S)[1]
 
 
 def test_changes_are_paired_t_intervals_of_logs():
     table = probes({("0-49", "mse"): 0.9})
-    found = average_of(changes(table, {"small": COMPARE}), "0-49", "mse")
+    found = average_of(compare_probes(table, {"small": COMPARE}), "0-49", "mse")
     logs = np.log(table.query("timesteps == '0-49' and metric == 'mse'").pivot_table(
         index="seed", columns=["arm", "images"], values="value"))  # fmt: skip
     weights = np.array([0.25, 0.5, 0.25])
@@ -63,7 +63,7 @@ def test_what_drowned_in_noise_is_left_out_and_the_rest_compared():
     table = probes({})
     drowned = (table["metric"] == "noise_scale") & (table["timesteps"] == "all") & (table["seed"] == 2)
     table.loc[drowned, ["value", "reason"]] = [np.nan, "the mean gradient drowns in noise: raise probe.images"]
-    found = changes(table, {"small": COMPARE})
+    found = compare_probes(table, {"small": COMPARE})
     assert average_of(found, "all", "noise_scale")["pairs"] == 3
     assert average_of(found, "all", "mse")["pairs"] == 4
 
@@ -95,7 +95,7 @@ def test_the_figure_has_a_block_for_each_study_and_equal_bytes(tmp_path):
     assert len(axes) == 8
     change, *_ = axes
     (line,) = [line for line in change.lines if line.get_linestyle() == "None"]
-    expected = 100 * np.expm1(-average_of(changes(table, comparisons), "0-49", "mse")["effect"])
+    expected = 100 * np.expm1(-average_of(compare_probes(table, comparisons), "0-49", "mse")["effect"])
     np.testing.assert_allclose(line.get_ydata()[0], expected)
     for path in (tmp_path / "a.png", tmp_path / "b.png"):
         draw_mechanism(table, comparisons, [path])
@@ -117,7 +117,7 @@ def test_what_was_measured_at_no_common_time_is_unknown_and_stops_nothing():
     table = probes({})
     drowned = (table["metric"] == "noise_scale") & (table["arm"].eq("base") == table["step"].eq(100))
     table.loc[drowned, ["value", "reason"]] = np.nan, "the mean gradient drowns in noise"
-    found = changes(table, {"small": COMPARE})
+    found = compare_probes(table, {"small": COMPARE})
     assert set(found["metric"]) == set(METRICS) - {"noise_scale"}
     metrics = study(curves(4, 1.0), curves(4, 0.9, seed=1))
     text = verdict_text(metrics, compared(metrics), found, {"small": COMPARE | {"matched": []}})

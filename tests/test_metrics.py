@@ -10,9 +10,9 @@ import scipy.stats
 import torch
 from made import correlated
 
-import diffusion.metrics as metrics
-from diffusion import StudyError
-from diffusion.metrics import (
+import diffusion.evaluation.metrics as metrics
+from diffusion.errors import InputError
+from diffusion.evaluation.metrics import (
     fit_gaussian,
     frechet,
     frechet_distance,
@@ -87,7 +87,7 @@ def test_fd_is_symmetric_and_ignores_order():
     ],
 )
 def test_fd_refuses(a, b, told):
-    with pytest.raises(StudyError, match=told):
+    with pytest.raises(InputError, match=told):
         frechet_distance(a, b)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.norm import Plain, group_norm
+from diffusion.nets.norm import TorchGroupNorm, group_norm
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -88,16 +88,16 @@ def test_half_precision_is_rounded_once():
     ],
 )
 def test_kernels_do_what_the_operations_do(n, channels, height, width, groups, dtype, silu):
-    from diffusion import kernels
+    from diffusion.nets import kernels
 
     x, (gain, offset) = images(n, channels, height, width, dtype), tables(n, channels, dtype=torch.float32)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    expected = Plain.forward(x, gain, offset, groups, silu)
+    expected = TorchGroupNorm.forward(x, gain, offset, groups, silu)
     for ours, theirs in zip(kernels.forward(x, gain, offset, groups, silu), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
     g = images(n, channels, height, width, dtype).flip(0) - 3
     arguments = (g, x, gain, offset, *expected[1:], silu)
-    for ours, theirs in zip(kernels.backward(*arguments), Plain.backward(*arguments), strict=True):
+    for ours, theirs in zip(kernels.backward(*arguments), TorchGroupNorm.backward(*arguments), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, **tolerance)
 
@@ -111,7 +111,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from diffusion import kernels
+from diffusion.nets import kernels
 
 CONSTANTS = {{"silu": True, "piece": 256, "rows": 32, "width": 128, "padded": 4, "pieces": 64}}
 for images in ("*bf16", "*fp32"):

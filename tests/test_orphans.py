@@ -1,8 +1,9 @@
 import pytest
 import yaml
 
-from diffusion.config import load_experiment
-from workflow import layout, orphans
+from convergence import layout
+from convergence.command import orphans
+from convergence.study_file import load_experiment
 
 STUDY = {
     "name": "mine",

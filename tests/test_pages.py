@@ -4,9 +4,9 @@ from docutils.core import publish_parts
 from test_statistics import curves, study
 from test_verdict import COMPARE, NO_PROBES
 
-from workflow.pages import cost_page, data_page, front_page, provenance_page, to_html
-from workflow.statistics import speedup_table
-from workflow.verdict import verdict_text
+from convergence.analysis.comparison import speedup_table
+from convergence.analysis.verdict import verdict_text
+from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
 
 ORIGIN = {"git_commit": "c0ffee", "git_dirty": False, "host": "here", "device": "cpu", "versions": {"torch": "2.9"}}
 

@@ -16,11 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from diffusion import StudyError, parallel
+from convergence.train_job import Segment, train
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
-from diffusion.prepare import prepare_folder
-from diffusion.training import train_segment
-from workflow.segment import Segment, train
+from diffusion.data.folder import prepare_folder
+from diffusion.errors import InputError
+from diffusion.training import parallel
+from diffusion.training.segment import train_segment
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
@@ -118,10 +119,10 @@ def test_gradients_are_reduced_once_per_step(both):
 
 
 def test_alone_a_process_tells_itself():
-    assert parallel.rank() == 0 and parallel.share(12) == range(12)
-    assert parallel.anywhere([True, False]) == [True, False]
+    assert parallel.rank() == 0 and parallel.rank_slice(12) == range(12)
+    assert parallel.any_rank([True, False]) == [True, False]
     tensor = torch.arange(3.0)
-    parallel.sum_up([tensor])
+    parallel.all_reduce_sum([tensor])
     assert tensor.tolist() == [0, 1, 2]
 
 
@@ -148,14 +149,14 @@ def segment(tmp_path):
 
 
 def in_a_process(segment):
-    code = "import json, sys\nfrom workflow.segment import Segment, train\ntrain(Segment(*json.loads(sys.argv[1])), 2)"
+    code = "import json, sys\nfrom convergence.train_job import Segment, train\ntrain(Segment(*json.loads(sys.argv[1])), 2)"
     command = [sys.executable, "-c", code, json.dumps(segment)]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
 
 
 def test_processes_that_do_not_divide_the_batch_are_told(segment):
     batch_size = RunConfig.model_validate_json(segment.run).train.batch_size
-    with pytest.raises(StudyError, match=f"processes: {batch_size + 1} do not divide the batch_size {batch_size}"):
+    with pytest.raises(InputError, match=f"processes: {batch_size + 1} do not divide the batch_size {batch_size}"):
         train(segment, batch_size + 1)
 
 
@@ -189,7 +190,7 @@ def test_torchrun_stops_and_goes_on_to_the_same_end(segment, tmp_path, monkeypat
 def test_a_mistake_in_one_of_several_processes_is_one_sentence(segment, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with pytest.raises(
-        StudyError, match=r"process \d of 2 ended with exit code 1: mend what it says above \(and in .*train.log\)"
+        InputError, match=r"process \d of 2 ended with exit code 1: mend what it says above \(and in .*train.log\)"
     ):
         train(segment._replace(dataset="nowhere"), 2)
     said = capfd.readouterr().err

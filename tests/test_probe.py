@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import StudyError
 from diffusion.config import Scheme
-from diffusion.data import split, to_model_range
+from diffusion.data.arrays import split
+from diffusion.data.batches import to_model_range
+from diffusion.errors import InputError
+from diffusion.evaluation.probe import ALL, Spread, bin_edges, diverged_rows, probe, probe_images
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import hybrid_loss
-from diffusion.probe import ALL, Spread, bin_edges, diverged_rows, probe, probe_images
 from diffusion.schemes import scheme_tables
 
 T = 12
@@ -187,7 +188,7 @@ def test_spread_is_numpys_covariance_and_unbiased():
 def dataset(tmp_path):
     from PIL import Image
 
-    from diffusion.prepare import prepare_folder
+    from diffusion.data.folder import prepare_folder
 
     source = tmp_path / "pictures"
     source.mkdir()
@@ -209,5 +210,5 @@ def test_probe_images_are_held_out_and_a_seeds_own(dataset):
 
 
 def test_too_few_images_are_told(dataset):
-    with pytest.raises(StudyError, match="12 images are not two batches of 8: lower probe.batch_size"):
+    with pytest.raises(InputError, match="12 images are not two batches of 8: lower probe.batch_size"):
         probe_images(dataset, held_out=12, count=64, batch_size=8, seed=0)

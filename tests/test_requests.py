@@ -8,9 +8,10 @@ import torch
 from test_workflow import copy_project, snakemake
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config import Evaluate, Experiment, Folder, Model, Probe, Sample
-from diffusion.unet import UNet
-from workflow import requests
+from convergence import resources as requests
+from convergence.schema import Evaluate, Experiment, Probe
+from diffusion.config import Folder, Model, Sample
+from diffusion.nets.unet import UNet
 
 NETS = [
     (Model(channels=32, channel_mult=(1, 1), res_blocks=1, attention_resolutions=(), head_channels=32), 16),

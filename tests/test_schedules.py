@@ -6,11 +6,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from convergence.figures import schedules
+from convergence.figures.schedules import axis_limits, curves, draw_schedules, tenths
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
 from diffusion.schemes import Tables, scheme_tables
-from workflow import schedules
-from workflow.schedules import axis_limits, curves, draw_schedules, tenths
 
 LINEAR = NoiseSchedule(linear_betas(1000))
 P2 = {"p2": {"gamma": 0.5, "k": 1}}

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import StudyError
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
+from diffusion.errors import InputError
 from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
 from diffusion.losses import hybrid_loss, p2_weight
 from diffusion.schemes import Tables, scheme_tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_stratified, draw_timesteps
-from diffusion.training import TrainState, ema_decay, train_segment, train_step, untrained
+from diffusion.training.segment import train_segment
+from diffusion.training.state import TrainState, ema_decay, train_step, untrained
 
 LONG, SHORT = NoiseSchedule(linear_betas(1000)), NoiseSchedule(linear_betas(40))
 P2 = {"p2": {"gamma": 0.5, "k": 1}}
@@ -144,7 +145,7 @@ def test_the_bound_can_be_left_uncorrected(scheme, match, vb_weight):
     ],
 )
 def test_timesteps_that_are_never_drawn_cannot_be_corrected(scheme, match):
-    with pytest.raises(StudyError, match=r"log_normal_sigma .*0.01.* never draws \d+ of the timesteps.*: widen it"):
+    with pytest.raises(InputError, match=r"log_normal_sigma .*0.01.* never draws \d+ of the timesteps.*: widen it"):
         scheme_tables(LONG, scheme, match)
     assert (scheme_tables(LONG, Scheme(timesteps=scheme.timesteps)).probabilities == 0).any()
 
@@ -159,7 +160,7 @@ def test_timesteps_that_are_never_drawn_cannot_be_corrected(scheme, match):
     ids=["no mass", "overflow", "no range"],
 )
 def test_numbers_that_leave_nothing_finite_are_refused(timesteps, scheme):
-    with pytest.raises(StudyError, match=r"is not finite at \d+ timesteps: choose milder numbers"):
+    with pytest.raises(InputError, match=r"is not finite at \d+ timesteps: choose milder numbers"):
         scheme_tables(NoiseSchedule(linear_betas(timesteps)), scheme)
 
 

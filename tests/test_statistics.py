@@ -6,25 +6,13 @@ import pytest
 from scipy import stats
 
 from benchmarks import coverage
-from diffusion import StudyError
-from workflow import statistics
-from workflow.statistics import (
-    average,
-    cautious_sd,
-    censored_interval,
-    compare_pair,
-    detectable,
-    falling,
-    log_speedup,
-    noise_floor,
-    power,
-    seeds_needed,
-    speedup_table,
-    t_interval,
-    time_to_threshold,
-    verdict,
-)  # fmt: skip
-from workflow.tables import COLUMNS
+from convergence.analysis import comparison, intervals
+from convergence.analysis.comparison import compare_pair, speedup_table, verdict
+from convergence.analysis.curves import average, isotonic_fit, log_speedup, time_to_threshold
+from convergence.analysis.intervals import censored_interval, t_interval
+from convergence.analysis.power import cautious_sd, detectable, noise_floor, power, seeds_needed
+from convergence.errors import StudyError
+from convergence.tables import COLUMNS
 
 STEPS = (0, 100, 200, 300, 400)
 
@@ -87,13 +75,13 @@ def test_the_closed_bound_is_the_worst_over_all_places_of_open_values():
     found = censored_interval([*exact, bound], [*exact, np.inf])
     places = np.concatenate([np.linspace(bound, 0.5, 400), [9.0]])
     lowest = np.sort([[*exact, place] for place in places])[:, :4]
-    bounds = lowest.mean(axis=1) - statistics._pivot_quantile(5, 1) * lowest.std(axis=1, ddof=1)
+    bounds = lowest.mean(axis=1) - intervals._pivot_quantile(5, 1) * lowest.std(axis=1, ddof=1)
     np.testing.assert_allclose(found.low, bounds.min(), rtol=1e-6)
     assert found.high == np.inf and found.estimate == 0.25
 
 
 def test_without_open_values_the_pivot_is_students():
-    np.testing.assert_allclose(statistics._pivot_quantile(4, 0), stats.t.ppf(0.975, 3) / np.sqrt(4), rtol=0.03)
+    np.testing.assert_allclose(intervals._pivot_quantile(4, 0), stats.t.ppf(0.975, 3) / np.sqrt(4), rtol=0.03)
 
 
 def test_an_open_value_is_not_dropped():
@@ -162,16 +150,16 @@ def test_a_crossing_counts_when_it_lasts():
 
 def test_the_falling_fit_is_the_nearest_curve_that_never_rises():
     level = np.random.default_rng(0).normal(size=(20, 6))
-    fit = falling(level)
+    fit = isotonic_fit(level)
     assert (np.diff(fit) <= 0).all() and (np.diff(level) > 0).any(axis=1).all()
     for curve, found in zip(level, fit, strict=True):
         means = np.array([[curve[a : b + 1].mean() if a <= b else np.nan for b in range(6)] for a in range(6)])
         # the min-max formula of isotonic regression (Barlow et al. 1972)
         expected = [min(max(means[a, b] for b in range(k, 6)) for a in range(k + 1)) for k in range(6)]
         np.testing.assert_allclose(found, expected)
-    np.testing.assert_array_equal(falling(np.array([3.0, 2, 2, 1])), [3, 2, 2, 1])
-    np.testing.assert_array_equal(falling(np.array([1.0, 3, np.nan])), [2, 2, np.nan])
-    np.testing.assert_array_equal(falling(np.array([np.nan, np.nan])), [np.nan, np.nan])
+    np.testing.assert_array_equal(isotonic_fit(np.array([3.0, 2, 2, 1])), [3, 2, 2, 1])
+    np.testing.assert_array_equal(isotonic_fit(np.array([1.0, 3, np.nan])), [2, 2, np.nan])
+    np.testing.assert_array_equal(isotonic_fit(np.array([np.nan, np.nan])), [np.nan, np.nan])
 
 
 def test_censoring_at_both_ends_and_after_a_divergence():
@@ -328,7 +316,7 @@ def test_one_comparison_is_primary():
     assert primary["threshold"].dropna().unique().tolist() == [150]
     assert len(table[["features", "metric"]].drop_duplicates()) == 4
     assert table[~table["primary"]]["threshold"].nunique() == 3  # by the rule
-    assert speedup_table(pd.concat(both), {}).columns.tolist() == statistics.SPEEDUP_COLUMNS
+    assert speedup_table(pd.concat(both), {}).columns.tolist() == comparison.SPEEDUP_COLUMNS
 
 
 # Verdict and noise

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from projects import ROOT, copy_project, edit, snakemake
 
-from diffusion.config import load_experiment
-from workflow.requests import unet_size
+from convergence.resources import unet_size
+from convergence.study_file import load_experiment
 
 STUDIES = {path.stem: load_experiment(path) for path in sorted((ROOT / "experiments").glob("*.yaml"))}
 PUBLISHED = ("ffhq128", "flowers102")

@@ -19,7 +19,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from workflow import layout, tracking
+from convergence import answers, layout, study_file
+from convergence.tracking import content, follow
 
 ROOT = Path(__file__).parents[1]
 STUDY = """
@@ -45,7 +46,7 @@ METRIC_COLUMNS = [
 def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("toy.yaml").write_text(STUDY)
-    return tracking.load_experiment(Path("toy.yaml"))
+    return study_file.load_experiment(Path("toy.yaml"))
 
 
 @pytest.fixture
@@ -89,12 +90,12 @@ def write_checkpoint(path, step, fd, diverged=None):
 def start(command, uri=None):
     """`python -m workflow.tracking` as a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    arguments = [sys.executable, "-m", "workflow.tracking", command, "--uri", uri or store(), "toy.yaml"]
+    arguments = [sys.executable, "-m", "convergence.tracking.follow", command, "--uri", uri or store(), "toy.yaml"]
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def sync(study):
-    tracking.follow(store(), {Path("toy.yaml"): study}, stopped=lambda: True)
+    follow.follow(store(), {Path("toy.yaml"): study}, stopped=lambda: True)
 
 
 def store():
@@ -151,9 +152,9 @@ def wait_for_follower():
 
 def test_incomplete_last_line_waits(tmp_path):
     (tmp_path / "log.csv").write_text("step,images\n1,10\n2,2")
-    assert tracking.read_rows(tmp_path / "log.csv") == [{"step": "1", "images": "10"}]
+    assert content.read_rows(tmp_path / "log.csv") == [{"step": "1", "images": "10"}]
     (tmp_path / "log.csv").write_text("step,im")
-    assert tracking.read_rows(tmp_path / "log.csv") == []
+    assert content.read_rows(tmp_path / "log.csv") == []
 
 
 def test_train_metrics_skip_what_cannot_be_plotted():
@@ -166,10 +167,10 @@ def test_train_metrics_skip_what_cannot_be_plotted():
         "vb": "inf",
         "grad_norm": "3.5",
     }
-    assert tracking.train_metrics(row, 50, 200) == {"train/grad_norm": 3.5, "progress": 0.25}
+    assert content.train_metrics(row, 50, 200) == {"train/grad_norm": 3.5, "progress": 0.25}
     rate = {"images_per_second": "30"}
-    assert tracking.train_metrics(rate, 50, 200)["time_left_s"] == 5.0
-    assert tracking.train_metrics({"loss": None}, 50, 200) == {"progress": 0.25}
+    assert content.train_metrics(rate, 50, 200)["time_left_s"] == 5.0
+    assert content.train_metrics({"loss": None}, 50, 200) == {"progress": 0.25}
 
 
 def test_only_inception_gives_fid_and_kid():
@@ -177,17 +178,17 @@ def test_only_inception_gives_fid_and_kid():
         return {"features": features, "metric": metric, "value": value, "images": "100"}
 
     rows = [row(f, m) for f in ("inception-v3-compat", "efficientnet-lite0") for m in ("fd", "kid", "recall")]
-    names = [name for name, _ in tracking.eval_metrics(rows)]
+    names = [name for name, _ in content.eval_metrics(rows)]
     assert names == [
         *("eval/fid inception-v3-compat", "eval/kid inception-v3-compat", "eval/recall inception-v3-compat"),
         *("eval/fd efficientnet-lite0", "eval/kd efficientnet-lite0", "eval/recall efficientnet-lite0"),
     ]
-    assert tracking.eval_metrics([row("efficientnet-lite0", "fd", "")]) == {}
+    assert content.eval_metrics([row("efficientnet-lite0", "fd", "")]) == {}
 
 
 def test_batches_cut_no_row():
     rows = [[(row, column) for column in range(1 + row % 7)] for row in range(100)]
-    joined = list(tracking.batches(rows, limit=20))
+    joined = list(content.batches(rows, limit=20))
     assert [cell for batch in joined for cell in batch] == [cell for row in rows for cell in row]
     assert max(map(len, joined)) <= 20
     assert all(
@@ -198,9 +199,9 @@ def test_batches_cut_no_row():
 def test_standings_compare_at_a_checkpoint_that_all_runs_have():
     ahead = {("eval/fd x", 0): 90.0, ("eval/fd x", 900): 40.0, ("eval/fd x", 1000): 20.0}
     behind = {("eval/fd x", 0): 90.0, ("eval/fd x", 900): 50.0}
-    table = tracking.standings({"a": [ahead, behind], "b": [behind]}).splitlines()
+    table = content.standings({"a": [ahead, behind], "b": [behind]}).splitlines()
     assert table == ["| mean over seeds | fd x, 900 images |", "| --- | --- |", "| a | 45 |", "| b | 50 |"]
-    assert tracking.standings({"a": [ahead], "b": [{}]}) == ""
+    assert content.standings({"a": [ahead], "b": [{}]}) == ""
 
 
 VERDICT = """# Verdict
@@ -226,11 +227,11 @@ So.
 
 
 def test_the_answer_on_a_study_is_found_in_the_verdict():
-    assert tracking.sections(VERDICT) == {
+    assert answers.sections(VERDICT) == {
         "toy": "**Question.** Does b?\n\n**Answer.** b is faster.",
         "other": "**Answer.** a is slower.",
     }
-    assert tracking.sections("") == {}
+    assert answers.sections("") == {}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_the_answer_on_a_study_is_found_in_the_verdict():
     ],
 )
 def test_run_status(facts, expected):
-    assert tracking.run_status(*facts) == expected
+    assert content.run_status(*facts) == expected
 
 
 # The store
@@ -328,7 +329,7 @@ def test_an_edited_arm_gets_a_new_run(study):
     Path("toy.yaml").write_text(
         STUDY.replace("uni05: {mse_weight: {p2: {gamma: 0.5, k: 1}}}", "uni05: {mse_weight: {p2: {gamma: 1, k: 1}}}")
     )
-    study = tracking.load_experiment(Path("toy.yaml"))
+    study = study_file.load_experiment(Path("toy.yaml"))
     write_log(directory(study, 100, "uni05"), range(1, 6))
     sync(study)
     experiment = client().get_experiment_by_name("toy").experiment_id
@@ -382,7 +383,7 @@ def test_a_killed_follower_repeats_nothing(study, processes):
 @pytest.mark.slow
 def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
     code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(99)"
-    command = [sys.executable, "-c", code, sys.executable, "-m", "workflow.tracking", "follow", "toy.yaml"]
+    command = [sys.executable, "-c", code, sys.executable, "-m", "convergence.tracking.follow", "follow", "toy.yaml"]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     processes.append(parent)
     wait_for_follower()
@@ -477,13 +478,13 @@ def test_studies_share_a_postgresql_store_and_an_artifact_directory(postgresql, 
         project.mkdir()
         text = STUDY.replace("name: toy", f"name: {name}")
         (project / f"{name}.yaml").write_text(text)
-        experiment = tracking.load_experiment(project / f"{name}.yaml")
+        experiment = study_file.load_experiment(project / f"{name}.yaml")
         path = project / layout.step_directory(name, "uniform", experiment.run("uniform"), 0, 100)
         path.mkdir(parents=True)
         write_log(path, range(1, 101))
         write_checkpoint(path, 100, 50.0)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_ARTIFACTS_DESTINATION": shared.as_uri()}
-    command = [sys.executable, "-m", "workflow.tracking", "sync", "--uri", postgresql]
+    command = [sys.executable, "-m", "convergence.tracking.follow", "sync", "--uri", postgresql]
 
     def sync_all(names):
         processes.extend(

@@ -14,19 +14,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import Stopped, StudyError, training
-from diffusion.checkpoint import load_checkpoint, sample_checkpoint
+from diffusion.checkpoints import load_checkpoint, sample_checkpoint
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, RunConfig, Sample, Scheme, Train
+from diffusion.errors import InputError, Stopped
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import p2_weight
 from diffusion.schemes import scheme_tables
-from diffusion.training import (
+from diffusion.training import segment
+from diffusion.training.segment import train_segment
+from diffusion.training.state import (
     TrainState,
     ema_decay,
     initial_weights,
     learning_rate,
     save_state,
-    train_segment,
     train_step,
     untrained,
 )
@@ -166,12 +167,13 @@ def test_a_killed_segment_goes_on_to_the_same_end(tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
     code = f"""
 import numpy as np, torch, pathlib
-from diffusion import training
+from diffusion.training import segment
+from diffusion.training import state
 from diffusion.config import RunConfig
 torch.set_num_threads(1)
-training.SAVE_SECONDS = 0
+segment.SAVE_SECONDS = 0
 run = RunConfig.model_validate_json({run.canonical()!r})
-training.train_segment(run, 0, np.load("images.npy"), None, pathlib.Path("cut"), 40, "cpu")
+segment.train_segment(run, 0, np.load("images.npy"), None, pathlib.Path("cut"), 40, "cpu")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (tmp_path / "cut/state.partial.pt").exists():
@@ -203,10 +205,10 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     train_segment(tiny(), 0, IMAGES, None, tmp_path / "step2", 2, "cpu")
     state = tmp_path / "step2/state.pt"
     for run, seed in ((tiny(learning_rate=1e-2), 0), (tiny(), 1)):
-        with pytest.raises(StudyError, match="belongs to another run"):
+        with pytest.raises(InputError, match="belongs to another run"):
             train_segment(run, seed, IMAGES, state, tmp_path / "step4", 4, "cpu")
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(StudyError, match=r"state.pt: damaged .*: delete it"):
+    with pytest.raises(InputError, match=r"state.pt: damaged .*: delete it"):
         train_segment(tiny(), 0, IMAGES, state, tmp_path / "step4", 4, "cpu")
 
 
@@ -235,9 +237,9 @@ def test_a_state_is_saved_as_it_was_when_asked_for(tmp_path, monkeypatch):
     batches, go_on = state.batches(IMAGES), threading.Event()
     train_step(state, batches)
     before = [p.detach().clone() for p in state.parameters]
-    write = training.save_state
-    monkeypatch.setattr(training, "save_state", lambda *of: (go_on.wait(), write(*of)))
-    saver = training._Saver(tmp_path / "state.pt")
+    write = state.save_state
+    monkeypatch.setattr(state, "save_state", lambda *of: (go_on.wait(), write(*of)))
+    saver = segment._Saver(tmp_path / "state.pt")
     saver.save(state.content())
     train_step(state, batches)
     go_on.set()
@@ -249,7 +251,7 @@ def test_a_state_is_saved_as_it_was_when_asked_for(tmp_path, monkeypatch):
 
 
 def test_what_the_writing_of_a_state_meets_is_raised(tmp_path):
-    saver = training._Saver(tmp_path / "no such directory/state.pt")
+    saver = segment._Saver(tmp_path / "no such directory/state.pt")
     saver.save(TrainState(tiny(), 0, "cpu").content())
     with pytest.raises(FileNotFoundError):
         saver.wait()
@@ -264,7 +266,7 @@ def test_bf16_trains_as_fp32_does():
         batches = state.batches(IMAGES)
         for _ in range(100):
             train_step(state, batches)
-        state.meter = training.Meter(state.device)
+        state.meter = state.Meter(state.device)
         for _ in range(100):
             train_step(state, batches)
         return state.meter.means()["loss"]
@@ -407,5 +409,5 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "weights.safetensors"
     initial_weights(tiny().initial, 0, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StudyError, match="weights.safetensors: not a whole checkpoint"):
+    with pytest.raises(InputError, match="weights.safetensors: not a whole checkpoint"):
         load_checkpoint(path, "cpu")

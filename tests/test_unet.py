@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample, doubled, halved, timestep_embedding
+from diffusion.nets.unet import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    UNet,
+    Upsample,
+    doubled,
+    halved,
+    timestep_embedding,
+)
 
 SMALL = {
     "image_size": 16,

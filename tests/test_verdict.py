@@ -6,14 +6,16 @@ import pytest
 from PIL import Image
 from test_statistics import curves, study
 
-from workflow import plan
-from workflow.figures import _draw_curves, fid_curves
-from workflow.forest import _draw, draw_forest
-from workflow.statistics import changes, noise_floor, seeds_needed, speedup_table
-from workflow.tables import PROBE_COLUMNS
-from workflow.verdict import verdict_text
+from convergence.analysis.comparison import speedup_table
+from convergence.analysis.mechanism import compare_probes
+from convergence.analysis.power import noise_floor, seeds_needed
+from convergence.analysis.verdict import verdict_text
+from convergence.command import plan
+from convergence.figures.curves import _draw_curves, fid_curves
+from convergence.figures.forest import _draw, draw_forest
+from convergence.tables import PROBE_COLUMNS
 
-NO_PROBES = changes(pd.DataFrame(columns=PROBE_COLUMNS), {})
+NO_PROBES = compare_probes(pd.DataFrame(columns=PROBE_COLUMNS), {})
 
 COMPARE = {
     "baseline": "base",

@@ -6,17 +6,17 @@ from pathlib import Path
 # The packages that this file and the scripts import lie beside the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
-from diffusion import StudyError
-from workflow import jobs, layout, requests
+from convergence import layout, resources, snakefile
+from diffusion.errors import InputError
 
-jobs.set_environment(workflow.basedir)
-jobs.tidy_output()
+snakefile.set_environment(workflow.basedir)
+snakefile.quiet_output()
 try:
-    EXPERIMENTS = jobs.load_experiments(config, Path(workflow.basedir) / "experiments")
+    EXPERIMENTS = snakefile.load_experiments(config, Path(workflow.basedir) / "experiments")
     if workflow.is_main_process:
-        jobs.check_writable()
-        jobs.check_extractors(EXPERIMENTS)
-except StudyError as error:
+        snakefile.check_writable()
+        snakefile.check_extractors(EXPERIMENTS)
+except InputError as error:
     sys.exit(str(error))  # an error of Snakemake's would wrap the sentence in places of this file
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
@@ -42,18 +42,18 @@ wildcard_constraints:
 
 
 onstart:
-    jobs.date_back()
+    snakefile.date_back()
     if workflow.executor_plugin.name == "slurm":
-        jobs.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
-    jobs.start_tracking(config, EXPERIMENTS)
+        snakefile.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
+    snakefile.start_tracking(config, EXPERIMENTS)
 
 
 onsuccess:
-    jobs.tell_results(jobs.stop_tracking())
+    snakefile.print_results(snakefile.stop_tracking())
 
 
 onerror:
-    jobs.stop_tracking()
+    snakefile.stop_tracking()
 
 
 def experiment_of(wildcards):
@@ -74,7 +74,7 @@ def threads_of(wildcards):
 
 
 def gpus_for(experiment):
-    return jobs.gpus(experiment, elsewhere=workflow.non_local_exec or workflow.remote_exec)
+    return snakefile.gpus(experiment, elsewhere=workflow.non_local_exec or workflow.remote_exec)
 
 
 def gpus_of(wildcards):
@@ -134,7 +134,7 @@ def probe_files(study):
 
 def minutes(request):
     """The resource `runtime` of a rule, of a function that gives the request of a job. A second attempt asks for more."""
-    return lambda wildcards, input, attempt: min(attempt * request(wildcards, input).minutes, requests.LONGEST_MINUTES)
+    return lambda wildcards, input, attempt: min(attempt * request(wildcards, input).minutes, resources.LONGEST_MINUTES)
 
 
 def megabytes(request):
@@ -143,33 +143,33 @@ def megabytes(request):
 
 
 def images_of(experiment, input):
-    return requests.images_in(input.images, experiment.dataset.image_size)
+    return resources.images_in(input.images, experiment.dataset.image_size)
 
 
 def dataset_request(wildcards, input):
-    return requests.dataset(DATASETS[wildcards.dataset])
+    return resources.dataset(DATASETS[wildcards.dataset])
 
 
 def reference_request(wildcards, input):
     experiment, _ = REFERENCES[wildcards.reference]
     images, threads = images_of(experiment, input), experiment.train.threads
-    return requests.reference(experiment.evaluate, images, threads, gpus_for(experiment))
+    return resources.reference(experiment.evaluate, images, threads, gpus_for(experiment))
 
 
 def train_request(wildcards, input):
     steps = int(wildcards.step) - previous_step(wildcards)
     images = images_of(experiment_of(wildcards), input)
-    return requests.train(run_of(wildcards), steps, images, gpus_of(wildcards), processes_of(wildcards))
+    return resources.train(run_of(wildcards), steps, images, gpus_of(wildcards), processes_of(wildcards))
 
 
 def sample_request(wildcards, input):
-    return requests.sample(run_of(wildcards), experiment_of(wildcards).sample, gpus_of(wildcards))
+    return resources.sample(run_of(wildcards), experiment_of(wildcards).sample, gpus_of(wildcards))
 
 
 def evaluate_request(wildcards, input):
     experiment = experiment_of(wildcards)
-    return requests.evaluate(experiment, images_of(experiment, input), threads_of(wildcards), gpus_of(wildcards))
+    return resources.evaluate(experiment, images_of(experiment, input), threads_of(wildcards), gpus_of(wildcards))
 
 
 def probe_request(wildcards, input):
-    return requests.probe(run_of(wildcards), experiment_of(wildcards).probe, gpus_of(wildcards))
+    return resources.probe(run_of(wildcards), experiment_of(wildcards).probe, gpus_of(wildcards))

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from workflow.jobs import job
-from workflow.tables import collect, write_table
+from convergence.jobs import job
+from convergence.tables import collect, write_table
 
 with job(snakemake):
     paths = [Path(path) for path in snakemake.input]

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from convergence.jobs import job
 from diffusion.config import Dataset, Folder, OpenMoji, Torchvision
-from diffusion.prepare import prepare_folder, prepare_huggingface, prepare_openmoji, prepare_torchvision
-from workflow.jobs import job
+from diffusion.data.folder import prepare_folder
+from diffusion.data.named import prepare_huggingface, prepare_torchvision
+from diffusion.data.openmoji import prepare_openmoji
 
 DATA = Path("data")  # where torchvision finds its datasets, or puts them
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from diffusion.evaluation import evaluate, load_reference, reference_key
-from diffusion.features import extract_features, load_extractor
+from convergence.jobs import job, use_torch
+from convergence.tables import of_checkpoint, write_table
+from diffusion.data.folder import read_images
+from diffusion.evaluation.extractors import extract_features, load_extractor
+from diffusion.evaluation.reference import evaluate, load_reference, reference_key
 from diffusion.files import check_unchanged, read_json
-from diffusion.prepare import read_images
-from workflow.jobs import job, use_torch
-from workflow.tables import of_checkpoint, write_table
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from convergence.figures.curves import fid_curves
+from convergence.figures.samples import preview_grid, samples_grid
+from convergence.figures.schedules import draw_schedules
+from convergence.jobs import job
+from convergence.tables import read_curves, read_table
 from diffusion.config import RunConfig
-from workflow.figures import fid_curves, preview_grid, samples_grid
-from workflow.jobs import job
-from workflow.schedules import draw_schedules
-from workflow.tables import read_curves, read_table
 
 with job(snakemake):
     output, params = snakemake.output, snakemake.params

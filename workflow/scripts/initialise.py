@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from convergence.jobs import job
+from convergence.provenance import write_provenance
 from diffusion.config import Initial
 from diffusion.files import sha256
-from diffusion.training import initial_weights
-from workflow.jobs import job
-from workflow.provenance import write_provenance
+from diffusion.training.state import initial_weights
 
 with job(snakemake):
     weights, provenance = (Path(path) for path in snakemake.output)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from workflow.jobs import job
-from workflow.mechanism import draw_mechanism
-from workflow.tables import PROBE_COLUMNS, read_table, write_table
+from convergence.figures.mechanism import draw_mechanism
+from convergence.jobs import job
+from convergence.tables import PROBE_COLUMNS, read_table, write_table
 
 with job(snakemake):
     probes = [read_table(path) for path in snakemake.input]

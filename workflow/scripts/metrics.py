@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from workflow.jobs import job
-from workflow.tables import read_table, write_table
+from convergence.jobs import job
+from convergence.tables import read_table, write_table
 
 with job(snakemake):
     table = pd.concat([read_table(path) for path in snakemake.input], ignore_index=True)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from diffusion.files import read_json, replacing
-from workflow.jobs import job
-from workflow.pages import cost_page, data_page, front_page, provenance_page, to_html
-from workflow.tables import read_table
+from convergence.jobs import job
+from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
+from convergence.tables import read_table
+from diffusion.files import atomic_write, read_json
 
 with job(snakemake):
     studies = snakemake.params.studies
@@ -18,8 +18,8 @@ with job(snakemake):
         ),
         "cost": cost_page(read_table(snakemake.input.metrics)),
     }
-    with replacing(Path(snakemake.output.front)) as file:
+    with atomic_write(Path(snakemake.output.front)) as file:
         file.write(front_page(snakemake.params.introduction, pages["verdict"]).encode())
     for name, markdown in pages.items():
-        with replacing(Path(snakemake.output[name])) as file:
+        with atomic_write(Path(snakemake.output[name])) as file:
             file.write(to_html(markdown, name.capitalize()).encode())

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from diffusion.checkpoint import load_checkpoint
+from convergence.jobs import job, use_torch
+from convergence.tables import PROBE_COLUMNS, of_checkpoint, write_table
+from diffusion.checkpoints import load_checkpoint
 from diffusion.config import RunConfig
+from diffusion.evaluation.probe import diverged_rows, probe, probe_images
 from diffusion.files import read_json
-from diffusion.probe import diverged_rows, probe, probe_images
 from diffusion.schemes import scheme_tables
-from workflow.jobs import job, use_torch
-from workflow.tables import PROBE_COLUMNS, of_checkpoint, write_table
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from diffusion.data import load_images
-from diffusion.evaluation import make_reference, reference_key
-from diffusion.features import load_extractor
+from convergence.jobs import job, use_torch
+from diffusion.data.arrays import load_images
+from diffusion.evaluation.extractors import load_extractor
+from diffusion.evaluation.reference import make_reference, reference_key
 from diffusion.files import read_json
-from workflow.jobs import job, use_torch
 
 with job(snakemake):
     params = snakemake.params

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.checkpoint import load_checkpoint, preview, sample_checkpoint
+from convergence.jobs import job, use_torch
+from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
 from diffusion.files import read_json, sha256
-from workflow.jobs import job, use_torch
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)

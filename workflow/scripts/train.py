@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from convergence.jobs import job, job_name
+from convergence.provenance import write_provenance
+from convergence.train_job import Segment, drop_older_states, train
 from diffusion.config import RunConfig
 from diffusion.files import sha256
-from diffusion.training import summary
-from workflow.jobs import job, job_name
-from workflow.provenance import write_provenance
-from workflow.segment import Segment, drop_older_states, train
+from diffusion.training.state import summary
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)

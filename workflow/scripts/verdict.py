@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from workflow.jobs import job
-from workflow.tables import read_table
-from workflow.verdict import write_verdict
+from convergence.analysis.verdict import write_verdict
+from convergence.jobs import job
+from convergence.tables import read_table
 
 with job(snakemake):
     output = snakemake.output

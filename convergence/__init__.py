@@ -1,0 +1,1 @@
+"""Convergence studies: paired comparisons of training schemes of diffusion models."""

@@ -1,0 +1,1 @@
+"""The statistics of a study, from tables of metrics to the verdict."""

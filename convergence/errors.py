@@ -1,0 +1,23 @@
+"""The errors of a study, and how a command reports them."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusion.errors import InputError
+
+
+class StudyError(InputError):
+    """A mistake in a study or an unusable result. The message states in one sentence what, where, and what to do."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the command with exit code 1 and one sentence on stderr after an `InputError` or an `OSError`."""
+    try:
+        yield
+    except InputError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{place}{error.strerror or error}: free space, or correct the path or its permission, and try again")

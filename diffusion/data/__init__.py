@@ -1,0 +1,1 @@
+"""Datasets: preparation from images of any source, arrays on disk, batches."""

@@ -1,0 +1,1 @@
+"""Evaluation: feature extractors, metrics of features, references, probes of a checkpoint."""

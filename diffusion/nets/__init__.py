@@ -1,0 +1,1 @@
+"""The nets: the ADM U-Net, its norm, and GPU kernels."""

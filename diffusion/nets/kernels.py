@@ -1,0 +1,224 @@
+"""The passes of `diffusion.nets.norm` as Triton kernels, for images with channels last in memory.
+
+Each pass over the images reads them once, in tiles of pixels by channels, and sums in float32. Sums over an image are
+made in pieces, whose number does not depend on the device, and added in their order: equal inputs give equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffusion.nets.norm import EPSILON
+
+PIECE = 256  # pixels that one program sums over
+TILE = 4096  # numbers that one program holds at once
+WIDEST = 128  # channels of a tile
+
+
+def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `diffusion.nets.norm.TorchGroupNorm.forward`."""
+    n, channels, pixels, width, rows = _shape(x)
+    pieces = triton.cdiv(pixels, PIECE)
+    sums = x.new_empty(n, pieces, 2, channels, dtype=torch.float32)
+    _sums[n * pieces, channels // width](x, sums, pixels, channels, PIECE, rows, width)
+    mean, rstd = (x.new_empty(n, groups, dtype=torch.float32) for _ in range(2))
+    group = channels // groups
+    _statistics[(n * groups,)](
+        sums, mean, rstd, channels, pixels * group, EPSILON, pieces, group, triton.next_power_of_2(group)
+    )
+    z = torch.empty_like(x)
+    _affine[n * triton.cdiv(pixels, rows), channels // width](
+        x, z, gain, offset, mean, rstd, pixels, channels, group, silu, rows, width
+    )
+    return z, mean, rstd
+
+
+def backward(
+    g: Tensor, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, rstd: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `diffusion.nets.norm.TorchGroupNorm.backward`."""
+    n, channels, pixels, width, rows = _shape(x)
+    groups, pieces = mean.shape[1], triton.cdiv(pixels, PIECE)
+    group = channels // groups
+    sums = x.new_empty(n, pieces, 2, channels, dtype=torch.float32)
+    _sums_backward[n * pieces, channels // width](
+        x, g, sums, gain, offset, mean, rstd, pixels, channels, group, silu, PIECE, rows, width
+    )
+    d_gain, d_offset, p, q = (torch.empty_like(table) for table in (gain, gain, mean, mean))
+    _statistics_backward[(n * groups,)](
+        sums, gain, mean, rstd, d_gain, d_offset, p, q, channels, pixels * group, pieces, group,
+        triton.next_power_of_2(group),
+    )  # fmt: skip
+    dx = torch.empty_like(x)
+    _affine_backward[n * triton.cdiv(pixels, rows), channels // width](
+        x, g, dx, gain, offset, mean, rstd, p, q, pixels, channels, group, silu, rows, width
+    )
+    return dx, d_gain, d_offset
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Images, channels, pixels; channels and pixels of a tile."""
+    n, channels, height, width = x.shape
+    # The largest power of two in C: then no tile hangs over.
+    tile = min(channels & -channels, WIDEST)
+    return n, channels, height * width, tile, TILE // tile
+
+
+@triton.jit
+def _channels(width: tl.constexpr):
+    """The channels of a tile."""
+    return tl.program_id(1) * width + tl.arange(0, width)
+
+
+@triton.jit
+def _tile(row, pixels, channel, channels, rows: tl.constexpr):
+    """Offsets of a tile [rows, width] in its image, and which of its rows are there."""
+    row = row + tl.arange(0, rows)
+    return row[:, None] * channels + channel[None, :], (row < pixels)[:, None]
+
+
+@triton.jit
+def _coefficients(gain, offset, mean, rstd, n, channel, channels, group):
+    """A and B of z = A x + B for some channels of image n."""
+    at_group = n * (channels // group) + channel // group
+    a = tl.load(gain + n * channels + channel) * tl.load(rstd + at_group)
+    return a, tl.load(offset + n * channels + channel) - a * tl.load(mean + at_group)
+
+
+@triton.jit
+def _through(g, x, a, b, silu: tl.constexpr):
+    """act'(A x + B) g."""
+    if silu:
+        z = a * x + b
+        s = tl.sigmoid(z)
+        g = g * s * (1 + z * (1 - s))
+    return g
+
+
+@triton.jit
+def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, width: tl.constexpr):
+    """Sums of x and of its squares over a piece of the pixels."""
+    pieces = tl.cdiv(pixels, piece)
+    n = (tl.program_id(0) // pieces).to(tl.int64)
+    first = tl.program_id(0) % pieces * piece
+    channel = _channels(width)
+    total = tl.zeros([rows, width], tl.float32)
+    square = tl.zeros([rows, width], tl.float32)
+    for row in range(0, piece, rows):
+        at, mask = _tile(first + row, pixels, channel, channels, rows)
+        value = tl.load(x + n * pixels * channels + at, mask, 0.0).to(tl.float32)
+        total += value
+        square += value * value
+    here = sums + tl.program_id(0).to(tl.int64) * 2 * channels + channel
+    tl.store(here, tl.sum(total, 0))
+    tl.store(here + channels, tl.sum(square, 0))
+
+
+@triton.jit
+def _statistics(
+    sums, mean, rstd, channels, count, epsilon, pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr
+):
+    """Mean and 1 / standard deviation of a group of an image, from the sums of its channels."""
+    groups = channels // group
+    n = (tl.program_id(0) // groups).to(tl.int64)
+    inside = tl.arange(0, padded)
+    here = sums + n * pieces * 2 * channels + tl.program_id(0) % groups * group + inside
+    total = tl.zeros([padded], tl.float32)
+    square = tl.zeros([padded], tl.float32)
+    for index in range(pieces):
+        total += tl.load(here + index * 2 * channels, inside < group, 0.0)
+        square += tl.load(here + (index * 2 + 1) * channels, inside < group, 0.0)
+    average = tl.sum(total, 0) / count
+    variance = tl.maximum(tl.sum(square, 0) / count - average * average, 0.0)
+    tl.store(mean + tl.program_id(0), average)
+    tl.store(rstd + tl.program_id(0), 1 / tl.sqrt(variance + epsilon))
+
+
+@triton.jit
+def _affine(
+    x, z, gain, offset, mean, rstd, pixels, channels, group,
+    silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """act(A x + B) of a tile."""
+    tiles = tl.cdiv(pixels, rows)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = _channels(width)
+    at, mask = _tile(tl.program_id(0) % tiles * rows, pixels, channel, channels, rows)
+    at += n * pixels * channels
+    a, b = _coefficients(gain, offset, mean, rstd, n, channel, channels, group)
+    value = a[None, :] * tl.load(x + at, mask, 0.0).to(tl.float32) + b[None, :]
+    if silu:
+        value = value * tl.sigmoid(value)
+    tl.store(z + at, value.to(z.dtype.element_ty), mask)
+
+
+@triton.jit
+def _sums_backward(
+    x, g, sums, gain, offset, mean, rstd, pixels, channels, group,
+    silu: tl.constexpr, piece: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Sums of act'(A x + B) g, and of that times x, over a piece of the pixels."""
+    pieces = tl.cdiv(pixels, piece)
+    n = (tl.program_id(0) // pieces).to(tl.int64)
+    first = tl.program_id(0) % pieces * piece
+    channel = _channels(width)
+    a, b = _coefficients(gain, offset, mean, rstd, n, channel, channels, group)
+    total = tl.zeros([rows, width], tl.float32)
+    product = tl.zeros([rows, width], tl.float32)
+    for row in range(0, piece, rows):
+        at, mask = _tile(first + row, pixels, channel, channels, rows)
+        at += n * pixels * channels
+        value = tl.load(x + at, mask, 0.0).to(tl.float32)
+        slope = _through(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
+        total += slope
+        product += slope * value
+    here = sums + tl.program_id(0).to(tl.int64) * 2 * channels + channel
+    tl.store(here, tl.sum(total, 0))
+    tl.store(here + channels, tl.sum(product, 0))
+
+
+@triton.jit
+def _statistics_backward(
+    sums, gain, mean, rstd, d_gain, d_offset, p, q, channels, count,
+    pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gain and offset of a group of an image, and P and Q of its dx = A g + P x + Q."""
+    groups = channels // group
+    n = (tl.program_id(0) // groups).to(tl.int64)
+    inside = tl.arange(0, padded)
+    channel = tl.program_id(0) % groups * group + inside
+    total = tl.zeros([padded], tl.float32)
+    product = tl.zeros([padded], tl.float32)
+    for index in range(pieces):
+        here = sums + (n * pieces + index) * 2 * channels + channel
+        total += tl.load(here, inside < group, 0.0)
+        product += tl.load(here + channels, inside < group, 0.0)
+    average = tl.load(mean + tl.program_id(0))
+    scale = tl.load(rstd + tl.program_id(0))
+    of_gain = scale * (product - average * total)
+    weight = tl.load(gain + n * channels + channel, inside < group, 0.0)
+    tl.store(d_gain + n * channels + channel, of_gain, inside < group)
+    tl.store(d_offset + n * channels + channel, total, inside < group)
+    along_x = -scale * scale * tl.sum(weight * of_gain, 0) / count
+    tl.store(p + tl.program_id(0), along_x)
+    tl.store(q + tl.program_id(0), -along_x * average - scale * tl.sum(weight * total, 0) / count)
+
+
+@triton.jit
+def _affine_backward(
+    x, g, dx, gain, offset, mean, rstd, p, q, pixels, channels, group,
+    silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """A act'(A x + B) g + P x + Q of a tile."""
+    tiles = tl.cdiv(pixels, rows)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = _channels(width)
+    at, mask = _tile(tl.program_id(0) % tiles * rows, pixels, channel, channels, rows)
+    at += n * pixels * channels
+    a, b = _coefficients(gain, offset, mean, rstd, n, channel, channels, group)
+    at_group = n * (channels // group) + channel // group
+    value = tl.load(x + at, mask, 0.0).to(tl.float32)
+    slope = _through(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
+    value = a[None, :] * slope + tl.load(p + at_group)[None, :] * value + tl.load(q + at_group)[None, :]
+    tl.store(dx + at, value.to(dx.dtype.element_ty), mask)

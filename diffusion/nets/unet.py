@@ -1,0 +1,278 @@
+"""The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233), with the state-dict layout of the published checkpoints."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from diffusion.config import GROUP_NORM_GROUPS
+from diffusion.nets.norm import group_norm
+
+Resample = Callable[[Tensor], Tensor]
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (and the variance's interpolation) of a noisy image.
+
+    Args:
+        image_size: height and width of the images; divisible by 2^(levels - 1).
+        channels: width at the highest resolution; widths are multiples of 32.
+        channel_mult: width of each level as a multiple of `channels`; a level halves the resolution.
+        res_blocks: residual blocks per level on the way down; one more on the way up.
+        attention_resolutions: image sizes at which self-attention follows each residual block.
+        head_channels: channels of an attention head; wider layers have more heads.
+        heads: attention heads at every width, in place of `head_channels`.
+        scale_shift_norm: the timestep scales and shifts the second norm, instead of being added before it.
+        resblock_updown: residual blocks change the resolution, instead of strided and upsampling convolutions.
+        learn_sigma: the output has 2 x 3 channels, epsilon and the variance's v.
+        dropout: probability, before the last convolution of each residual block.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        res_blocks: int,
+        attention_resolutions: Sequence[int],
+        head_channels: int = 64,
+        heads: int | None = None,
+        scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        learn_sigma: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.channels = channels
+        embedding = 4 * channels
+        self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+
+        def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResBlock:
+            return ResBlock(c_in, c_out, embedding, dropout, scale_shift_norm, resample)
+
+        def attention(width: int) -> AttentionBlock:
+            return AttentionBlock(width, heads or width // head_channels)
+
+        def attention_at(size: int, width: int) -> list[nn.Module]:
+            return [attention(width)] if size in attention_resolutions else []
+
+        def down(width: int) -> nn.Module:
+            return residual(width, width, halved) if resblock_updown else Downsample(width)
+
+        def up(width: int) -> nn.Module:
+            return residual(width, width, doubled) if resblock_updown else Upsample(width)
+
+        widths = [channels * multiplier for multiplier in channel_mult]
+        last = len(widths) - 1
+        size, width = image_size, widths[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(3, width, 3, padding=1))])
+        skips = [width]
+        for level, target in enumerate(widths):
+            for _ in range(res_blocks):
+                self.input_blocks.append(Stage(residual(width, target), *attention_at(size, target)))
+                width = target
+                skips.append(width)
+            if level < last:
+                self.input_blocks.append(Stage(down(width)))
+                skips.append(width)
+                size //= 2
+
+        self.middle_block = Stage(residual(width, width), attention(width), residual(width, width))
+
+        self.output_blocks = nn.ModuleList()
+        for level, target in reversed(list(enumerate(widths))):
+            for block in range(res_blocks + 1):
+                stage = [residual(width + skips.pop(), target), *attention_at(size, target)]
+                width = target
+                if level and block == res_blocks:
+                    stage.append(up(width))
+                    size *= 2
+                self.output_blocks.append(Stage(*stage))
+
+        self.out = nn.Sequential(
+            Norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, 6 if learn_sigma else 3, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [B, 3, H, W] in the range of x_t, t [B] in 0..T-1; returns [B, 6 or 3, H, W]."""
+        embedding = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, embedding)
+            skips.append(x)
+        x = self.middle_block(x, embedding)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
+        norm, _, convolution = self.out
+        return convolution(norm(x, silu=True))
+
+
+class Norm(nn.GroupNorm):
+    """Group norm of 32 groups that takes along what follows it: the timestep's scale and shift, and SiLU."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUP_NORM_GROUPS, channels)
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        """norm(x) (1 + scale) + shift, then perhaps SiLU. x [B, C, H, W]; scale and shift [B, C], both or neither."""
+        gain, offset = self.weight[None], self.bias[None]
+        if scale is not None and shift is not None:
+            gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+        return group_norm(x, gain, offset, self.num_groups, silu)
+
+
+class Stage(nn.Sequential):
+    """Blocks in a row; those that know of time are given its embedding."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, C, H, W] and the embedding [B, E] of its timesteps -> [B, C', H', W']."""
+        for block in self:
+            x = block(x, embedding) if isinstance(block, ResBlock) else block(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a skip; the timestep enters between. May change the resolution."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        embedding: int,
+        dropout: float,
+        scale_shift_norm: bool,
+        resample: Resample | None,
+    ):
+        super().__init__()
+        self.scale_shift_norm = scale_shift_norm
+        self.resample = resample or nn.Identity()
+        self.in_layers = nn.Sequential(Norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (1 + scale_shift_norm) * c_out))
+        self.out_layers = nn.Sequential(
+            Norm(c_out),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, c_in, H, W] and the embedding [B, E] of its timesteps -> [B, c_out, H', W']."""
+        # The activations lie here for the layout of the state dict: the norm takes them along.
+        norm, _, convolution = self.in_layers
+        h = convolution(self.resample(norm(x, silu=True)))
+        time = self.emb_layers(embedding)
+        norm, _, dropout, convolution = self.out_layers
+        if self.scale_shift_norm:
+            scale, shift = time.chunk(2, dim=1)
+            h = norm(h, scale, shift, silu=True)
+        else:
+            h = norm(h + time[:, :, None, None], silu=True)
+        return self.skip_connection(self.resample(x)) + convolution(dropout(h))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, with a residual. Heads lie outermost in qkv, as in the published checkpoints."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = Norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        batch, channels, height, width = x.shape
+        # Channels last, so pixels are rows and every step is a view or a matrix product.
+        rows = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        qkv = F.linear(rows, self.qkv.weight.squeeze(2), self.qkv.bias)
+        q, k, v = qkv.unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=3)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H / 2, W / 2]."""
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repetition, then convolves."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
+        return self.conv(F.interpolate(x, scale_factor=2))
+
+
+class _Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return F.interpolate(g / 4, scale_factor=2)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return F.avg_pool2d(g, 2, divisor_override=1)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Means of 2x2 pixels, [B, C, H, W] -> [B, C, H / 2, W / 2].
+
+    This and `doubled` are each other's transpose but for a factor; as such their gradients are faster than torch's own.
+    """
+    return _Halved.apply(x)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every pixel as 2x2, [B, C, H, W] -> [B, C, 2 H, 2 W]."""
+    return _Doubled.apply(x)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to 1 / 10,000. t [B] to float32 [B, dim].
+
+    As in Vaswani et al. 2017, in the order of guided-diffusion; dim is even.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zeroed(module: Layer) -> Layer:
+    """The module with all parameters at zero, so that a block starts as its skip."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,1 +1,0 @@
-"""The study around `diffusion`: jobs, statistics, figures, reports and the commands beside Snakemake."""
