@@ -1,4 +1,4 @@
-"""What the documentation shows is what works."""
+"""Runs the code of the documentation, and compares generated pages with the code."""
 
 import importlib.util
 import re
@@ -34,7 +34,7 @@ def test_a_density_is_added_as_the_docs_say(tmp_path):
     (arm,) = re.findall(r"`(\{timesteps: \{triangle.*?\}\})` is an arm", (ROOT / "docs/extending.md").read_text())
     code = f"""
 import yaml
-from diffusion.config import Arm
+from convergence.schema import Arm
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.schemes import scheme_tables
 p = scheme_tables(NoiseSchedule(linear_betas(1000)), Arm(**yaml.safe_load({arm!r}))).probabilities
@@ -50,25 +50,25 @@ print(abs(p.sum().item() - 1) < 1e-12, p.argmax().item())
     assert done.returncode == 1 and "did you mean peak?" in done.stdout + done.stderr
 
 
-def test_pages_made_from_the_code_are_those_of_this_code():
+def test_generated_pages_are_up_to_date():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    told = "run `python docs/generate.py`"
-    assert (ROOT / "docs/study.md").read_text() == generate.study_page(), told
-    assert (ROOT / "docs/house.dot").read_text() == generate.house(), told
+    remedy = "run `python docs/generate.py`"
+    assert (ROOT / "docs/study.md").read_text() == generate.study_page(), remedy
+    assert (ROOT / "docs/imports.dot").read_text() == generate.house(), remedy
     arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.house()))
-    drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/house.svg").read_text())
-    assert arrows == set(drawn), told
+    drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/imports.svg").read_text())
+    assert arrows == set(drawn), remedy
     assert ("diffusion.training", "diffusion.schemes") in arrows and ("workflow.rules", "workflow.scripts") in arrows
 
 
 def test_every_key_of_an_experiment_is_explained():
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs/study.md").read_text(), re.M)
-    assert len(rows) > 100 and not [key for key, told in rows if not told and key != "source"]
+    assert len(rows) > 100 and not [key for key, text in rows if not text and key != "source"]
 
 
-def test_pages_link_to_what_is_there():
+def test_links_of_pages_exist():
     for page in [
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/*.md"),
