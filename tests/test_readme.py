@@ -94,4 +94,4 @@ def test_change_the_code(clone):
     code, output = run_section(clone, 5)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True).stdout
     assert "cff-version: 1.2.0" in output and commit.strip() in output
-    assert code == 0 and "No dependency issues" in output and re.search(r"\d+ passed", told), output
+    assert code == 0 and "No dependency issues" in output and re.search(r"\d+ passed", output), output
