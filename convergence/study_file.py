@@ -45,7 +45,7 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def _follows_from_another(mistake: ErrorDetails) -> bool:
-    """Whether pydantic also reports the actual mistake: a short list has invalid items, a mapping is no list of steps."""
+    """Whether another mistake explains this one: a short list has invalid items, a mapping is not a list of steps."""
     kind, value = mistake["type"], mistake["input"]
     return (kind == "too_short" and bool(value)) or (
         kind == "tuple_type" and mistake["loc"][0] == "checkpoints" and isinstance(value, dict)

@@ -56,9 +56,10 @@ def test_pages_made_from_the_code_are_those_of_this_code():
     spec.loader.exec_module(generate)
     told = "run `python docs/generate.py`"
     assert (ROOT / "docs/study.md").read_text() == generate.study_page(), told
-    assert (ROOT / "docs/house.dot").read_text() == generate.house(), told
-    arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.house()))
-    drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/house.svg").read_text())
+    assert (ROOT / "docs/schema.json").read_text() == generate.json_schema(), told
+    assert (ROOT / "docs/imports.dot").read_text() == generate.import_graph(), told
+    arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.import_graph()))
+    drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/imports.svg").read_text())
     assert arrows == set(drawn), told
     assert ("diffusion.training", "diffusion.schemes") in arrows and ("workflow.rules", "workflow.scripts") in arrows
 
