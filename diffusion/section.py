@@ -44,8 +44,8 @@ class Section(BaseModel):
         if not (info.context or {}).get("canonical"):
             return content
         fields, section = type(self).model_fields, type(self).__name__
-        at_default = {key for key, field in fields.items() if getattr(self, key) == field.default}
-        return {k: v for k, v in content.items() if k not in at_default or f"{section}.{k}" not in LATER_KEYS}
+        later = {key for key in fields if f"{section}.{key}" in LATER_KEYS}
+        return {k: v for k, v in content.items() if k not in later or getattr(self, k) != fields[k].default}
 
 
 class Choice(Section):
@@ -62,7 +62,7 @@ class Choice(Section):
         if isinstance(value, str):
             value = {value: {}}
         if not isinstance(value, dict) or len(value) != 1:
-            raise ValueError(f"name exactly one of {', '.join(cls.model_fields)}")
+            raise ValueError(f"choose exactly one of {', '.join(cls.model_fields)}")
         return {name: {} if parameters is None else parameters for name, parameters in value.items()}
 
     @model_serializer(mode="wrap")

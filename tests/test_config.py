@@ -126,8 +126,8 @@ WRONG = [
     ("arms.Under-05", {}, ["arms.Under-05: use lower-case letters, digits and _"]),
     ("arms.under05", None, ["arms.under05: write keys and values", "{} for none"]),
     ("arms.under05.timesteps", "p3", ["arms.under05.timesteps.p3: unknown key"]),
-    ("arms.under05.timesteps", None, ["arms.under05.timesteps: name exactly one of", "uniform", "p2"]),
-    ("arms.under05.timesteps", P2 | {"uniform": None}, ["arms.under05.timesteps: name exactly one of"]),
+    ("arms.under05.timesteps", None, ["arms.under05.timesteps: choose exactly one of", "uniform", "p2"]),
+    ("arms.under05.timesteps", P2 | {"uniform": None}, ["arms.under05.timesteps: choose exactly one of"]),
     ("arms.under05.timesteps", {"p2": {"gamma": -1}}, ["arms.under05.timesteps.p2.gamma", "greater than"]),
     (
         "arms.under05.mse_weight",
