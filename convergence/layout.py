@@ -13,17 +13,17 @@ REPORTS = Path("reports")
 
 
 def dataset_directory(dataset: Dataset) -> Path:
-    """`results/datasets/<source>-<hash8>`: named after what determines the pixels."""
+    """`results/datasets/<source>-<hash8>`, where the hash is that of the settings that determine the pixels."""
     return DATASETS / f"{dataset.source}-{_hash8(pixels(dataset))}"
 
 
 def pixels(dataset: Dataset) -> str:
-    """What determines the pixels of a dataset, as JSON: not how many of its images training sees."""
-    return dataset.model_dump_json(exclude={"held_out"}, exclude_defaults=True)
+    """The settings that determine the pixels of a dataset, as JSON: all keys, with `held_out` at 0."""
+    return dataset.model_copy(update={"held_out": 0}).canonical()
 
 
 def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
-    """Reference statistics of a dataset, shared by all studies on it."""
+    """`results/references/<dataset>-<features>-<part>-<images>.npz`, shared by all studies with the same reference."""
     name = f"{dataset_directory(dataset).name}-{features}-{evaluate.reference}-{evaluate.reference_images or 'all'}"
     if dataset.held_out:
         name += f"-without{dataset.held_out}"

@@ -1,9 +1,10 @@
-"""What jobs ask a cluster for: time and memory, from the size of what they work on.
+"""Time and memory that each job requests from a cluster, estimated from its network and its number of images.
 
-Estimates for slow hardware, with room to spare: a job that asks for more is refused or waits longer, and one that
-meets its limit is not lost (a training job saves, ends, and goes on when it is tried again).
+The estimates are for slow hardware and generous. A training job that reaches its time limit is not lost: it saves its
+state and resumes from it in the next attempt.
 
-Everywhere `gpus` is 0 or 1, that of one process, which computes in `threads` (of a run: `train.threads`) where it is 0.
+In all functions, `gpus` is the number of GPUs per process, 0 or 1. With 0, a process computes in `threads` CPU threads
+(`train.threads` of the run, where there is no such argument).
 """
 
 import math
@@ -17,17 +18,18 @@ from diffusion.config import IMAGE_SUFFIXES, Dataset, Model, RunConfig, Sample
 
 # Multiply-adds per second of one CPU thread and of one GPU (bf16; fp32): about a quarter of an A100.
 CPU_SPEED, GPU_SPEED, GPU_SPEED_FP32 = 5e9, 2e13, 5e12
-# What a call of the net costs however small it is.
+# Overhead of one call of the network.
 CALL_SECONDS = 0.1
-# Seconds per image: to read and reduce a picture, features on a CPU thread, on a GPU; per pair of images: all metrics.
-PICTURE_SECONDS, CPU_FEATURE_SECONDS, GPU_FEATURE_SECONDS, PAIR_SECONDS = 0.2, 0.25, 0.01, 5e-7
-OPENMOJI_PICTURES = 5_000
-NAMED_PICTURES = 100_000  # of a dataset that is not fetched yet; few that fit these studies have more
+# Seconds per image: reading and resizing, features on one CPU thread, features on a GPU.
+READ_SECONDS, CPU_FEATURE_SECONDS, GPU_FEATURE_SECONDS = 0.2, 0.25, 0.01
+PAIR_SECONDS = 5e-7  # per pair of images, for all metrics
+OPENMOJI_IMAGES = 5_000
+NAMED_IMAGES = 100_000  # of a dataset that is not downloaded yet: more than most suitable ones have
 FEATURES = 2048
 START_MINUTES, LONGEST_MINUTES = 10, 24 * 60
 BASE_MEGABYTES = 4_000
-SAMPLE_BATCH = 64  # where the study leaves it to the device: that of a CPU
-FACTOR = 2
+SAMPLE_BATCH = 64  # images at once on a CPU, if the study does not set sample.batch_size
+FACTOR = 2  # safety margin of time and memory
 
 
 class Request(NamedTuple):
@@ -38,7 +40,7 @@ class Request(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Size of a U-Net: its parameters; multiply-adds and numbers kept for the backward pass, per image."""
+    """Size of a U-Net: number of parameters; multiply-adds and activations kept for the backward pass, per image."""
 
     parameters: int
     products: int
@@ -46,7 +48,7 @@ class Size(NamedTuple):
 
 
 def unet_size(model: Model, image_size: int) -> Size:
-    """The size of `diffusion.nets.unet.UNet`, layer by layer as it is built there."""
+    """Returns the size of `diffusion.nets.unet.UNet`, summed over its layers."""
     return Size(*map(sum, zip(*_layers(model, image_size), strict=True)))
 
 
@@ -59,7 +61,7 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
         return Size(c_out * (kernel * c_in + 1), kernel * c_in * c_out * pixels, c_out * pixels)
 
     def norm(width: int, pixels: int) -> Size:
-        # What goes in is what comes out of the layer before.
+        # Its input is the output of the previous layer, which is counted there.
         return Size(2 * width, 0, width * pixels)
 
     def residual(c_in: int, c_out: int, pixels: int) -> Iterator[Size]:
@@ -116,15 +118,15 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
 
 
 def dataset(config: Dataset) -> Request:
-    """Prepare a dataset: its pictures are counted where they lie."""
+    """Returns the request of a job that prepares a dataset."""
     count = pictures(config)
-    return _request(count * PICTURE_SECONDS, _megabytes(_pixels(count, config)))
+    return _request(count * READ_SECONDS, _megabytes(_pixels(count, config)))
 
 
 def pictures(config: Dataset) -> int:
-    """How many images the source of a dataset may hold: of a folder or zip the files named like pictures."""
+    """Returns the number of images in the source of a dataset: counted for a folder or zip, else an upper bound."""
     if config.source != "folder":
-        return OPENMOJI_PICTURES if config.source == "openmoji" else NAMED_PICTURES
+        return OPENMOJI_IMAGES if config.source == "openmoji" else NAMED_IMAGES
     if zipfile.is_zipfile(config.path):
         with zipfile.ZipFile(config.path) as archive:
             names = archive.namelist()
@@ -134,18 +136,21 @@ def pictures(config: Dataset) -> int:
 
 
 def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) -> Request:
-    """Train for a number of steps on a dataset of a number of images, in processes that share the batch."""
+    """Returns the request of a job that trains for `steps` steps on a dataset of `images` images.
+
+    The job requests memory for all its `processes`, which divide each batch among themselves.
+    """
     size, settings = unet_size(run.model, run.dataset.image_size), run.train
-    share = math.ceil(settings.batch_size / processes)
-    piece = min(settings.micro_batch or share, share)
-    seconds = 3 * _seconds(size, share, piece, settings.threads, gpus, settings.precision == "fp32")
-    # Weights, their average and AdamW's two moments, and all of these once more while they are saved or loaded.
-    memory = 8 * 4 * size.parameters + 3 * _pixels(images, run.dataset) + _activations(size, piece, gpus)
+    per_process = math.ceil(settings.batch_size / processes)
+    micro_batch = min(settings.micro_batch or per_process, per_process)
+    seconds = 3 * _seconds(size, per_process, micro_batch, settings.threads, gpus, settings.precision == "fp32")
+    # Weights, their moving average and the two moments of AdamW, twice while the state is saved or loaded.
+    memory = 8 * 4 * size.parameters + 3 * _pixels(images, run.dataset) + _activations(size, micro_batch, gpus)
     return _request(steps * seconds, processes * _megabytes(memory))
 
 
 def sample(run: RunConfig, settings: Sample, gpus: int) -> Request:
-    """Sample one checkpoint."""
+    """Returns the request of sampling one checkpoint."""
     size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
     seconds = _seconds(size, settings.images, batch, run.train.threads, gpus, settings.precision == "fp32")
     memory = 8 * size.parameters + _activations(size, batch, gpus)
@@ -153,39 +158,39 @@ def sample(run: RunConfig, settings: Sample, gpus: int) -> Request:
 
 
 def reference(settings: Evaluate, images: int, threads: int, gpus: int) -> Request:
-    """Features of the reference, and what its metrics need once."""
+    """Returns the request of a job that computes reference features of a dataset of `images` images."""
     count = min(settings.reference_images or images, images)
     return _request(_feature_seconds(count, threads, gpus) + PAIR_SECONDS * count**2, _megabytes(_features(count)))
 
 
 def evaluate(experiment: Experiment, images: int, threads: int, gpus: int) -> Request:
-    """Evaluate the samples of one checkpoint with every extractor, on a dataset of a number of images."""
+    """Returns the request of evaluating one checkpoint with every extractor, on a dataset of `images` images."""
     settings, count = experiment.evaluate, experiment.sample.images
-    everything = count + min(settings.reference_images or images, images)
-    seconds = _feature_seconds(count, threads, gpus) + PAIR_SECONDS * everything**2
-    return _request(len(settings.features) * seconds, _megabytes(_features(everything)))
+    total = count + min(settings.reference_images or images, images)
+    seconds = _feature_seconds(count, threads, gpus) + PAIR_SECONDS * total**2
+    return _request(len(settings.features) * seconds, _megabytes(_features(total)))
 
 
 def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
-    """Probe one checkpoint: the losses of every bin, then the gradients of its batches."""
+    """Returns the request of a job that probes one checkpoint."""
     size = unet_size(run.model, run.dataset.image_size)
     seconds = 4 * _seconds(size, settings.images, settings.batch_size, run.train.threads, gpus, fp32=True)
-    # The sums of gradients are float64.
+    # Sums of gradients are float64.
     memory = 64 * size.parameters + _activations(size, settings.batch_size, gpus)
     return _request(settings.bins * seconds, _megabytes(memory))
 
 
 def images_in(path: str, image_size: int) -> int:
-    """How many images a prepared dataset holds, by the size of its images.npy.
+    """Returns the number of images in a prepared dataset, from the size of its images.npy.
 
     Raises:
-        FileNotFoundError: it is not prepared yet; Snakemake asks again when it is.
+        FileNotFoundError: the dataset is not prepared yet. Snakemake then calls this again later.
     """
     return os.path.getsize(path) // (3 * image_size**2)
 
 
 def _seconds(size: Size, images: int, batch: int, threads: int, gpus: int, fp32: bool) -> float:
-    """Seconds of a forward pass over some images, batch by batch."""
+    """Returns the seconds of a forward pass over `images` images in batches."""
     speed = (GPU_SPEED_FP32 if fp32 else GPU_SPEED) if gpus else threads * CPU_SPEED
     return math.ceil(images / batch) * CALL_SECONDS + images * size.products / speed
 
@@ -195,7 +200,7 @@ def _feature_seconds(images: int, threads: int, gpus: int) -> float:
 
 
 def _activations(size: Size, images: int, gpus: int) -> int:
-    """Bytes in the memory of the host; on a GPU they are in its own."""
+    """Returns the bytes of activations in host memory; on a GPU they are in its own memory."""
     return 0 if gpus else 4 * size.activations * images
 
 

@@ -1,13 +1,15 @@
-"""The schema of a study file: arms x seeds on one dataset. Without torch.
+"""The schema of a study file, which compares training schemes (arms) over seeds on one dataset. Does not import torch.
 
-An `Experiment` is one study; `Experiment.run(arm)` gives the `RunConfig` of an arm.
+`Experiment` is one study, and `Experiment.run(arm)` returns the `RunConfig` of one of its arms.
 """
 
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from diffusion.config import (
     TRAIN_VERSION,
@@ -19,23 +21,32 @@ from diffusion.config import (
     RunConfig,
     Sample,
     Scheme,
-    Section,
     Train,
     check_image_size,
     check_sampling_steps,
 )
-from diffusion.validation import in_one_sentence
+from diffusion.errors import InputError
+from diffusion.section import Section
+from diffusion.validation import first_mistake
+
+
+class TrainKeys:
+    """Annotation: the value is a dict that the JSON schema describes as the section `train`."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(Train.__pydantic_core_schema__)
 
 
 class Arm(Scheme):
-    """A scheme as the experiment file writes it, with the arm it is matched to and its own training settings."""
+    """One training scheme of the study."""
 
     match: str | None = None
-    """Another arm, whose expected gradient this one keeps by its weights."""
+    """Arm to match: loss weights are chosen so that both have the same expected gradient."""
     weigh_twice: bool = False
-    """Allows drawing by p2 *and* weighting the loss."""
-    train: dict[str, Any] = {}
-    """Keys of `train` that differ for this arm."""
+    """Allows an arm to draw timesteps by p2 and to weight the loss as well."""
+    train: Annotated[dict[str, Any], TrainKeys] = {}
+    """Keys of `train` that have another value in this arm."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Arm":
@@ -43,161 +54,168 @@ class Arm(Scheme):
         if density == "p2" and weight != "unweighted" and not (self.corrected or self.weigh_twice):
             raise ValueError(
                 f"draws timesteps by p2 and weights the loss by {weight}, which weights twice: drop mse_weight, "
-                "or say weigh_twice: true if it is meant, or importance_corrected: true"
+                "or set importance_corrected: true, or set weigh_twice: true if this is intended"
             )
         if self.match and {"mse_weight", "vb_weight", "importance_corrected"} & self.model_fields_set:
             raise ValueError(
                 "match sets both weights: drop mse_weight, vb_weight and importance_corrected, or drop match"
             )
         if not (self.correct_vb or self.match or self.corrected):
-            raise ValueError("correct_vb: nothing is corrected: drop it, or say importance_corrected: true")
+            raise ValueError(
+                "correct_vb: false has no effect without match or importance_corrected: drop it, or set "
+                "importance_corrected: true"
+            )
         return self
 
 
 class EveryNSteps(Section):
-    """Checkpoints from `start` (default: `every`) to `until`, `every` steps apart."""
+    """Checkpoints at regular intervals."""
 
     every: PositiveInt
-    """Steps between checkpoints."""
+    """Steps between two checkpoints."""
     until: PositiveInt
-    """No step lies beyond it."""
+    """Last step (inclusive)."""
     start: int | None = Field(None, ge=0)
-    """The first one; 0 is the untrained net; unset: `every`."""
+    """First step; 0 is the untrained network; unset: `every`."""
 
     @property
     def steps(self) -> list[int]:
-        """All of them, growing."""
+        """All steps in ascending order."""
         return list(range(self.every if self.start is None else self.start, self.until + 1, self.every))
 
 
 class WeightsFile(Section):
-    """Weights of a feature extractor on disk: a path, or with it the sha256 of others than the published ones."""
+    """Weights of a feature extractor in a local file: a path, or a path with a SHA-256."""
 
     path: Path
-    """Of the file."""
+    """File with the weights."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """Unset: that of the published weights."""
+    """SHA-256 of the file; unset: that of the published weights."""
 
     @model_validator(mode="before")
     @classmethod
-    def _path_alone(cls, value: Any) -> Any:
+    def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string", "format": "path"}, handler(core_schema)]}
 
 
 class Evaluate(Section):
-    """Samples against images of the dataset, by features of fixed nets."""
+    """How sampled images are compared with images of the dataset, using features of pretrained networks."""
 
     features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
-    """Feature extractors; the first one's is the primary comparison."""
+    """Feature extractors. The primary comparison uses the first one."""
     metrics: tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...] = Field(
         ("fd",), min_length=1
     )
-    """`fd` among them, which the curves show."""
+    """Metrics; must include `fd`, which the curves show."""
     reference: Literal["train", "held_out"] = "train"
-    """Which part of the dataset."""
+    """Images of the dataset that samples are compared with: training images or held-out images."""
     reference_images: int | None = Field(None, ge=2)
-    """How many of it; unset: all."""
+    """Number of these images; unset: all of them."""
     weights: dict[str, WeightsFile] = {}
-    """Extractor -> its file of weights, where no network is: a path, or `{path: ..., sha256: ...}`."""
+    """Feature extractor -> local file with its weights, for machines without a network connection."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Evaluate":
         for name in self.weights:
             if name not in self.features:
-                raise ValueError(
-                    f"weights: {name} is none of the features ({', '.join(self.features)}): drop or add it"
-                )
+                raise ValueError(f"weights: {name} is not one of the features ({', '.join(self.features)}): drop it")
         if "fd" not in self.metrics:
             raise ValueError("metrics: the curves show fd: add it")
         if self.reference == "held_out" and "memorised" in self.metrics:
-            raise ValueError("metrics: memorised compares with the training images: say reference: train, or drop it")
+            raise ValueError("metrics: memorised needs training images: set reference: train, or drop memorised")
         return self
 
 
 class Probe(Section):
-    """How loss and gradient of every checkpoint are measured in bins of timesteps: `diffusion.evaluation.probe`."""
+    """How loss and gradient noise of checkpoints are measured per bin of timesteps (`diffusion.evaluation.probe`)."""
 
     images: PositiveInt = 256
-    """Of those held out from training, where there are any."""
+    """Number of images; held-out images if the dataset has any, otherwise training images."""
     batch_size: PositiveInt = 16
-    """Images in each of the batches whose gradients are compared."""
+    """Images per batch. The gradients of different batches are compared."""
     bins: PositiveInt = 10
-    """Of equal width in t."""
+    """Number of bins of timesteps, all of the same width."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Probe":
         if self.images % self.batch_size or self.images < 2 * self.batch_size:
             raise ValueError(
-                f"images {self.images} is not two or more batches of batch_size {self.batch_size}: choose a multiple"
+                f"images {self.images} does not give two or more whole batches of batch_size {self.batch_size}: choose "
+                "a multiple of batch_size"
             )
         return self
 
 
 class Primary(Section):
-    """The comparison that the study is made for."""
+    """The comparison that answers the question of the study."""
 
     candidate: str
-    """An arm among the candidates."""
+    """One of the candidates."""
     metric: Literal["fd", "kid", "precision", "recall"] = "fd"
-    """One of `evaluate.metrics`, in the first of `evaluate.features`."""
+    """One of `evaluate.metrics`, computed from the first of `evaluate.features`."""
 
 
 class Compare(Section):
-    """Which arms are compared. One comparison is primary, the others are secondary."""
+    """The arms that the verdict compares: one primary comparison, and all others as secondary comparisons."""
 
     baseline: str
-    """An arm."""
+    """Arm that the candidates are compared with."""
     candidates: tuple[str, ...] = Field(min_length=1)
-    """Arms that are compared with it."""
+    """Arms that are compared with the baseline."""
     primary: Primary
-    """Declared before anything is seen."""
+    """The comparison that the study is made for; declare it before the first result."""
     thresholds: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
-    """Values of the primary metric, for speed-ups; unset: at 1/4, 1/2 and 3/4 of the baseline's own way."""
+    """Values of the primary metric at which speed-ups are measured; \
+unset: at 1/4, 1/2 and 3/4 of the improvement of the baseline."""
 
     @model_validator(mode="after")
     def _arms_differ(self) -> "Compare":
         arms = [self.baseline, *self.candidates]
         for arm in self.candidates:
             if arms.count(arm) > 1:
-                raise ValueError(f"{arm} is named twice, or is the baseline: name every arm once")
+                raise ValueError(f"{arm} appears twice among baseline and candidates: name every arm once")
         return self
 
 
 class Experiment(Section):
-    """One study: arms x seeds on one dataset."""
+    """One study: a file `experiments/<name>.yaml`."""
 
     name: Name
-    """That of the file, without .yaml."""
+    """Name of the study; equal to the file name without .yaml."""
     dataset: Dataset
-    """What is learnt."""
+    """Training images."""
     model: Model = Model()
-    """The net."""
+    """The network."""
     diffusion: Diffusion = Diffusion()
-    """The noise."""
+    """The forward process, which adds noise."""
     train: Train = Train()
-    """What one step does."""
+    """Optimisation settings of all arms."""
     checkpoints: EveryNSteps | tuple[int, ...]
-    """Steps at which a run is sampled and evaluated: regular ones, or a list."""
+    """Steps at which checkpoints are saved, sampled and evaluated: at regular intervals, or a list of steps."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    """A run of every arm each; arms of a seed share all random numbers."""
-    arms: dict[Name, Arm] = Field(min_length=1)
-    """Name -> how it draws and weights timesteps."""
+    """Seeds. Each arm is trained once per seed; arms with the same seed share all random numbers."""
+    arms: dict[Name, Arm] = Field(min_length=1, json_schema_extra={"additionalProperties": False})
+    """Name of an arm -> its training scheme."""
     sample: Sample = Sample()
-    """How checkpoints are sampled."""
+    """How images are sampled from checkpoints."""
     evaluate: Evaluate = Evaluate()
-    """What samples are compared with, and how."""
+    """How sampled images are evaluated."""
     probe: Probe | None = Probe()
-    """How the mechanism is measured; null: not at all."""
+    """How loss and gradient noise are measured; null: not at all."""
     compare: Compare | None = None
-    """What the verdict is on; unset: no verdict."""
-    published: Path | None = None
-    """A table of curves from elsewhere, laid in grey under the study's own; it enters no verdict."""
+    """The comparisons of the verdict; unset: the study has no verdict."""
+    external_curves: Path | None = None
+    """CSV of curves from other people, drawn in grey; it enters no verdict."""
     tracking: bool = True
-    """Whether MLflow tracks it."""
+    """Whether the study is recorded in MLflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where nets run; auto: on a GPU if there is one."""
+    """Device of the networks; auto: a GPU if there is one."""
     processes: PositiveInt = 1
-    """Data-parallel processes of one training run, a GPU each (on a CPU: `train.threads` threads each)."""
+    """Data-parallel processes per training run, with one GPU each (on a CPU: `train.threads` threads each)."""
 
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
     RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references"}
@@ -206,88 +224,112 @@ class Experiment(Section):
     @classmethod
     def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is named twice: drop one")
+            raise ValueError("a seed appears twice: drop one")
         return seeds
 
     @field_validator("checkpoints")
     @classmethod
-    def _checkpoints_in_order(cls, value: EveryNSteps | tuple[int, ...]) -> EveryNSteps | tuple[int, ...]:
+    def _checkpoints_ascend(cls, value: EveryNSteps | tuple[int, ...]) -> EveryNSteps | tuple[int, ...]:
         steps = value.steps if isinstance(value, EveryNSteps) else list(value)
         if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
-            remedy = "put them in order" if steps else "list some, or raise until"
-            raise ValueError(f"steps must grow from 0 or more to at least 1, but are {steps}: {remedy}")
+            remedy = "put them in order" if steps else "add some, or raise until"
+            raise ValueError(f"steps must increase from 0 or more to at least 1, but are {steps}: {remedy}")
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         if self.name in self.RESERVED_NAMES:
-            raise ValueError(f"name: results/{self.name}/ holds something else: choose another")
-        check_image_size(self.dataset.image_size, self.model)
-        check_sampling_steps(self.sample, self.diffusion.timesteps)
-        needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
-        if needs_held_out and self.dataset.held_out < 2:
-            raise ValueError("evaluate: needs images that training does not see: set dataset.held_out to 2 or more")
-        if self.probe and self.probe.bins > self.diffusion.timesteps:
-            raise ValueError(f"probe.bins: {self.probe.bins} bins for {self.diffusion.timesteps} timesteps: lower it")
-        if self.probe and 0 < self.dataset.held_out < 2 * self.probe.batch_size:
-            raise ValueError(
-                f"probe.batch_size: {self.dataset.held_out} held-out images are not two batches of "
-                f"{self.probe.batch_size}: lower it, or raise dataset.held_out"
-            )
+            raise ValueError(f"name: results/{self.name}/ is reserved: choose another name")
+        self._check_sizes()
         for name in self.arms:
             self._check_arm(name)
-        for name in [self.compare.baseline, *self.compare.candidates] if self.compare else []:
-            if name not in self.arms:
-                raise ValueError(f"compare: {name} is not among the arms: name one of {', '.join(self.arms)}")
-        if self.compare and self.compare.primary.candidate not in self.compare.candidates:
-            known, candidate = ", ".join(self.compare.candidates), self.compare.primary.candidate
-            raise ValueError(f"compare.primary: {candidate} is not among the candidates: name one of {known}")
-        if self.compare and self.compare.primary.metric not in self.evaluate.metrics:
-            metric = self.compare.primary.metric
-            raise ValueError(f"compare.primary.metric: {metric} is not evaluated: add it to evaluate.metrics")
+        if self.compare:
+            self._check_compare(self.compare)
         return self
+
+    def _check_sizes(self) -> None:
+        dataset, probe = self.dataset, self.probe
+        try:
+            check_image_size(dataset.image_size, self.model)
+        except InputError as error:
+            raise ValueError(f"model and dataset: {error}") from None
+        try:
+            check_sampling_steps(self.sample, self.diffusion.timesteps)
+        except InputError as error:
+            raise ValueError(f"sample: {error}") from None
+        needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
+        if needs_held_out and dataset.held_out < 2:
+            raise ValueError(
+                "evaluate: needs images that are excluded from training: set dataset.held_out to 2 or more"
+            )
+        if probe and probe.bins > self.diffusion.timesteps:
+            raise ValueError(
+                f"probe.bins: {probe.bins} is more than the {self.diffusion.timesteps} timesteps: lower it"
+            )
+        if probe and 0 < dataset.held_out < 2 * probe.batch_size:
+            raise ValueError(
+                f"probe.batch_size: {dataset.held_out} held-out images do not give two batches of "
+                f"{probe.batch_size}: lower it, or raise dataset.held_out"
+            )
 
     def _check_arm(self, name: str) -> None:
         arm = self.arms[name]
         if name in self.RESERVED_ARMS:
-            raise ValueError(f"arms.{name}: this name is taken by the untrained net: choose another")
+            raise ValueError(f"arms.{name}: this name is reserved for the untrained network: choose another name")
         if arm.match:
             target = self.arms.get(arm.match)
             if target is None or target.match:
                 raise ValueError(
-                    f"arms.{name}.match: {arm.match} is no other arm that is not matched itself: name such an arm"
+                    f"arms.{name}.match: {arm.match} cannot be matched: match must name another arm that has no "
+                    "`match` of its own"
                 )
-            if target.timesteps.learnt:
-                raise ValueError(f"arms.{name}.match: the density of {arm.match} changes: match an arm whose stays")
+            if target.timesteps.learned:
+                raise ValueError(
+                    f"arms.{name}.match: the density of {arm.match} changes during training: match an arm with a "
+                    "constant density"
+                )
         for key in ("timesteps", "mse_weight", "vb_weight"):
             tau = getattr(arm, key).chosen[1].get("tau", 0)
             if tau > self.diffusion.timesteps:
                 raise ValueError(
-                    f"arms.{name}.{key}.speed.tau: {tau} is beyond the {self.diffusion.timesteps} timesteps: lower it"
+                    f"arms.{name}.{key}.speed.tau: {tau} exceeds the {self.diffusion.timesteps} timesteps: lower it"
                 )
         try:
             batch_size = self.run(name).train.batch_size
         except ValidationError as error:
-            mistake = error.errors()[0]
-            raise ValueError(
-                f"arms.{name}.train{'.' if mistake['loc'] else ': '}{in_one_sentence(mistake, Train)}"
-            ) from None
+            separator = "." if error.errors()[0]["loc"] else ": "
+            raise ValueError(f"arms.{name}.train{separator}{first_mistake(error, Train)}") from None
         if batch_size % self.processes:
             raise ValueError(
-                f"processes: {self.processes} do not divide the batch_size {batch_size} of {name}: take a divisor"
+                f"processes: {self.processes} does not divide the batch_size {batch_size} of {name}: choose a divisor"
+            )
+
+    def _check_compare(self, compare: Compare) -> None:
+        for name in [compare.baseline, *compare.candidates]:
+            if name not in self.arms:
+                raise ValueError(f"compare: {name} is not among the arms: choose from {', '.join(self.arms)}")
+        if compare.primary.candidate not in compare.candidates:
+            known = ", ".join(compare.candidates)
+            raise ValueError(
+                f"compare.primary: {compare.primary.candidate} is not among the candidates: choose from {known}"
+            )
+        if compare.primary.metric not in self.evaluate.metrics:
+            raise ValueError(
+                f"compare.primary.metric: {compare.primary.metric} is not evaluated: add it to evaluate.metrics"
             )
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, growing; 0 is the untrained net."""
+        """Steps of all checkpoints in ascending order; 0 is the untrained network."""
         return self.checkpoints.steps if isinstance(self.checkpoints, EveryNSteps) else list(self.checkpoints)
 
     @property
     def comparison(self) -> dict[str, Any]:
-        """Which arms are compared: the section `compare`, or all with the first; and what a reader must know.
+        """The compared arms as plain data for the jobs of the study.
 
-        `baseline`, `candidates`, `features` (of the primary comparison), `matched` (candidates that are matched to the
-        baseline), and where there is a section `compare` its `primary` and `thresholds`.
+        Keys: `baseline` and `candidates` (of the section `compare`; without it, the first arm and all others),
+        `features` (extractor of the primary comparison), `matched` (candidates with `match: <baseline>`); and, from the
+        section `compare` if there is one, `primary` (`candidate`, `metric`) and `thresholds` (list or None).
         """
         first, *others = self.arms
         compare = {"baseline": first, "candidates": others}
@@ -296,7 +338,7 @@ class Experiment(Section):
         return compare | {"features": self.evaluate.features[0], "matched": matched}
 
     def run(self, arm_name: str) -> RunConfig:
-        """The run of an arm: shared sections, its own training settings, its scheme, and whom it is matched to."""
+        """Returns the settings of a run of an arm: the shared sections, the arm's own `train` keys, and its scheme."""
         arm = self.arms[arm_name]
         return RunConfig(
             dataset=self.dataset,

@@ -69,8 +69,9 @@ def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Exper
             _check_count(experiment, read_json(prepared)["count"], folder / f"{name}.yaml")
         elif isinstance(dataset, Folder):
             _check_count(experiment, pictures(dataset), folder / f"{name}.yaml")
-        if experiment.published and not experiment.published.exists():
-            raise StudyError(f"{folder / name}.yaml: published: there is no {experiment.published}: mend or drop it")
+        if experiment.external_curves and not experiment.external_curves.exists():
+            path = experiment.external_curves
+            raise StudyError(f"{folder / name}.yaml: external_curves: there is no {path}: correct or drop it")
     return experiments
 
 

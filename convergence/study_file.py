@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from convergence.errors import StudyError
 from convergence.schema import Experiment
@@ -11,37 +12,48 @@ from diffusion.validation import in_one_sentence
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read and validate an experiment file.
+    """Reads and validates a study file.
 
     Raises:
-        StudyError: the file is missing, no YAML, or breaks the schema; a line per mistake with file, key and remedy.
+        StudyError: the file is missing or unreadable, is not valid YAML, or violates the schema. The message has one
+            line per mistake, with the file, the key, and what to do.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
             raise StudyError(f"{path}: no such experiment: name one of {known}") from None
-        raise StudyError(f"{path}: no such experiment: start this where the Snakefile lies, and name a study "
-                         "without folder and .yaml") from None  # fmt: skip
+        raise StudyError(
+            f"{path}: no such experiment: run this in the directory that contains experiments/, and give the name of a "
+            "study without directory and .yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read ({error}): save it as UTF-8 text, or mend its permission") from None
+        raise StudyError(f"{path}: cannot be read ({error}): save it as UTF-8 text and check its permissions") from None
     except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: mend it there: {' '.join(str(error).split())}") from None
+        raise StudyError(f"{path}: not valid YAML: correct it there: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise StudyError(f"{path}: must hold keys and values such as `name: {path.stem}`, not {type(content).__name__}")
+        kind = "empty" if content is None else f"a {type(content).__name__}"
+        raise StudyError(f"{path}: must hold keys and values such as `name: {path.stem}`, but is {kind}")
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        # A list of which every item is wrong is not also too short.
-        mistakes = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
+        mistakes = [mistake for mistake in error.errors() if not _follows_from_another(mistake)]
         raise StudyError("\n".join(f"{path}: {in_one_sentence(e, Experiment)}" for e in mistakes)) from None
     if experiment.name != path.stem:
         raise StudyError(f"{path}: name is {experiment.name}, but the file is called {path.stem}: make them equal")
     return experiment
 
 
+def _follows_from_another(mistake: ErrorDetails) -> bool:
+    """Whether another mistake explains this one: a short list has invalid items, a mapping is not a list of steps."""
+    kind, value = mistake["type"], mistake["input"]
+    return (kind == "too_short" and bool(value)) or (
+        kind == "tuple_type" and mistake["loc"][0] == "checkpoints" and isinstance(value, dict)
+    )
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key overwrite an earlier one in silence; a study must not lose an arm that way."""
+    """Rejects keys that are written twice. Plain YAML keeps the last one, so that an arm would be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.value != "<<"]

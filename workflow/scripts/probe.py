@@ -19,7 +19,7 @@ with job(snakemake):
     about = read_json(Path(snakemake.input.provenance))
     if about["diverged"] is None:
         net = load_checkpoint(Path(snakemake.input.weights), device, about.get("sha256"))
-        tables = None if run.scheme.timesteps.learnt else scheme_tables(net.schedule, run.scheme, run.match)
+        tables = None if run.scheme.timesteps.learned else scheme_tables(net.schedule, run.scheme, run.match)
         rows = probe(net.model, net.schedule, tables, images, bins, batch_size, seed, device)
     else:
         rows = diverged_rows(run.diffusion.timesteps, bins, about["diverged"])

@@ -1,14 +1,14 @@
-"""What jobs ask a cluster for, held against the real net."""
+"""Time and memory that jobs request, compared with the real network."""
 
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from test_workflow import copy_project, snakemake
+from projects import copy_project, snakemake
 from torch.utils.flop_counter import FlopCounterMode
 
-from convergence import resources as requests
+from convergence import resources
 from convergence.schema import Evaluate, Experiment, Probe
 from diffusion.config import Folder, Model, Sample
 from diffusion.nets.unet import UNet
@@ -26,17 +26,17 @@ def build(model, image_size):
 
 
 @pytest.mark.parametrize(("model", "image_size"), NETS)
-def test_parameters_and_products_are_those_of_the_net(model, image_size):
+def test_parameters_and_products_equal_those_of_the_network(model, image_size):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = build(model, image_size)
         net(torch.empty(1, 3, image_size, image_size), torch.zeros(1, dtype=torch.long))
-    size = requests.unet_size(model, image_size)
+    size = resources.unet_size(model, image_size)
     assert size.parameters == sum(p.numel() for p in net.parameters())
     assert 2 * size.products == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("model", "image_size"), [net for net in NETS if net[1] == 16])
-def test_activations_are_those_that_autograd_keeps(model, image_size):
+def test_activations_are_close_to_what_autograd_keeps(model, image_size):
     net, batch, kept = build(model, image_size), 4, {}
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
@@ -48,7 +48,7 @@ def test_activations_are_those_that_autograd_keeps(model, image_size):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         net(torch.randn(batch, 3, image_size, image_size), torch.zeros(batch, dtype=torch.long))
     numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4 / batch
-    assert 0.8 < numbers / requests.unet_size(model, image_size).activations < requests.FACTOR
+    assert 0.8 < numbers / resources.unet_size(model, image_size).activations < resources.FACTOR
 
 
 def experiment(**changes):
@@ -65,12 +65,12 @@ def experiment(**changes):
 
 
 def train(steps=10_000, images=10_000, gpus=1, processes=1, **changes):
-    return requests.train(experiment(**changes).run("uniform"), steps, images, gpus, processes)
+    return resources.train(experiment(**changes).run("uniform"), steps, images, gpus, processes)
 
 
-def test_training_asks_by_steps_images_batch_net_and_device():
+def test_training_request_grows_with_steps_images_batch_network_and_device():
     base = train()
-    assert requests.START_MINUTES < base.minutes < requests.LONGEST_MINUTES
+    assert resources.START_MINUTES < base.minutes < resources.LONGEST_MINUTES
     longer = [train(steps=20_000), train(train={"batch_size": 128}), train(model={"channels": 128}), train(gpus=0)]
     assert all(request.minutes > base.minutes for request in longer)
     more = [train(images=10**6), train(model={"channels": 128}), train(gpus=0), train(gpus=2, processes=2)]
@@ -79,60 +79,60 @@ def test_training_asks_by_steps_images_batch_net_and_device():
     threads = [train(steps=100, gpus=0, train={"batch_size": 64, "threads": count}) for count in (1, 4)]
     assert threads[1].minutes < threads[0].minutes
     assert train(gpus=0, train={"batch_size": 64, "micro_batch": 8}).megabytes < train(gpus=0).megabytes
-    assert train(steps=10**9).minutes == requests.LONGEST_MINUTES
+    assert train(steps=10**9).minutes == resources.LONGEST_MINUTES
 
 
-def test_a_segment_of_a_known_speed_has_room_to_spare():
+def test_training_request_exceeds_a_measured_time():
     # 98.6M parameters at 128x128, bf16, batch 256: 412 images/s were measured on an H100, a fast GPU.
     model = {"channels": 128, "channel_mult": [1, 1, 2, 3, 4], "attention_resolutions": [16]}
     study = experiment(
         dataset={"source": "openmoji", "image_size": 128}, model=model, train={"batch_size": 256, "micro_batch": 64}
     )
-    minutes = requests.train(study.run("uniform"), 2_000, 70_000, 1, 1).minutes
+    minutes = resources.train(study.run("uniform"), 2_000, 70_000, 1, 1).minutes
     assert 3 < minutes / (2_000 * 256 / 412 / 60) < 15
 
 
-def test_other_jobs_ask_by_their_images():
+def test_other_requests_grow_with_their_images():
     study = experiment()
     run = study.run("uniform")
     few, many = Sample(images=1_000), Sample(images=50_000)
-    assert requests.sample(run, few, 1).minutes < requests.sample(run, many, 1).minutes
-    assert requests.sample(run, few, 1).minutes < requests.sample(run, few, 0).minutes
+    assert resources.sample(run, few, 1).minutes < resources.sample(run, many, 1).minutes
+    assert resources.sample(run, few, 1).minutes < resources.sample(run, few, 0).minutes
     few, many = Probe(images=256), Probe(images=4096)
-    assert requests.probe(run, few, 0).minutes < requests.probe(run, many, 0).minutes
+    assert resources.probe(run, few, 0).minutes < resources.probe(run, many, 0).minutes
     few, all_images = Evaluate(reference_images=1_000), Evaluate()
-    smaller, larger = (requests.reference(settings, 50_000, 1, 1) for settings in (few, all_images))
+    smaller, larger = (resources.reference(settings, 50_000, 1, 1) for settings in (few, all_images))
     assert smaller.minutes < larger.minutes and smaller.megabytes < larger.megabytes
     one, two = (
-        requests.evaluate(experiment(evaluate={"features": features}), 50_000, 1, 1)
+        resources.evaluate(experiment(evaluate={"features": features}), 50_000, 1, 1)
         for features in (["efficientnet-lite0"], ["efficientnet-lite0", "inception-v3-compat"])
     )
     assert one.minutes < two.minutes
 
 
-def test_a_dataset_asks_by_the_pictures_in_a_folder_or_zip(tmp_path):
+def test_dataset_request_counts_the_images_of_a_folder_or_zip(tmp_path):
     (tmp_path / "deep").mkdir()
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for i in range(900):
             (tmp_path / "deep" / f"{i}.png").touch()
             archive.writestr(f"{i}.png", b"")
     folder, archive, empty = (
-        requests.dataset(Folder(source="folder", path=path, image_size=64)).minutes
-        for path in (tmp_path / "deep", tmp_path / "pictures.zip", tmp_path / "none")
+        resources.dataset(Folder(source="folder", path=path, image_size=64)).minutes
+        for path in (tmp_path / "deep", tmp_path / "images.zip", tmp_path / "none")
     )
     assert folder == archive == empty + 6
 
 
-def test_images_are_counted_by_the_size_of_their_file(tmp_path):
+def test_prepared_images_are_counted_from_the_file_size(tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((7, 16, 16, 3), np.uint8))
-    assert requests.images_in(str(tmp_path / "images.npy"), 16) == 7
+    assert resources.images_in(str(tmp_path / "images.npy"), 16) == 7
     with pytest.raises(FileNotFoundError):
-        requests.images_in(str(tmp_path / "none.npy"), 16)
+        resources.images_in(str(tmp_path / "none.npy"), 16)
 
 
 @pytest.mark.parametrize("profile", ["slurm", "slurm-multi-gpu"])
-def test_a_dry_run_for_a_cluster_needs_none(tmp_path, profile):
+def test_dry_run_with_a_cluster_profile_needs_no_cluster(tmp_path, profile):
     done = snakemake(copy_project(tmp_path), "--workflow-profile", f"workflow/profiles/{profile}", "--dry-run")
-    told = done.stdout + done.stderr
-    assert done.returncode == 0 and f"Using workflow specific profile workflow/profiles/{profile}" in told, told
-    assert "Train openmoji" in told
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and f"Using workflow specific profile workflow/profiles/{profile}" in output, output
+    assert "Train openmoji" in output

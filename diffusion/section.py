@@ -1,0 +1,81 @@
+"""The base classes of all settings: validation, canonical form and hash, JSON schema."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+# Keys added after version 0.2.0, as "Section.key". `canonical()`, which is hashed, leaves such a key out while it has
+# its default, so that adding a key renames no existing run. The default must compute what was computed without the key.
+LATER_KEYS: tuple[str, ...] = ()
+
+
+class Section(BaseModel):
+    """Base class of all sections: unknown keys are errors, and values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def canonical(self) -> str:
+        """Returns all keys with their values as JSON with sorted keys, without `LATER_KEYS` at their defaults.
+
+        Equal sections give equal text, and `model_validate_json` restores the section from it.
+        """
+        return json.dumps(self.model_dump(mode="json", context={"canonical": True}), sort_keys=True)
+
+    @property
+    def hash8(self) -> str:
+        """First eight hexadecimal digits of the SHA-256 of `canonical()`."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        content = handler(self)
+        if not (info.context or {}).get("canonical"):
+            return content
+        fields, section = type(self).model_fields, type(self).__name__
+        later = {key for key in fields if f"{section}.{key}" in LATER_KEYS}
+        return {k: v for k, v in content.items() if k not in later or getattr(self, k) != fields[k].default}
+
+
+class Choice(Section):
+    """One of several functions by name, with or without parameters: `uniform`, or `{p2: {gamma: 0.5}}`.
+
+    Each field is a function that can be chosen, and exactly one field is set.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if not isinstance(value, dict) or len(value) != 1:
+            raise ValueError(f"choose exactly one of {', '.join(cls.model_fields)}")
+        return {name: {} if parameters is None else parameters for name, parameters in value.items()}
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        name, _ = self.chosen
+        return {name: handler(self)[name]}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": list(cls.model_fields)}, handler(core_schema)]}
+
+    @property
+    def chosen(self) -> tuple[str, dict[str, float]]:
+        """(name, parameters) of the chosen function."""
+        name = next(iter(self.model_fields_set))
+        return name, getattr(self, name).model_dump()
