@@ -152,14 +152,14 @@ TABLE = {
     "no such class of torchvision": (
         DATASET,
         study(dataset={"source": "torchvision", "name": "Flower", "held_out": 0}),
-        ["torchvision has no dataset Flower", "mend dataset.name"],
+        ["torchvision has no dataset Flower", "name: "],
     ),
     "published curves that are nowhere": (DRY_RUN, study(published="no.csv"), ["published: there is no no.csv"]),
     "folder without images": (DATASET, folder(lambda place: None), ["there are no pictures in pictures"]),
     "unreadable images": (DATASET, folder(half_readable), ["1 of the 5 images", "cannot be used"]),
     "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
     "truncated zip": (DATASET, broken_zip, ["there are no pictures in", "or a whole zip"]),
-    "zip that leaves its folder": (DATASET, evil_zip, ["pictures holds no images"]),
+    "zip that leaves its folder": (DATASET, evil_zip, ["pictures: contains no images"]),
     # checkpoints
     "no such checkpoint": ([*SAMPLE, "no.safetensors"], None, ["no.safetensors"]),
     "truncated checkpoint": ([*SAMPLE, "a.safetensors"], checkpoint("a.safetensors", b"\x08"), ["a.safetensors"]),
