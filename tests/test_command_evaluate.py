@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made import scenes
 from PIL import Image
-from test_features import write_random_inception
+from test_extractors import write_random_inception
 
 from convergence.command.images import _add_evaluate
 from diffusion.data.folder import read_images

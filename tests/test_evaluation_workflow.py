@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from projects import copy_project, edit, jobs, reduce, snakemake
-from test_features import write_random_inception
+from test_extractors import write_random_inception
 
 from convergence import layout
 from convergence.analysis.comparison import speedup_table
