@@ -172,7 +172,7 @@ TABLE = {
     "published checkpoint of unknown size": ([*SAMPLE, "evil.pt"], pickled, ["--image-size"]),
     # environment
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
-    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["'vgg' is no feature extractor"]),
+    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["evaluate.features", "'vgg': choose from"]),
     # command line
     "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
