@@ -1,11 +1,11 @@
-"""Do the intervals and verdicts of `workflow.statistics` hold what they promise? Studies with a known answer.
+"""Coverage of the intervals of `convergence.analysis`, and its rate of false alarms, in simulated studies.
 
     python -m benchmarks.coverage [--studies 2000]
 
-First table: coverage of the 95% interval of the speed-up, among all studies and among those of which every pair is
-known, how often a pair is censored, how often the interval lacks a bound or both, its median width in log speed-up,
-and the median distance of finite bounds from the truth. Second table: how often a study without any difference is
-called faster or slower. Cells are of 3, 5 and 10 seeds.
+The first table shows the coverage of the 95% interval of the speed-up, over all studies and over those without a
+censored pair; how often a pair is censored; how often the interval lacks one bound or both; its median width in log
+speed-up; and the median distance of finite bounds from the true value. The second table shows how often a study
+without a difference is reported as faster or slower. Each cell contains the values for 3, 5 and 10 seeds.
 """
 
 import argparse
@@ -20,25 +20,27 @@ from convergence.analysis.curves import average, log_speedup, time_to_threshold
 from convergence.analysis.intervals import censored_interval, t_interval
 
 SEEDS = (3, 5, 10)
-FEWEST = 0.1  # of the studies: a share of fewer is not told
-# FD 54 at the first checkpoint, falling by this power of the training images, as the published FFHQ curves do.
+MIN_FRACTION = 0.1  # coverage over fewer of the studies is not shown
+# The FD is 54 at the first checkpoint and falls with this power of the training images, as the published FFHQ curves.
 FIRST_LEVEL, POWER_LAW = np.log(54), 0.35
 
 
 class Noise(NamedTuple):
-    """Of the log of the metric around its curve, at each checkpoint."""
+    """Noise of the log of the metric at each checkpoint."""
 
     sd: float
+    """Standard deviation."""
     memory: float
-    """Correlation of neighbouring checkpoints of a run."""
+    """Correlation of consecutive checkpoints of a run."""
     pairing: float
     """Correlation of the two arms of a seed."""
     tails: float = np.inf
-    """Degrees of freedom of its t-distribution; infinite is normal."""
+    """Degrees of freedom of its t-distribution; infinity gives a normal distribution."""
 
 
-# Residuals around power laws fitted to published FID curves of one run per arm: standard deviations 0.15 and 0.28 on
-# FFHQ, 0.13 and 0.14 on Flowers; arms correlated by 0.2, neighbouring checkpoints by -0.5 to 0.5.
+# Residuals of power laws fitted to published FID curves with one run per arm: the standard deviations are 0.15 and
+# 0.28 on FFHQ, and 0.13 and 0.14 on Flowers; the correlation of the arms is 0.2, that of consecutive checkpoints -0.5
+# to 0.5.
 NOISES = {
     "2%, paired": Noise(0.02, 0.5, 0.8),
     "5%, paired": Noise(0.05, 0.5, 0.5),
@@ -51,9 +53,10 @@ NOISES = {
 def simulate(
     rng: np.random.Generator, studies: int, seeds: int, speedup: float, noise: Noise, checkpoints: int = 20
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log metrics [studies, seeds, 2, checkpoints] of baseline and candidate, and images [checkpoints].
+    """Simulate the curves of studies; the candidate reaches each value `speedup` times as early, with AR(1) noise.
 
-    The candidate's curve is the baseline's at `speedup` times the images; the noise is autoregressive.
+    Returns:
+        Logs of the metric of baseline and candidate, [studies, seeds, 2, checkpoints], and images [checkpoints].
     """
     images = np.arange(1, checkpoints + 1, dtype=float)
     size = (checkpoints, studies, seeds)
@@ -72,7 +75,7 @@ def simulate(
 
 
 def speedups(levels: np.ndarray, images: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds [studies, seeds] of the log speed-ups at the threshold that lies `share` of the baseline's way down."""
+    """Bounds of the log speed-ups, each [studies, seeds], at a threshold at `share` of the baseline's decrease."""
     ends = levels[:, :, 0][..., [0, -1]].mean(axis=1)  # [studies, 2]
     threshold = ends[:, 0] + share * (ends[:, 1] - ends[:, 0])
     low, high = time_to_threshold(levels, images, threshold[:, None, None])
@@ -81,11 +84,11 @@ def speedups(levels: np.ndarray, images: np.ndarray, share: float) -> tuple[np.n
 
 class Coverage(NamedTuple):
     covered: np.ndarray
-    """[studies] whether the interval holds the true speed-up."""
+    """Whether the interval contains the true speed-up, [studies]."""
     censored: np.ndarray
-    """[studies] whether a pair is censored."""
+    """Whether a pair is censored, [studies]."""
     reach: np.ndarray
-    """[studies, 2] from the truth down to the lower bound and up to the upper one, in log speed-up."""
+    """Distance of the lower and the upper bound from the true value, in log speed-up, [studies, 2]."""
 
 
 def coverage(
@@ -98,7 +101,7 @@ def coverage(
 
 
 def false_alarms(rng: np.random.Generator, studies: int, seeds: int, noise: Noise) -> float:
-    """Share of studies without a difference whose verdict is "faster" or "slower"."""
+    """Fraction of the studies without a difference whose outcome is "faster" or "slower"."""
     levels, images = simulate(rng, studies, seeds, 1.0, noise)
     of_seeds = average(levels, images)
     _, low, high = t_interval(of_seeds[..., 0] - of_seeds[..., 1])
@@ -107,14 +110,14 @@ def false_alarms(rng: np.random.Generator, studies: int, seeds: int, noise: Nois
     return np.mean([told != "no difference shown" for told in verdicts])
 
 
-def _cells(found: Coverage) -> list[str]:
-    bounds = np.isfinite(found.reach).sum(axis=1)
-    known = found.covered[~found.censored]
-    shares = [100 * of.mean() for of in (found.covered, found.censored, bounds == 1, bounds == 0)]
-    shares.insert(1, 100 * known.mean() if len(known) >= FEWEST * len(bounds) else np.nan)
-    finite = found.reach[np.isfinite(found.reach)]
-    lengths = [np.median(found.reach.sum(axis=1)), np.median(np.abs(finite)) if finite.size else np.nan]
-    return [f"{share:.1f}" if share == share else "–" for share in shares] + [f"{length:.2f}" for length in lengths]
+def _cells(result: Coverage) -> list[str]:
+    bounds = np.isfinite(result.reach).sum(axis=1)
+    uncensored = result.covered[~result.censored]
+    percentages = [100 * column.mean() for column in (result.covered, result.censored, bounds == 1, bounds == 0)]
+    percentages.insert(1, 100 * uncensored.mean() if len(uncensored) >= MIN_FRACTION * len(bounds) else np.nan)
+    finite = result.reach[np.isfinite(result.reach)]
+    lengths = [np.median(result.reach.sum(axis=1)), np.median(np.abs(finite)) if finite.size else np.nan]
+    return ["–" if np.isnan(value) else f"{value:.1f}" for value in percentages] + [f"{value:.2f}" for value in lengths]
 
 
 def _row(*cells: object) -> None:
@@ -122,13 +125,13 @@ def _row(*cells: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description="Coverage and false alarms.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__.splitlines()[0])
     parser.add_argument("--studies", type=int, default=2000, help="simulated studies per cell")
     studies = parser.parse_args().studies
     rng = np.random.default_rng(0)
     columns = [
         "coverage, %",
-        "all known, %",
+        "uncensored, %",
         "censored, %",
         "one bound, %",
         "no bound, %",

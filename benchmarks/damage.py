@@ -1,8 +1,9 @@
-"""How the metrics answer to known damage, beside values that plain torch-fidelity gave for the same images.
+"""Metrics of images with known damage, with the FD that torch-fidelity computes for the same images.
 
-    python -m benchmarks.damage /usr/share/datasets/fashion-mnist     # of Debian's package dataset-fashion-mnist
+    python -m benchmarks.damage /usr/share/datasets/fashion-mnist     # Debian's package dataset-fashion-mnist
 
-Fashion-MNIST, training images 0 to 1,999 against 2,000 to 3,999, the latter with Gaussian noise or blur.
+Compares the training images 0 to 1,999 of Fashion-MNIST with the images 2,000 to 3,999, to which Gaussian noise or
+blur is added.
 """
 
 import argparse
@@ -17,8 +18,9 @@ from diffusion.evaluation.reference import evaluate, reference_of
 from diffusion.evaluation.weights import LITE0
 
 SIDE, HEADER = 28, 16
-NOISE = {0: 9.134, 4: None, 8: None, 16: 97.5, 32: None, 64: 255.1}  # sigma in grey levels: FD by torch-fidelity
-BLUR = {0: 9.134, 0.5: 17.88, 0.75: None, 1: 130.3, 1.5: None, 2: 250.7}  # sigma in pixels
+# Standard deviation -> FD computed by torch-fidelity.
+NOISE = {0: 9.134, 4: None, 8: None, 16: 97.5, 32: None, 64: 255.1}  # in grey levels
+BLUR = {0: 9.134, 0.5: 17.88, 0.75: None, 1: 130.3, 1.5: None, 2: 250.7}  # in pixels
 METRICS = ["fd", "kid", "precision", "recall"]
 
 
@@ -37,26 +39,26 @@ def with_blur(images: np.ndarray, sigma: float) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, help="contains train-images-idx3-ubyte.gz")
     with gzip.open(parser.parse_args().directory / "train-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read(), np.uint8, offset=HEADER).reshape(-1, SIDE, SIDE)
     extractor = load_extractor(LITE0, "cpu")
     reference = reference_of(extract_features(rgb(images[:2000]), extractor), {})
-    print("| damage | FD | its standard error | torch-fidelity | difference | KID | precision | recall |")
+    print("| damage | FD | standard error of FD | torch-fidelity | difference | KID | precision | recall |")
     print("|---|---|---|---|---|---|---|---|")
-    for what, damage, table in (("noise", with_noise, NOISE), ("blur", with_blur, BLUR)):
-        last = -1.0
+    for name, damage, table in (("noise", with_noise, NOISE), ("blur", with_blur, BLUR)):
+        previous = -1.0
         for sigma, expected in table.items():
             features = extract_features(rgb(damage(images[2000:4000], sigma)), extractor)
             fd, kid, precision, recall = evaluate(features, reference, METRICS)
-            told = f"{expected} | {100 * (fd.value / expected - 1):+.2f}%" if expected else "|"
+            comparison = f"{expected} | {100 * (fd.value / expected - 1):+.2f}%" if expected else "|"
             print(
-                f"| {what} {sigma} | {fd.value:.3f} | {fd.stderr:.3f} | {told} | {kid.value:.5f} +- {kid.stderr:.5f} "
-                f"| {precision.value:.3f} | {recall.value:.3f} |",
+                f"| {name} {sigma} | {fd.value:.3f} | {fd.stderr:.3f} | {comparison} "
+                f"| {kid.value:.5f} +- {kid.stderr:.5f} | {precision.value:.3f} | {recall.value:.3f} |",
                 flush=True,
             )
-            assert fd.value > last, "FD must grow with the damage"
-            last = fd.value
+            assert fd.value > previous, "FD must increase with the damage"
+            previous = fd.value
     collapsed = np.repeat(extract_features(rgb(images[2000:2020]), extractor), 100, axis=0)
     rows = evaluate(collapsed, reference, METRICS)
     print("20 images x 100:", ", ".join(f"{row.metric} {row.value:.4g}" for row in rows))

@@ -1,9 +1,9 @@
-"""What evaluation costs, beside plain torch-fidelity on the same images and features, in one run.
+"""Time and memory of an evaluation, compared with torch-fidelity on the same images and features.
 
     python -m benchmarks.evaluation [--threads 2] [--images 512] [--features 10000]
 
-Images are random scenes of 32x32; features are random, with a spectrum as that of real ones. A second part streams
-50,000 images of 128x128 from disk and tells the peak memory of the whole evaluation.
+The images are random, 32x32 pixels; the features are random with a spectrum similar to that of real features. A second
+part streams 50,000 images of 128x128 pixels from disk and reports the peak memory of the evaluation.
 """
 
 import argparse
@@ -24,15 +24,17 @@ SIDE = 128
 
 class Cost(NamedTuple):
     seconds: float
-    gigabytes: float  # of the whole process at the peak
+    gigabytes: float  # peak memory of the process
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=512, help="for the extractor")
-    parser.add_argument("--features", type=int, default=10_000, help="for the metrics")
-    parser.add_argument("--stream", type=int, default=50_000, help="images of 128x128 for the peak memory")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=512, help="images for the extractor, default: %(default)s")
+    parser.add_argument("--features", type=int, default=10_000, help="features for the metrics, default: %(default)s")
+    parser.add_argument(
+        "--stream", type=int, default=50_000, help="images that are streamed from disk, default: %(default)s"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part == "speed":
@@ -42,7 +44,7 @@ def main() -> None:
     else:
         from convergence.snakefile import set_environment
 
-        # As the workflow does for its jobs: the allocator is set before Python starts.
+        # The settings of the allocator must be set before Python starts, as the workflow does for its jobs.
         set_environment(ROOT)
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
         command = [sys.executable, __file__, *sys.argv[1:], "--part"]
@@ -54,10 +56,10 @@ def main() -> None:
 
 
 def measure(call: Callable[[], Any]) -> tuple[Cost, Any]:
-    """What the cheaper of two calls costs, and its result: the first one may only warm up memory and threads."""
+    """Call a function twice, because the first call also sets up memory and threads; return minimum and result."""
     costs = []
     for _ in range(2):
-        # Linux then counts the peak anew.
+        # Resets the peak memory that Linux reports.
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         result = call()
@@ -95,9 +97,9 @@ def speed(arguments: argparse.Namespace) -> None:
 
     from diffusion.evaluation.extractors import EfficientNetLite0, extract_features, load_extractor
     from diffusion.evaluation.metrics import (
-        _frechet,
         fit_gaussian,
         frechet,
+        frechet_distance,
         kernel_distance,
         mean_kernel,
         neighbour_radii,
@@ -109,8 +111,8 @@ def speed(arguments: argparse.Namespace) -> None:
     versions = f"torch {torch.__version__}, torch-fidelity {torch_fidelity.__version__}"
     print(f"{processor()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}, {versions}\n")
 
-    class TorchGroupNorm(torch_fidelity.FeatureExtractorBase):
-        """The same net as one would hand it to torch-fidelity: neither folded nor channels_last."""
+    class PlainLite0(torch_fidelity.FeatureExtractorBase):
+        """The same network without our optimisations: batch norms are not folded, tensors not channels_last."""
 
         def __init__(self, name: str, features_list: list[str], **kwargs: Any):
             super().__init__(name, features_list)
@@ -138,7 +140,7 @@ def speed(arguments: argparse.Namespace) -> None:
         def __getitem__(self, index: int) -> torch.Tensor:
             return torch.from_numpy(self.images[index]).permute(2, 0, 1)
 
-    torch_fidelity.register_feature_extractor("plain-lite0", TorchGroupNorm)
+    torch_fidelity.register_feature_extractor("plain-lite0", PlainLite0)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (arguments.images, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     extractor = load_extractor(LITE0, "cpu")
@@ -146,14 +148,14 @@ def speed(arguments: argparse.Namespace) -> None:
     table = []
     ours, features = measure(lambda: extract_features(images, extractor))
     half = arguments.images // 2
-    theirs, found = measure(
+    theirs, metrics = measure(
         lambda: torch_fidelity.calculate_metrics(
             input1=Images(images[:half]), input2=Images(images[half:]), feature_extractor="plain-lite0", fid=True,
             cuda=False, batch_size=64, cache=False, verbose=False, save_cpu_ram=True,
         )
     )  # fmt: skip
     fd = frechet(features[:half], fit_gaussian(features[half:])).value
-    print(f"FD of the images: ours {fd:.6f}, calculate_metrics {found['frechet_inception_distance']:.6f}\n")
+    print(f"FD of the images: ours {fd:.6f}, calculate_metrics {metrics['frechet_inception_distance']:.6f}\n")
     n = arguments.images
     table.append(("EfficientNet-Lite0, img/s", f"{n / ours.seconds:.1f}", f"{n / theirs.seconds:.1f} (with its FD)"))
 
@@ -161,7 +163,7 @@ def speed(arguments: argparse.Namespace) -> None:
     x, y = (rng.standard_normal((arguments.features, DIMENSIONS), dtype=np.float32) * roots for _ in range(2))
     x = x * np.float32(1.1) + np.float32(0.01)
     prepared, gaussian = measure(lambda: fit_gaussian(y))
-    alone, distance = measure(lambda: _frechet(torch.from_numpy(x), gaussian)[0])
+    alone, distance = measure(lambda: frechet_distance(x, gaussian))
     with_error, _ = measure(lambda: frechet(x, gaussian))
 
     def fid() -> float:
@@ -201,7 +203,7 @@ def memory(arguments: argparse.Namespace, path: Path) -> None:
     from diffusion.evaluation.weights import LITE0
 
     class Pixels(torch.nn.Linear):
-        """Stands in for a net that would take half an hour: as many numbers of each image as Inception gives."""
+        """A fast replacement for Inception, with as many features."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(x.float(), 27).flatten(1)[:, :DIMENSIONS]

@@ -1,10 +1,12 @@
-"""How cost grows, on one plot: training with batch, image size, width; a whole study with runs, checkpoints, samples.
+"""Cost of training and of complete studies as their size grows; the result is a figure.
 
     python -m benchmarks.growth [--seconds 3] [--out benchmarks/growth.png]
 
-Above, time per image of our training step in one process, of the default study's net unless the axis says otherwise.
-Below, the wall time of whole studies of that net, reduced to batches of 8 and 4 steps per checkpoint, through Snakemake
-on two cores, dataset and reference prepared. Each axis is varied alone. A straight line is what is hoped for.
+The upper row shows the time per image of a training step in one process, as a function of batch size, image size and
+channels. The lower row shows the wall time of complete studies through Snakemake on two cores, as a function of the
+number of seeds, checkpoints and samples. The studies are reduced to batches of 8 and 4 steps per checkpoint, and
+dataset and reference exist already. Each size is varied alone; all others are those of the default study. The cost
+should grow linearly.
 """
 
 import argparse
@@ -43,39 +45,39 @@ def with_section(run: RunConfig, section: str, **changes: int) -> RunConfig:
     return run.model_copy(update={section: getattr(run, section).model_copy(update=changes)})
 
 
-def of_nets(seconds: float) -> list[tuple[str, int, str, float]]:
-    """Rows of COLUMNS: seconds per image of a training step."""
+def measure_training(seconds: float) -> list[tuple[str, int, str, float]]:
+    """Rows of COLUMNS: milliseconds per image of a training step."""
     options = argparse.Namespace(study=STUDY, batch=None)
     run, rows = settings(options), []
     torch.set_num_threads(run.train.threads)
-    for axis, (values, changed) in NETS.items():
+    for axis, (values, change) in NETS.items():
         for value in values:
-            step = ours_train(changed(run, value), options)
+            step = ours_train(change(run, value), options)
             step()
             rows.append((axis, value, "ms per image", 1000 / rate(step, seconds)))
             print(*rows[-1], flush=True)
     return rows
 
 
-def of_studies(directory: Path) -> list[tuple[str, int, str, float]]:
-    """Rows of COLUMNS: seconds of whole studies."""
-    start = copy_project(directory / "start")
-    edit(start, reduced)
-    run(start)
+def measure_studies(directory: Path) -> list[tuple[str, int, str, float]]:
+    """Rows of COLUMNS: seconds of complete studies."""
+    prepared = copy_project(directory / "start")
+    edit(prepared, reduced)
+    run(prepared)
     rows = []
-    for axis, (values, changed) in STUDIES.items():
+    for axis, (values, change) in STUDIES.items():
         for value in values:
             project = copy_project(directory / f"{axis}{value}")
             edit(project, reduced)
-            edit(project, lambda study, changed=changed, value=value: changed(study, value))
-            for ready in ("datasets", "references"):
+            edit(project, lambda study, change=change, value=value: change(study, value))
+            for part in ("datasets", "references"):
                 (project / "results").mkdir(exist_ok=True)
-                (start / "results" / ready).rename(project / "results" / ready)
-            began = time.perf_counter()
+                (prepared / "results" / part).rename(project / "results" / part)
+            start_time = time.perf_counter()
             run(project)
-            rows.append((axis, value, "s of the study", time.perf_counter() - began))
+            rows.append((axis, value, "s of the study", time.perf_counter() - start_time))
             print(*rows[-1], flush=True)
-            start = project
+            prepared = project
     return rows
 
 
@@ -94,7 +96,7 @@ def run(project: Path) -> None:
 def draw(table: pd.DataFrame, path: Path) -> None:
     figure, panels = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
     for panel, (axis, rows) in zip(panels.flat, table.groupby("axis", sort=False), strict=True):
-        # Cost is expected in proportion to the pixels.
+        # The cost is expected to be proportional to the pixels and to the weights.
         power = 2 if axis in ("image size", "channels") else 1
         panel.plot(rows["value"] ** power, rows["cost"], "o-", color="#0072b2")
         panel.set_xticks(rows["value"] ** power, [f"{value}" + "²" * (power == 2) for value in rows["value"]])
@@ -102,18 +104,22 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         panel.set_ylim(bottom=0)
         panel.set_xlim(left=0)
         panel.spines[["top", "right"]].set_visible(False)
-    for row, label in zip(panels, ("ms per image trained", "s of a whole study"), strict=True):
+    for row, label in zip(panels, ("ms per training image", "s per study"), strict=True):
         row[0].set_ylabel(label)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3, help="of each measurement of a net")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "growth.png", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=3, help="duration of each measurement of training, default: %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "growth.png", help="figure to write, default: %(default)s"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        rows = of_nets(options.seconds) + of_studies(Path(directory))
+        rows = measure_training(options.seconds) + measure_studies(Path(directory))
     table = pd.DataFrame(rows, columns=COLUMNS)
     draw(table, options.out)
     print(table.to_string(index=False, float_format="{:.3g}".format))

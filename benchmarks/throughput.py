@@ -1,14 +1,14 @@
-"""Images per second of our net and of diffusers' UNet2DModel of the same shape, trained and sampled, in one run.
+"""Training and sampling speed of our U-Net, compared with the UNet2DModel of diffusers with the same architecture.
 
     pip install diffusers
     python -m benchmarks.throughput openmoji [--seconds 10] [--rounds 3] [--csv throughput.csv]
     python -m benchmarks.throughput openmoji --profile
 
-The shape, batch and precision are those of a study. Ours is the training step of a run, with everything in it: draws
-of images, timesteps and noise, loss, optimiser, moving average. Theirs is the loop of diffusers' own example of
-unconditional training: a shuffled loader, its DDPM scheduler, mse of the noise, AdamW, its EMAModel. It learns no
-variance, which is a little less to do. Each measurement is a process of its own; ours and theirs take turns, and
-medians are told, those of the ratio from turn to turn.
+Architecture, batch size and precision are those of a study. Ours is the complete training step of a run: images,
+timesteps, noise, loss, optimiser and EMA. Theirs is the loop of diffusers' example of unconditional training: a
+shuffled data loader, DDPMScheduler, mse of the noise, AdamW, EMAModel. Theirs does not learn the variance, which is
+slightly less work. Each measurement runs in its own process; ours and theirs alternate. The table shows medians over
+the rounds; the ratio is the median of the ratios of the rounds.
 """
 
 import argparse
@@ -43,12 +43,12 @@ COLUMNS = ["net", "work", "images_per_second", "ratio", "share_of_peak", "gigaby
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", help="name of a file in experiments/")
-    parser.add_argument("--batch", type=int, help="images of a training step, if not those of the study")
-    parser.add_argument("--sample-batch", type=int, help="images sampled at once, likewise")
-    parser.add_argument("--seconds", type=float, default=10, help="of each measurement, after the first two steps")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
-    parser.add_argument("--profile", action="store_true", help="tell where the time of our training step goes, and end")
+    parser.add_argument("--batch", type=int, help="images per training step, default: those of the study")
+    parser.add_argument("--sample-batch", type=int, help="images sampled at the same time, default: those of the study")
+    parser.add_argument("--seconds", type=float, default=10, help="duration of each measurement, default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    parser.add_argument("--profile", action="store_true", help="profile our training step instead")
     parser.add_argument("--one", nargs=2, metavar=("NET", "WORK"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.profile:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Take turns between both nets, and print the medians as a table."""
+    """Measure both networks alternately and print the medians as a table."""
     import pandas as pd
 
     from convergence.resources import unet_size
@@ -99,7 +99,7 @@ def load(options: argparse.Namespace) -> Any:
 
 
 def settings(options: argparse.Namespace) -> RunConfig:
-    """The first run of the study, with the batch that was asked for."""
+    """The settings of the study's first arm, with the batch size of the command line."""
     experiment = load(options)
     run = experiment.run(next(iter(experiment.arms)))
     if options.batch:
@@ -117,7 +117,7 @@ def device_name() -> str:
 
 
 def sample_batch(options: argparse.Namespace) -> int:
-    """Images sampled at once; where nobody says, many on a GPU."""
+    """Images that are sampled at the same time."""
     chosen = options.sample_batch or load(options).sample.batch_size
     return chosen or (256 if device() == "cuda" else MOST_IMAGES_ON_CPU)
 
@@ -128,31 +128,31 @@ def synchronize() -> None:
 
 
 def peak_flops(run: RunConfig) -> float:
-    """What a large matrix product reaches here, with the threads and in the precision of the run."""
+    """Operations per second of a large matrix product, with the threads and the precision of the run."""
     torch.set_num_threads(run.train.threads)
     side = 8192 if device() == "cuda" else 2048
     best = float("inf")
     with autocast(device(), run.train.precision):
-        # In the precision that products then have, so that no cast is timed.
+        # The product has the autocast type, so that the measurement includes no cast.
         a = torch.randn(side, side, device=device()) @ torch.eye(side, device=device())
         for _ in range(5):
             synchronize()
-            began = time.perf_counter()
+            start = time.perf_counter()
             a @ a
             synchronize()
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
 
 def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float]:
-    """The first step with all that precedes it, then steps for some seconds. Meant for a process of its own."""
+    """Measure the first step including the setup, then the steps of some seconds; needs its own process."""
     run = settings(options)
     use_torch(run.train.threads, int(device() == "cuda"))
-    began = time.perf_counter()
+    start = time.perf_counter()
     step = WORK[net, work](run, options)
     step()
     synchronize()
-    first = time.perf_counter() - began
+    first = time.perf_counter() - start
     per_second = rate(step, options.seconds)
     memory = (
         torch.cuda.max_memory_allocated()
@@ -167,20 +167,20 @@ def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float
 
 
 def rate(step: Callable[[], int], seconds: float) -> float:
-    """Images per second of steps that give how many they did, for about so many seconds after the first."""
-    began = time.perf_counter()
+    """Images per second of a step, which returns its number of images, measured for about this many seconds."""
+    start = time.perf_counter()
     step()
     synchronize()
-    steps = max(3, round(seconds / (time.perf_counter() - began)))
-    began = time.perf_counter()
+    steps = max(3, round(seconds / (time.perf_counter() - start)))
+    start = time.perf_counter()
     done = sum(step() for _ in range(steps))
-    # Once: a loop that never waits for its device may run ahead of it.
+    # The loop itself does not wait for the GPU.
     synchronize()
-    return done / (time.perf_counter() - began)
+    return done / (time.perf_counter() - start)
 
 
 def random_images(run: RunConfig) -> np.ndarray:
-    # A whole batch at least: the loader drops the incomplete one.
+    # At least one complete batch, because the data loader drops incomplete ones.
     count, size = max(IMAGES, run.train.batch_size), run.dataset.image_size
     return np.random.default_rng(0).integers(256, size=(count, size, size, 3), dtype=np.uint8)
 
@@ -217,13 +217,13 @@ def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int
 
 
 def their_net(run: RunConfig) -> Any:
-    """diffusers' U-Net with the widths, blocks, attention and resampling of ours."""
+    """The U-Net of diffusers with the channels, blocks, attention and resampling of ours."""
     from diffusers import UNet2DModel
 
     model, size = run.model, run.dataset.image_size
     attention = [size >> level in model.attention_resolutions for level in range(len(model.channel_mult))]
     resample = "resnet" if model.resblock_updown else "conv"
-    # Its plain blocks know one way of resampling each; those with attention take either.
+    # Blocks without attention have a fixed type of resampling; blocks with attention support both types.
     plain = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
     return UNet2DModel(
         sample_size=size,
@@ -300,7 +300,7 @@ WORK = {
 
 
 def profile(options: argparse.Namespace) -> str:
-    """Where the time of our training step goes, by operation, as torch's profiler sees it."""
+    """Profile of our training step, by operation."""
     from torch.profiler import ProfilerActivity
 
     run = settings(options)

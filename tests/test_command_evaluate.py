@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made import scenes
 from PIL import Image
-from test_features import write_random_inception
+from test_extractors import write_random_inception
 
 from convergence.command.images import _add_evaluate
 from diffusion.data.folder import read_images
@@ -78,13 +78,13 @@ def test_inception_runs_from_a_file_of_weights(sets, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda d: d / "none", "There is no .*none"),
-        (lambda d: save_folder(d / "empty", []), "holds no images"),
-        (lambda d: mixed(d / "mixed"), "1.png in .*mixed has 9x8 pixels where others have 8x8"),
-        (lambda d: broken(d / "broken"), "1.png in .*broken cannot be read"),
-        (lambda d: array(d / "float.npy", np.zeros((3, 8, 8, 3))), "holds float64"),
-        (lambda d: array(d / "grey.npy", np.zeros((3, 8, 8), np.uint8)), r"holds uint8 \[3, 8, 8\]"),
-        (lambda d: text(d / "text.npy"), "not a whole array"),
+        (lambda d: d / "none", "none: does not exist"),
+        (lambda d: save_folder(d / "empty", []), "contains no images"),
+        (lambda d: mixed(d / "mixed"), "mixed: .*1.png has 9x8 pixels, but the first image has 8x8"),
+        (lambda d: broken(d / "broken"), "broken: .*1.png cannot be read"),
+        (lambda d: array(d / "float.npy", np.zeros((3, 8, 8, 3))), "contains float64"),
+        (lambda d: array(d / "grey.npy", np.zeros((3, 8, 8), np.uint8)), r"contains uint8 \[3, 8, 8\]"),
+        (lambda d: text(d / "text.npy"), "cannot be read as an array"),
     ],
 )
 def test_what_is_no_set_of_images_is_refused(tmp_path, make, told):

@@ -1,4 +1,4 @@
-"""References and their keys, and the rows that evaluation gives: order, reasons, refusals."""
+"""References and their keys; the rows of an evaluation: order, reasons, errors."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from torch import nn
 
 import diffusion.evaluation.weights as weights
 from diffusion.data.arrays import split
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
 from diffusion.evaluation.extractors import extract_features
 from diffusion.evaluation.metrics import mean_kernel, neighbour_radii
 from diffusion.evaluation.reference import evaluate, load_reference, make_reference, reference_key, reference_of
@@ -23,7 +23,7 @@ def values(features: np.ndarray, reference, *metrics: str) -> list[float]:
 
 
 class Pixels(nn.Module):
-    """Sees 12 numbers of each image: enough to tell references apart, and quick."""
+    """A fast extractor: 12 features per image."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Pixels(nn.Module):
 # The reference
 
 
-def test_reference_survives_saving(real, real_features, extractor, tmp_path):
+def test_a_saved_reference_is_loaded_only_with_its_key(real, real_features, extractor, tmp_path):
     sha256 = hashlib.sha256(real.tobytes()).hexdigest()
     reference = make_reference(real, extractor, reference_key(extractor, sha256, count=12))
     chosen = np.sort(np.random.default_rng(0).permutation(len(real))[:12])
@@ -58,7 +58,7 @@ def test_reference_survives_saving(real, real_features, extractor, tmp_path):
 
     changed = real.copy()
     changed[0, 0, 0, 0] ^= 1
-    for key, told in [
+    for key, difference in [
         (reference_key(extractor, hashlib.sha256(changed.tobytes()).hexdigest(), count=12), "dataset_sha256"),
         (reference_key(extractor, sha256, count=13), "count is 12, not 13"),
         (reference_key(extractor, sha256), "count is 12, not None"),
@@ -70,19 +70,20 @@ def test_reference_survives_saving(real, real_features, extractor, tmp_path):
         (reference.key | {"normalisation": "(x - 128) / 128"}, "normalisation"),
         (reference.key | {"more": "1"}, "more"),
     ]:
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(FileError, match=f"^{path}: .*{difference}") as caught:
             load_reference(path, key)
+        assert caught.value.path == path
 
 
-def test_held_out_images_are_a_reference_of_their_own(real):
+def test_references_of_the_training_and_of_the_held_out_images(real):
     training, held_out = split(len(real), 10)
     assert sorted([*training, *held_out]) == list(range(48)) and len(held_out) == 10
     assert set(held_out) < set(split(len(real), 11)[1])
     pixels = Pixels()
     all_features = extract_features(real, pixels)
-    kept = make_reference(real, pixels, reference_key(pixels, "", "held_out", held_out=10))
-    np.testing.assert_array_equal(kept.features, all_features[held_out])
-    assert len(kept.held_out_distances) == 0
+    unseen = make_reference(real, pixels, reference_key(pixels, "", "held_out", held_out=10))
+    np.testing.assert_array_equal(unseen.features, all_features[held_out])
+    assert len(unseen.held_out_distances) == 0
     seen = make_reference(real, pixels, reference_key(pixels, "", held_out=10))
     np.testing.assert_array_equal(seen.features, all_features[training])
     np.testing.assert_array_equal(
@@ -90,37 +91,37 @@ def test_held_out_images_are_a_reference_of_their_own(real):
     )
     (row,) = evaluate(seen.features[:20], seen, ["memorised"])
     assert row.value > 0.95 and row.reason == ""
-    (row,) = evaluate(seen.features[:20], kept, ["memorised"])
-    assert math.isnan(row.value) and "dataset.held_out" in row.reason
+    (row,) = evaluate(seen.features[:20], unseen, ["memorised"])
+    assert math.isnan(row.value) and "needs held-out images" in row.reason
 
 
 def test_damaged_references_are_refused(tmp_path):
     path = tmp_path / "reference.npz"
-    with pytest.raises(InputError, match="There is no reference"):
+    with pytest.raises(FileError, match="reference.npz: does not exist"):
         load_reference(path, {})
     reference_of(correlated(20, 8, seed=0), {}).save(path)
     load_reference(path, {})
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 3] ^= 1
-    for damaged in (b"", whole[: len(whole) // 2], b"\0" * len(whole), bytes(flipped)):
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 3] ^= 1
+    for damaged in (b"", content[: len(content) // 2], b"\0" * len(content), bytes(flipped)):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged"):
+        with pytest.raises(FileError, match="reference.npz: is damaged"):
             load_reference(path, {})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ({"count": 0}, "0 images cannot be drawn from 48"),
-        ({"count": 49}, "49 images cannot be drawn from 48"),
-        ({"count": 40, "held_out": 10}, "40 images cannot be drawn from 38"),
-        ({"part": "held_out", "held_out": 1}, "1 images cannot be drawn from 1"),
-        ({"held_out": 48}, "none to train on: lower it"),
+        ({"count": 0}, "count: 0 images cannot be drawn from the 48 .*choose a number from 2 to 48"),
+        ({"count": 49}, "count: 49 images cannot be drawn from the 48 "),
+        ({"count": 40, "held_out": 10}, "count: 40 images cannot be drawn from the 38 "),
+        ({"part": "held_out", "held_out": 1}, "count: 1 images cannot be drawn from the 1 .*change held_out"),
+        ({"held_out": 48}, "held_out is 48.*lower"),
     ],
 )
-def test_reference_needs_enough_images(real, arguments, told):
-    with pytest.raises(InputError, match=told):
+def test_a_reference_needs_enough_images(real, arguments, message):
+    with pytest.raises(InputError, match=message):
         make_reference(real, Pixels(), reference_key(Pixels(), "", **arguments))
 
 
@@ -139,7 +140,7 @@ def test_distances_grow_with_damage(real, real_features, extractor):
     assert kid[0] < kid[1] < kid[2]
 
 
-def test_rows_come_in_the_order_asked_for(capsys):
+def test_rows_are_in_the_order_of_the_metrics(capsys):
     x = correlated(30, 8, seed=0)
     rows = evaluate(x, reference_of(x, {}), ["recall", "fd_infinity", "kid", "fd", "precision"])
     assert [row.metric for row in rows] == ["recall", "fd_infinity", "kid", "fd", "precision"]
@@ -173,12 +174,12 @@ def test_equal_features_give_equal_rows():
         (18, ["", "", "", "extrapolated from 9 to 18 samples"]),
     ],
 )
-def test_a_set_too_small_says_so(n, reasons):
+def test_a_set_too_small_for_a_metric_has_a_reason(n, reasons):
     reference = reference_of(correlated(30, 8, seed=1), {})
     rows = evaluate(correlated(n, 8, seed=0), reference, ["fd", "kid", "recall", "fd_infinity"])
     assert [row.reason for row in rows] == reasons
-    without = [bool(reason) and not reason.startswith("extrapolated") for reason in reasons]
-    assert [math.isnan(row.value) for row in rows] == without
+    missing = [bool(reason) and not reason.startswith("extrapolated") for reason in reasons]
+    assert [math.isnan(row.value) for row in rows] == missing
     assert all(row.n == n for row in rows)
 
 
@@ -187,11 +188,13 @@ def test_a_small_reference_has_no_recall():
     assert rows[0].reason == "" and rows[1].reason == "needs 4 images, got 30 and 3 real ones"
 
 
-def test_evaluate_refuses():
+def test_evaluate_refuses_unknown_metrics_and_unfit_features():
     x = correlated(30, 8, seed=0)
-    with pytest.raises(InputError, match="'fid'.*fd, fd_infinity, kid, precision, recall, memorised"):
+    with pytest.raises(
+        InputError, match="^metrics: 'fid' is unknown: choose from fd, fd_infinity, kid, precision, recall, memorised"
+    ):
         evaluate(x, reference_of(x, {}), ["fid"])
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="^features: .*does not fit.*use the same extractor"):
         evaluate(x[:, :7], reference_of(x, {}), ["kid"])
-    with pytest.raises(InputError, match="infinite"):
+    with pytest.raises(InputError, match="^features: .*infinite"):
         evaluate(np.where(x > x.max() - 1e-6, np.inf, x), reference_of(x, {}), ["precision"])

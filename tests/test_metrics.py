@@ -1,4 +1,4 @@
-"""Metrics against closed forms, torch-fidelity, scipy, brute force; standard errors against the true spread."""
+"""Metrics against closed forms, torch-fidelity, SciPy and brute force; standard errors against simulations."""
 
 import itertools
 import math
@@ -27,8 +27,8 @@ from diffusion.evaluation.metrics import (
 # Frechet distance
 
 
-def test_equal_samples_have_a_distance_without_an_error():
-    """All have the same influence: none."""
+def test_the_standard_error_of_equal_images_is_zero():
+    """All images have the same influence."""
     reference = fit_gaussian(correlated(50, 4, seed=0))
     estimate = frechet(np.tile(correlated(1, 4, seed=1), (10, 1)), reference)
     assert estimate.value > 0 and estimate.stderr == 0
@@ -47,7 +47,7 @@ def test_fd_agrees_with_torch_fidelity(n, m, d):
 
 @pytest.mark.parametrize("steepness", [0.0, 1.0])
 def test_fd_agrees_with_the_matrix_square_root(steepness):
-    # A flat spectrum needs no eigenvectors, a steep one does.
+    # A steep spectrum needs the branch with eigenvectors, a flat one does not.
     rng, scales = np.random.default_rng(3), np.logspace(0, -3 * steepness, 20)
     a, b = rng.standard_normal((500, 20)) * scales, 1.5 * rng.standard_normal((400, 20)) * scales
     b[:, 1] += 0.5 * b[:, 0]
@@ -66,28 +66,28 @@ def test_fd_closed_forms(n):
     assert frechet_distance(x, 2 * x) == pytest.approx(expected, rel=1e-9)
 
 
-def test_fd_of_features_that_never_vary():
+def test_fd_of_constant_features():
     x = correlated(300, 40, seed=0)
     x[:, ::2] = 1.0
     assert frechet_distance(x, x) < 1e-6
 
 
-def test_fd_is_symmetric_and_ignores_order():
+def test_fd_is_symmetric_and_independent_of_the_order():
     a, b = correlated(50, 64, seed=0), correlated(200, 64, seed=1)
     shuffled = torch.from_numpy(np.random.default_rng(0).permutation(a))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, shuffled), rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "told"),
+    ("a", "b", "message"),
     [
         (np.zeros((1, 4)), np.zeros((5, 4)), "N >= 2"),
         (np.zeros((5, 4)), np.zeros((5, 3)), "4 and 3 dimensions"),
         (np.full((5, 4), np.nan), np.zeros((5, 4)), "NaN"),
     ],
 )
-def test_fd_refuses(a, b, told):
-    with pytest.raises(InputError, match=told):
+def test_fd_refuses_unfit_features(a, b, message):
+    with pytest.raises(InputError, match=message):
         frechet_distance(a, b)
 
 
@@ -111,17 +111,17 @@ def test_fd_accumulates_in_blocks(monkeypatch):
 
 
 def spread(n: int, reference, shift: float, scale: float, sets: int = 150) -> tuple[float, float, float]:
-    """The true standard deviation of the distance over sets of n images, and what is told: ours, the bootstrap's."""
+    """Standard deviation of the distance over sets of n images; its estimates by `frechet` and by the bootstrap."""
     rng = np.random.default_rng(0)
     roots = np.logspace(0, -1.5, len(reference.mean))
-    told, resampled = [], []
+    estimates, resampled = [], []
     for index in range(sets):
         x = (scale * rng.standard_normal((n, len(roots))) + shift) * roots
-        told.append(frechet(x, reference))
+        estimates.append(frechet(x, reference))
         if index < 10:
             again = [frechet_distance_to(x[rng.integers(0, n, n)], reference) for _ in range(20)]
             resampled.append(np.var(again, ddof=1))
-    values, errors = (np.array([estimate[i] for estimate in told]) for i in (0, 1))
+    values, errors = (np.array([estimate[i] for estimate in estimates]) for i in (0, 1))
     return values.std(ddof=1), math.sqrt(np.square(errors).mean()), math.sqrt(np.mean(resampled))
 
 
@@ -130,23 +130,23 @@ def frechet_distance_to(x, reference) -> float:
 
 
 @pytest.mark.parametrize("n", [24, 48, 200])
-def test_fd_stderr_is_the_spread_over_sets(n):
+def test_fd_stderr_is_the_standard_deviation_over_sets(n):
     roots = np.logspace(0, -1.5, 32)
     reference = fit_gaussian(np.random.default_rng(1).standard_normal((2000, 32)) * roots)
-    truth, told, _ = spread(n, reference, shift=0.5, scale=1.3)
-    assert told == pytest.approx(truth, rel=0.2)
+    truth, stderr, _ = spread(n, reference, shift=0.5, scale=1.3)
+    assert stderr == pytest.approx(truth, rel=0.2)
 
 
-def test_fd_stderr_where_nothing_but_noise_is_left():
+def test_fd_stderr_for_equal_distributions():
     roots = np.logspace(0, -1.5, 32)
     reference = fit_gaussian(np.random.default_rng(1).standard_normal((2000, 32)) * roots)
-    truth, told, bootstrap = spread(64, reference, shift=0, scale=1)
-    # Too large by sqrt(2) at most, where resampling is out by more than 2.
-    assert truth < told < 1.6 * truth and bootstrap > 2 * truth
+    truth, stderr, bootstrap = spread(64, reference, shift=0, scale=1)
+    # It is too large by sqrt(2) at most; the bootstrap is too large by more than 2.
+    assert truth < stderr < 1.6 * truth and bootstrap > 2 * truth
 
 
-def test_fd_stderr_equals_the_jackknifes():
-    # Skewed, so that the influence of an image on the mean and on the covariance go together.
+def test_fd_stderr_equals_that_of_the_jackknife():
+    # A skewed distribution correlates the influences of an image on the mean and on the covariance.
     x = np.random.default_rng(0).exponential(1, (800, 4))
     reference = fit_gaussian(np.random.default_rng(1).exponential(0.4, (400, 4)))
     without = np.array([frechet_distance_to(np.delete(x, i, axis=0), reference) for i in range(len(x))])
@@ -154,7 +154,7 @@ def test_fd_stderr_equals_the_jackknifes():
     assert frechet(x, reference).stderr == pytest.approx(jackknife, rel=0.05)
 
 
-def test_both_forms_give_the_same():
+def test_the_full_and_the_low_rank_form_agree():
     x, y = correlated(50, 20, seed=0).astype(float), correlated(90, 20, seed=1).astype(float)
     full = frechet(x, fit_gaussian(y))
     wide = [np.pad(z, ((0, 0), (0, 60))) for z in (x, y)]
@@ -165,7 +165,7 @@ def test_both_forms_give_the_same():
 # FD-infinity
 
 
-def test_fd_infinity_is_what_more_images_lead_to():
+def test_fd_infinity_is_the_limit_of_many_images():
     roots = np.logspace(0, -1.5, 8)
     rng = np.random.default_rng(0)
 
@@ -174,13 +174,13 @@ def test_fd_infinity_is_what_more_images_lead_to():
 
     reference = fit_gaussian(rng.standard_normal((4000, 8)) * roots)
     truth = frechet(draw(200_000), reference).value
-    found = [frechet_infinity(draw(60), reference, np.random.default_rng(0)) for _ in range(200)]
+    estimates = [frechet_infinity(draw(60), reference, np.random.default_rng(0)) for _ in range(200)]
     plain = np.mean([frechet(draw(60), reference).value for _ in range(200)])
-    values = np.array([estimate.value for estimate in found])
+    values = np.array([estimate.value for estimate in estimates])
     error = values.std(ddof=1) / math.sqrt(200)
     assert abs(values.mean() - truth) < 3 * error < plain - truth
-    assert math.sqrt(np.mean([e.stderr**2 for e in found])) == pytest.approx(values.std(ddof=1), rel=0.2)
-    assert found[0].note == "extrapolated from 30 to 60 samples"
+    assert math.sqrt(np.mean([e.stderr**2 for e in estimates])) == pytest.approx(values.std(ddof=1), rel=0.2)
+    assert estimates[0].note == "extrapolated from 30 to 60 samples"
 
 
 # Kernel distance
@@ -215,14 +215,14 @@ def test_kid_variance_by_brute_force():
     g = cubic(x, y).mean(1)
     h = cubic(x, x) - g[:, None] - g
     pairs = [h[i, j] for i, j in itertools.permutations(range(7), 2)]
-    apart = [h[i, j] * h[k, m] for i, j, k, m in itertools.permutations(range(7), 4)]
-    variance = np.mean(pairs) ** 2 - np.mean(apart)
+    disjoint = [h[i, j] * h[k, m] for i, j, k, m in itertools.permutations(range(7), 4)]
+    variance = np.mean(pairs) ** 2 - np.mean(disjoint)
     assert variance > 0
     assert kernel_distance(x, y, mean_kernel(y)).stderr == pytest.approx(math.sqrt(variance), rel=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_kid_stderr_is_the_spread_over_sets(shift):
+def test_kid_stderr_is_the_standard_deviation_over_sets(shift):
     rng = np.random.default_rng(0)
     y = rng.standard_normal((300, 8))
     kernel = mean_kernel(y)
@@ -232,7 +232,7 @@ def test_kid_stderr_is_the_spread_over_sets(shift):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_kid_of_very_few_has_no_stderr(n):
+def test_kid_of_fewer_than_four_images_has_no_stderr(n):
     y = correlated(30, 8, seed=1)
     value, stderr, _ = kernel_distance(correlated(n, 8, seed=0), y, mean_kernel(y))
     assert math.isfinite(value) and math.isnan(stderr)
@@ -274,7 +274,7 @@ def test_a_collapsed_model_has_no_recall():
     assert found["recall"].value < 0.01 < found["precision"].value
 
 
-def test_copies_are_told_from_new_images():
+def test_memorised_distinguishes_copies_from_new_images():
     rng = np.random.default_rng(0)
     training, held_out, fresh = (rng.standard_normal((n, 8)).astype(np.float32) for n in (500, 200, 300))
     distances = neighbour_radii(held_out, training, k=1)
@@ -285,14 +285,14 @@ def test_copies_are_told_from_new_images():
     new = memorised(fresh, training, distances)
     assert abs(new.value - 0.5) < 4 * new.stderr < 0.2
     assert memorised(5 * fresh, training, distances).value < 0.2
-    # As scipy counts it, ties and all.
+    # As SciPy computes it, including ties.
     tied = memorised(held_out, training, distances)
     assert tied.value == pytest.approx(0.5)
     u = scipy.stats.mannwhitneyu(distances, neighbour_radii(fresh, training, k=1)).statistic
     assert new.value == pytest.approx(u / (200 * 300))
 
 
-def test_metrics_ignore_the_order():
+def test_metrics_are_independent_of_the_order():
     x, y = correlated(120, 16, seed=0), correlated(150, 16, seed=1)
     shuffled = np.random.default_rng(0).permutation(x)
     for measure in (

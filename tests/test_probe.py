@@ -1,3 +1,5 @@
+"""The probe against brute-force gradients and losses of single images."""
+
 import itertools
 
 import numpy as np
@@ -9,7 +11,7 @@ from diffusion.config import Scheme
 from diffusion.data.arrays import split
 from diffusion.data.batches import to_model_range
 from diffusion.errors import InputError
-from diffusion.evaluation.probe import ALL, Spread, bin_edges, diverged_rows, probe, probe_images
+from diffusion.evaluation.probe import ALL, GradientMoments, bin_edges, diverged_rows, probe, probe_images
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import hybrid_loss
 from diffusion.schemes import scheme_tables
@@ -27,19 +29,19 @@ SCHEMES = {
 
 
 class Toy(nn.Module):
-    """Six numbers for all pixels, scaled by how late t is: a gradient that depends on image, noise and timestep."""
+    """Six parameters, scaled by t and the pixels: the gradient depends on image, noise and timestep."""
 
-    def __init__(self, at: float = 0.4):
+    def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(at * torch.linspace(-1, 1, 6))
+        self.weight = nn.Parameter(0.4 * torch.linspace(-1, 1, 6))
 
     def forward(self, x, t):
-        late = ((1 + t) / T).to(x)[:, None, None, None]
-        return self.weight[None, :, None, None] * (late + x.repeat(1, 2, 1, 1))
+        scale = ((1 + t) / T).to(x)[:, None, None, None]
+        return self.weight[None, :, None, None] * (scale + x.repeat(1, 2, 1, 1))
 
 
-class Blind(nn.Module):
-    """Predicts zero noise whatever it sees, which is the best it can: its expected gradient is zero."""
+class Constant(nn.Module):
+    """Predicts zero noise for every input, which is its optimum: the expected gradient is zero."""
 
     def __init__(self):
         super().__init__()
@@ -57,31 +59,31 @@ def values(rows):
     return {(row["timesteps"], row["metric"]): row["value"] for row in rows}
 
 
-def run(name="uniform", count=64, bins=3, batch_size=8, seed=0, net=None, pictures=None):
+def run(name="uniform", count=64, bins=3, batch_size=8, seed=0, net=None, chosen=None):
     tables = scheme_tables(SCHEDULE, *SCHEMES[name])
-    pictures = images(count) if pictures is None else pictures
-    return probe(net or Toy(), SCHEDULE, tables, pictures, bins, batch_size, seed)
+    chosen = images(count) if chosen is None else chosen
+    return probe(net or Toy(), SCHEDULE, tables, chosen, bins, batch_size, seed)
 
 
-def single_gradients(tables, pictures, probabilities, random):
-    """Gradients of single images at timesteps drawn by numpy, [N, 6]."""
-    x_start = to_model_range(torch.from_numpy(pictures))
-    t = torch.from_numpy(random.choice(T, len(pictures), p=probabilities))
+def single_gradients(tables, chosen, probabilities, random):
+    """Gradients of single images at timesteps drawn by NumPy, [N, 6]."""
+    x_start = to_model_range(torch.from_numpy(chosen))
+    t = torch.from_numpy(random.choice(T, len(chosen), p=probabilities))
     noise = torch.from_numpy(random.standard_normal(x_start.shape, dtype=np.float32))
     net = Toy()
     weights = tables.mse_weight[t].float(), tables.vb_weight[t].float()
-    many = nn.Parameter(net.weight.detach().expand(len(pictures), 6).clone())  # its own weights for every image
-    late = ((1 + t) / T).float()[:, None, None, None]
+    weights_per_image = nn.Parameter(net.weight.detach().expand(len(chosen), 6).clone())
+    scale = ((1 + t) / T).float()[:, None, None, None]
     x_t = SCHEDULE.q_sample(x_start, t, noise)
-    output = many[:, :, None, None] * (late + x_t.repeat(1, 2, 1, 1))
+    output = weights_per_image[:, :, None, None] * (scale + x_t.repeat(1, 2, 1, 1))
     losses = hybrid_loss(SCHEDULE, output, x_start, x_t, t, noise, *weights)
-    return torch.autograd.grad(losses.loss.sum(), many)[0].double().numpy()
+    return torch.autograd.grad(losses.loss.sum(), weights_per_image)[0].double().numpy()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_gradients_of_the_whole_and_of_bins_are_those_of_single_draws(name):
+def test_gradients_in_bins_and_over_all_timesteps_equal_those_of_single_images(name):
     tables = scheme_tables(SCHEDULE, *SCHEMES[name])
-    found = values(run(name, pictures=images(8_000), batch_size=20))
+    found = values(run(name, chosen=images(8_000), batch_size=20))
     p = tables.probabilities.numpy()
     cases = {ALL: p} | {
         f"{a}-{b - 1}": np.where((np.arange(T) >= a) & (np.arange(T) < b), p, 0)
@@ -96,31 +98,31 @@ def test_gradients_of_the_whole_and_of_bins_are_those_of_single_draws(name):
         np.testing.assert_allclose(found[timesteps, "noise_scale"], variance / square, rtol=0.15)
 
 
-def test_few_images_bias_neither_gradient_nor_variance():
-    many = values(run(pictures=images(8_000), batch_size=100))
-    pictures = images(800, 1).reshape(400, 2, 4, 4, 3)
-    few = [values(run(pictures=pair, batch_size=1, seed=seed)) for seed, pair in enumerate(pictures)]
-    found = np.mean([of[ALL, "gradient_variance"] for of in few])
+def test_few_images_do_not_bias_the_variance():
+    many = values(run(chosen=images(8_000), batch_size=100))
+    chosen = images(800, 1).reshape(400, 2, 4, 4, 3)
+    few = [values(run(chosen=pair, batch_size=1, seed=seed)) for seed, pair in enumerate(chosen)]
+    found = np.mean([metrics[ALL, "gradient_variance"] for metrics in few])
     np.testing.assert_allclose(found, many[ALL, "gradient_variance"], rtol=0.08)
 
 
-def test_a_matched_arm_has_the_gradient_of_its_target():
-    pictures = images(12_000)
+def test_a_matched_arm_has_the_expected_gradient_of_its_target():
+    chosen = images(12_000)
     weighted, matched, other = (
-        values(run(name, pictures=pictures, batch_size=100))[ALL, "gradient_norm"]
+        values(run(name, chosen=chosen, batch_size=100))[ALL, "gradient_norm"]
         for name in ("weighted", "matched", "undersampled")
     )
     np.testing.assert_allclose(matched, weighted, rtol=0.02)
     assert abs(other / weighted - 1) > 0.1
 
 
-def test_losses_are_those_of_uniform_timesteps_whatever_the_arm():
+def test_losses_are_those_of_uniform_timesteps_for_every_arm():
     one, other = values(run("uniform")), values(run("weighted"))
     for term, timesteps in itertools.product(("mse", "vb"), ("0-3", "4-7", "8-11", ALL)):
         assert one[timesteps, term] == other[timesteps, term]
     found = values(run(count=8192, batch_size=1024))
-    pictures = images(8192, 1)
-    x_start = to_model_range(torch.from_numpy(pictures))
+    chosen = images(8192, 1)
+    x_start = to_model_range(torch.from_numpy(chosen))
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(3))
     terms = []
     for t in range(T):
@@ -135,7 +137,7 @@ def test_losses_are_those_of_uniform_timesteps_whatever_the_arm():
         np.testing.assert_allclose(found[timesteps, "vb"], terms[part, 1].mean(), rtol=0.03)
 
 
-def test_bins_of_unequal_width_count_by_their_width():
+def test_bins_are_weighted_by_their_width():
     found = values(run(bins=5))
     widths = np.diff(bin_edges(T, 5))
     assert widths.tolist() == [2, 2, 3, 2, 3]
@@ -143,42 +145,42 @@ def test_bins_of_unequal_width_count_by_their_width():
     np.testing.assert_allclose(found[ALL, "mse"], np.average([found[n, "mse"] for n in names], weights=widths))
 
 
-def test_the_seed_alone_decides_the_noise():
+def test_the_noise_depends_on_the_seed_alone():
     assert run("matched") == run("matched")
-    one, other = (values(run(seed=seed, bins=T)) for seed in (0, 1))  # a bin for each timestep: only noise is left
+    one, other = (values(run(seed=seed, bins=T)) for seed in (0, 1))  # one timestep per bin: only the noise differs
     assert all(one[f"{t}-{t}", "mse"] != other[f"{t}-{t}", "mse"] for t in range(T))
 
 
-def test_a_mean_that_drowns_in_noise_has_no_noise_scale():
-    rows = run(net=Blind(), bins=T, count=16)
-    drowned = [row for row in rows if row["metric"] == "noise_scale" and np.isnan(row["value"])]
-    assert drowned and all("raise probe.images" in row["reason"] for row in drowned)
+def test_a_mean_gradient_within_its_noise_has_no_noise_scale():
+    rows = run(net=Constant(), bins=T, count=16)
+    unknown = [row for row in rows if row["metric"] == "noise_scale" and np.isnan(row["value"])]
+    assert unknown and all("use more images" in row["reason"] for row in unknown)
     assert all(row["reason"] == "" for row in rows if not np.isnan(row["value"]))
 
 
-def test_a_learnt_density_leaves_gradients_untold():
+def test_a_learned_density_has_losses_but_no_gradients():
     rows = probe(Toy(), SCHEDULE, None, images(16), 3, 8, 0)
     assert np.isnan([row["value"] for row in rows if row["metric"] not in ("mse", "vb")]).all()
     assert values(rows)[ALL, "mse"] == values(run(count=16))[ALL, "mse"]
-    assert {row["reason"] for row in rows if np.isnan(row["value"])} == {"the density is learnt"}
+    assert {row["reason"] for row in rows if np.isnan(row["value"])} == {"the density is learned"}
 
 
-def test_a_diverged_run_has_the_same_rows_without_values():
-    whole, none = run(), diverged_rows(T, 3, step=7)
-    assert [(r["timesteps"], r["metric"]) for r in whole] == [(r["timesteps"], r["metric"]) for r in none]
-    assert {r["metric"] for r in none} == {"mse", "vb", "gradient_norm", "gradient_variance", "noise_scale"}
-    assert all(np.isnan(r["value"]) and r["reason"] == "diverged at step 7" for r in none)
+def test_a_diverged_run_has_the_same_rows_with_nan():
+    complete, diverged = run(), diverged_rows(T, 3, step=7)
+    assert [(r["timesteps"], r["metric"]) for r in complete] == [(r["timesteps"], r["metric"]) for r in diverged]
+    assert {r["metric"] for r in diverged} == {"mse", "vb", "gradient_norm", "gradient_variance", "noise_scale"}
+    assert all(np.isnan(r["value"]) and r["reason"] == "diverged at step 7" for r in diverged)
 
 
-def test_spread_is_numpys_covariance_and_unbiased():
+def test_gradient_moments_are_unbiased():
     vectors = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) + 0.3
-    spread = Spread()
+    moments = GradientMoments()
     for vector in vectors:
-        spread.add(vector)
-    np.testing.assert_allclose(spread.trace, np.cov(vectors.double().numpy().T).trace())
-    pairs = vectors.double().numpy()
-    dots = [a @ b for a, b in itertools.combinations(pairs, 2)]  # unbiased: products of different vectors
-    np.testing.assert_allclose(spread.square, np.mean(dots))
+        moments.add(vector)
+    np.testing.assert_allclose(moments.covariance_trace, np.cov(vectors.double().numpy().T).trace())
+    pairs = itertools.combinations(vectors.double().numpy(), 2)
+    dots = [a @ b for a, b in pairs]  # products of different vectors are unbiased
+    np.testing.assert_allclose(moments.squared_norm, np.mean(dots))
 
 
 # Images
@@ -190,7 +192,7 @@ def dataset(tmp_path):
 
     from diffusion.data.folder import prepare_folder
 
-    source = tmp_path / "pictures"
+    source = tmp_path / "images"
     source.mkdir()
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(source / f"{index:02}.png")
@@ -198,17 +200,19 @@ def dataset(tmp_path):
     return tmp_path / "prepared"
 
 
-def test_probe_images_are_held_out_and_a_seeds_own(dataset):
+def test_probe_images_are_held_out_and_depend_on_the_seed(dataset):
     everything = np.load(dataset / "images.npy")
-    kept = {image.tobytes() for image in everything[split(30, 12)[1]]}
+    held_out = {image.tobytes() for image in everything[split(30, 12)[1]]}
     found = probe_images(dataset, held_out=12, count=8, batch_size=4, seed=0)
-    assert len(found) == 8 and {image.tobytes() for image in found} < kept
+    assert len(found) == 8 and {image.tobytes() for image in found} < held_out
     assert (found == probe_images(dataset, 12, 8, 4, 0)).all()
     assert not (found == probe_images(dataset, 12, 8, 4, 1)).all()
     assert len(probe_images(dataset, held_out=12, count=100, batch_size=5, seed=0)) == 10
     assert len(probe_images(dataset, held_out=0, count=100, batch_size=5, seed=0)) == 30
 
 
-def test_too_few_images_are_told(dataset):
-    with pytest.raises(InputError, match="12 images are not two batches of 8: lower probe.batch_size"):
+def test_too_few_images_are_refused(dataset):
+    with pytest.raises(
+        InputError, match="^batch_size: 12 images are not two batches of 8: lower it, or raise held_out"
+    ):
         probe_images(dataset, held_out=12, count=64, batch_size=8, seed=0)

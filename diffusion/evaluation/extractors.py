@@ -1,4 +1,4 @@
-"""Image features: an extractor sees a set of images once, and every metric is computed from what it saw."""
+"""Feature extractors: pretrained networks that map images to the features from which all metrics are computed."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from diffusion.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-LITE0_STAGES = (  # (kernel, stride, expansion, channels, blocks): Tan and Le 2019, arXiv 1905.11946, table 1
+LITE0_STAGES = (  # (kernel, stride, expansion, channels, blocks), Tan & Le 2019, arXiv 1905.11946, table 1
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
     (5, 2, 6, 40, 2),
@@ -30,11 +30,11 @@ LITE0_STAGES = (  # (kernel, stride, expansion, channels, blocks): Tan and Le 20
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
-CPU_BATCH, GPU_BATCH = 16, 256  # what fits a CPU's cache, and what fills a GPU
+CPU_BATCH, GPU_BATCH = 16, 256  # the activations of the first fit into a CPU's cache; the second keeps a GPU busy
 
 
 class _SameConv2d(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's "SAME" for even inputs: the odd pixel is last."""
+    """Convolution without bias, padded as TensorFlow's "SAME" for inputs of even size: the odd pixel comes last."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
@@ -57,7 +57,10 @@ def _relu6(x: torch.Tensor) -> torch.Tensor:
 
 
 class _InvertedResidual(nn.Module):
-    """Expand 1x1, depthwise, project 1x1 (Sandler et al. 2018, arXiv 1801.04381); named as in the weights."""
+    """Inverted residual block (Sandler et al. 2018, arXiv 1801.04381), with the parameter names of the weights file.
+
+    1x1 convolution to more channels, depthwise convolution, 1x1 convolution to `out_channels`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -80,16 +83,16 @@ class _InvertedResidual(nn.Module):
 
 
 class Extractor(nn.Module):
-    """A net that gives features float32 [B, D] of images uint8 [B, 3, H, W]."""
+    """A network that maps images uint8 [B, 3, H, W] in 0..255 to features float32 [B, D]."""
 
     identity: dict[str, str]
-    """What determines the features."""
+    """Names, versions and hashes that determine the features."""
 
 
 class EfficientNetLite0(Extractor):
-    """EfficientNet-Lite0 to its pooled features: images uint8 [B, 3, H, W] -> float32 [B, 1280].
+    """EfficientNet-Lite0 up to its pooled features, D = 1280.
 
-    Tan and Le 2019, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6.
+    Tan & Le 2019, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6.
     """
 
     def __init__(self):
@@ -104,11 +107,11 @@ class EfficientNetLite0(Extractor):
                 in_channels = channels
         self._conv_head = _SameConv2d(in_channels, 1280, 1)
         self._bn1 = _batch_norm(1280)
-        self._fc = nn.Linear(1280, 1000)  # unused; here so that the weights load strictly
+        self._fc = nn.Linear(1280, 1000)  # unused, but part of the weights file
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, H, W] in 0..255 -> float32 [B, 1280]."""
-        # Bicubic weights overshoot at edges; no grey level lies beyond 0 and 255.
+        """Map images uint8 [B, 3, H, W] in 0..255 to features float32 [B, 1280]."""
+        # Bicubic interpolation overshoots the range 0..255 at edges.
         x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True).clamp_(0, 255)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
         x = _relu6(self._bn0(self._conv_stem(x)))
@@ -118,7 +121,7 @@ class EfficientNetLite0(Extractor):
 
 
 def fold_batch_norms(net: nn.Module) -> None:
-    """Folds every BatchNorm2d of a net in eval mode into the convolution registered just before it."""
+    """Merge every BatchNorm2d of a network in eval mode into the convolution that is registered just before it."""
     for parent in net.modules():
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -141,31 +144,31 @@ def _load_lite0(path: Path) -> Extractor:
 
 
 class _TorchFidelityExtractor(Extractor):
-    """One of torch-fidelity's extractors, asked for the one layer it computes the Frechet distance from."""
+    """An extractor of torch-fidelity, with the layer that torch-fidelity computes the Frechet distance from."""
 
     def __init__(self, name: str, path: Path | None):
         super().__init__()
-        # torch-fidelity takes seconds to import; the default extractor does without it
+        # The import takes seconds, and the default extractor does not need it.
         import torch_fidelity
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
         from torch_fidelity.utils import create_feature_extractor
 
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             known = ", ".join([LITE0, *FEATURE_EXTRACTORS_REGISTRY])
-            raise InputError(f"evaluate.features names '{name}', which is no feature extractor: choose from {known}.")
+            raise InputError(f"unknown feature extractor '{name}': choose from {known}")
         layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
-        chatter = io.StringIO()
+        output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 self.net = create_feature_extractor(
                     name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=path and str(path)
                 )
         except (OSError, EOFError, RuntimeError, ImportError, UnpicklingError) as error:
-            place = hub_directory() / (SOURCES[name].file if name in SOURCES else "")
+            target = hub_directory() / (SOURCES[name].file if name in SOURCES else "")
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"The weights of feature extractor '{name}' could not be loaded ({reason}): fetch them once "
-                f"where there is a network, copy them to {place}, or choose '{LITE0}'."
+                f"the weights of feature extractor '{name}' cannot be loaded ({reason}): download them on a machine "
+                f"with a network and copy them to {target}, or use '{LITE0}'"
             ) from error
         self.identity = {
             "extractor": f"{name}/{layer}",
@@ -189,28 +192,37 @@ def _state_sha256(net: nn.Module) -> str:
 def load_extractor(
     name: str, device: str | torch.device, path: str | Path | None = None, sha256: str | None = None
 ) -> Extractor:
-    """The feature extractor of that name on a device: images uint8 [B, 3, H, W] -> features float32 [B, D].
+    """Load a feature extractor.
 
-    "efficientnet-lite0" (D = 1280) comes with the installation; the others ("inception-v3-compat", D = 2048,
-    "dinov2-vit-b-14", "clip-vit-b-32", ...) are torch-fidelity's: their weights are read from `path` (of the published
-    sha256, unless another is given) or fetched when first used. The attribute `identity` names what determines the
-    features.
+    The weights of "efficientnet-lite0" (D = 1280) are part of the installation. The other extractors
+    ("inception-v3-compat", D = 2048, "dinov2-vit-b-14", "clip-vit-b-32", ...) are those of torch-fidelity; their
+    weights are downloaded on first use, unless `path` is given.
+
+    Args:
+        name: The extractor.
+        device: Device of the network.
+        path: File with the weights.
+        sha256: sha256 of that file, if it contains other weights than the published ones.
+
+    Returns:
+        The network in eval mode, without gradients.
 
     Raises:
-        InputError: the name is unknown; weights are missing, altered or out of reach.
+        FileError: The weights are missing at `path`, or damaged.
+        InputError: The extractor is unknown, or its weights cannot be downloaded.
     """
-    # An extractor that a caller registered with torch-fidelity is none of the known sources.
-    known = name == LITE0 or (name in SOURCES and (path or SOURCES[name].sha256))
-    file = weights_file(name, Path(path) if path else None, sha256) if known else None
+    # Extractors that a caller has registered with torch-fidelity are not in SOURCES.
+    verifiable = name == LITE0 or (name in SOURCES and (path or SOURCES[name].sha256))
+    file = weights_file(name, Path(path) if path else None, sha256) if verifiable else None
     net = _load_lite0(file) if name == LITE0 and file else _TorchFidelityExtractor(name, file)
-    # TF32 is off and kernels vary with the release, not with the patch
+    # Kernels differ between minor versions of torch, not between patch versions.
     net.identity["torch"] = ".".join(torch.__version__.split(".")[:2])
     return net.requires_grad_(False).eval().to(device)
 
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 inside: its three digits would tell the features of a GPU from those of a CPU."""
+    """Disable TF32, whose three digits would make the features of a GPU differ from those of a CPU."""
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "ieee"
@@ -223,16 +235,22 @@ def _full_precision() -> Iterator[None]:
 def extract_features(
     images: np.ndarray, extractor: Extractor, batch_size: int | None = None, indices: np.ndarray | None = None
 ) -> np.ndarray:
-    """Features float32 [N, D] of images uint8 [N, H, W, 3], read batch by batch.
+    """Compute the features of images batch by batch.
 
-    A memory map stays on disk, and what was read of it leaves memory again. `indices` takes these images only, in this
-    order. No image at all gives [0, D]. The default batch is 16 on a CPU, 256 on a GPU.
+    Args:
+        images: uint8 [N, H, W, 3]. A memory map stays on disk; the pages that were read are released.
+        extractor: The network.
+        batch_size: Images per batch; None uses 16 on a CPU and 256 on a GPU.
+        indices: int64 [M], which images to use and in which order; None uses all.
+
+    Returns:
+        float32 [M, D]; [0, D] without images.
 
     Raises:
-        InputError: images are of another shape or type.
+        InputError: The images have another shape or type.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise InputError(f"Images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}: convert them.")
+        raise InputError(f"images: must be uint8 [N, H, W, 3], but are {images.dtype} {list(images.shape)}")
     device = next(extractor.parameters()).device
     batch_size = batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
     if indices is None:
@@ -242,17 +260,17 @@ def extract_features(
     with torch.inference_mode(), _full_precision():
         for first in range(0, max(len(indices), 1), batch_size):
             batch = torch.from_numpy(np.array(images[indices[first : first + batch_size]])).to(device)
-            _forget_pages(images)
-            of_batch = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
+            _release_pages(images)
+            batch_features = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
             if first == 0:
-                features = np.empty((len(indices), of_batch.shape[1]), np.float32)
-            features[first : first + batch_size] = of_batch
+                features = np.empty((len(indices), batch_features.shape[1]), np.float32)
+            features[first : first + batch_size] = batch_features
             if len(indices):
                 progress.update(min(first + batch_size, len(indices)))
     return features
 
 
-def _forget_pages(images: np.ndarray) -> None:
-    """Let go of what was read of a memory map, which counts as memory of this process otherwise."""
+def _release_pages(images: np.ndarray) -> None:
+    """Release the pages of a memory map that were read; otherwise they count as memory of this process."""
     if isinstance(images.base, mmap.mmap) and not images.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
         images.base.madvise(mmap.MADV_DONTNEED)

