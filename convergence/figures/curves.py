@@ -38,7 +38,7 @@ MARKERS_PER_LINE = 12
 
 
 def metric_label(features: str, metric: str, n: int) -> str:
-    """Return the label of a metric of `n` samples (0: unknown), such as "FD (EfficientNet-Lite0), 500 samples"."""
+    """Returns the label of a metric of `n` samples (0: unknown), such as "FD (EfficientNet-Lite0), 500 samples"."""
     return metric_name(features, metric) + (f", {n:,} samples" if n else "")
 
 
@@ -49,7 +49,7 @@ def fid_curves(
     speedups: pd.DataFrame | None = None,
     external_curves: pd.DataFrame | None = None,
 ) -> None:
-    """Draw one metric over training images, with one panel per study and features, and save the figure to each path.
+    """Draws one metric over training images, one panel per study and features, and saves the figure to each path.
 
     Each arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) at the
     checkpoints where all of its seeds have a value. Thin lines are single seeds. The band is the range of two seeds;
@@ -121,7 +121,7 @@ def _draw_panel(
     speedups: pd.DataFrame | None,
     external: pd.DataFrame,
 ) -> int:
-    """Draw one study in one kind of features. Returns the number of lines of its caption.
+    """Draws one study in one kind of features. Returns the number of lines of its caption.
 
     Raises:
         StudyError: the values are of different numbers of samples.
@@ -189,7 +189,7 @@ def _draw_panel(
 
 
 def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> None:
-    """Draw the lines of one arm; `values` has one row per number of training images and one column per seed."""
+    """Draws the lines of one arm; `values` has one row per number of training images and one column per seed."""
     if values.shape[1] > 1:
         for seed in values:
             line = values[seed].dropna()
@@ -214,13 +214,13 @@ def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> Non
 
 
 def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -> None:
-    """Draw the standard errors of one arm's values, as faint as its thin lines unless it has a `single` seed."""
+    """Draws the standard errors of one arm's values, as faint as its thin lines unless it has a `single` seed."""
     low, high = rows["value"] - rows["stderr"], rows["value"] + rows["stderr"]
     ax.vlines(rows["images"], low, high, color=style["color"], linewidth=1, alpha=1 if single else 0.5)
 
 
 def _mark_crossings(ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Style]) -> list[str]:
-    """Mark the middle threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
+    """Marks the middle threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
     marked: dict[str, None] = {}
     for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
         threshold = middle_threshold(rows)
@@ -235,7 +235,7 @@ def _mark_crossings(ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mappi
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, lower and upper edge ([K] each) of values [K, S] over S seeds, computed on logs if `ratios`."""
+    """Returns mean, lower and upper edge ([K] each) of values [K, S] over S seeds, computed on logs if `ratios`."""
     scaled = np.log(values) if ratios else values
     mean, low, high = t_interval(scaled)
     if values.shape[1] < 3:
@@ -244,7 +244,7 @@ def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.nda
 
 
 def _caption(panel: pd.DataFrame, values: Mapping[str, pd.DataFrame], ratios: bool) -> list[str]:
-    """Return the sentences that explain lines and bands and list the runs that lack values."""
+    """Returns the sentences that explain lines and bands and list the runs that lack values."""
     arms_by_seeds: dict[int, list[str]] = {}
     for arm, seeds in values.items():
         arms_by_seeds.setdefault(seeds.shape[1], []).append(arm)

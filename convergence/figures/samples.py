@@ -26,7 +26,7 @@ EMPTY_CELL = "0.93"
 def preview_grid(
     cells: Iterable[tuple[str, int, int, int, str]], metrics: pd.DataFrame
 ) -> tuple[dict[str, dict[int, Path | None]], dict[int, int]]:
-    """Sort the previews of one study into a row per arm, without those of diverged runs.
+    """Sorts the previews of one study into a row per arm, without those of diverged runs.
 
     Args:
         cells: (arm, seed, step, training images, path of the preview) of every checkpoint to show.
@@ -45,7 +45,7 @@ def preview_grid(
 
 
 def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], path: Path, steps: Mapping[int, int]) -> None:
-    """Draw previews, a row per arm and a column per checkpoint (at most six, from the first to the last), and save it.
+    """Draws previews and saves the figure: a row per arm, a column per checkpoint (at most six, first and last included).
 
     Small previews are enlarged by a whole factor without smoothing, large ones are reduced by a whole factor.
 
@@ -76,7 +76,7 @@ def _draw_grid(
     height: int,
     width: int,
 ) -> Figure:
-    """Draw cells, by arm and images, of exactly `height` times `width` pixels each."""
+    """Draws cells, by arm and images, of exactly `height` times `width` pixels each."""
     longest = max(TextPath((0, 0), arm, size=STYLE["axes.labelsize"]).get_extents().width for arm in arms)
     left = round(longest / 72 * DPI) + 3 * GAP_PIXELS
     full_width = left + len(columns) * (width + GAP_PIXELS)
@@ -108,7 +108,7 @@ def _draw_grid(
 
 
 def _read(path: Path | None) -> np.ndarray | None:
-    """Read a preview as uint8 [H, W, 3]. One of twice `CELL_PIXELS` and more is reduced by a whole factor.
+    """Reads a preview as uint8 [H, W, 3]. One of twice `CELL_PIXELS` and more is reduced by a whole factor.
 
     Raises:
         FileError: it cannot be read.

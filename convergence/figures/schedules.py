@@ -47,20 +47,20 @@ class Curves(NamedTuple):
 
 
 def curves(tables: Tables) -> Curves:
-    """Return the curves of an arm from its tables on the CPU."""
+    """Returns the curves of an arm from its tables on the CPU."""
     draws = len(tables.probabilities) * tables.probabilities.numpy()
     weight = np.where(draws > 0, tables.mse_weight.numpy(), np.nan)
     return Curves(draws, weight, np.nan_to_num(draws * weight))
 
 
 def tenths(values: np.ndarray) -> np.ndarray:
-    """Return the share [10] of each tenth of the timesteps, from t = 0 on, in the sum of values [T]; it sums to 1."""
+    """Returns the share [10] of each tenth of the timesteps, from t = 0 on, in the sum of values [T]; it sums to 1."""
     tenth = TENTHS * np.arange(len(values)) // len(values)
     return np.bincount(tenth, values, TENTHS) / values.sum()
 
 
 def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path]) -> None:
-    """Draw how the arms of a study draw and weight timesteps, and save the figure to each path.
+    """Draws how the arms of a study draw and weight timesteps, and saves the figure to each path.
 
     The figure shows the density, the weight of the MSE and their product against t, the same against log SNR, and the
     share of each tenth of the timesteps in the draws and in the expected weight. Against log SNR, a density is per
@@ -81,7 +81,7 @@ def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path])
 
 
 def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Tables], learned: list[str]) -> Figure:
-    """Draw the tables of the arms of a study; the densities of the arms in `learned` change during training."""
+    """Draws the tables of the arms of a study; the densities of the arms in `learned` change during training."""
     widths = np.linspace(*LINE_WIDTHS, len(tables))
     styles: dict[str, Style] = {
         arm: {**line_style(index), "linewidth": widths[index], "markersize": 5, "zorder": 2 + index / len(tables)}
@@ -113,7 +113,7 @@ def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Table
 def _draw_curves(
     figure: SubFigure, schedule: NoiseSchedule, arms: Mapping[str, Curves], styles: Mapping[str, Style]
 ) -> None:
-    """Draw the legend and the six panels of curves: three against t, and the same against log SNR."""
+    """Draws the legend and the six panels of curves: three against t, and the same against log SNR."""
     handles = [Line2D([], [], label=arm, **styles[arm]) for arm in arms]
     draw_legend(figure, handles, WIDTH_INCHES - 1, "outside upper center")
 
@@ -162,7 +162,7 @@ def _draw_lines(
 
 
 def axis_limits(lines: list[np.ndarray], draws: list[np.ndarray]) -> tuple[str, float, float]:
-    """Choose the scale ("linear" or "log") and the limits of a y axis that shows all lines [T].
+    """Chooses the scale ("linear" or "log") and the limits of a y axis that shows all lines [T].
 
     The typical value of a line is its median over the draws [T] of its arm. The axis is logarithmic if the largest
     value is more than 20 times the smallest typical value, which would be invisible on a linear axis. A log axis
@@ -187,7 +187,7 @@ def axis_limits(lines: list[np.ndarray], draws: list[np.ndarray]) -> tuple[str, 
 
 
 def _draw_shares(ax: Axes, shares: np.ndarray, timesteps: int) -> None:
-    """Draw shares [arms, 10] as a table whose colours compare them with uniform draws."""
+    """Draws shares [arms, 10] as a table whose colours compare them with uniform draws."""
     times_uniform = np.maximum(TENTHS * shares, SHARES_RANGE[0])
     cells = ax.pcolormesh(times_uniform, cmap="PuOr_r", norm=LogNorm(*SHARES_RANGE), edgecolors="white")
     colours = cells.to_rgba(times_uniform)[..., :3]
@@ -206,7 +206,7 @@ def _percent(share: float) -> str:
 
 
 def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
-    """Describe the draws in the first tenth, the curves that are equal, and the products that are proportional."""
+    """Describes the draws in the first tenth, the curves that are equal, and the products that are proportional."""
     by_share: dict[str, list[str]] = {}
     for arm, arm_curves in arms.items():
         by_share.setdefault(_percent(tenths(arm_curves.draws)[0]), []).append(arm)
@@ -235,7 +235,7 @@ def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
 
 
 def _equal(lines: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """Return the groups of two or more arms whose lines are equal up to rounding."""
+    """Returns the groups of two or more arms whose lines are equal up to rounding."""
     groups: list[list[str]] = []
     for arm, line in lines.items():
         same = (g for g in groups if np.allclose(line, lines[g[0]], rtol=1e-9, atol=0, equal_nan=True))

@@ -36,7 +36,7 @@ def draw_legend(
     width: float,
     loc: Literal["outside lower center", "outside upper center"],
 ) -> None:
-    """Add a legend with as few rows as fit into a figure of `width` inches."""
+    """Adds a legend with as few rows as fit into a figure of `width` inches."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(width / (0.65 + 0.08 * longest)))  # inches of a handle and of a letter
     rows = -(-len(handles) // fitting)
@@ -46,7 +46,7 @@ def draw_legend(
 
 
 def line_style(index: int) -> Style:
-    """Return colour, marker and dashes of arm number `index`; without colour, marker and dashes still differ."""
+    """Returns colour, marker and dashes of arm number `index`; without colour, marker and dashes still differ."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -55,7 +55,7 @@ def line_style(index: int) -> Style:
 
 
 def set_log_axis(ax: Axes) -> None:
-    """Make the y axis logarithmic with ticks at round numbers, also on a short axis. Call it after drawing."""
+    """Makes the y axis logarithmic with ticks at round numbers, also on a short axis. Call it after drawing."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
@@ -64,7 +64,7 @@ def set_log_axis(ax: Axes) -> None:
 
 
 def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
-    """Label the x axis with training images and, if all rows have one batch size, the top axis with optimiser steps.
+    """Labels the x axis with training images and, if all rows have one batch size, the top axis with optimiser steps.
 
     Args:
         ax: the axes, with training images as x.
@@ -89,7 +89,7 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
 
 
 def short_count(count: float) -> str:
-    """Write a count with three digits: 500, 3.2k, 1.25M."""
+    """Writes a count with three digits: 500, 3.2k, 1.25M."""
     count = float(f"{count:.3g}")
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -98,7 +98,7 @@ def short_count(count: float) -> str:
 
 
 def save_figure(figure: Figure, paths: list[Path]) -> None:
-    """Save a figure to each path, in the format of its suffix ("png", "svg", "pdf"). Equal figures give equal bytes."""
+    """Saves a figure to each path, in the format of its suffix ("png", "svg", "pdf"). Equal figures give equal bytes."""
     for path in paths:
         with atomic_write(path) as file:
             # A date or a version in the file would make files with equal data differ.
