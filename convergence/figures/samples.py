@@ -45,7 +45,7 @@ def preview_grid(
 
 
 def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], path: Path, steps: Mapping[int, int]) -> None:
-    """Draws previews and saves the figure: a row per arm, a column per checkpoint (at most six, first and last included).
+    """Draws previews and saves the figure: a row per arm, a column per checkpoint (six at most).
 
     Small previews are enlarged by a whole factor without smoothing, large ones are reduced by a whole factor.
 

@@ -98,7 +98,7 @@ def short_count(count: float) -> str:
 
 
 def save_figure(figure: Figure, paths: list[Path]) -> None:
-    """Saves a figure to each path, in the format of its suffix ("png", "svg", "pdf"). Equal figures give equal bytes."""
+    """Saves a figure to each path, in the format of its suffix (png, svg or pdf). Equal figures give equal bytes."""
     for path in paths:
         with atomic_write(path) as file:
             # A date or a version in the file would make files with equal data differ.
