@@ -1,15 +1,13 @@
-"""Pages of the report: the answer, what a study was trained on, where its results come from, what they cost; and
-their HTML.
-"""
+"""The pages of the report: its front page, and data, provenance and cost of each study."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from convergence.answers import answer, sections
 from convergence.tables import markdown_table
 
 STYLE = """\
@@ -23,67 +21,92 @@ pre { padding: 0.8rem; overflow-x: auto; }
 
 
 def to_html(markdown: str, title: str) -> str:
-    """A page that needs nothing beside itself."""
+    """Returns a complete HTML page that loads no other file."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
 
 
-def front_page(introduction: str, verdict: str) -> str:
-    """The first page of the report in reStructuredText: an introduction, in which `.. answers` stands for the answer on
-    each study in the text of `verdict.md`."""
-    told = [f"*{study}*: {answer(text) or 'compares nothing.'}" for study, text in sections(verdict).items()]
-    # Code within bold, and names that end in an underscore, mean something else there.
-    plain = "\n\n".join(told).replace("`", "").replace("_", r"\_")
-    return introduction.replace(".. answers", plain)
-
-
-def data_page(manifests: Mapping[str, Mapping[str, Any]]) -> str:
-    """What each study was trained on and compared with, in Markdown; study -> manifest of its dataset."""
-    rows = [
-        [study, of["source"], f"{of['count']:,}", of["image_size"], of.get("licence") or "–", f"`{of['sha256']}`"]
-        for study, of in manifests.items()
-    ]
-    head = ["study", "source", "images", "size", "licence", "sha256 of the pixels"]
-    credits = sorted({of["attribution"] for of in manifests.values() if of.get("attribution")})
-    return "\n\n".join(["# Data", markdown_table(head, rows), *credits])
-
-
-def provenance_page(provenances: Mapping[str, Iterable[Mapping[str, Any]]], experiments: Mapping[str, str]) -> str:
-    """Code, machine and settings behind each study, in Markdown.
+def front_page(introduction: str, answers: Mapping[str, str | None]) -> str:
+    """Returns the first page of the report in reStructuredText.
 
     Args:
-        provenances: study -> `provenance.json` of its checkpoints.
-        experiments: study -> text of its experiment file.
+        introduction: reStructuredText with a line `.. answers`, which the answers replace.
+        answers: study -> the answer of its verdict in plain text; None if the study compares nothing.
     """
-    parts = ["# Provenance"]
-    for study, experiment in experiments.items():
-        origins: dict[tuple[str, ...], list[str]] = {}
-        for of in provenances[study]:
-            dirty = " with uncommitted changes" if of["git_dirty"] else ""
-            versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items() if version)
-            origin = (f"`{of['git_commit'] or 'outside git'}`{dirty}", of["host"], of["device"], versions)
-            origins.setdefault(origin, []).append(of["finished"])
-        rows = [[*origin, len(times), min(times), max(times)] for origin, times in origins.items()]
-        head = ["commit", "host", "device", "versions", "checkpoints", "first finished", "last finished"]
-        parts += [f"## {study}", markdown_table(head, rows), f"```yaml\n{experiment.strip()}\n```"]
+    paragraphs = [
+        f"*{_escape(study)}*: {_escape(answer) if answer else 'compares nothing.'}" for study, answer in answers.items()
+    ]
+    return introduction.replace(".. answers", "\n\n".join(paragraphs))
+
+
+def _escape(text: str) -> str:
+    """Returns plain text as reStructuredText."""
+    return re.sub(r"([\\*`_|])", r"\\\1", text)
+
+
+def data_page(study: str, manifest: Mapping[str, Any]) -> str:
+    """Returns what a study was trained on and compared with, in Markdown, from the manifest of its dataset."""
+    row = [
+        manifest["source"], f"{manifest['count']:,}", manifest["image_size"], manifest.get("licence") or "–",
+        f"`{manifest['sha256']}`",
+    ]  # fmt: skip
+    head = ["source", "images", "size", "licence", "SHA-256 of the pixels"]
+    parts = [f"# Data of {study}", markdown_table(head, [row])]
+    return "\n\n".join([*parts, manifest["attribution"]] if manifest.get("attribution") else parts)
+
+
+def provenance_page(
+    study: str, provenances: Iterable[Mapping[str, Any]], experiment: str, warnings: Iterable[str]
+) -> str:
+    """Returns the code, machine and settings behind the results of a study, in Markdown.
+
+    Args:
+        study: its name.
+        provenances: `provenance.json` of its checkpoints.
+        experiment: text of the study file.
+        warnings: those of the verdict, for instance that the code has changed since training.
+    """
+    origins: dict[tuple[str, ...], list[str]] = {}
+    for facts in provenances:
+        dirty = " with uncommitted changes" if facts["git_dirty"] else ""
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+        origin = (
+            f"`{facts['git_commit'] or 'outside git'}`{dirty}",
+            *(f"`{facts[key]}`" if facts.get(key) else "–" for key in ("source_hash", "tables_hash")),
+            facts["host"],
+            facts["device"],
+            versions,
+        )
+        origins.setdefault(origin, []).append(facts["finished"])
+    rows = [[*origin, len(times), min(times), max(times)] for origin, times in origins.items()]
+    head = [
+        "commit", "source hash", "tables hash", "host", "device", "versions", "checkpoints", "first finished",
+        "last finished",
+    ]  # fmt: skip
+    note = (
+        "The source hash is that of the code that training uses. The tables hash is that of an arm's timestep density "
+        "and loss weights. The untrained network has no tables."
+    )
+    parts = [f"# Provenance of {study}", *(f"**Warning.** {warning}" for warning in warnings)]
+    parts += [markdown_table(head, rows), note, "## Study file", f"```yaml\n{experiment.strip()}\n```"]
     return "\n\n".join(parts)
 
 
-def cost_page(metrics: pd.DataFrame) -> str:
-    """Training time of each arm, in Markdown, from the long table of metrics."""
-    runs = metrics.groupby(["study", "arm", "seed"], sort=False)[["images", "seconds"]].max()
+def cost_page(study: str, metrics: pd.DataFrame) -> str:
+    """Returns the training time of each arm of a study, in Markdown, from the long table of metrics."""
+    runs = metrics[metrics["study"] == study].groupby(["arm", "seed"], sort=False)[["images", "seconds"]].max()
     rows = [
         [
-            study, arm, len(of), f"{of['images'].mean():,.0f}", f"{of['seconds'].mean():,.0f}",
-            f"{of['images'].sum() / of['seconds'].sum():,.0f}" if of["seconds"].sum() else "–",
-            f"{of['seconds'].sum() / 3600:,.2f}",
+            arm, len(seeds), f"{seeds['images'].mean():,.0f}", f"{seeds['seconds'].mean():,.0f}",
+            f"{seeds['images'].sum() / seeds['seconds'].sum():,.0f}" if seeds["seconds"].sum() else "–",
+            f"{seeds['seconds'].sum() / 3600:,.2f}",
         ]
-        for (study, arm), of in runs.groupby(["study", "arm"], sort=False)
+        for arm, seeds in runs.groupby("arm", sort=False)
     ]  # fmt: skip
-    head = ["study", "arm", "runs", "images per run", "seconds per run", "images per second", "hours in all"]
+    head = ["arm", "runs", "images per run", "seconds per run", "images per second", "hours of all runs"]
     note = (
-        "Seconds of training alone, as measured in each run; where jobs shared cores or a GPU, each took longer than "
-        "it would alone. Sampling and evaluation are not in them: *Statistics*, in the report's menu, has all jobs."
+        "Seconds are the training time measured in each run, without sampling and evaluation. A run takes longer when "
+        "it shares cores or a GPU with other jobs. *Statistics* in the menu of the report shows the time of all jobs."
     )
-    return "\n\n".join(["# Cost", markdown_table(head, rows), note])
+    return "\n\n".join([f"# Cost of {study}", markdown_table(head, rows), note])

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 from scipy import stats
 
@@ -11,6 +12,7 @@ from convergence.figures import curves, samples, style
 from convergence.figures.curves import fid_curves, metric_label
 from convergence.figures.samples import preview_grid, samples_grid
 from diffusion.checkpoints import preview
+from diffusion.errors import FileError
 
 ARMS = ("uni05", "under05", "matched05", "uniform", "speed", "min-snr")
 COLUMNS = [
@@ -67,6 +69,14 @@ def crosses(ax):
     return [line for line in ax.lines if line.get_marker() == "x"]
 
 
+def bands(ax):
+    return [artist for artist in ax.collections if isinstance(artist, PolyCollection)]
+
+
+def error_bars(ax):
+    return [artist for artist in ax.collections if isinstance(artist, LineCollection)]
+
+
 def caption(ax):
     return " ".join(text.get_text() for text in ax.texts).replace("\n", " ")
 
@@ -115,7 +125,7 @@ def test_band_is_the_t_interval_of_the_mean_log():
     (ax,) = axes_of(metrics)
     logs = np.log(metrics["value"].to_numpy().reshape(3, 3))  # seed, checkpoint
     interval = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
-    (band,) = ax.collections
+    (band,) = bands(ax)
     drawn = band.get_paths()[0].vertices
     for column, images in enumerate((3200, 6400, 12800)):
         edges = drawn[drawn[:, 0] == images, 1]
@@ -128,7 +138,7 @@ def test_band_is_the_t_interval_of_the_mean_log():
 def test_band_of_two_seeds_is_their_range():
     metrics = table(arms=1, seeds=2)
     (ax,) = axes_of(metrics)
-    (band,) = ax.collections
+    (band,) = bands(ax)
     assert set(band.get_paths()[0].vertices[:, 1].round(9)) == set(metrics["value"].round(9))
     assert "geometric mean of 2 seeds (thin); band: their range" in caption(ax)
 
@@ -229,17 +239,17 @@ def test_a_study_whose_only_run_diverged_at_once_is_told_not_refused(tmp_path):
     fid_curves(metrics, [tmp_path / "curves.png"])
 
 
-def test_published_curves_lie_in_grey_under_those_of_their_study():
+def test_external_curves_are_grey_and_below_those_of_their_study():
     own = table(steps=(100, 200, 400))
     elsewhere = pd.concat([
         table(seeds=1, steps=(100, 400, 800), n=999), table(seeds=1, features=INCEPTION), table(seeds=1, study="other"),
     ])  # fmt: skip
     panel, *_ = curves._draw_curves(own, "fd", None, elsewhere).axes
-    grey = [line for line in panel.lines if line.get_color() == curves.PUBLISHED["color"]]
+    grey = [line for line in panel.lines if line.get_color() == curves.EXTERNAL["color"]]
     # One run of each arm, as far as the study itself goes.
     assert [line.get_xdata().tolist() for line in grey] == [[3200, 12800]] * 2
     assert [line.get_marker() for line in grey] == [line.get_marker() for line in mean_lines(panel)]
-    assert "published runs, 999 samples" in panel.texts[-1].get_text().replace("\n", " ")
+    assert "external curves (999 samples)" in panel.texts[-1].get_text().replace("\n", " ")
 
 
 def test_other_gaps_are_named_but_not_called_diverged():
@@ -301,7 +311,40 @@ def test_nothing_is_cut_off_at_the_edges(tmp_path):
         assert (edge == 255).all()
 
 
+def test_error_bars_are_standard_errors_of_each_value():
+    for seeds in (1, 3):
+        metrics = diverge(table(seeds=seeds), "under05", 0, 400)
+        metrics["stderr"] = 0.1 * metrics["value"]
+        metrics.loc[0, "stderr"] = np.nan
+        (ax,) = axes_of(metrics)
+        ends = np.concatenate([bar for bars in error_bars(ax) for bar in bars.get_segments()])
+        known = metrics[metrics["stderr"].notna()].sort_values("arm", kind="stable")
+        expected = np.stack([known["value"] - known["stderr"], known["value"] + known["stderr"]], axis=1)
+        np.testing.assert_allclose(ends, np.stack([known["images"].repeat(2), expected.ravel()], axis=1))
+        colours = [line.get_color() for line in mean_lines(ax)]
+        assert [to_hex(bars.get_color()[0]) for bars in error_bars(ax)] == [colours[1].lower(), colours[0].lower()]
+        assert "± each seed's standard error over other sets of generated images" in caption(ax)
+    (ax,) = axes_of(table())
+    assert not error_bars(ax) and "standard error" not in caption(ax)
+
+
+def test_an_error_bar_below_zero_ends_at_the_edge_of_a_log_axis():
+    metrics = table(seeds=1)
+    for stderr in (1.0, 1e3):
+        (ax,) = axes_of(metrics.assign(stderr=stderr))
+        assert ax.get_yscale() == "log" and 10 < ax.get_ylim()[0] < metrics["value"].min()
+        FigureCanvasAgg(ax.figure).draw()
+
+
 # Samples
+
+
+EMPTY = round(255 * float(samples.EMPTY_CELL))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def noise(count=40, size=16, seed=0):
@@ -339,24 +382,25 @@ def test_samples_grid_shows_the_pixels_enlarged_without_smoothing(tmp_path):
             grids[arm][images] = path
     grids["under05"][12800] = None
     samples_grid(grids, tmp_path / "samples.png", steps={3200: 100, 6400: 200})
-    with Image.open(tmp_path / "samples.png") as image:
-        page = np.asarray(image)
+    page = pixels(tmp_path / "samples.png")
 
-    height, width = 4 * 69, 4 * 137  # a preview is 69 x 137 pixels; 4 times that is nearest to a cell
-    margin = 2 * samples.FONT_PIXELS
+    height, width = 4 * 69, 4 * 137  # a preview is 69 x 137 pixels; 4 is the least factor to 480 pixels
+    margin = page.shape[1] - 3 * (width + samples.GAP_PIXELS)
     for row, arm in enumerate(ARMS[:2]):
         for column, images in enumerate((3200, 6400, 12800)):
-            top = margin + row * (height + samples.CELL_GAP)
-            left = margin + column * (width + samples.CELL_GAP)
+            top = samples.HEAD_PIXELS + row * (height + samples.GAP_PIXELS)
+            left = margin + column * (width + samples.GAP_PIXELS)
             cell = page[top : top + height, left : left + width]
             if path := grids[arm][images]:
-                with Image.open(path) as image:
-                    np.testing.assert_array_equal(cell, np.asarray(image).repeat(4, 0).repeat(4, 1))
+                np.testing.assert_array_equal(cell, pixels(path).repeat(4, 0).repeat(4, 1))
             else:
-                assert (cell[0] == samples.EMPTY_CELL).all()
+                assert (cell[0] == EMPTY).all()
                 assert len(np.unique(cell)) > 1  # the words
-    assert (page[:margin, margin:] < 100).any() and (page[:, :margin] < 100).any()  # headings, arms
-    assert (page[0] == 255).all() and (page[:, 0] == 255).all()
+    heads, labels = page[: samples.HEAD_PIXELS, margin:], page[:, :margin]
+    for part in (*np.split(heads, 3, axis=1), *np.array_split(labels[samples.HEAD_PIXELS :], 2)):
+        assert (part < 100).any()
+    for edge in (page[0], page[-1], page[:, 0], page[:, -1]):
+        assert (edge == 255).all()
 
 
 def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_previews(tmp_path):
@@ -366,15 +410,26 @@ def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_pre
         Image.new("RGB", (960, 480), (step, 0, 0)).save(path)
         grids["uni05"][step] = path
     samples_grid(grids, tmp_path / "samples.png", steps={})
-    with Image.open(tmp_path / "samples.png") as image:
-        line = np.asarray(image)[2 * samples.FONT_PIXELS + 120, 2 * samples.FONT_PIXELS + 240 :: 492, 0]
+    page = pixels(tmp_path / "samples.png")
+    left = page.shape[1] - 6 * (480 + samples.GAP_PIXELS)
+    line = page[samples.HEAD_PIXELS + 120, left + 240 :: 480 + samples.GAP_PIXELS, 0]
     np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
 
 
-def test_previews_are_put_in_rows_by_arm_and_study():
+@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 100, 128])
+def test_nothing_of_a_single_cell_is_cut_off(tmp_path, size):
+    preview(noise(size=size), tmp_path / "preview.png")
+    arm = "x" * 39
+    samples_grid({arm: {123_000_000: tmp_path / "preview.png"}}, tmp_path / "samples.png", {123_000_000: 1_000_000})
+    page = pixels(tmp_path / "samples.png")
+    for edge in (page[0], page[-1], page[:, 0], page[:, -samples.GAP_PIXELS :]):
+        assert (edge == 255).all()
+
+
+def test_previews_are_put_in_rows_by_arm():
     metrics = diverge(table(seeds=1), "under05", 0, 400)
     cells = [
-        ("small", arm, 0, step, factor * step, f"{arm}{step}.png")
+        (arm, 0, step, factor * step, f"{arm}{step}.png")
         for arm, factor in (("uni05", 32), ("under05", 64))
         for step in (0, 200, 400)
     ]
@@ -385,23 +440,20 @@ def test_previews_are_put_in_rows_by_arm_and_study():
     }
     # After 12,800 images one arm is at step 400, the other at 200.
     assert steps == {0: 0, 6400: 200, 25600: 400}
-    grids, _ = preview_grid([*cells, ("large", "uni05", 0, 0, 0, "a.png")], metrics)
-    assert list(grids) == ["small uni05", "small under05", "large uni05"]
 
 
 def test_a_study_that_diverged_everywhere_has_a_grid_without_samples(tmp_path):
     samples_grid({"uni05": {100: None, 200: None}}, tmp_path / "samples.png", {})
-    with Image.open(tmp_path / "samples.png") as image:
-        page = np.asarray(image.convert("RGB"))
-    empty = (page == samples.EMPTY_CELL).all(-1).any(0)
+    empty = (pixels(tmp_path / "samples.png") == EMPTY).all(-1).sum(0) > 100
     assert np.diff(empty.astype(int)).tolist().count(1) == 2
 
 
-def test_samples_grid_refuses_what_it_cannot_show(tmp_path):
+def test_samples_grid_names_a_preview_that_it_cannot_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     for name in ("broken.png", "absent.png"):
-        with pytest.raises(StudyError, match=f"{name} cannot be read"):
+        with pytest.raises(FileError, match=f"{name}: is not a readable image") as error:
             samples_grid({"uni05": {100: tmp_path / name}}, tmp_path / "samples.png", {})
+        assert error.value.path == tmp_path / name
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
 
 
@@ -419,4 +471,4 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [(0, "0"), (500, "500"), (3200, "3.2k"), (1_536_000, "1.54M"), (999_999, "1M"), (100_000, "100k")],
 )
 def test_counts_are_short(count, text):
-    assert style._short(count) == text
+    assert style.short_count(count) == text

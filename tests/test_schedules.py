@@ -31,12 +31,12 @@ def tables(*arms, schedule=LINEAR):
 
 
 def runs(arms):
-    """(study, arm, run) of a study; `arms` maps names to those of SCHEMES."""
+    """The settings of the runs of each arm; `arms` maps names to those of SCHEMES."""
     sections = {"dataset": OpenMoji(source="openmoji", image_size=16), "model": Model(), "diffusion": Diffusion()}
-    return [
-        ("small", name, RunConfig(**sections, train=Train(), scheme=scheme, match=match, train_version=1))
+    return {
+        name: RunConfig(**sections, train=Train(), scheme=scheme, match=match, train_version=1)
         for name, (scheme, match) in ((name, SCHEMES[arm]) for name, arm in arms.items())
-    ]
+    }
 
 
 def half_drawn(timesteps=1000):
@@ -46,11 +46,11 @@ def half_drawn(timesteps=1000):
     return Tables(p, torch.ones_like(p), torch.ones_like(p))
 
 
-def block(arms, adaptive=(), schedule=LINEAR):
+def drawn(arms, learned=(), schedule=LINEAR):
     """The six panels of curves, the two of shares, and the caption."""
-    (drawn,) = schedules._draw_figure({"small": (schedule, arms)}, adaptive).subfigs
-    curves_, shares = drawn.subfigs
-    return curves_.axes, shares.axes, drawn.get_supxlabel().replace("\n", " ")
+    figure = schedules._draw_figure("small", schedule, arms, list(learned))
+    curves_, shares = figure.subfigs
+    return curves_.axes, shares.axes, figure.get_supxlabel().replace("\n", " ")
 
 
 # Numbers
@@ -59,8 +59,8 @@ def block(arms, adaptive=(), schedule=LINEAR):
 @pytest.mark.parametrize("timesteps", [2, 37, 1000])
 @pytest.mark.parametrize("arm", ["uniform", "under05", "lognormal"])
 def test_tenths_hold_all_and_each_timestep_once(timesteps, arm):
-    of_arm = tables(arm, schedule=NoiseSchedule(cosine_betas(timesteps)))[arm]
-    draws = curves(of_arm).draws
+    table = tables(arm, schedule=NoiseSchedule(cosine_betas(timesteps)))[arm]
+    draws = curves(table).draws
     shares = tenths(draws)
     np.testing.assert_allclose(shares.sum(), 1)
     for tenth in range(10):
@@ -69,30 +69,30 @@ def test_tenths_hold_all_and_each_timestep_once(timesteps, arm):
 
 
 def test_shares_that_are_published():
-    of_arms = {arm: curves(of_arm) for arm, of_arm in tables("uni05", "under05", "matched05").items()}
-    np.testing.assert_allclose(tenths(of_arms["uni05"].draws), 0.1)
+    arms = {arm: curves(table) for arm, table in tables("uni05", "under05", "matched05").items()}
+    np.testing.assert_allclose(tenths(arms["uni05"].draws), 0.1)
     alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     weight = np.sqrt(1 - alphas_cumprod)
     first = weight[:100].sum() / weight.sum()
     assert round(100 * first, 1) == 2.1
-    np.testing.assert_allclose(tenths(of_arms["under05"].draws)[0], first)
-    for of_arm in of_arms.values():
-        np.testing.assert_allclose(tenths(of_arm.product)[0], first)
-    np.testing.assert_allclose(of_arms["matched05"].product, weight)
-    np.testing.assert_allclose(of_arms["uni05"].product, weight)
-    np.testing.assert_allclose(of_arms["under05"].product, weight / weight.mean())
+    np.testing.assert_allclose(tenths(arms["under05"].draws)[0], first)
+    for arm in arms.values():
+        np.testing.assert_allclose(tenths(arm.product)[0], first)
+    np.testing.assert_allclose(arms["matched05"].product, weight)
+    np.testing.assert_allclose(arms["uni05"].product, weight)
+    np.testing.assert_allclose(arms["under05"].product, weight / weight.mean())
 
 
 def test_a_weight_is_that_of_drawn_timesteps_alone():
-    of_arm = curves(half_drawn())
-    assert np.isnan(of_arm.weight[:500]).all() and (of_arm.weight[500:] == 1).all()
-    np.testing.assert_array_equal(of_arm.product, of_arm.draws)
+    half = curves(half_drawn())
+    assert np.isnan(half.weight[:500]).all() and (half.weight[500:] == 1).all()
+    np.testing.assert_array_equal(half.product, half.draws)
 
 
 # Axes
 
 
-def test_a_constant_stands_on_a_linear_axis_from_zero():
+def test_a_constant_has_a_linear_axis_from_zero():
     ones = np.ones(100)
     assert axis_limits([ones], [ones]) == ("linear", 0, pytest.approx(1.08))
     assert axis_limits([0 * ones], [ones]) == ("linear", 0, 1)
@@ -126,15 +126,15 @@ def test_zeros_and_tails_of_any_depth_do_not_stretch_an_axis():
 def test_zeros_constants_and_weights_without_bound_are_drawn(arms):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FigureCanvasAgg(schedules._draw_figure({"small": (LINEAR, arms)}, ())).draw()
-    for ax in block(arms)[0]:
+        FigureCanvasAgg(schedules._draw_figure("small", LINEAR, arms, [])).draw()
+    for ax in drawn(arms)[0]:
         low, high = ax.get_ylim()
         assert low < high < 1e4
         assert all(((line.get_ydata() >= low) & (line.get_ydata() <= high)).any() for line in ax.lines)
 
 
 def test_axes_say_where_the_least_noise_is():
-    panels, shares, _ = block(tables("uni05", "under05"))
+    panels, shares, _ = drawn(tables("uni05", "under05"))
     for ax in (*panels[:3], *shares):
         assert "0: least noise" in ax.get_xlabel() and ax.get_xlim()[0] < ax.get_xlim()[1]
     for ax in panels[3:]:
@@ -146,14 +146,14 @@ def test_axes_say_where_the_least_noise_is():
 
 def test_every_arm_is_drawn_in_every_panel():
     arms = tables(*SCHEMES)
-    panels, shares, _ = block(arms)
+    panels, shares, _ = drawn(arms)
     assert len(panels) == 6 and len(shares) == 2
     for ax in panels:
         assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == len(arms)
         widths = [line.get_linewidth() for line in ax.lines]
         assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0]
     for ax, column in zip(shares, ("draws", "product"), strict=True):
-        expected = np.array([tenths(getattr(curves(of_arm), column)) for of_arm in arms.values()])
+        expected = np.array([tenths(getattr(curves(table), column)) for table in arms.values()])
         printed = np.array([float(text.get_text().removeprefix("<")) for text in ax.texts]).reshape(expected.shape)
         np.testing.assert_allclose(printed, 100 * expected, atol=0.1)
     assert [label.get_text() for label in shares[0].get_yticklabels()] == list(arms)
@@ -161,13 +161,13 @@ def test_every_arm_is_drawn_in_every_panel():
 
 def test_lines_are_the_curves_and_densities_of_log_snr_hold_all():
     arms = tables("uni05", "under05")
-    panels, *_ = block(arms)
-    for index, of_arm in enumerate(arms.values()):
+    panels, *_ = drawn(arms)
+    for index, table in enumerate(arms.values()):
         lines = [ax.lines[index] for ax in panels]
-        for line, expected in zip(lines, curves(of_arm), strict=False):
+        for line, expected in zip(lines, curves(table), strict=False):
             np.testing.assert_array_equal(line.get_ydata(), expected)
         np.testing.assert_array_equal(lines[4].get_ydata(), lines[1].get_ydata())
-        for line, total in ((lines[3], 1), (lines[5], curves(of_arm).product.mean())):
+        for line, total in ((lines[3], 1), (lines[5], curves(table).product.mean())):
             log_snr, density = line.get_data()
             np.testing.assert_allclose(np.trapezoid(density[::-1], log_snr[::-1]), total, rtol=2e-3)
 
@@ -175,73 +175,66 @@ def test_lines_are_the_curves_and_densities_of_log_snr_hold_all():
 def test_density_of_log_snr_follows_a_change_of_variables():
     # Of t uniform, log SNR of a cosine schedule with no offset has the density sech(x / 2) / (2 pi).
     cosine = NoiseSchedule(cosine_betas(1000))
-    panels, *_ = block(tables("uniform", schedule=cosine), schedule=cosine)
+    panels, *_ = drawn(tables("uniform", schedule=cosine), schedule=cosine)
     log_snr, density = panels[3].lines[0].get_data()
     middle = np.abs(log_snr) < 5
     np.testing.assert_allclose(density[middle], 1 / np.cosh(log_snr[middle] / 2) / (2 * np.pi), rtol=0.02)
 
 
-def test_caption_tells_shares_equal_curves_and_proportions():
-    *_, caption = block(tables("uniform", "uni05", "under05", "matched05", "learnt"), {("small", "learnt")})
+def test_caption_states_shares_equal_curves_and_proportions():
+    *_, caption = drawn(tables("uniform", "uni05", "under05", "matched05", "learnt"), ["learnt"])
     assert "t < 100: 10.0% in uniform, uni05 and learnt; 2.1% in under05 and matched05." in caption
     assert "draws of under05 and matched05;" in caption
     assert "weight of uniform, under05 and learnt;" in caption
     assert "expected weight of uni05 and matched05." in caption
     assert "under05 = 1.24 × uni05." in caption
-    assert caption.endswith("The density of learnt follows the losses: drawn as it starts.")
+    assert "The density of learnt is learned during training; the figure shows its initial values." in caption
 
 
 def test_caption_says_no_more_than_there_is():
-    *_, caption = block(tables("uniform", "lognormal"), {("large", "uniform")})
-    assert "Equal curves, one upon the other: weight of uniform and lognormal." in caption
-    assert "proportion" not in caption and "follows" not in caption
+    *_, caption = drawn(tables("uniform", "lognormal"))
+    assert "Equal curves, which overlap: weight of uniform and lognormal." in caption
+    assert "proportion" not in caption and "learned" not in caption
 
 
-def test_an_arm_has_one_style_in_all_studies_and_a_block_its_own_arms():
+def test_the_title_names_the_study_and_the_legend_its_arms():
     cosine = NoiseSchedule(cosine_betas(50))
-    studies = {
-        "small": (LINEAR, tables("uni05", "under05")),
-        "large": (cosine, tables("under05", "uniform", schedule=cosine)),
-    }
-    figure = schedules._draw_figure(studies, ())
-    small, large = figure.subfigs
-    assert [sub.get_suptitle() for sub in (small, large)] == ["small: 1,000 timesteps", "large: 50 timesteps"]
-    legends = [[text.get_text() for text in sub.subfigs[0].legends[0].get_texts()] for sub in (small, large)]
-    assert legends == [["uni05", "under05"], ["under05", "uniform"]]
-    for sub, line in ((small, 1), (large, 0)):
-        assert sub.subfigs[0].axes[0].lines[line].get_color() == schedules.line_style(1)["color"]
-    FigureCanvasAgg(figure).draw()
-    assert small.bbox.y0 >= large.bbox.y1
+    figure = schedules._draw_figure("large", cosine, tables("under05", "uniform", schedule=cosine), [])
+    assert figure.get_suptitle() == "large: 50 timesteps"
+    curves_, _ = figure.subfigs
+    assert [text.get_text() for text in curves_.legends[0].get_texts()] == ["under05", "uniform"]
+    for index, line in enumerate(curves_.axes[0].lines):
+        assert line.get_color() == schedules.line_style(index)["color"]
 
 
 def test_equal_tables_give_equal_bytes(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         paths = [tmp_path / folder / name for name in ("schedules.png", "schedules.svg")]
-        draw_schedules(runs({"uni05": "uni05", "under05": "under05"}), paths)
+        draw_schedules("small", runs({"uni05": "uni05", "under05": "under05"}), paths)
     for name in ("schedules.png", "schedules.svg"):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
         assert first == second
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["schedules.png", "schedules.svg"]
 
 
-def test_runs_become_the_tables_of_their_studies(monkeypatch):
-    found = []
-    monkeypatch.setattr(schedules, "_draw_figure", lambda *arguments: found.append(arguments))
+def test_runs_become_the_tables_of_their_arms(monkeypatch):
+    calls = []
+    monkeypatch.setattr(schedules, "_draw_figure", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(schedules, "save_figure", lambda *_: None)
-    draw_schedules([*runs({"matched05": "matched05", "learnt": "learnt"}), ("large", *runs({"a": "uni05"})[0][1:])], [])
-    ((studies, adaptive),) = found
-    assert {study: list(arms) for study, (_, arms) in studies.items()} == {
-        "small": ["matched05", "learnt"],
-        "large": ["a"],
-    }
+    draw_schedules("small", runs({"a": "matched05", "b": "learnt"}), [])
+    ((study, schedule, arms, learned),) = calls
+    assert study == "small" and list(arms) == ["a", "b"] and learned == ["b"]
     expected = tables("matched05")["matched05"]
-    assert torch.equal(studies["small"][1]["matched05"].mse_weight, expected.mse_weight)
-    assert torch.equal(studies["small"][0].snr, LINEAR.snr) and adaptive == [("small", "learnt")]
+    assert torch.equal(arms["a"].probabilities, expected.probabilities)
+    assert torch.equal(arms["a"].mse_weight, expected.mse_weight)
+    assert torch.equal(schedule.snr, LINEAR.snr)
 
 
 def test_nothing_is_cut_off_at_the_edges(tmp_path):
-    draw_schedules(runs({f"{arm}_{'x' * (39 - len(arm))}": arm for arm in SCHEMES}), [tmp_path / "schedules.png"])
+    draw_schedules(
+        "small", runs({f"{arm}_{'x' * (39 - len(arm))}": arm for arm in SCHEMES}), [tmp_path / "schedules.png"]
+    )
     with Image.open(tmp_path / "schedules.png") as image:
         pixels = np.asarray(image.convert("L"))
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):

@@ -1,4 +1,4 @@
-"""Metric curves over training images."""
+"""The figure of metric curves over training images."""
 
 import textwrap
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from convergence.analysis.comparison import middle_threshold
@@ -17,6 +18,7 @@ from convergence.errors import StudyError
 from convergence.figures.style import (
     LOG_AXIS_FROM_RATIO,
     STYLE,
+    Style,
     draw_legend,
     line_style,
     save_figure,
@@ -25,8 +27,8 @@ from convergence.figures.style import (
 )
 from convergence.tables import HIGHER_IS_BETTER, SHARES, diverged, metric_name
 
-PUBLISHED = {"color": "0.72", "linewidth": 1, "markersize": 4}
-CROSS = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
+EXTERNAL: Style = {"color": "0.72", "linewidth": 1, "markersize": 4}
+CROSS: Style = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
 
 PANEL_INCHES = (4.4, 4.1)
 PANELS_PER_ROW = 3
@@ -35,11 +37,8 @@ CAPTION_LINE_INCHES = 0.14
 MARKERS_PER_LINE = 12
 
 
-# --- Curves -------------------------------------------------------------------------------------------------
-
-
 def metric_label(features: str, metric: str, n: int) -> str:
-    """What was measured, and of how much if that is known (not 0), such as "FD (EfficientNet-Lite0), 500 samples"."""
+    """Returns the label of a metric of `n` samples (0: unknown), such as "FD (EfficientNet-Lite0), 500 samples"."""
     return metric_name(features, metric) + (f", {n:,} samples" if n else "")
 
 
@@ -48,33 +47,38 @@ def fid_curves(
     paths: list[Path],
     metric: str = "fd",
     speedups: pd.DataFrame | None = None,
-    published: pd.DataFrame | None = None,
+    external_curves: pd.DataFrame | None = None,
 ) -> None:
-    """Draw one metric over training images, a panel per study and features, and save it to each path.
+    """Draws one metric over training images, one panel per study and features, and saves the figure to each path.
 
-    An arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) where
-    all of them have a value. Its seeds are thin lines; the band is their range (two seeds) or the 95%
-    t-interval of the mean, of its log for distances (three and more). A diverged run ends in a cross. Equal
-    tables give equal bytes.
+    Each arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) at the
+    checkpoints where all of its seeds have a value. Thin lines are single seeds. The band is the range of two seeds;
+    for three and more it is the 95% t-interval of the mean (of the log for distances). Error bars are standard errors
+    of single values. A cross marks the last value of a run that diverged. Equal tables give equal bytes.
 
     Args:
-        metrics: long table with columns study, arm, seed, step, images, features, metric, value, n, reason:
-            one row per arm, seed and step, the untrained net (step 0) under every arm that starts from it.
-            Where the value is missing the reason says why, "diverged at step N" for a diverged run.
+        metrics: long table with the columns study, arm, seed, step, images, features, metric, value, stderr, n and
+            reason, and one row per arm, seed and step. The untrained net (step 0) is in the table once for each arm
+            that starts from it. If a value is missing, reason says why: "diverged at step N" for a diverged run.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
-        speedups: `convergence.analysis.comparison.speedup_table`, of which the middle threshold and its crossings are marked.
-        published: such a table of curves from elsewhere, drawn in grey where study, features and metric are the same.
+        speedups: table of `convergence.analysis.comparison.speedup_table`. If given, the middle threshold of each
+            comparison and the places where runs reach it are marked.
+        external_curves: table like `metrics` with curves from other people. They are drawn in grey in the panel of
+            the same study and features.
 
     Raises:
-        StudyError: no row has this metric, or one panel has unequal numbers of samples.
+        StudyError: no row has this metric, or the values of one panel are of different numbers of samples.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric, speedups, published), paths)
+        save_figure(_draw_curves(metrics, metric, speedups, external_curves), paths)
 
 
 def _draw_curves(
-    metrics: pd.DataFrame, metric: str, speedups: pd.DataFrame | None = None, published: pd.DataFrame | None = None
+    metrics: pd.DataFrame,
+    metric: str,
+    speedups: pd.DataFrame | None = None,
+    external_curves: pd.DataFrame | None = None,
 ) -> Figure:
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
@@ -84,17 +88,17 @@ def _draw_curves(
         )
     panels = list(rows.groupby(["study", "features"], sort=False))
     styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
-    published = metrics.iloc[:0] if published is None else published[published["metric"] == metric]
+    external = metrics.iloc[:0] if external_curves is None else external_curves
+    external = external[external["metric"] == metric]
 
     columns = min(len(panels), PANELS_PER_ROW)
     lines = -(-len(panels) // columns)
-    figure = Figure(layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.remove()
     caption_lines = max(
-        _draw_panel(ax, panel, study, features, metric, styles, speedups, published)
+        _draw_panel(ax, panel, study, features, metric, styles, speedups, external)
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
     width = PANEL_INCHES[0] * columns
@@ -113,34 +117,37 @@ def _draw_panel(
     study: str,
     features: str,
     metric: str,
-    styles: Mapping[str, Mapping[str, object]],
+    styles: Mapping[str, Style],
     speedups: pd.DataFrame | None,
-    published: pd.DataFrame,
+    external: pd.DataFrame,
 ) -> int:
-    """Draw one study in one kind of features; returns the lines of its caption.
+    """Draws one study in one kind of features. Returns the number of lines of its caption.
 
     Raises:
-        StudyError: values come from unequal numbers of samples.
+        StudyError: the values are of different numbers of samples.
     """
     measured = panel[panel["value"].notna()]
     counts = sorted({int(n) for n in measured["n"]})
     if len(counts) > 1:
         raise StudyError(
-            f"Study '{study}' has {metric} of {counts[0]:,} and of {counts[-1]:,} samples, and its bias "
-            "depends on that number: delete the metrics.csv of the checkpoints with the other number and run the same "
-            "command again; in a table of your own keep one n per study"
+            f"Study '{study}' has {metric} of {counts[0]:,} and of {counts[-1]:,} samples, and its bias depends on "
+            "that number: delete the metrics.csv of the checkpoints with the wrong number and run the same command "
+            "again; in a table from elsewhere, use one n per study"
         )
     values = {
         arm: rows.pivot(index="images", columns="seed", values="value")
         for arm, rows in panel.groupby("arm", sort=False)
     }
     ratios = metric not in SHARES and bool((measured["value"] > 0).all())
-    elsewhere = published.query("study == @study and features == @features and images <= @panel.images.max()")
-    for (arm, _), run in elsewhere.groupby(["arm", "seed"], sort=False):
-        style = styles.get(arm, line_style(len(styles))) | PUBLISHED
+    external = external.query("study == @study and features == @features and images <= @panel.images.max()")
+    for (arm, _), run in external.groupby(["arm", "seed"], sort=False):
+        style = styles.get(arm, line_style(len(styles))) | EXTERNAL
         ax.plot(run["images"], run["value"], zorder=1, **style)
-    for arm, of_seeds in values.items():
-        _draw_arm(ax, of_seeds, styles[arm], ratios)
+    for arm, seeds in values.items():
+        _draw_arm(ax, seeds, styles[arm], ratios)
+    known = measured[measured["stderr"].notna()]
+    for arm, rows in known.groupby("arm"):
+        _draw_error_bars(ax, rows, styles[arm], single=values[arm].shape[1] == 1)
     for (arm, seed), _ in panel[diverged(panel)].groupby(["arm", "seed"]):
         last = values[arm][seed].dropna().tail(1)
         ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
@@ -157,15 +164,21 @@ def _draw_panel(
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
     sentences = _caption(panel, values, ratios)
-    if len(elsewhere):
-        sentences.append(f"Grey: published runs, {elsewhere['n'].max():,} samples, with the marks of their arms.")
+    if len(known):
+        sentences.append(
+            "Error bars: ± each seed's standard error over other sets of generated images; bars inside a marker are "
+            "hidden."
+        )
+    if len(external):
+        n = external["n"].max()
+        sentences.append(f"Grey: external curves{f' ({n:,} samples)' if n else ''}, with the markers of their arms.")
     if speedups is not None:
         sentences += _mark_crossings(ax, speedups.query("study == @study and features == @features"), metric, styles)
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
         caption,
         xy=(0, 0),
-        xycoords=("axes fraction", ax.xaxis.label),  # hung on the label, it clears ticks of any height
+        xycoords=("axes fraction", ax.xaxis.label),  # below the label, whatever the height of the tick labels
         xytext=(0, -5),
         textcoords="offset points",
         va="top",
@@ -175,13 +188,13 @@ def _draw_panel(
     return caption.count("\n") + 1
 
 
-def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], ratios: bool) -> None:
-    """The lines of one arm; `of_seeds` holds a row per number of training images and a column per seed."""
-    if of_seeds.shape[1] > 1:
-        for seed in of_seeds:
-            line = of_seeds[seed].dropna()
+def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> None:
+    """Draws the lines of one arm; `values` has one row per number of training images and one column per seed."""
+    if values.shape[1] > 1:
+        for seed in values:
+            line = values[seed].dropna()
             ax.plot(line.index, line, color=style["color"], linewidth=0.6, alpha=0.5, marker=".", markersize=3)
-    complete = of_seeds.dropna()
+    complete = values.dropna()
     mean, low, high = _mean_and_band(complete.to_numpy(), ratios)
     every = -(-len(complete) // MARKERS_PER_LINE) or 1
     ax.plot(
@@ -195,29 +208,34 @@ def _draw_arm(ax: Axes, of_seeds: pd.DataFrame, style: Mapping[str, object], rat
         zorder=4,
         **style,
     )
-    if len(complete) == 1:  # a band one checkpoint wide cannot be seen
+    if len(complete) == 1:  # a band of one checkpoint has no width
         ax.vlines(complete.index, low, high, color=style["color"], linewidth=1.2)
     ax.fill_between(complete.index, low, high, color=style["color"], alpha=0.14, linewidth=0)
 
 
-def _mark_crossings(
-    ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Mapping[str, object]]
-) -> list[str]:
-    """Mark the middle threshold of each comparison and where runs, smoothed, cross it; returns that in words."""
-    marked = {}
+def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -> None:
+    """Draws the standard errors of one arm's values, as faint as its thin lines unless it has a `single` seed."""
+    low, high = rows["value"] - rows["stderr"], rows["value"] + rows["stderr"]
+    ax.vlines(rows["images"], low, high, color=style["color"], linewidth=1, alpha=1 if single else 0.5)
+
+
+def _mark_crossings(ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Style]) -> list[str]:
+    """Marks the middle threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
+    marked: dict[str, None] = {}
     for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
         threshold = middle_threshold(rows)
         runs = rows[(rows["quantity"] == "images") & (rows["threshold"] == threshold) & rows["seed"].notna()]
         for arm, times in ((baseline, runs["of_baseline"]), (candidate, runs["of_candidate"])):
             marked[f"{threshold:.4g}"] = None
-            seen = times[np.isfinite(times)]
-            ax.plot(seen, np.full(len(seen), threshold), "|", markersize=13, color=styles[arm]["color"], zorder=5)
+            reached = times[np.isfinite(times)]
+            ax.plot(reached, np.full(len(reached), threshold), "|", markersize=13, color=styles[arm]["color"], zorder=5)
         ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
-    return [f"Dotted: threshold {', '.join(marked)}; ticks: where each seed, smoothed, crosses it."] if marked else []
+    thresholds = ", ".join(marked)
+    return [f"Dotted: threshold {thresholds}. Ticks: smoothed runs reach it."] if marked else []
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, lower and upper edge ([K] each) of values [K, S] over the S seeds; by logs for ratios."""
+    """Returns mean, lower and upper edge ([K] each) of values [K, S] over S seeds, computed on logs if `ratios`."""
     scaled = np.log(values) if ratios else values
     mean, low, high = t_interval(scaled)
     if values.shape[1] < 3:
@@ -226,18 +244,18 @@ def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.nda
 
 
 def _caption(panel: pd.DataFrame, values: Mapping[str, pd.DataFrame], ratios: bool) -> list[str]:
-    """What the lines and the band are, and which runs lack values, in words."""
+    """Returns the sentences that explain lines and bands and list the runs that lack values."""
     arms_by_seeds: dict[int, list[str]] = {}
-    for arm, of_seeds in values.items():
-        arms_by_seeds.setdefault(of_seeds.shape[1], []).append(arm)
+    for arm, seeds in values.items():
+        arms_by_seeds.setdefault(seeds.shape[1], []).append(arm)
     sentences = []
-    for seeds, arms in sorted(arms_by_seeds.items()):
-        whose = f" of {', '.join(arms)}" if len(arms_by_seeds) > 1 else ""
-        sentences.append(_band_in_words(seeds, whose, ratios))
+    for count, arms in sorted(arms_by_seeds.items()):
+        names = f" of {', '.join(arms)}" if len(arms_by_seeds) > 1 else ""
+        sentences.append(_band_caption(count, names, ratios))
     if max(arms_by_seeds) > 1 and len(values) > 1:
-        sentences.append("Seeds are paired: arms may differ though bands overlap.")
-    if any(of_seeds.shape[1] > 1 and of_seeds.isna().any(axis=None) for of_seeds in values.values()):
-        sentences.append("A mean is drawn where every seed of its arm has a value.")
+        sentences.append("Seeds are paired: arms may differ even if bands overlap.")
+    if any(seeds.shape[1] > 1 and seeds.isna().any(axis=None) for seeds in values.values()):
+        sentences.append("A mean is drawn where all seeds of its arm have a value.")
     missing = panel[panel["value"].isna() & (panel["reason"] != "")]
     for reason, rows in missing.groupby("reason", sort=False):
         runs = rows[["arm", "seed"]].drop_duplicates().itertuples(index=False)
@@ -245,9 +263,9 @@ def _caption(panel: pd.DataFrame, values: Mapping[str, pd.DataFrame], ratios: bo
     return sentences
 
 
-def _band_in_words(seeds: int, whose: str, ratios: bool) -> str:
+def _band_caption(seeds: int, names: str, ratios: bool) -> str:
     if seeds == 1:
-        return f"One seed{whose}: no interval."
+        return f"One seed{names}: no interval."
     mean = "geometric mean" if ratios else "mean"
     band = "their range" if seeds == 2 else f"95% t-interval of the mean{' of the log' if ratios else ''}"
-    return f"Line: {mean} of {seeds} seeds{whose} (thin); band: {band}."
+    return f"Line: {mean} of {seeds} seeds{names} (thin); band: {band}."

@@ -1,4 +1,4 @@
-"""Why arms differ: their loss on each part of the timesteps, and how noisy their gradients are. The figure."""
+"""The figure of the mechanism: where arms differ in their loss over timesteps, and how noisy their gradients are."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,30 +9,37 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from scipy.stats import gmean
 
 from convergence.analysis.mechanism import compare_probes
-from convergence.figures.style import STYLE, draw_legend, line_style, save_figure, set_image_axis, set_log_axis
+from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure, set_image_axis, set_log_axis
 from convergence.tables import ALL
 
 WIDTH_INCHES = 10.0
 BLOCK_INCHES = 7.6
-SPREAD = 0.5  # of a bin's width: arms side by side
+SPREAD = 0.5  # width of the arms of a bin, side by side, over the width of the bin
 NOISE_SCALE = "noise scale tr(Σ)/|g|², images"
+TERMS = {"mse": "MSE", "vb": "Variational bound"}
+CAPTION = (
+    "Upper panels: unweighted terms of the loss, means over training images; bars: 95% t-intervals over seeds.\n"
+    "Lower panels: geometric means, on the left over checkpoints and seeds, on the right over seeds (thin lines)."
+)
 
 
 def draw_mechanism(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]], paths: list[Path]) -> None:
-    """Draw the probes of each study, and save the figure to each path.
+    """Draws the probes of each study and saves the figure to each path.
 
-    A study is a block of four panels. Above, what each candidate changes in the two terms of the loss, in bins of
-    timesteps, averaged over training images, with 95% t-intervals over seeds. Below, the noise scale of each arm's
-    gradient: in bins, and of the whole gradient over training images (geometric means; thin lines are seeds). Equal
-    tables give equal bytes.
+    Each study has four panels. The upper two show how much each candidate changes the two terms of the loss, in bins
+    of timesteps, averaged over training images, with 95% t-intervals over seeds. The lower two show the noise scale of
+    each arm's gradient: in bins of timesteps (averaged over checkpoints and seeds), and of the whole gradient over
+    training images. Averages of noise scales are geometric; thin lines are single seeds. Equal tables give equal bytes.
 
     Args:
-        probes: `reports/mechanism.csv`.
-        comparisons: study -> its `baseline` and `candidates`, also where the study compares nothing.
+        probes: long table of probes (`convergence.tables.PROBE_COLUMNS`), which may be empty.
+        comparisons: study -> `baseline` and `candidates`; it has an entry even if the study compares nothing.
+        paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
     """
     with matplotlib.rc_context(STYLE):
         save_figure(_draw(probes, comparisons), paths)
@@ -42,36 +49,38 @@ def _draw(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]]) ->
     studies = list(probes["study"].unique())
     if not studies:
         figure = Figure((WIDTH_INCHES, 1))
-        figure.text(0.5, 0.5, "No study is probed.", ha="center", va="center")
+        figure.text(0.5, 0.5, "The study has no probes.", ha="center", va="center")
         return figure
     styles = {arm: line_style(index) for index, arm in enumerate(probes["arm"].unique())}
-    figure = Figure((WIDTH_INCHES, BLOCK_INCHES * len(studies)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure((WIDTH_INCHES, BLOCK_INCHES * len(studies)), layout=layout)
     for block, study in zip(figure.subfigures(len(studies), squeeze=False)[:, 0], studies, strict=True):
         _draw_block(block, probes[probes["study"] == study], comparisons[study], styles)
     return figure
 
 
 def _draw_block(
-    block: SubFigure, probes: pd.DataFrame, compare: Mapping[str, Any], styles: Mapping[str, Mapping[str, object]]
+    block: SubFigure, probes: pd.DataFrame, compare: Mapping[str, Any], styles: Mapping[str, Style]
 ) -> None:
     study, baseline = probes["study"].iloc[0], compare["baseline"]
     styles = {arm: style for arm, style in styles.items() if arm in set(probes["arm"])}
-    of_bins = probes[probes["timesteps"] != ALL]
-    bins = {name: place for place, name in enumerate(of_bins["timesteps"].unique())}
-    changed = compare_probes(of_bins, {study: compare})
-    whose = "held-out" if probes["held_out"].all() else "training"
-    block.suptitle(f"{study}: probed on {probes['n'].max():,} {whose} images", fontsize=12, weight="bold")
-    axes = block.subplots(2, 2)
-    for ax, term in zip(axes[0], ("mse", "vb"), strict=True):
-        _draw_changes(ax, changed[changed["metric"] == term], bins, styles)
-        ax.set_title(f"{whose} {term}, unweighted")
-        ax.set_ylabel(f"change against {baseline}, %\n← lower is better")
+    binned = probes[probes["timesteps"] != ALL]
+    bins = {name: place for place, name in enumerate(binned["timesteps"].unique())}
+    changes = compare_probes(binned, {study: compare})
+    subset = "held-out" if probes["held_out"].all() else "training"
+    block.suptitle(f"{study}: probes on {probes['n'].max():,} {subset} images", fontsize=12, weight="bold")
+    block.supxlabel(CAPTION, x=0.02, ha="left", fontsize=9, color="0.25")
+    panels = block.subfigures(1, squeeze=False)[0, 0]  # keeps the legend clear of the title
+    axes = panels.subplots(2, 2)
+    for ax, (term, name) in zip(axes[0], TERMS.items(), strict=True):
+        _draw_changes(ax, changes[changes["metric"] == term], bins, styles)
+        ax.set_title(f"{name} on {subset} images")
+        ax.set_ylabel(f"change from {baseline}, %\n← lower is better")
     noise = probes[(probes["metric"] == "noise_scale") & probes["value"].notna()]
     _draw_noise_in_bins(axes[1, 0], noise[noise["timesteps"] != ALL], bins, styles)
     _draw_noise_over_images(axes[1, 1], noise[noise["timesteps"] == ALL], probes, styles)
     handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
-    draw_legend(block, handles, WIDTH_INCHES, "outside lower center")
+    draw_legend(panels, handles, WIDTH_INCHES, "outside upper center")
 
 
 def _set_bins(ax: Axes, bins: Mapping[str, int]) -> None:
@@ -83,32 +92,29 @@ def _set_bins(ax: Axes, bins: Mapping[str, int]) -> None:
     ax.spines["top"].set_visible(False)
 
 
-def _draw_changes(
-    ax: Axes, changed: pd.DataFrame, bins: Mapping[str, int], styles: Mapping[str, Mapping[str, object]]
-) -> None:
-    """Changes of one term of the loss in percent, candidates side by side in each bin."""
+def _draw_changes(ax: Axes, changes: pd.DataFrame, bins: Mapping[str, int], styles: Mapping[str, Style]) -> None:
+    """Draws the changes of one term of the loss in percent, the candidates side by side in each bin."""
     _set_bins(ax, bins)
     ax.axhline(0, color="0.3", linewidth=0.8)
-    logs = changed[(changed["quantity"] == "average") & changed["seed"].isna() & (changed["scale"] == "log")]
+    logs = changes[(changes["quantity"] == "average") & changes["seed"].isna() & (changes["scale"] == "log")]
     if logs.empty:
+        ax.set_yticks([])
         ax.text(0.5, 0.6, "nothing to compare", transform=ax.transAxes, ha="center", color="0.3")
         return
     candidates = list(logs["candidate"].unique())
     for index, candidate in enumerate(candidates):
         rows = logs[logs["candidate"] == candidate]
         place = rows["timesteps"].map(bins) + SPREAD * ((index + 0.5) / len(candidates) - 0.5)
-        value, upper, lower = (100 * np.expm1(-rows[of].to_numpy(float)) for of in ("effect", "low", "high"))
+        value, upper, lower = (100 * np.expm1(-rows[name].to_numpy(float)) for name in ("effect", "low", "high"))
         style = {**styles[candidate], "linestyle": ""}
         known = np.isfinite(upper) & np.isfinite(lower)
         ax.vlines(place[known], lower[known], upper[known], color=style["color"], linewidth=1.2)
         ax.plot(place, value, markersize=5, **style)
 
 
-def _draw_noise_in_bins(
-    ax: Axes, noise: pd.DataFrame, bins: Mapping[str, int], styles: Mapping[str, Mapping[str, object]]
-) -> None:
+def _draw_noise_in_bins(ax: Axes, noise: pd.DataFrame, bins: Mapping[str, int], styles: Mapping[str, Style]) -> None:
     _set_bins(ax, bins)
-    ax.set_title("gradient noise in bins")
+    ax.set_title("Gradient noise in bins of timesteps")
     ax.set_ylabel(NOISE_SCALE)
     for arm, rows in noise.groupby("arm", sort=False):
         means = rows.groupby("timesteps", sort=False)["value"].apply(gmean)
@@ -117,17 +123,15 @@ def _draw_noise_in_bins(
     _finish_noise(ax, noise)
 
 
-def _draw_noise_over_images(
-    ax: Axes, noise: pd.DataFrame, probes: pd.DataFrame, styles: Mapping[str, Mapping[str, object]]
-) -> None:
-    ax.set_title("gradient noise, all timesteps")
+def _draw_noise_over_images(ax: Axes, noise: pd.DataFrame, probes: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    ax.set_title("Gradient noise over all timesteps")
     ax.set_ylabel(NOISE_SCALE)
     for arm, rows in noise.groupby("arm", sort=False):
-        of_seeds = rows.pivot(index="images", columns="seed", values="value")
-        for seed in of_seeds:
-            line = of_seeds[seed].dropna()
+        values = rows.pivot(index="images", columns="seed", values="value")
+        for seed in values:
+            line = values[seed].dropna()
             ax.plot(line.index, line, color=styles[arm]["color"], linewidth=0.6, alpha=0.5)
-        complete = of_seeds.dropna()
+        complete = values.dropna()
         ax.plot(complete.index, gmean(complete, axis=1), linewidth=1.8, markersize=5, **styles[arm])
     ax.grid(color="0.9", linewidth=0.6)
     set_image_axis(ax, probes)
@@ -136,6 +140,8 @@ def _draw_noise_over_images(
 
 def _finish_noise(ax: Axes, noise: pd.DataFrame) -> None:
     if noise.empty:
-        ax.text(0.5, 0.5, "no gradient stands out of its noise", transform=ax.transAxes, ha="center", color="0.3")
+        ax.set_yticks([])
+        text = "no gradient can be distinguished from its noise"
+        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", color="0.3")
     else:
         set_log_axis(ax)

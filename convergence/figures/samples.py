@@ -1,137 +1,123 @@
-"""The grid of sample previews: a row per arm, a column per checkpoint."""
+"""The figure of sample previews: a row per arm, a column per checkpoint."""
 
-from collections import defaultdict
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
+from PIL import Image
 
-from convergence.errors import StudyError
-from convergence.figures.style import _short
+from convergence.figures.style import DPI, STYLE, save_figure, short_count
 from convergence.tables import diverged
-from diffusion.files import atomic_write
+from diffusion.errors import FileError
 
-CELL_PIXELS = 480
-CELL_GAP = 12
-GRID_COLUMNS = 6
-FONT_PIXELS = 26
-EMPTY_CELL = (236, 236, 236)
-INK = (0, 0, 0)
-PALE_INK = (90, 90, 90)
-
-
-# --- Samples ------------------------------------------------------------------------------------------------
+MOST_COLUMNS = 6
+CELL_PIXELS = 480  # the least width of a cell: room for its heading, and enough pixels to recognise images
+GAP_PIXELS = 12
+HEAD_PIXELS = 100
+CAPTION_PIXELS = 70
+EMPTY_CELL = "0.93"
 
 
 def preview_grid(
-    cells: Iterable[tuple[str, str, int, int, int, str]], metrics: pd.DataFrame
+    cells: Iterable[tuple[str, int, int, int, str]], metrics: pd.DataFrame
 ) -> tuple[dict[str, dict[int, Path | None]], dict[int, int]]:
-    """What `samples_grid` takes, grids and steps: a row per arm of each study, without what diverged.
+    """Sorts the previews of one study into a row per arm, without those of diverged runs.
 
     Args:
-        cells: (study, arm, seed, step, training images, its preview) of every checkpoint to be shown.
-        metrics: the long table of metrics, which tells what diverged.
+        cells: (arm, seed, step, training images, path of the preview) of every checkpoint to show.
+        metrics: long table of metrics of the study, which says what diverged.
 
     Returns:
-        The grids, and the steps of those numbers of images that are one step in all arms.
+        The arguments `grids` and `steps` of `samples_grid`.
     """
-    cells, keys = list(cells), ["study", "arm", "seed", "step"]
-    without_samples = set(metrics.loc[diverged(metrics), keys].itertuples(index=False, name=None))
-    several = len({study for study, *_ in cells}) > 1
-    grids: dict[str, dict[int, Path | None]] = defaultdict(dict)
-    steps: dict[int, set[int]] = defaultdict(set)
-    for study, arm, seed, step, images, preview in cells:
-        shown = (study, arm, seed, step) not in without_samples
-        grids[f"{study} {arm}" if several else arm][images] = Path(preview) if shown else None
-        steps[images].add(step)
-    return grids, {images: s.pop() for images, s in steps.items() if len(s) == 1}
+    without_samples = set(metrics.loc[diverged(metrics), ["arm", "seed", "step"]].itertuples(index=False, name=None))
+    grids: dict[str, dict[int, Path | None]] = {}
+    steps: dict[int, set[int]] = {}
+    for arm, seed, step, images, preview in cells:
+        grids.setdefault(arm, {})[images] = None if (arm, seed, step) in without_samples else Path(preview)
+        steps.setdefault(images, set()).add(step)
+    return grids, {images: step for images, (step, *others) in steps.items() if not others}
 
 
-def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], destination: Path, steps: Mapping[int, int]) -> None:
-    """Save one PNG of previews: a row per arm, a column per checkpoint (six at most, from first to last).
+def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], path: Path, steps: Mapping[int, int]) -> None:
+    """Draws previews and saves the figure: a row per arm, a column per checkpoint (six at most).
 
-    Small images are enlarged by a whole factor without smoothing, large ones reduced by a whole factor.
+    Small previews are enlarged by a whole factor without smoothing, large ones are reduced by a whole factor.
 
     Args:
-        grids: arm -> training images -> its preview; None where there is none, as after a divergence.
-        destination: the PNG.
-        steps: training images -> optimiser step, for the headings; a column without one names images only.
+        grids: arm -> training images -> path of the preview; None if there is none, for instance after a divergence.
+        path: where to save; the suffix chooses the format ("png", "svg", "pdf").
+        steps: training images -> optimiser step, for the headings. A column without a step shows its images alone.
 
     Raises:
-        StudyError: a preview cannot be read.
+        FileError: a preview cannot be read.
     """
     columns = sorted({images for row in grids.values() for images in row})
-    chosen = np.linspace(0, len(columns) - 1, min(len(columns), GRID_COLUMNS)).round().astype(int)
+    chosen = np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS)).round().astype(int)
     columns = [columns[index] for index in chosen]
-    cells = {
-        (arm, images): _load_cell(path)
-        for arm, row in grids.items()
-        for images, path in row.items()
-        if images in columns and path is not None
+    cells = {(arm, images): _read(row.get(images)) for arm, row in grids.items() for images in columns}
+    shapes = (cell.shape[:2] for cell in cells.values() if cell is not None)
+    height, width = next(shapes, (CELL_PIXELS // 2, CELL_PIXELS))
+    factor = -(-CELL_PIXELS // width)
+    with matplotlib.rc_context(STYLE):
+        save_figure(_draw_grid(cells, list(grids), columns, steps, factor * height, factor * width), [path])
+
+
+def _draw_grid(
+    cells: Mapping[tuple[str, int], np.ndarray | None],
+    arms: list[str],
+    columns: list[int],
+    steps: Mapping[int, int],
+    height: int,
+    width: int,
+) -> Figure:
+    """Draws cells, by arm and images, of exactly `height` times `width` pixels each."""
+    longest = max(TextPath((0, 0), arm, size=STYLE["axes.labelsize"]).get_extents().width for arm in arms)
+    left = round(longest / 72 * DPI) + 3 * GAP_PIXELS
+    full_width = left + len(columns) * (width + GAP_PIXELS)
+    full_height = HEAD_PIXELS + len(arms) * (height + GAP_PIXELS) - GAP_PIXELS + CAPTION_PIXELS
+    figure = Figure((full_width / DPI, full_height / DPI), dpi=DPI)
+    layout = {
+        "left": left / full_width,
+        "right": 1 - GAP_PIXELS / full_width,
+        "bottom": CAPTION_PIXELS / full_height,
+        "top": 1 - HEAD_PIXELS / full_height,
+        "wspace": GAP_PIXELS / width,
+        "hspace": GAP_PIXELS / height,
     }
-    width = max((cell.width for cell in cells.values()), default=CELL_PIXELS)
-    height = max((cell.height for cell in cells.values()), default=CELL_PIXELS // 2)
-    margin = 2 * FONT_PIXELS
-
-    size = (margin + len(columns) * (width + CELL_GAP), 2 * margin + len(grids) * (height + CELL_GAP))
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    for column, images in enumerate(columns):
-        heading = f"{_short(images)} images" + (f" (step {steps[images]:,})" if images in steps else "")
-        _write(page, heading, (margin + column * (width + CELL_GAP) + width // 2, margin // 2), width)
-    for row, arm in enumerate(grids):
-        top = margin + row * (height + CELL_GAP)
-        _write(page, arm, (margin // 2, top + height // 2), height, upwards=True)
-        for column, images in enumerate(columns):
-            left = margin + column * (width + CELL_GAP)
-            if cell := cells.get((arm, images)):
-                page.paste(cell, (left, top))
-            else:
-                draw.rectangle((left, top, left + width - 1, top + height - 1), fill=EMPTY_CELL)
-                _write(page, "no samples", (left + width // 2, top + height // 2), width, PALE_INK)
-    caption = "Every cell starts from the same latents, in the same order."
-    _write(page, caption, (size[0] // 2, size[1] - margin // 2), size[0], PALE_INK)
-    _save_png(page, destination)
+    axes = figure.subplots(len(arms), len(columns), squeeze=False, gridspec_kw=layout)
+    for ax, (arm, images) in zip(axes.flat, itertools.product(arms, columns), strict=True):
+        ax.set(xticks=[], yticks=[], facecolor=EMPTY_CELL)
+        ax.spines[:].set_visible(False)
+        if (cell := cells[arm, images]) is None:
+            ax.text(0.5, 0.5, "no samples", ha="center", va="center", color="0.35", transform=ax.transAxes)
+        else:
+            ax.imshow(cell, interpolation="nearest", aspect="auto")
+    for ax, images in zip(axes[0], columns, strict=True):
+        ax.set_title(f"{short_count(images)} images" + (f"\nstep {steps[images]:,}" if images in steps else ""))
+    for ax, arm in zip(axes[:, 0], arms, strict=True):
+        ax.set_ylabel(arm, rotation=0, ha="right", va="center")
+    caption = "All cells start from the same latents,\nin the same order."
+    figure.text(left / full_width, 0.4 * CAPTION_PIXELS / full_height, caption, va="center", fontsize=8, color="0.25")
+    return figure
 
 
-def _load_cell(path: Path) -> Image.Image:
+def _read(path: Path | None) -> np.ndarray | None:
+    """Reads a preview as uint8 [H, W, 3]. One of twice `CELL_PIXELS` and more is reduced by a whole factor.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    if path is None:
+        return None
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        with Image.open(path) as file:
+            image = file.convert("RGB")
     except OSError as error:
-        raise StudyError(
-            f"The preview {path} cannot be read ({error}): delete it and run the same command again"
-        ) from error
-    if image.width > CELL_PIXELS:
-        return image.reduce(round(image.width / CELL_PIXELS))
-    factor = round(CELL_PIXELS / image.width)
-    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-
-
-def _write(
-    page: Image.Image,
-    text: str,
-    centre: tuple[int, int],
-    room: int,
-    ink: tuple[int, int, int] = INK,
-    upwards: bool = False,
-) -> None:
-    """Put one line of text around a point, smaller where it would be longer than the room in pixels."""
-    file = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-    font = ImageFont.truetype(file, FONT_PIXELS)
-    if font.getlength(text) > room:
-        font = ImageFont.truetype(file, FONT_PIXELS * room / font.getlength(text))
-    left, top, right, bottom = (round(edge) for edge in font.getbbox(text, anchor="mm"))
-    label = Image.new("L", (right - left + 2, bottom - top + 2))
-    ImageDraw.Draw(label).text((1 - left, 1 - top), text, fill=255, font=font, anchor="mm")
-    if upwards:
-        label = label.transpose(Image.Transpose.ROTATE_90)
-    page.paste(ink, (centre[0] - label.width // 2, centre[1] - label.height // 2), label)
-
-
-def _save_png(image: Image.Image, destination: Path) -> None:
-    with atomic_write(destination) as file:
-        image.save(file, format="PNG")
+        raise FileError(path, f"is not a readable image ({error})") from error
+    return np.asarray(image.reduce(max(1, image.width // CELL_PIXELS)))

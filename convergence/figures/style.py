@@ -1,6 +1,7 @@
-"""The style that all figures share: colours, axes, legends, files."""
+"""The style that all figures share: colours, axes, legends, and how figures are saved."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,25 +11,32 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from diffusion.files import atomic_write
 
-# Okabe & Ito 2008, "Color Universal Design"; yellow is left out: too pale for a line on white
+Style = dict[str, Any]  # keyword arguments of a line
+
+# Okabe & Ito 2008, "Color Universal Design", without yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "h", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
 DPI = 200
-LOG_AXIS_FROM_RATIO = 3
-STYLE = {
+LOG_AXIS_FROM_RATIO = 3  # a range of values above this ratio is drawn on a log axis
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
-    "svg.hashsalt": "curves",  # ids in the SVG are random without it
+    "svg.hashsalt": "curves",  # without a salt the ids in an SVG are random
 }
 
 
-def draw_legend(figure: FigureBase, handles: list[Line2D], width: float, loc: str) -> None:
-    """A legend over a figure of this width in inches: in as few rows as hold its labels."""
+def draw_legend(
+    figure: FigureBase,
+    handles: list[Line2D],
+    width: float,
+    loc: Literal["outside lower center", "outside upper center"],
+) -> None:
+    """Adds a legend with as few rows as fit into a figure of `width` inches."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(width / (0.65 + 0.08 * longest)))  # inches of a handle and of a letter
     rows = -(-len(handles) // fitting)
@@ -37,8 +45,8 @@ def draw_legend(figure: FigureBase, handles: list[Line2D], width: float, loc: st
     )
 
 
-def line_style(index: int) -> dict[str, object]:
-    """Colour, marker and dashes of arm `index`: in grey, marker and dashes still tell arms apart."""
+def line_style(index: int) -> Style:
+    """Returns colour, marker and dashes of arm number `index`; without colour, marker and dashes still differ."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -47,7 +55,7 @@ def line_style(index: int) -> dict[str, object]:
 
 
 def set_log_axis(ax: Axes) -> None:
-    """Make the y axis of what is drawn already logarithmic, with ticks at round numbers however short it is."""
+    """Makes the y axis logarithmic with ticks at round numbers, also on a short axis. Call it after drawing."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
@@ -56,14 +64,19 @@ def set_log_axis(ax: Axes) -> None:
 
 
 def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
-    """Training images below and, where one batch size holds for all, optimiser steps above."""
+    """Labels the x axis with training images and, if all rows have one batch size, the top axis with optimiser steps.
+
+    Args:
+        ax: the axes, with training images as x.
+        panel: table with the columns images and step.
+    """
     last = panel["images"].max() or 1
     ax.set_xlim(-0.03 * last, 1.04 * last)
     ax.set_xlabel("training images")
     trained = panel[panel["step"] > 0]
     batch_sizes = (trained["images"] / trained["step"]).unique()
-    shown = [ax]
-    if len(batch_sizes) == 1 and batch_sizes[0] > 1:  # curves from elsewhere may know images alone
+    shown: list[Any] = [ax]
+    if len(batch_sizes) == 1 and batch_sizes[0] > 1:  # tables without a column step have step = images
         (batch_size,) = batch_sizes
         steps = ax.secondary_xaxis("top", functions=(lambda x: x / batch_size, lambda step: step * batch_size))
         steps.set_xlabel("optimiser steps")
@@ -72,11 +85,11 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
         ax.spines["top"].set_visible(False)
     for axis in shown:
         axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10), integer=True))
-        axis.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
 
 
-def _short(count: float) -> str:
-    """A count to three digits: 500, 3.2k, 1.25M."""
+def short_count(count: float) -> str:
+    """Writes a count with three digits: 500, 3.2k, 1.25M."""
     count = float(f"{count:.3g}")
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -84,14 +97,11 @@ def _short(count: float) -> str:
     return f"{count:g}"
 
 
-# --- Files --------------------------------------------------------------------------------------------------
-
-
 def save_figure(figure: Figure, paths: list[Path]) -> None:
-    """Save a figure drawn in `STYLE` to each path, in the format that the suffix names. Equal figures, equal bytes."""
+    """Saves a figure to each path, in the format of its suffix (png, svg or pdf). Equal figures give equal bytes."""
     for path in paths:
         with atomic_write(path) as file:
-            # a date or a version would make equal data differ
+            # A date or a version in the file would make files with equal data differ.
             metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
             kind = path.suffix.removeprefix(".")
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata.get(kind))

@@ -1,4 +1,4 @@
-"""Draw the curves, the samples and the schedules."""
+"""Draw the curves, the sample previews and the schedules of one study."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from convergence.tables import read_curves, read_table
 from diffusion.config import RunConfig
 
 with job(snakemake):
-    output, params = snakemake.output, snakemake.params
+    study, output, params = snakemake.wildcards.study, snakemake.output, snakemake.params
     metrics, speedups = read_table(snakemake.input.metrics), read_table(snakemake.input.speedups)
-    tables = [read_curves(Path(path), study).query("study == @study") for study, path in params.published.items()]
-    published = pd.concat(tables) if tables else None
-    fid_curves(metrics, [Path(output.curves), Path(output.curves_svg)], speedups=speedups, published=published)
+    external = [read_curves(Path(path), study) for path in snakemake.input.external]
+    paths = [Path(output.curves), Path(output.curves_svg)]
+    fid_curves(metrics, paths, speedups=speedups, external_curves=pd.concat(external) if external else None)
     grids, steps = preview_grid(params.cells, metrics)
     samples_grid(grids, Path(output.samples), steps)
-    runs = [(study, arm, RunConfig.model_validate_json(content)) for study, arm, content in params.runs]
-    draw_schedules(runs, [Path(output.schedules), Path(output.schedules_svg)])
+    runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
+    draw_schedules(study, runs, [Path(output.schedules), Path(output.schedules_svg)])

@@ -1,25 +1,23 @@
-"""Write the pages of the report."""
+"""Write the report pages of one study."""
 
 from pathlib import Path
 
+from convergence.analysis.verdict import read_verdict, to_markdown
 from convergence.jobs import job
-from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
+from convergence.pages import cost_page, data_page, provenance_page, to_html
 from convergence.tables import read_table
 from diffusion.files import atomic_write, read_json
 
 with job(snakemake):
-    studies = snakemake.params.studies
+    study, source = snakemake.wildcards.study, snakemake.input
+    verdict = read_verdict(Path(source.verdict))
+    provenances = [read_json(Path(path)) for path in source.provenances]
     pages = {
-        "verdict": Path(snakemake.input.verdict).read_text(encoding="utf-8"),
-        "data": data_page({study: read_json(Path(of["manifest"])) for study, of in studies.items()}),
-        "provenance": provenance_page(
-            {study: [read_json(Path(path)) for path in of["provenances"]] for study, of in studies.items()},
-            {study: of["experiment"] for study, of in studies.items()},
-        ),
-        "cost": cost_page(read_table(snakemake.input.metrics)),
+        "verdict": to_markdown(verdict),
+        "data": data_page(study, read_json(Path(source.manifest))),
+        "provenance": provenance_page(study, provenances, snakemake.params.experiment, verdict.warnings),
+        "cost": cost_page(study, read_table(source.metrics)),
     }
-    with atomic_write(Path(snakemake.output.front)) as file:
-        file.write(front_page(snakemake.params.introduction, pages["verdict"]).encode())
     for name, markdown in pages.items():
         with atomic_write(Path(snakemake.output[name])) as file:
-            file.write(to_html(markdown, name.capitalize()).encode())
+            file.write(to_html(markdown, f"{name.capitalize()} of {study}").encode())
