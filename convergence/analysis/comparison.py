@@ -42,10 +42,12 @@ def compare(
     """Compares two arms in one metric over training images.
 
     Example:
-        >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 60.0), ("b", 2000, 45.0)]
+        >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 75.0), ("b", 2000, 50.0)]
         >>> curves = pd.DataFrame(rows, columns=["arm", "images", "value"])
         >>> print(compare(curves, baseline="a", candidate="b"))
-        TODO
+        No difference shown between b and a in FID: -11.6% (no interval) on average over 1,000 to 2,000 training images,
+        1 paired seed. Speed-up in images to FID 69.28: 1.23 (no interval). With one seed there is no interval, and
+        nothing can be concluded.
 
     Args:
         curves: a row per run and checkpoint, with the columns `arm`, `images` (training images seen) and `value`.

@@ -1,5 +1,6 @@
 """A verdict in Markdown: `verdict.md`."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -60,8 +61,8 @@ def to_markdown(verdict: StudyVerdict) -> str:
 
 
 def _escape(text: str) -> str:
-    """Plain text in Markdown: names of arms may begin or end with an underscore."""
-    return text.replace("_", r"\_").replace("*", r"\*")
+    """Plain text in Markdown: a name that begins or ends with an underscore must not start emphasis."""
+    return re.sub(r"\b_|_\b|\*", r"\\\g<0>", text)
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:

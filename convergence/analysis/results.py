@@ -44,9 +44,9 @@ class Comparison:
     """Whether this is the comparison that the study was made for."""
     scale: Scale
     """"log": the metric is compared by ratios; "plain": by differences."""
-    first_images: float
+    first_images: int | float
     """Training images of the first common checkpoint."""
-    last_images: float
+    last_images: int | float
     seeds: tuple[int, ...]
     effects: tuple[Effect, ...]
     """`average`, `final`, then `images` and `seconds` at each threshold, from easy to hard."""
@@ -101,7 +101,7 @@ class Comparison:
             text += f": in every pair of runs over {images} at least one diverged."
         if self.thresholds:
             speedup = speedup_text(self.effect("images"))
-            reason = ", because too few runs reach it" if speedup == "unknown" else ""
+            reason = ", because too few runs cross it between their checkpoints" if speedup == "unknown" else ""
             text += f" Speed-up in images to {name} {self.middle_threshold:.4g}: {speedup}{reason}."
         return text + self._cautions()
 

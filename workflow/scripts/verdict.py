@@ -3,18 +3,24 @@
 import json
 from pathlib import Path
 
+from convergence import layout
 from convergence.analysis.verdict import write_verdict
 from convergence.figures.forest import draw_forest
 from convergence.jobs import job
+from convergence.provenance import changed_tables
+from convergence.study_file import load_experiment
 from convergence.tables import read_table
 
 with job(snakemake):
+    study, warnings = snakemake.wildcards.study, list(snakemake.params.warnings)
+    if warnings:  # only then can tables have changed
+        warnings += changed_tables(load_experiment(layout.study_file(study)))
     verdict = write_verdict(
         read_table(snakemake.input.metrics),
         read_table(snakemake.input.mechanism),
-        snakemake.wildcards.study,
+        study,
         json.loads(snakemake.params.compare),
         Path(snakemake.output.verdict).parent,
-        snakemake.params.warnings,
+        warnings,
     )
     draw_forest(verdict.comparisons, [Path(snakemake.output.forest)])
