@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convergence.analysis.comparison import verdict
-from convergence.analysis.curves import average, log_speedup, time_to_threshold
+from convergence.analysis.curves import log_speedup, mean_over_images, time_to_threshold
+from convergence.analysis.effects import NO_DIFFERENCE, decide
 from convergence.analysis.intervals import censored_interval, t_interval
 
 SEEDS = (3, 5, 10)
@@ -103,11 +103,9 @@ def coverage(
 def false_alarms(rng: np.random.Generator, studies: int, seeds: int, noise: Noise) -> float:
     """Fraction of the studies without a difference whose outcome is "faster" or "slower"."""
     levels, images = simulate(rng, studies, seeds, 1.0, noise)
-    of_seeds = average(levels, images)
+    of_seeds = mean_over_images(levels, images)
     _, low, high = t_interval(of_seeds[..., 0] - of_seeds[..., 1])
-    none = {"diverged_baseline": 0, "diverged_candidate": 0}
-    verdicts = [verdict({"low": a, "high": b, **none}) for a, b in zip(low, high, strict=True)]
-    return np.mean([told != "no difference shown" for told in verdicts])
+    return np.mean([decide(*bounds) != NO_DIFFERENCE for bounds in zip(low, high, strict=True)])
 
 
 def _cells(result: Coverage) -> list[str]:

@@ -1,4 +1,4 @@
-"""The long table of metrics: one row per checkpoint, features and metric."""
+"""The long table of metrics: a row per checkpoint, feature extractor and metric."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +14,9 @@ COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "met
 PROBE_COLUMNS = [
     "study", "arm", "seed", "step", "images", "seconds", "timesteps", "metric", "value", "n", "held_out", "reason",
 ]  # fmt: skip
-ALL = "all"  # timesteps of a probe that is of no bin
+ALL = "all"  # timesteps of a probe that is not limited to a bin
 HIGHER_IS_BETTER = {"precision", "recall"}
-SHARES = HIGHER_IS_BETTER | {"memorised"}  # all else is compared by ratios
+SHARES = HIGHER_IS_BETTER | {"memorised"}  # compared by differences; distances are compared by ratios
 FEATURE_NAMES = {
     INCEPTION: "Inception-v3",
     LITE0: "EfficientNet-Lite0",
@@ -32,9 +32,10 @@ METRIC_NAMES = {
     "memorised": "Memorised",
 }
 INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
-TEXT = dict.fromkeys(("study", "arm", "baseline", "candidate"), str)
-NEEDED = ["arm", "images", "value"]
-# What a table from elsewhere that does not say so is taken to hold: one run per arm, FID.
+TEXT_COLUMNS = ("study", "arm", "baseline", "candidate")
+REQUIRED_COLUMNS = ["arm", "images", "value"]
+NUMBER_COLUMNS = ["images", "value", "seed", "step", "seconds", "n"]
+# Values of the columns that a table from elsewhere does not have: one run per arm, FID.
 DEFAULTS = {
     "seed": 0, "seconds": float("nan"), "features": INCEPTION, "metric": "fd", "stderr": float("nan"), "n": 0,
     "reason": "",
@@ -42,10 +43,11 @@ DEFAULTS = {
 
 
 def metric_name(features: str, metric: str) -> str:
-    """What was measured, such as "FD (EfficientNet-Lite0)".
+    """Returns the name of what was measured, such as "FD (EfficientNet-Lite0)".
 
-    FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) name numbers
-    that compare with the literature: those of `inception-v3-compat` alone. Other features give FD and KD.
+    FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) are the names of
+    numbers that can be compared with the literature: only those of `inception-v3-compat`. Other features give FD and
+    KD.
     """
     if features == INCEPTION and metric in INCEPTION_NAMES:
         return INCEPTION_NAMES[metric]
@@ -53,80 +55,104 @@ def metric_name(features: str, metric: str) -> str:
 
 
 def write_table(table: pd.DataFrame, path: Path, columns: list[str] = COLUMNS) -> None:
-    """Write a table with exactly these columns."""
+    """Writes a table with exactly these columns."""
     with atomic_write(path) as file:
         table[columns].to_csv(file, index=False)
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """A table as `write_table` left it: names stay text, also `2024` and `nan`."""
-    return pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
+    """Reads a table that `write_table` wrote. Names such as `2024` and `nan` stay text."""
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=[""])
 
 
 def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
-    """A table of curves from anywhere as the long table of metrics.
-
-    It has a row per run and checkpoint, and at least the columns arm, images (seen in training) and value.
+    """Reads a CSV file of curves from any source as the long table of metrics.
 
     Args:
-        study: what a table without the column study is about.
+        path: a CSV file with a row per run and checkpoint; `check_curves` describes its columns.
+        study: the study of a table without the column `study`.
 
     Raises:
-        StudyError: it cannot be read, lacks a column, holds what no such column can, or two values of one checkpoint.
+        StudyError: the file cannot be read, or `check_curves` rejects the table.
     """
     try:
-        table = pd.read_csv(path, dtype=TEXT)
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: not a table ({error}): name a CSV file of {', '.join(NEEDED)}") from None
-    missing = [column for column in NEEDED if column not in table]
+        required = ", ".join(REQUIRED_COLUMNS)
+        raise StudyError(f"{path}: not a table ({error}): name a CSV file with the columns {required}") from None
+    return check_curves(table, study, str(path))
+
+
+def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "curves") -> pd.DataFrame:
+    """Checks a table of curves from any source and returns it as the long table of metrics.
+
+    Args:
+        curves: a row per run and checkpoint, with at least the columns `arm`, `images` (seen in training) and `value`.
+            Other columns of the long table are optional.
+        study: the study of a table without the column `study`.
+        source: the file or variable that messages name.
+
+    Raises:
+        StudyError: a column is missing or has invalid values, or a checkpoint has two values.
+    """
+    table = curves.copy()
+    missing = [column for column in REQUIRED_COLUMNS if column not in table]
     if missing:
-        raise StudyError(f"{path}: lacks the columns {', '.join(missing)}: add them")
+        raise StudyError(f"{source}: the columns {', '.join(missing)} are missing: add them")
     for column, value in ({"study": study} | DEFAULTS).items():
         if column not in table:
             table[column] = value
     if "step" not in table:
         table["step"] = table["images"]
-    for column in ("images", "value", "seed", "step", "seconds", "n"):
+    for column in ("study", "arm"):
+        table[column] = table[column].map(str, na_action="ignore")
+    for column in NUMBER_COLUMNS:
         try:
             table[column] = pd.to_numeric(table[column])
         except (ValueError, TypeError) as error:
-            raise StudyError(f"{path}: {column} holds more than numbers ({error}): mend it") from None
+            raise StudyError(f"{source}: {column} has a value that is not a number ({error}): correct it") from None
     table["n"] = table["n"].fillna(0).astype(int)
     key = ["study", "features", "metric", "arm", "seed", "images"]
     for column in key:
         if table[column].isna().any():
-            raise StudyError(f"{path}: a row has no {column}, or a word for that such as NA: fill it in")
+            raise StudyError(f"{source}: a row has no {column}, or a word that means missing, such as NA: fill it in")
     if unknown := set(table["metric"]) - set(METRIC_NAMES):
-        raise StudyError(f"{path}: metric {unknown.pop()} is unknown: write one of {', '.join(METRIC_NAMES)}")
-    twice = table[table.duplicated(key)]
-    if len(twice):
-        arm, images = twice.iloc[0][["arm", "images"]]
+        raise StudyError(f"{source}: metric {unknown.pop()} is unknown: choose from {', '.join(METRIC_NAMES)}")
+    duplicates = table[table.duplicated(key)]
+    if len(duplicates):
+        arm, images = duplicates.iloc[0][["arm", "images"]]
         raise StudyError(
-            f"{path}: {arm} has two values at {images:,.0f} images: number its runs in a column seed, or drop one"
+            f"{source}: {arm} has two values at {images:,.0f} images: add a column seed that numbers its runs, or "
+            "delete one of them"
         )
     return table[COLUMNS]
 
 
-def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, about: Mapping[str, Any]) -> pd.DataFrame:
-    """What was measured of one checkpoint as rows of a long table.
+def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns the measurements of one checkpoint as rows of a long table.
 
     Args:
-        wildcards: of the job: study, arm (with its hash) and seed.
-        about: the checkpoint's `provenance.json`.
+        rows: the measurements.
+        wildcards: study, arm (with its hash) and seed of the job.
+        provenance: the checkpoint's `provenance.json`.
     """
     return pd.DataFrame(rows).assign(
         study=wildcards.study,
         arm=wildcards.arm.rsplit("-", 1)[0],
         seed=int(wildcards.seed),
-        **{key: about[key] for key in ("step", "images", "seconds")},
+        **{key: provenance[key] for key in ("step", "images", "seconds")},
     )
 
 
 def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
-    """The rows of all checkpoints of a study, each counted for its arm: the untrained net counts for every one.
+    """Returns the rows of all checkpoints of a study; the untrained net, which arms share, appears in every arm.
+
+    Args:
+        paths: `metrics.csv` of each checkpoint of each arm.
+        arms: the arm of each path.
 
     Raises:
-        StudyError: values of one metric come from unequal numbers of samples, on which its bias depends.
+        StudyError: values of one metric come from different numbers of samples, on which its bias depends.
     """
     tables = [read_table(path).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
     table = pd.concat(tables, ignore_index=True)
@@ -140,10 +166,10 @@ def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
 
 
 def diverged(rows: pd.DataFrame) -> pd.Series:
-    """Which rows of the long table lack a value because their run diverged. Boolean, one per row."""
+    """Returns for each row of the long table whether it has no value because its run diverged."""
     return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
-    """A table in Markdown, of anything that can be written."""
+    """Returns a table in Markdown; cells are converted to text."""
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])

@@ -11,7 +11,7 @@ from projects import copy_project, edit, jobs, reduce, snakemake
 from test_extractors import write_random_inception
 
 from convergence import layout
-from convergence.analysis.comparison import speedup_table
+from convergence.analysis.comparison import compare_study, speedup_table
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.schema import Evaluate, Experiment
@@ -118,7 +118,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
     assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
     compare = {"baseline": "1", "candidates": [arm], "thresholds": None, "features": LITE0}
     compare["primary"] = {"candidate": arm, "metric": "fd"}
-    speedup_table(table, {"2024": compare}).to_csv(tmp_path / "speedup.csv", index=False)
+    speedup_table(compare_study(table, compare)).to_csv(tmp_path / "speedup.csv", index=False)
     speedups = read_table(tmp_path / "speedup.csv")
     assert len(speedups) and speedups["baseline"].eq("1").all() and speedups["candidate"].eq(arm).all()
     fid_curves(table, [tmp_path / "curves.png"], speedups=speedups)

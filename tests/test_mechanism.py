@@ -1,14 +1,15 @@
+import itertools
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from metric_tables import COMPARE, curves, study
 from PIL import Image
 from scipy import stats
-from test_verdict import COMPARE, compared, curves, study
 
-from convergence.analysis.mechanism import compare_probes
-from convergence.analysis.verdict import verdict_text
+from convergence.analysis.mechanism import compare_probes, probe_effects
+from convergence.analysis.verdict import judge, to_markdown
 from convergence.figures.mechanism import _draw, draw_mechanism
 from convergence.tables import PROBE_COLUMNS
 
@@ -17,8 +18,10 @@ METRICS = ["mse", "vb", "gradient_norm", "gradient_variance", "noise_scale"]
 
 
 def probes(factor, seeds=4, noise=0.01, name="small"):
-    """Probes of two arms; `factor` gives the candidate's value over the baseline's by (timesteps, metric). Noise lifts
-    even seeds and lowers odd ones."""
+    """Probes of two arms; `factor` has the candidate's value over the baseline's by (timesteps, metric), 1 by default.
+
+    Noise increases the values of even seeds and decreases those of odd ones.
+    """
     rng = np.random.default_rng(0)
     rows = [
         (name, arm, seed, step, 32 * step, step / 2, timesteps, metric, value, 64, True, "")
@@ -39,52 +42,64 @@ def average_of(table, timesteps, metric):
     return rows[rows["seed"].isna()].iloc[0]
 
 
-def told(factor, matched=(), **options):
+def mechanism_of(table, matched=()):
+    """The section on the mechanism in a verdict."""
     metrics = study(curves(4, 1.0), curves(4, 0.9, seed=1))
-    compare = COMPARE | {"matched": list(matched)}
-    table = compare_probes(probes(factor, **options), {"small": compare})
-    text = verdict_text(metrics, compared(metrics), table, {"small": compare})
-    return re.search(r"### Why\n(.*?)### Diverged", text, re.S)[1]
+    text = to_markdown(judge(metrics, table, "small", COMPARE | {"matched": list(matched)}))
+    return re.search(r"## Mechanism\n(.*?)## Diverged", text, re.S)[1]
 
 
 def test_changes_are_paired_t_intervals_of_logs():
     table = probes({("0-49", "mse"): 0.9})
-    found = average_of(compare_probes(table, {"small": COMPARE}), "0-49", "mse")
+    change = average_of(compare_probes(table, {"small": COMPARE}), "0-49", "mse")
     logs = np.log(table.query("timesteps == '0-49' and metric == 'mse'").pivot_table(
         index="seed", columns=["arm", "images"], values="value"))  # fmt: skip
     weights = np.array([0.25, 0.5, 0.25])
     expected = stats.ttest_rel(logs["base"] @ weights, logs["cand"] @ weights).confidence_interval(0.95)
-    np.testing.assert_allclose((found["low"], found["high"]), (expected.low, expected.high))
-    np.testing.assert_allclose(found["effect"], -np.log(0.9))
-    assert found["pairs"] == 4
+    np.testing.assert_allclose((change["low"], change["high"]), (expected.low, expected.high))
+    np.testing.assert_allclose(change["effect"], -np.log(0.9))
+    assert change["pairs"] == 4
 
 
-def test_what_drowned_in_noise_is_left_out_and_the_rest_compared():
+def test_an_unknown_noise_scale_is_left_out_and_the_rest_is_compared():
     table = probes({})
-    drowned = (table["metric"] == "noise_scale") & (table["timesteps"] == "all") & (table["seed"] == 2)
-    table.loc[drowned, ["value", "reason"]] = [np.nan, "the mean gradient drowns in noise: raise probe.images"]
-    found = compare_probes(table, {"small": COMPARE})
-    assert average_of(found, "all", "noise_scale")["pairs"] == 3
-    assert average_of(found, "all", "mse")["pairs"] == 4
+    unknown = (table["metric"] == "noise_scale") & (table["timesteps"] == "all") & (table["seed"] == 2)
+    table.loc[unknown, ["value", "reason"]] = [np.nan, "the mean gradient is too small compared with its noise"]
+    changes = compare_probes(table, {"small": COMPARE})
+    assert average_of(changes, "all", "noise_scale")["pairs"] == 3
+    assert average_of(changes, "all", "mse")["pairs"] == 4
 
 
-def test_the_text_says_which_timesteps_profit_and_whether_noise_fell():
-    text = told({("0-49", "mse"): 1.2, ("50-99", "mse"): 0.8, ("all", "noise_scale"): 0.7})
+def test_the_verdict_has_the_average_of_every_probe_over_all_seeds():
+    table = probes({("0-49", "mse"): 0.9})
+    effects = probe_effects(table, COMPARE)
+    assert [(probe.timesteps, probe.metric) for probe in effects] == list(itertools.product(BINS, METRICS))
+    (change,) = [probe.average for probe in effects if (probe.timesteps, probe.metric) == ("0-49", "mse")]
+    expected = average_of(compare_probes(table, {"small": COMPARE}), "0-49", "mse")
+    assert (change.estimate, change.low, change.high) == (expected["effect"], expected["low"], expected["high"])
+    assert change.seed is None and change.per_seed == ()
+
+
+def test_the_text_says_which_timesteps_profit_and_whether_the_gradient_is_less_noisy():
+    text = mechanism_of(probes({("0-49", "mse"): 1.2, ("50-99", "mse"): 0.8, ("all", "noise_scale"): 0.7}))
+    assert "`cand` against `base`:" in text
     assert "Loss, mse: lower at t 50-99; higher at t 0-49." in text
     assert "Loss, vb: no difference shown at any t." in text
+    assert "Loss, mse: higher at t 0-49; no difference shown elsewhere." in mechanism_of(probes({("0-49", "mse"): 1.2}))
     assert "Gradient noise: **less noisy**, noise scale 0." in text
-    assert "Gradient noise: **noisier**" in told({("all", "noise_scale"): 1.3})
-    assert "Gradient noise: **no difference shown**" in told({})
-    assert "differ by its variance alone" in told({}, matched=["cand"]) and "variance alone" not in text
+    assert "Gradient noise: **noisier**" in mechanism_of(probes({("all", "noise_scale"): 1.3}))
+    assert "Gradient noise: **no difference shown**" in mechanism_of(probes({}))
+    assert "the same expected gradient" in mechanism_of(probes({}), matched=["cand"])
+    assert "the same expected gradient" not in text
 
 
-def test_one_seed_shows_nothing_and_no_nan():
-    text = told({("0-49", "mse"): 0.5}, seeds=1)
+def test_one_seed_shows_no_difference_and_no_nan():
+    text = mechanism_of(probes({("0-49", "mse"): 0.5}, seeds=1))
     assert "Loss, mse: no difference shown at any t." in text and "(no interval)" in text and "nan" not in text
 
 
 def test_a_study_without_probes_says_so():
-    assert "Not measured" in told({}, name="other")
+    assert "Not measured" in mechanism_of(probes({}, name="other"))
 
 
 def test_the_figure_has_a_block_for_each_study_and_equal_bytes(tmp_path):
@@ -103,22 +118,20 @@ def test_the_figure_has_a_block_for_each_study_and_equal_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("candidates", [[], ["cand"]])
-def test_figures_of_little(tmp_path, candidates):
+def test_figures_of_incomplete_probes(tmp_path, candidates):
     table = probes({}, seeds=1)
     table.loc[table["metric"] == "noise_scale", "value"] = np.nan
     table = table if candidates else table[table["arm"] == "base"]
-    for of in (table, table.iloc[:0]):
-        draw_mechanism(of, {"small": {"baseline": "base", "candidates": candidates}}, [tmp_path / "a.png"])
+    for rows in (table, table.iloc[:0]):
+        draw_mechanism(rows, {"small": {"baseline": "base", "candidates": candidates}}, [tmp_path / "a.png"])
         assert min(Image.open(tmp_path / "a.png").size) > 100
 
 
-def test_what_was_measured_at_no_common_time_is_unknown_and_stops_nothing():
-    """A noise scale is missing where the mean gradient drowns: at other checkpoints in every run, perhaps."""
+def test_quantities_without_common_checkpoints_are_unknown():
+    """A noise scale is missing where the mean gradient is too small, perhaps at other checkpoints in every run."""
     table = probes({})
-    drowned = (table["metric"] == "noise_scale") & (table["arm"].eq("base") == table["step"].eq(100))
-    table.loc[drowned, ["value", "reason"]] = np.nan, "the mean gradient drowns in noise"
-    found = compare_probes(table, {"small": COMPARE})
-    assert set(found["metric"]) == set(METRICS) - {"noise_scale"}
-    metrics = study(curves(4, 1.0), curves(4, 0.9, seed=1))
-    text = verdict_text(metrics, compared(metrics), found, {"small": COMPARE | {"matched": []}})
-    assert "so the noise scale is unknown" in text
+    unknown = (table["metric"] == "noise_scale") & (table["arm"].eq("base") == table["step"].eq(100))
+    table.loc[unknown, ["value", "reason"]] = np.nan, "the mean gradient is too small compared with its noise"
+    changes = compare_probes(table, {"small": COMPARE})
+    assert set(changes["metric"]) == set(METRICS) - {"noise_scale"}
+    assert "Gradient noise: unknown" in mechanism_of(table)

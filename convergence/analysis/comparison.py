@@ -1,244 +1,327 @@
-"""How much faster an arm converges than another, with what confidence: pure functions of the long table of metrics.
+"""Comparison of two arms in one metric: how much better a candidate is, how much faster, and with what confidence.
 
-Everything is *paired*: seed k of the candidate against seed k of the baseline. Every effect is an *advantage*,
-positive where the candidate is better:
+All statistics are *paired*: seed k of the candidate is compared with seed k of the baseline. A metric is converted to a
+*level*, for which lower is better: the log of a distance, or minus a share such as precision. Times are the training
+images, or training seconds, until the level, smoothed so that it never increases, reaches a threshold.
 
-- a metric is taken as a *level*, lower is better: the log of a distance, minus a share (precision, recall). An
-  advantage in level is that of the baseline minus that of the candidate;
-- a time is the training images, or the training seconds, until the level, smoothed so that it never rises, comes to
-  a threshold. An advantage in time is the log of the speed-up, time of the baseline over time of the candidate.
-
-The primary endpoint is the advantage in level, averaged over the images that both arms cover.
+The primary endpoint is the advantage in level, averaged over the training images that both arms cover.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from convergence.analysis.curves import average, from_level, log_speedup, time_to_threshold, to_level
+from convergence.analysis.curves import from_level, log_speedup, mean_over_images, time_to_threshold, to_level
+from convergence.analysis.effects import Effect, Quantity, Scale, decide
 from convergence.analysis.intervals import Interval, censored_interval, t_interval
+from convergence.analysis.power import noise_over_seeds
+from convergence.analysis.results import Comparison, middle
 from convergence.errors import StudyError
-from convergence.tables import SHARES, diverged
+from convergence.tables import SHARES, check_curves, diverged
 from diffusion.errors import InputError
 
-# Shares of the way, in level, that the baseline goes from its first trained checkpoint to its last.
+# Thresholds, as shares of the baseline's way in level from its first trained checkpoint to its last.
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
 
-PAIR = ["study", "features", "metric", "baseline", "candidate"]
 SPEEDUP_COLUMNS = [
-    *PAIR, "primary", "scale", "quantity", "threshold", "seed", "of_baseline", "of_candidate", "effect", "low", "high",
-    "pairs", "censored", "diverged_baseline", "diverged_candidate", "first_images", "last_images",
+    "study", "features", "metric", "baseline", "candidate", "primary", "scale", "quantity", "threshold", "seed",
+    "of_baseline", "of_candidate", "effect", "low", "high", "pairs", "censored", "diverged_baseline",
+    "diverged_candidate", "first_images", "last_images",
 ]  # fmt: skip
 
 
-def speedup_table(metrics: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Every comparison that the studies declare: `speedup.csv`.
+def compare(
+    curves: pd.DataFrame,
+    baseline: str,
+    candidate: str,
+    metric: str = "fd",
+    thresholds: Iterable[float] | None = None,
+) -> Comparison:
+    """Compares two arms in one metric over training images.
+
+    Example:
+        >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 75.0), ("b", 2000, 50.0)]
+        >>> curves = pd.DataFrame(rows, columns=["arm", "images", "value"])
+        >>> print(compare(curves, baseline="a", candidate="b"))
+        No difference shown between b and a in FID: -11.6% (no interval) on average over 1,000 to 2,000 training images,
+        1 paired seed. Speed-up in images to FID 69.28: 1.23 (no interval). With one seed there is no interval, and
+        nothing can be concluded.
 
     Args:
-        metrics: the long table of metrics (`convergence.tables`).
-        comparisons: study -> its section `compare` (baseline, candidates, primary, thresholds) with `features`, the
-            extractor of the primary comparison.
+        curves: a row per run and checkpoint, with the columns `arm`, `images` (training images seen) and `value`.
+            Optional columns are `seed`, `metric`, `features`, `study`, `seconds`, `n` (generated images) and `reason`
+            ("diverged ..." where a run has no value because it diverged).
+        baseline: an arm.
+        candidate: the arm that is compared with it.
+        metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall` or `memorised`.
+        thresholds: values of the metric at which speed-ups are measured; by default three values between the
+            baseline's first and last trained checkpoint.
 
-    Returns:
-        For each pair, metric and quantity a row per seed, then one over all seeds (seed empty). Quantities: `average`
-        and `final` (advantage in level), `images` and `seconds` (log speed-up at `threshold`). `effect`, `low` and
-        `high` are advantages: natural logs for times and where `scale` is "log". The low and high of a seed bound what
-        is censored; those over all seeds are the 95% interval. `of_baseline` and `of_candidate` are the metric or the
-        time (inf: never there, empty: there before the first trained checkpoint).
+    Raises:
+        StudyError: a column is missing or has invalid values, an arm or the metric is not in the table, the table has
+            several studies or feature extractors, or no seed has values of both arms.
     """
-    tables = []
-    for study, compare in comparisons.items():
-        for (features, metric), rows in metrics[metrics["study"] == study].groupby(["features", "metric"], sort=False):
-            main = features == compare["features"] and metric == compare["primary"]["metric"]
-            for candidate in compare["candidates"]:
-                table = compare_pair(rows, compare["baseline"], candidate, compare["thresholds"] if main else None)
-                tables.append(table.assign(primary=main and candidate == compare["primary"]["candidate"]))
-    return _joined(tables)
+    rows = check_curves(curves)
+    for name, column in ((baseline, "arm"), (candidate, "arm"), (metric, "metric")):
+        if name not in set(rows[column]):
+            choices = ", ".join(rows[column].unique())
+            raise StudyError(f"curves: the column {column} has no {name}: choose from {choices}")
+    rows = rows[rows["metric"] == metric]
+    for column in ("study", "features"):
+        if rows[column].nunique() > 1:
+            choices = ", ".join(rows[column].unique())
+            raise StudyError(f"curves: the column {column} has several values ({choices}): select the rows of one")
+    comparison = compare_pair(rows, baseline, candidate, thresholds, primary=True)
+    if comparison is None:
+        raise StudyError(f"curves: no seed has values of {metric} of both {baseline} and {candidate}")
+    return comparison
 
 
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of comparisons, any of which may be empty, as one."""
-    filled = [table for table in tables if len(table)]
-    return pd.concat(filled, ignore_index=True)[SPEEDUP_COLUMNS] if filled else pd.DataFrame(columns=SPEEDUP_COLUMNS)
+def compare_study(metrics: pd.DataFrame, compare: Mapping[str, Any]) -> list[Comparison]:
+    """Compares every candidate of a study with its baseline, in every metric and with every feature extractor.
+
+    Args:
+        metrics: the long table of metrics (`convergence.tables`) of one study.
+        compare: `convergence.schema.Experiment.comparison`: `baseline`, `candidates`, `primary`, `thresholds` (of the
+            primary metric) and `features` (of the primary comparison).
+    """
+    comparisons = []
+    for (features, metric), rows in metrics.groupby(["features", "metric"], sort=False):
+        is_main = features == compare["features"] and metric == compare["primary"]["metric"]
+        for candidate in compare["candidates"]:
+            comparison = compare_pair(
+                rows,
+                compare["baseline"],
+                candidate,
+                compare["thresholds"] if is_main else None,
+                primary=is_main and candidate == compare["primary"]["candidate"],
+            )
+            if comparison is not None:
+                comparisons.append(comparison)
+    return comparisons
 
 
 def compare_pair(
-    rows: pd.DataFrame, baseline: str, candidate: str, thresholds: Iterable[float] | None = None
-) -> pd.DataFrame:
-    """One pair of arms in one metric, as in `speedup_table`; no rows where no seed has values of both.
+    rows: pd.DataFrame,
+    baseline: str,
+    candidate: str,
+    thresholds: Iterable[float] | None = None,
+    primary: bool = False,
+) -> Comparison | None:
+    """Compares two arms in one metric; returns None if no seed has values of both.
 
-    A seed of which either run diverged is left out of `average` and `final`, and counted; in times it stays, as a run
+    If a run of a seed diverged, the seed is left out of `average` and `final`, and counted; for times the run is one
     that never reaches a threshold. Values that are missing for another reason are left out one by one.
 
     Args:
         rows: the long table of one study, extractor and metric.
-        thresholds: values of the metric. Without them, those at 1/4, 1/2 and 3/4 of the way, in level, from the
-            baseline's mean at the first trained checkpoint to its mean at the last. The candidate has no say in them.
+        baseline: an arm.
+        candidate: another arm.
+        thresholds: values of the metric. By default those at 1/4, 1/2 and 3/4 of the way, in level, from the baseline's
+            mean at the first trained checkpoint to its mean at the last. They do not depend on the candidate.
+        primary: whether this is the primary comparison of the study.
 
     Raises:
         StudyError: the arms share no range of training images.
     """
-    pairs = _paired(rows, baseline, candidate)
+    pairs = _pair_runs(rows, baseline, candidate)
     if pairs is None:
-        return pd.DataFrame(columns=SPEEDUP_COLUMNS)
-    whole = ~pairs.lost[:, 0]
-    if not thresholds:
-        start, end = pairs.levels[whole, 0][:, [0, -1]].mean(axis=0) if whole.any() else (np.nan, np.nan)
-        thresholds = from_level(start + np.array(THRESHOLD_SHARES) * (end - start), pairs.metric, pairs.scale)
-    by_difficulty = sorted(thresholds, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
-    times = [_compare_times(pairs, axis, threshold) for threshold in by_difficulty for axis in ("images", "seconds")]
-    return _about(pairs, rows, baseline, candidate, [*_compare_levels(pairs), *times])
+        return None
+    if thresholds is None:
+        thresholds = _default_thresholds(pairs)
+    from_easy_to_hard = sorted(thresholds, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
+    axes: tuple[Quantity, Quantity] = ("images", "seconds")
+    times = [_time_effect(pairs, axis, threshold) for threshold in from_easy_to_hard for axis in axes]
+    return _comparison(pairs, rows, baseline, candidate, times, primary)
 
 
-def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> pd.DataFrame:
-    """As `compare_pair`, without times; empty if runs share no range of images, since a probe may lack any value."""
+def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> Comparison | None:
+    """Compares as `compare_pair`, without times; returns None also if the arms share no range of training images."""
     try:
-        pairs = _paired(rows, baseline, candidate)
-    except InputError:
+        pairs = _pair_runs(rows, baseline, candidate)
+    except InputError:  # a probe may lack any value
         pairs = None
-    if pairs is None:
-        return pd.DataFrame(columns=SPEEDUP_COLUMNS)
-    return _about(pairs, rows, baseline, candidate, _compare_levels(pairs))
+    return _comparison(pairs, rows, baseline, candidate, []) if pairs else None
+
+
+def speedup_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Returns comparisons as the table `speedup.csv`: for each effect a row per seed, then one over all seeds.
+
+    The row over all seeds has no `seed`. `of_baseline` and `of_candidate` are the metric or the time, `effect` is the
+    estimate; `convergence.analysis.effects.Effect` describes the columns.
+    """
+    rows = [
+        {
+            **{name: getattr(comparison, name) for name in SPEEDUP_COLUMNS[:7]},
+            **{name: getattr(effect, name) for name in ("quantity", "threshold", "seed", "low", "high", "pairs")},
+            **{name: getattr(effect, name) for name in ("censored", "diverged_baseline", "diverged_candidate")},
+            "of_baseline": effect.baseline,
+            "of_candidate": effect.candidate,
+            "effect": effect.estimate,
+            "first_images": comparison.first_images,
+            "last_images": comparison.last_images,
+        }
+        for comparison in comparisons
+        for total in comparison.effects
+        for effect in (*total.per_seed, total)
+    ]
+    return pd.DataFrame(rows, columns=SPEEDUP_COLUMNS).astype({"seed": "Int64"})
+
+
+def middle_threshold(rows: pd.DataFrame) -> float:
+    """Returns the middle threshold, the easier of two, in the rows of one comparison in `speedup.csv`; or NaN."""
+    return float(middle(rows["threshold"].dropna().unique()))
 
 
 class _Pairs(NamedTuple):
-    """The runs of S seeds in two arms, over the images that all of them cover."""
+    """The runs of S seeds in two arms, over the training images that all of them cover."""
 
     metric: str
-    scale: str
+    scale: Scale
     seeds: list[int]
     runs: list[tuple[pd.DataFrame, pd.DataFrame]]
-    """Of each seed the baseline's and the candidate's rows, with their `level`."""
-    grid: np.ndarray
-    """[K] images of the trained checkpoints of any run."""
+    """Rows of the baseline and of the candidate for each seed, with the column `level`."""
+    images: np.ndarray
+    """[K] training images of the trained checkpoints of any run."""
     levels: np.ndarray
-    """[S, 2, K], between the checkpoints of a run linear in images."""
-    lost: np.ndarray
-    """[S, 2] which runs diverged."""
+    """[S, 2, K], linear in images between the checkpoints of a run."""
+    diverged: np.ndarray
+    """[S, 2] whether a run diverged."""
 
 
-def _paired(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
-    """The pairs of one metric, None if there is none.
+def _pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
+    """Pairs the runs of one metric by seed; returns None if there is no pair.
 
     Raises:
-        StudyError: they share no range of training images.
+        StudyError: the runs share no range of training images.
     """
     rows = rows[rows["arm"].isin([baseline, candidate]) & (rows["value"].notna() | diverged(rows))]
     metric = "".join(rows["metric"].unique())
-    scale = "plain" if metric in SHARES or (rows["value"] <= 0).any() else "log"
+    scale: Scale = "plain" if metric in SHARES or (rows["value"] <= 0).any() else "log"
     rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
     runs = {key: run for key, run in rows.groupby(["arm", "seed"]) if (run["images"] > 0).any()}
     seeds = sorted(seed for arm, seed in runs if arm == baseline and (candidate, seed) in runs)
     if not seeds:
         return None
     pairs = [(runs[baseline, seed], runs[candidate, seed]) for seed in seeds]
-    images = [run["images"] for pair in pairs for run in pair]
-    first, last = max(of[of > 0].min() for of in images), min(of.max() for of in images)
+    checkpoints = [run["images"] for pair in pairs for run in pair]
+    first = max(images[images > 0].min() for images in checkpoints)
+    last = min(images.max() for images in checkpoints)
     if first > last:
         raise StudyError(
             f"Study '{rows['study'].iloc[0]}': {baseline} and {candidate} share no range of training images, so they "
             "cannot be compared: give them checkpoints over the same images."
         )
-    pairs = [tuple(run[run["images"] <= last] for run in pair) for pair in pairs]
-    grid = np.unique(np.concatenate([[first, last], *(of[of.between(first, last)] for of in images)]))
+    pairs = [(base[base["images"] <= last], cand[cand["images"] <= last]) for base, cand in pairs]
+    grid = np.unique(np.concatenate([[first, last], *(images[images.between(first, last)] for images in checkpoints)]))
     levels = np.array([[np.interp(grid, run["images"], run["level"]) for run in pair] for pair in pairs])
-    lost = np.array([[run["level"].isna().any() for run in pair] for pair in pairs])
-    return _Pairs(metric, scale, seeds, pairs, grid, levels, lost)
+    has_diverged = np.array([[run["level"].isna().any() for run in pair] for pair in pairs])
+    return _Pairs(metric, scale, seeds, pairs, grid, levels, has_diverged)
 
 
-def _about(
-    pairs: _Pairs, rows: pd.DataFrame, baseline: str, candidate: str, tables: list[pd.DataFrame]
-) -> pd.DataFrame:
-    """One table of the quantities of a pair, which says what they are about."""
-    about = {name: rows[name].iloc[0] for name in ("study", "features", "metric")}
-    about |= {"baseline": baseline, "candidate": candidate, "primary": False, "scale": pairs.scale}
-    about |= {"first_images": pairs.grid[0], "last_images": pairs.grid[-1]}
-    return pd.concat(tables, ignore_index=True).assign(**about)[SPEEDUP_COLUMNS]
+def _default_thresholds(pairs: _Pairs) -> np.ndarray:
+    """Returns values of the metric on the baseline's way; none if every run of the baseline diverged."""
+    complete = ~pairs.diverged[:, 0]
+    if not complete.any():
+        return np.array([])
+    start, end = pairs.levels[complete, 0][:, [0, -1]].mean(axis=0)
+    return from_level(start + np.array(THRESHOLD_SHARES) * (end - start), pairs.metric, pairs.scale)
 
 
-def _compare_levels(pairs: _Pairs) -> list[pd.DataFrame]:
-    """Advantages in level, on average and at the end."""
-    of_average, of_end = average(pairs.levels, pairs.grid), pairs.levels[..., -1]
-    return [_advantage(pairs, "average", of_average), _advantage(pairs, "final", of_end)]
+def _comparison(
+    pairs: _Pairs, rows: pd.DataFrame, baseline: str, candidate: str, times: list[Effect], primary: bool = False
+) -> Comparison:
+    means = mean_over_images(pairs.levels, pairs.images)  # [S, 2]
+    average = _level_effect(pairs, "average", means)
+    final = _level_effect(pairs, "final", pairs.levels[..., -1])
+    study, features, metric = (rows[name].iloc[0] for name in ("study", "features", "metric"))
+    return Comparison(
+        study=study,
+        features=features,
+        metric=metric,
+        baseline=baseline,
+        candidate=candidate,
+        primary=primary,
+        scale=pairs.scale,
+        first_images=pairs.images[0].item(),
+        last_images=pairs.images[-1].item(),
+        seeds=tuple(map(int, pairs.seeds)),
+        effects=(average, final, *times),
+        noise=noise_over_seeds(means),
+        outcome=decide(average.low, average.high, average.diverged_baseline, average.diverged_candidate),
+    )
 
 
-def _advantage(pairs: _Pairs, quantity: str, levels: np.ndarray) -> pd.DataFrame:
-    """An advantage in level; `levels` [S, 2], NaN for runs that diverged."""
+def _level_effect(pairs: _Pairs, quantity: Quantity, levels: np.ndarray) -> Effect:
+    """Returns an advantage in level, from levels [S, 2] that are NaN for runs that diverged."""
     advantage = levels[:, 0] - levels[:, 1]
     used = ~np.isnan(advantage)
     mean = levels[used].mean(axis=0) if used.any() else np.full(2, np.nan)
     values = from_level(np.vstack([levels, mean]), pairs.metric, pairs.scale)
-    return _table(pairs, quantity, np.nan, values, (advantage, advantage), t_interval(advantage[used]))
+    return _effect(pairs, quantity, np.nan, values, (advantage, advantage), t_interval(advantage[used]))
 
 
-def _compare_times(pairs: _Pairs, axis: str, threshold: float) -> pd.DataFrame:
-    """Speed-ups at a threshold, a value of the metric; `axis` is "images" or "seconds"."""
+def _time_effect(pairs: _Pairs, axis: Quantity, threshold: float) -> Effect:
+    """Returns the log speed-up at a threshold, which is a value of the metric."""
     level = to_level(threshold, pairs.metric, pairs.scale)
     times = np.array([[time_to_threshold(run["level"], run[axis], level) for run in pair] for pair in pairs.runs])
     low, high = log_speedup(tuple(times[:, 0].T), tuple(times[:, 1].T))
     seen = np.where(times[..., 0] == 0, np.nan, times[..., 1])  # [S, 2]
     mean = np.exp(np.log(seen).mean(axis=0))
     values = np.vstack([seen, np.where(np.isfinite(mean), mean, np.nan)])
-    return _table(pairs, axis, threshold, values, (low, high), censored_interval(low, high))
+    return _effect(pairs, axis, float(threshold), values, (low, high), censored_interval(low, high))
 
 
-def _table(
+def _effect(
     pairs: _Pairs,
-    quantity: str,
+    quantity: Quantity,
     threshold: float,
     values: np.ndarray,
     bounds: tuple[np.ndarray, np.ndarray],
-    over_seeds: Interval,
-) -> pd.DataFrame:
-    """A row per seed and one over all seeds. `values` [S + 1, 2] are of both arms, `bounds` [S] of the advantages."""
+    interval: Interval,
+) -> Effect:
+    """Returns an effect over all seeds with those of each seed.
+
+    Args:
+        pairs: the runs.
+        quantity: what is compared.
+        threshold: a value of the metric, or NaN.
+        values: [S + 1, 2] of both arms, for each seed and over all seeds.
+        bounds: lower and upper bounds [S] of the advantages.
+        interval: the interval over all seeds.
+    """
     low, high = bounds
-    used, censored, lost = ~np.isnan(low), low < high, pairs.lost.astype(int)
-    return pd.DataFrame(
-        {
-            "quantity": quantity,
-            "threshold": threshold,
-            "seed": pd.array([*pairs.seeds, None], dtype="Int64"),
-            "of_baseline": values[:, 0],
-            "of_candidate": values[:, 1],
-            "effect": [*np.where(censored, np.nan, low), over_seeds.estimate],
-            "low": [*low, over_seeds.low],
-            "high": [*high, over_seeds.high],
-            "pairs": [*used.astype(int), used.sum()],
-            "censored": [*censored.astype(int), censored.sum()],
-            "diverged_baseline": [*lost[:, 0], lost[:, 0].sum()],
-            "diverged_candidate": [*lost[:, 1], lost[:, 1].sum()],
-        }
+    used, censored = ~np.isnan(low), low < high
+    per_seed = tuple(
+        Effect(
+            quantity=quantity,
+            threshold=threshold,
+            baseline=float(values[index, 0]),
+            candidate=float(values[index, 1]),
+            estimate=np.nan if censored[index] else float(low[index]),
+            low=float(low[index]),
+            high=float(high[index]),
+            pairs=int(used[index]),
+            censored=int(censored[index]),
+            diverged_baseline=int(pairs.diverged[index, 0]),
+            diverged_candidate=int(pairs.diverged[index, 1]),
+            seed=int(seed),
+        )
+        for index, seed in enumerate(pairs.seeds)
     )
-
-
-def over_seeds(table: pd.DataFrame, quantity: str, threshold: float = np.nan) -> pd.Series:
-    """The row over all seeds of a quantity, in the rows of one comparison.
-
-    Raises:
-        IndexError: there is none.
-    """
-    rows = table[(table["quantity"] == quantity) & table["seed"].isna()]
-    return rows[(rows["threshold"] == threshold) | (rows["threshold"].isna() & np.isnan(threshold))].iloc[0]
-
-
-def middle_threshold(table: pd.DataFrame) -> float:
-    """The threshold that stands for all in one comparison: the middle one, the easier of two; NaN without any."""
-    thresholds = table["threshold"].dropna().unique()  # from easy to hard
-    return float(thresholds[(len(thresholds) - 1) // 2]) if len(thresholds) else np.nan
-
-
-# --- Verdict and noise floor --------------------------------------------------------------------------------
-
-
-def verdict(average: Mapping[str, Any]) -> str:
-    """ "faster", "slower" or "no difference shown", of the row of `average` over all seeds.
-
-    The interval decides, but never in favour of the arm of which more runs diverged.
-    """
-    if average["low"] > 0 and average["diverged_candidate"] <= average["diverged_baseline"]:
-        return "faster"
-    if average["high"] < 0 and average["diverged_baseline"] <= average["diverged_candidate"]:
-        return "slower"
-    return "no difference shown"
+    return Effect(
+        quantity=quantity,
+        threshold=threshold,
+        baseline=float(values[-1, 0]),
+        candidate=float(values[-1, 1]),
+        estimate=float(interval.estimate),
+        low=float(interval.low),
+        high=float(interval.high),
+        pairs=int(used.sum()),
+        censored=int(censored.sum()),
+        diverged_baseline=int(pairs.diverged[:, 0].sum()),
+        diverged_candidate=int(pairs.diverged[:, 1].sum()),
+        per_seed=per_seed,
+    )

@@ -11,22 +11,22 @@ from scipy.stats import t as student_t
 CONFIDENCE = 0.95
 TAIL = (1 - CONFIDENCE) / 2
 PIVOT_DRAWS = 100_000
-MOST_PLACED = 12  # censored pairs, of which every placement is tried: 2^12
+MAX_CENSORED = 12  # all 2^12 combinations of the ends of censored values are tried
 
 
 class Interval(NamedTuple):
-    """An estimate between its bounds; a bound that is not known is infinite, an estimate NaN."""
+    """An estimate and its bounds; an unknown bound is infinite, an unknown estimate is NaN."""
 
     estimate: Any
     low: Any
     high: Any
 
 
-# --- Intervals ----------------------------------------------------------------------------------------------
-
-
 def t_interval(values: np.ndarray) -> Interval:
-    """Mean over the last axis of values [..., S] with its 95% t-interval; one value has no bounds, none no mean."""
+    """Returns the mean over the last axis of values [..., S] and its 95% t-interval.
+
+    One value has infinite bounds; no value has the estimate NaN.
+    """
     values = np.asarray(values, float)
     size = values.shape[-1]
     if size == 0:
@@ -39,20 +39,29 @@ def t_interval(values: np.ndarray) -> Interval:
 
 
 def censored_interval(low: np.ndarray, high: np.ndarray) -> Interval:
-    """95% interval of the typical value of S values of which only bounds may be known: low <= value <= high, each [S].
+    """Returns a 95% interval of the centre of S values that are known only up to bounds: low <= value <= high.
 
-    Exact values (low = high) give the t-interval of their mean. Otherwise each bound has an error of 2.5% of its own:
+    If all values are exact (low = high), this is the t-interval of their mean. Otherwise each end has an error
+    probability of 2.5%:
 
-    - A side to which some value is open: the bound of the sign test, which a value may pass by any distance. It is an
-      order statistic, and infinite for fewer than six values.
-    - The side to which all are closed, while `open` values are open to the other: it rests on the S - open values next
-      to it, their mean moved outwards by a multiple of their standard deviation. The multiple is the quantile of
-      (mean - mu) / sd of as many outermost values of normal samples of size S, a pivot, as for samples censored at one
-      end (Lawless 2003, Statistical models and methods for lifetime data, ch. 5). Open values may lie among them: of
-      all places they can have, the worst counts. The bound is concave in each: the ends of its range are enough.
-      With fewer than two values left, or more than twelve open ones, this too is the bound of the sign test.
+    - If some value is unbounded on one side, that end comes from the sign test. It is an order statistic, and infinite
+      below six values.
+    - The other end, if `k` values are unbounded on the opposite side, uses the S - k outermost values on its own side:
+      their mean minus (or plus) a multiple of their standard deviation. The multiple is a quantile of the pivot
+      (mean - mu) / sd of as many outermost values of normal samples of size S (Lawless 2003, Statistical models and
+      methods for lifetime data, ch. 5: samples censored at one end). Censored values may be among them: the end is the
+      worst over all values that they can have. It is concave in each of them, so only the ends of their ranges are
+      tried. With fewer than two values left, or more than twelve censored ones, this end comes from the sign test too.
 
-    The estimate is the mean of exact values, otherwise the median where that is known.
+    The estimate is the mean of exact values, otherwise the median if it is known.
+
+    Coverage in simulations (benchmarks/README.md): 93 to 97.5% at thresholds within the baseline's way, 96 to 100% at a
+    threshold that about half of the baseline's runs never reach; down to 87% among only those studies in which every
+    pair happens to be known.
+
+    Args:
+        low: lower bounds [S]; -inf if unbounded.
+        high: upper bounds [S]; inf if unbounded.
     """
     low, high = np.asarray(low, float), np.asarray(high, float)
     if (low == high).all():
@@ -62,17 +71,17 @@ def censored_interval(low: np.ndarray, high: np.ndarray) -> Interval:
 
 
 def _lower_bound(low: np.ndarray, high: np.ndarray) -> float:
-    size, open_above = len(low), int(np.isposinf(high).sum())
-    if np.isneginf(low).any() or size - open_above < 2 or open_above > MOST_PLACED:
+    size, unbounded_above = len(low), int(np.isposinf(high).sum())
+    if np.isneginf(low).any() or size - unbounded_above < 2 or unbounded_above > MAX_CENSORED:
         rank = int(binom.ppf(TAIL, size, 0.5)) - 1
         return np.sort(low)[rank] if rank >= 0 else -np.inf
     ends = [(a,) if a == b else (a, b) for a, b in zip(low, high, strict=True)]
-    lowest = np.sort(list(itertools.product(*ends)))[:, : size - open_above]
-    return (lowest.mean(axis=1) - _pivot_quantile(size, open_above) * lowest.std(axis=1, ddof=1)).min()
+    lowest = np.sort(list(itertools.product(*ends)))[:, : size - unbounded_above]
+    return (lowest.mean(axis=1) - _pivot_quantile(size, unbounded_above) * lowest.std(axis=1, ddof=1)).min()
 
 
 @cache
-def _pivot_quantile(size: int, without: int) -> float:
-    """Quantile 1 - TAIL of mean / sd of all but the largest `without` values of normal samples of a size, simulated."""
-    values = np.sort(np.random.default_rng(0).standard_normal((PIVOT_DRAWS, size)))[:, : size - without]
+def _pivot_quantile(size: int, dropped: int) -> float:
+    """Returns the simulated quantile 1 - TAIL of mean / sd of standard normal samples without their largest values."""
+    values = np.sort(np.random.default_rng(0).standard_normal((PIVOT_DRAWS, size)))[:, : size - dropped]
     return float(np.quantile(values.mean(axis=1) / values.std(axis=1, ddof=1), 1 - TAIL))

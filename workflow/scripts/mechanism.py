@@ -1,4 +1,4 @@
-"""Put the probes of all chosen studies into one table, and draw it."""
+"""Collect the probes of one study into one table, and draw it."""
 
 from pathlib import Path
 
@@ -12,4 +12,5 @@ with job(snakemake):
     probes = [read_table(path) for path in snakemake.input]
     table = pd.concat(probes, ignore_index=True) if probes else pd.DataFrame(columns=PROBE_COLUMNS)
     write_table(table, Path(snakemake.output.table), PROBE_COLUMNS)
-    draw_mechanism(table, snakemake.params.comparisons, [Path(snakemake.output.figure)])
+    comparisons = {snakemake.wildcards.study: snakemake.params.compare}
+    draw_mechanism(table, comparisons, [Path(snakemake.output.figure)])

@@ -1,12 +1,10 @@
-"""Put the metrics of all chosen studies into one table."""
+"""Collect the metrics of the checkpoints of one study into one table."""
 
 from pathlib import Path
 
-import pandas as pd
-
 from convergence.jobs import job
-from convergence.tables import read_table, write_table
+from convergence.tables import collect, write_table
 
 with job(snakemake):
-    table = pd.concat([read_table(path) for path in snakemake.input], ignore_index=True)
-    write_table(table, Path(snakemake.output[0]))
+    paths = [Path(path) for path in snakemake.input]
+    write_table(collect(paths, snakemake.params.arms), Path(snakemake.output[0]))

@@ -1,16 +1,26 @@
-"""Compare the arms of each study: the table of speed-ups, the verdict in words, the forest plot."""
+"""Compare the arms of one study: verdict.json, verdict.md, speedup.csv and the forest plot."""
 
+import json
 from pathlib import Path
 
+from convergence import layout
 from convergence.analysis.verdict import write_verdict
+from convergence.figures.forest import draw_forest
 from convergence.jobs import job
+from convergence.provenance import changed_tables
+from convergence.study_file import load_experiment
 from convergence.tables import read_table
 
 with job(snakemake):
-    output = snakemake.output
-    write_verdict(
+    study, warnings = snakemake.wildcards.study, list(snakemake.params.warnings)
+    if warnings:  # only then can tables have changed
+        warnings += changed_tables(load_experiment(layout.study_file(study)))
+    verdict = write_verdict(
         read_table(snakemake.input.metrics),
         read_table(snakemake.input.mechanism),
-        snakemake.params.comparisons,
-        *map(Path, (output.speedups, output.verdict, output.forest)),
+        study,
+        json.loads(snakemake.params.compare),
+        Path(snakemake.output.verdict).parent,
+        warnings,
     )
+    draw_forest(verdict.comparisons, [Path(snakemake.output.forest)])

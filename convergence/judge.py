@@ -1,0 +1,53 @@
+"""The verdict on curves that other people measured."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from convergence.analysis.comparison import speedup_table
+from convergence.analysis.results import StudyVerdict
+from convergence.analysis.verdict import write_verdict
+from convergence.errors import StudyError
+from convergence.figures.curves import fid_curves
+from convergence.figures.forest import draw_forest
+from convergence.tables import PROBE_COLUMNS
+
+
+def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path) -> list[StudyVerdict]:
+    """Compares two arms in every study of a table, and writes the verdicts and figures.
+
+    The files of one study (verdict.json, verdict.md, speedup.csv, speedups.png, fid_curves.png) are written to the
+    directory itself; those of several studies to a directory per study, next to a fid_curves.png of all of them.
+
+    Args:
+        metrics: the long table of metrics, such as `convergence.tables.read_curves` returns. The first metric and the
+            first feature extractor of each study are primary.
+        baseline: an arm.
+        candidate: another arm.
+        directory: is created if it does not exist.
+
+    Raises:
+        StudyError: an arm is not in the table, or the curves cannot be compared or drawn.
+    """
+    for arm in (baseline, candidate):
+        if arm not in set(metrics["arm"]):
+            raise StudyError(f"no row has the arm {arm}: choose from {', '.join(metrics['arm'].unique())}")
+    studies = list(metrics["study"].unique())
+    verdicts = []
+    for study in studies:
+        rows = metrics[metrics["study"] == study]
+        target = directory / study if len(studies) > 1 else directory
+        target.mkdir(parents=True, exist_ok=True)
+        metric = rows["metric"].iloc[0]
+        compare = {
+            "baseline": baseline, "candidates": [candidate], "primary": {"candidate": candidate, "metric": metric},
+            "thresholds": None, "features": rows["features"].iloc[0], "matched": [],
+        }  # fmt: skip
+        verdict = write_verdict(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, compare, target)
+        draw_forest(verdict.comparisons, [target / "speedups.png"])
+        fid_curves(rows, [target / "fid_curves.png"], metric, speedup_table(verdict.comparisons))
+        verdicts.append(verdict)
+    if len(studies) > 1:
+        speedups = speedup_table([comparison for verdict in verdicts for comparison in verdict.comparisons])
+        fid_curves(metrics, [directory / "fid_curves.png"], metrics["metric"].iloc[0], speedups)
+    return verdicts

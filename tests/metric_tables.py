@@ -1,0 +1,36 @@
+"""Tables of metrics with known values, for tests of the analysis and of the figures."""
+
+import numpy as np
+import pandas as pd
+
+from convergence.tables import COLUMNS
+
+STEPS = (0, 100, 200, 300, 400)
+
+COMPARE = {
+    "baseline": "base",
+    "candidates": ["cand"],
+    "primary": {"candidate": "cand", "metric": "fd"},
+    "thresholds": None,
+    "features": "lite0",
+    "matched": [],
+}
+
+
+def study(base, cand, metric="fd", steps=STEPS, seconds_per_step=(0.5, 0.6), features="lite0", name="small"):
+    """The long table of two arms; `base` and `cand` have a row of values per seed, NaN for a diverged run."""
+    rows = [
+        (name, arm, seed, step, 32 * step, pace * step, features, metric, value, np.nan, 500, reason)
+        for arm, values_of_seeds, pace in (("base", base, seconds_per_step[0]), ("cand", cand, seconds_per_step[1]))
+        for seed, values in enumerate(values_of_seeds)
+        for step, value in zip(steps, values, strict=True)
+        for reason in ["diverged at step 7" if np.isnan(value) else ""]
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def curves(seeds, factor, seed=0, noise=0.05):
+    """[seeds, 5] decreasing values with noise, times a factor."""
+    rng = np.random.default_rng(seed)
+    decay = np.array([300, 200, 150, 120, 100.0])
+    return factor * decay * np.exp(noise * rng.standard_normal((seeds, len(decay))))

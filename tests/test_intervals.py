@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from convergence.analysis import intervals
+from convergence.analysis.intervals import censored_interval, t_interval
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_t_interval_equals_scipy(seeds):
+    values = np.random.default_rng(seeds).normal(0.1, 0.3, (4, seeds))
+    expected = stats.ttest_1samp(values, 0, axis=1).confidence_interval(0.95)
+    interval = t_interval(values)
+    np.testing.assert_allclose(interval.estimate, values.mean(axis=1))
+    np.testing.assert_allclose(interval.low, expected.low)
+    np.testing.assert_allclose(interval.high, expected.high)
+
+
+def test_one_value_has_no_bounds_and_no_value_has_no_mean():
+    assert t_interval(np.array([0.3])) == (0.3, -np.inf, np.inf)
+    estimate, low, high = t_interval(np.array([]))
+    assert np.isnan(estimate) and (low, high) == (-np.inf, np.inf)
+
+
+def test_exact_values_have_the_t_interval():
+    values = np.array([0.1, 0.3, 0.2, 0.4])
+    assert censored_interval(values, values) == t_interval(values)
+
+
+def test_the_finite_end_is_the_worst_over_all_values_of_the_censored_pairs():
+    exact, bound = [0.1, 0.25, 0.3, 0.15], 0.28
+    interval = censored_interval([*exact, bound], [*exact, np.inf])
+    places = np.concatenate([np.linspace(bound, 0.5, 400), [9.0]])
+    lowest = np.sort([[*exact, place] for place in places])[:, :4]
+    bounds = lowest.mean(axis=1) - intervals._pivot_quantile(5, 1) * lowest.std(axis=1, ddof=1)
+    np.testing.assert_allclose(interval.low, bounds.min(), rtol=1e-6)
+    assert interval.high == np.inf and interval.estimate == 0.25
+
+
+def test_the_pivot_of_complete_samples_is_that_of_students_t():
+    np.testing.assert_allclose(intervals._pivot_quantile(4, 0), stats.t.ppf(0.975, 3) / np.sqrt(4), rtol=0.03)
+
+
+def test_a_censored_value_is_not_dropped():
+    exact = np.array([0.1, 0.2, 0.3, 0.25, 0.15])
+    faster = censored_interval(np.append(exact, 0.4), np.append(exact, np.inf))
+    slower = censored_interval(np.append(exact, -np.inf), np.append(exact, -0.2))
+    assert faster.low > t_interval(exact).low and faster.high == np.inf
+    assert slower.high < t_interval(exact).high and slower.low == -np.inf
+    many = np.tile(exact, 2)  # with six or more values the sign test bounds the unbounded side
+    assert censored_interval(np.append(many, 0.4), np.append(many, np.inf)).high == 0.3
+
+
+def test_censored_interval_is_symmetric():
+    rng = np.random.default_rng(1)
+    low = rng.normal(size=6)
+    high = np.where(np.arange(6) < 2, np.inf, low)
+    interval, mirrored = censored_interval(low, high), censored_interval(-high, -low)
+    assert (interval.low, interval.high) == (-mirrored.high, -mirrored.low)
+
+
+@pytest.mark.parametrize(("seeds", "rank"), [(5, None), (6, 0), (8, 0), (9, 1), (12, 2)])
+def test_without_exact_values_the_bound_comes_from_the_sign_test(seeds, rank):
+    low = np.linspace(0.1, 0.9, seeds)
+    interval = censored_interval(low, np.full(seeds, np.inf))
+    assert interval.high == np.inf
+    assert interval.low == (-np.inf if rank is None else low[rank])
+    if rank is not None:  # so few values below the median have a probability below 2.5%
+        assert stats.binomtest(rank, seeds, alternative="less").pvalue <= 0.025
+        assert stats.binomtest(rank + 1, seeds, alternative="less").pvalue > 0.025
+
+
+def test_an_unknown_pair_leaves_both_sides_unbounded():
+    low, high = np.array([-np.inf, 0.1, 0.2]), np.array([np.inf, 0.1, 0.2])
+    assert censored_interval(low, high)[1:] == (-np.inf, np.inf)
+
+
+def test_many_censored_pairs_use_the_sign_test():
+    low = np.concatenate([np.zeros(20), np.linspace(0, 1, 20)])
+    high = np.concatenate([np.full(20, np.inf), np.linspace(0, 1, 20)])
+    assert np.isfinite(censored_interval(low, high).low)

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from metric_tables import curves, study
+
+from convergence.analysis.comparison import compare_pair
+from convergence.analysis.plan import plan
+from convergence.analysis.power import seeds_needed
+from convergence.errors import StudyError
+from convergence.tables import check_curves
+
+SECONDS = (9.0, 18.0)  # per step: an hour and two per run
+
+
+def test_the_plan_has_seeds_and_hours():
+    metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1), seconds_per_step=SECONDS)
+    seeds = seeds_needed(np.log(1.02), compare_pair(metrics, "base", "cand").noise.paired)
+    text = plan(metrics, "base", "cand", 0.02)
+    assert f"  {seeds} seeds, {3.0 * seeds:,.1f} hours of training" in text and "FD (lite0)" in text
+
+
+def test_a_plan_from_curves_without_seconds_has_no_hours():
+    metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1))
+    text = plan(check_curves(metrics[["arm", "seed", "images", "value"]]), "base", "cand", 0.02)
+    assert "Pilot: 3 pairs, FID," in text and " seeds, if this is the true standard deviation" in text
+    assert "hours" not in text.lower()
+
+
+def test_a_plan_for_shares_is_in_differences():
+    base = np.array([[0.0, 0.2, 0.3, 0.4, 0.5], [0.0, 0.1, 0.3, 0.4, 0.5], [0.0, 0.1, 0.2, 0.4, 0.5]])
+    text = plan(study(base, base + [[0.1], [0.2], [0.15]], metric="recall"), "base", "cand", 0.1)
+    assert "a difference of 0.1 with 80% power" in text and "%)" not in text.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "effect", "message"),
+    [(3, 1e-6, "more than 10,000 seeds"), (1, 0.02, "The pilot has 1 pairs of base and cand that did not diverge")],
+)
+def test_a_plan_that_is_impossible_says_why(seeds, effect, message):
+    metrics = study(curves(seeds, 1.0), curves(seeds, 0.9, seed=1))
+    with pytest.raises(StudyError, match=message):
+        plan(metrics, "base", "cand", effect)
+
+
+def test_arms_without_common_seeds_have_no_plan():
+    metrics = study(curves(2, 1.0), curves(2, 0.9))
+    apart = metrics.assign(seed=metrics["seed"] + 10 * (metrics["arm"] == "cand"))
+    with pytest.raises(StudyError, match="The pilot has 0 pairs"):
+        plan(apart, "base", "cand", 0.02)
