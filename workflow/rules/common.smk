@@ -1,5 +1,6 @@
 # Loads the selected studies, and finds the settings of a job from its wildcards.
 
+import json
 import sys
 from pathlib import Path
 
@@ -148,10 +149,15 @@ def kept_samples(study):
     return checkpoint_files(study, "samples.npy") if EXPERIMENTS[study].sample.keep else []
 
 
+def comparison_settings(experiment):
+    """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
+    return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
+
+
 def preview_cells(experiment):
-    """(study, arm, seed, step, training images, preview) of each checkpoint of the first seed."""
+    """(arm, seed, step, training images, preview) of each checkpoint of the first seed."""
     return [
-        (experiment.name, arm, seed, step, step * experiment.run(arm).train.batch_size, str(path / "preview.png"))
+        (arm, seed, step, step * experiment.run(arm).train.batch_size, str(path / "preview.png"))
         for arm, seed, step, path in layout.checkpoints(experiment)
         if seed == experiment.seeds[0]
     ]

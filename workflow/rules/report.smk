@@ -91,7 +91,7 @@ rule verdict:
     conda:
         "../../environment.yml"
     params:
-        compare=lambda wildcards: EXPERIMENTS[wildcards.study].compare and EXPERIMENTS[wildcards.study].comparison,
+        compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
         # Snakemake computes params again right before a job, so runs that were just trained again are not among them.
         warnings=lambda wildcards: stale_runs(EXPERIMENTS[wildcards.study]),
     message:
