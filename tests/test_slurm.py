@@ -201,7 +201,7 @@ def resumed_at_the_same_step(project, job, log):
     """Whether training stopped once, in this SLURM job, and resumed at exactly that step."""
     (slurm_log,) = project.glob(f".snakemake/slurm_logs/rule_train/*/{job}.log")
     stopped = re.findall(r"stopped at step (\d+) of 200", slurm_log.read_text())
-    return len(set(stopped)) == 1 and re.findall(r"resuming at step (\d+)", log.read_text()) == stopped[:1]
+    return len(set(stopped)) == 1 and re.findall(r"resuming from step (\d+)", log.read_text()) == stopped[:1]
 
 
 def test_the_study_goes_through_slurm_to_the_figure(finished, undisturbed):

@@ -1,4 +1,4 @@
-# A run is a chain of segments, from checkpoint to checkpoint, and each segment is a job.
+# A run is a chain of segments from checkpoint to checkpoint. Each segment is a job.
 
 
 localrules:
@@ -7,7 +7,7 @@ localrules:
 
 rule initialise:
     input:
-        # No net is built or sampled before the images are available.
+        # A dataset that cannot be prepared is reported before anything else is computed.
         manifest=lambda wildcards: ancient(dataset_files(experiment_of(wildcards))["manifest"]),
     output:
         weights=layout.STEP / "weights.safetensors",
@@ -35,6 +35,7 @@ rule train:
         weights=layout.STEP / "weights.safetensors",
         state=layout.STEP / "state.pt",
         provenance=layout.STEP / "provenance.json",
+    # log.csv in the directory of the run is not declared: all segments of the run write it.
     log:
         layout.STEP / "train.log",
     wildcard_constraints:
@@ -45,7 +46,7 @@ rule train:
     threads: lambda wildcards: threads_of(wildcards) * processes_of(wildcards)
     resources:
         gpu=lambda wildcards: gpus_of(wildcards) * processes_of(wildcards),
-        # Not a param: a run resumes where it was when this number changes.
+        # Not a param: another number of processes resumes a run and does not repeat it.
         processes=processes_of,
         runtime=minutes(train_request),
         mem_mb=megabytes(train_request),
