@@ -1,9 +1,10 @@
-# The convergence study: `snakemake --cores all` makes every figure of the chosen experiments.
+# The convergence study: `snakemake --cores all` makes all tables, figures and pages of the selected studies.
 #
 #   snakemake --cores all reports/fid_curves.png
 #   snakemake --cores all --config experiments=openmoji,my_study
 #
-# Each phase is a file in workflow/rules; what the phases agree on is in common.smk.
+# Studies are the files in experiments/ of the working directory; with --directory, of that directory.
+# Each phase is a file in workflow/rules; common.smk holds the functions that the phases share.
 
 from snakemake.utils import min_version
 
@@ -13,7 +14,6 @@ min_version("9.0")
 include: "workflow/rules/common.smk"
 include: "workflow/rules/dataset.smk"
 include: "workflow/rules/train.smk"
-include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/probe.smk"
 include: "workflow/rules/report.smk"
@@ -26,7 +26,6 @@ localrules:
 rule all:
     default_target: True
     input:
-        rules.figures.output,
-        rules.mechanism.output,
-        rules.verdict.output,
-        rules.pages.output,
+        rules.fid_curves.output,
+        rules.front.output,
+        expand(rules.pages.output, study=EXPERIMENTS),

@@ -1,4 +1,4 @@
-"""What the scripts of all rules share: logging, errors, the device."""
+"""What the scripts of all rules share: logging, error messages, the device."""
 
 import errno
 import logging
@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from convergence import layout
 from convergence.errors import StudyError
-from diffusion.errors import InputError, Stopped
+from diffusion.errors import FileError, InputError, Stopped
 
 
 def job_name(snakemake: Any) -> str:
-    """The rule and the wildcards of a job, such as `train openmoji uni05-1a2b3c4d 0 128`."""
+    """Returns the rule and the wildcards of a job, such as `train openmoji uni05-1a2b3c4d 0 128`."""
     return snakemake.rule + "".join(f" {value}" for value in snakemake.wildcards)
 
 
 def log_to(path: str, name: str) -> None:
-    """Send this process's log to the terminal and to a file, under a name."""
+    """Write the log of this process to the terminal and to a file, each line with the name of the job."""
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s  {name}: %(message)s",
@@ -30,7 +31,11 @@ def log_to(path: str, name: str) -> None:
 
 @contextmanager
 def job(snakemake: Any) -> Iterator[None]:
-    """Run the body of a script: log to the terminal and the rule's log file, tell a mistake in one sentence."""
+    """Run the body of a script: log to the terminal and to the log file of the rule, report user errors in a sentence.
+
+    Args:
+        snakemake: the object that Snakemake puts into every script.
+    """
     log_to(snakemake.log[0], job_name(snakemake))
     with exit_on_job_error():
         yield
@@ -38,49 +43,61 @@ def job(snakemake: Any) -> Iterator[None]:
 
 @contextmanager
 def exit_on_job_error() -> Iterator[None]:
-    """End this process with exit code 1 and one sentence in its log where it was stopped, or where the user or the
-    machine made a mistake.
+    """End this process with exit code 1 and one sentence in its log after an error of the user or of the machine.
+
+    These are `InputError`, `Stopped`, Ctrl-C, a full GPU, a full disk and a missing permission. Any other exception is
+    a bug and keeps its traceback.
 
     Raises:
-        RuntimeError: it is not torch's for a full GPU.
-        OSError: it is not for a full disk or a missing permission.
+        RuntimeError: The error is not torch's error for a full GPU.
+        OSError: The error is not a full disk or a missing permission.
     """
     try:
         yield
+    except FileError as error:
+        logging.error("%s%s", error, _remedy(error.path))
+        sys.exit(1)
     except (InputError, Stopped) as error:
         logging.error("%s", error)
         sys.exit(1)
     except KeyboardInterrupt:
-        logging.error("stopped: the same command does it again")
+        logging.error("stopped: run the same command again to continue")
         sys.exit(1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every job imports
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not every job imports torch
             raise
-        logging.error("the memory of the GPU is full: let fewer jobs share it (--resources gpu=1), or lower "
+        logging.error("the memory of the GPU is full: run fewer jobs on it at once (--resources gpu=1), or lower "
                       "train.micro_batch, sample.batch_size or probe.batch_size")  # fmt: skip
         sys.exit(1)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
             raise
-        logging.error("%s: %s: make room or mend the permission, then run the same command again",
+        logging.error("%s: %s: free space or correct the permission, then run the same command again",
                       error.filename or Path.cwd(), error.strerror)  # fmt: skip
         sys.exit(1)
 
 
+def _remedy(path: Path) -> str:
+    """What to do about an unusable file, if a job wrote it: the library does not know that a job can write it again."""
+    if not path.absolute().is_relative_to(layout.RESULTS.absolute()):
+        return ""
+    return f": {'delete it and ' if path.exists() else ''}run the same command again"
+
+
 def use_torch(threads: int, gpus: int) -> str:
-    """Set torch's threads for this process and give the device to work on.
+    """Set the number of torch's threads in this process and return the device to compute on, "cuda" or "cpu".
 
     Raises:
-        StudyError: a GPU was asked for, and torch finds none.
+        StudyError: The job needs a GPU, and torch finds none.
     """
     import torch
 
     torch.set_num_threads(threads)
     if gpus and not torch.cuda.is_available():
         raise StudyError(
-            f"torch {torch.__version__} finds no GPU on {platform.node()}: say `device: cpu` in the study, "
-            "or install a torch and a driver that fit each other"
+            f"torch {torch.__version__} finds no GPU on {platform.node()}: set `device: cpu` in the study, "
+            "or install versions of torch and of the driver that match"
         )
-    # Shapes stay: the fastest algorithms are worth a search.
+    # Shapes do not change during a job, so a search for the fastest algorithms pays.
     torch.backends.cudnn.benchmark = bool(gpus)
     return "cuda" if gpus else "cpu"

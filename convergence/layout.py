@@ -1,4 +1,4 @@
-"""Where results lie. Paths are relative to the directory Snakemake runs in."""
+"""Paths of studies and results, relative to the directory in which Snakemake runs."""
 
 import hashlib
 from pathlib import Path
@@ -6,10 +6,18 @@ from pathlib import Path
 from convergence.schema import Evaluate, Experiment
 from diffusion.config import Dataset, RunConfig
 
+EXPERIMENTS = Path("experiments")
 RESULTS = Path("results")
 DATASETS = RESULTS / "datasets"
 REFERENCES = RESULTS / "references"
 REPORTS = Path("reports")
+# Shows the curves of the selected studies together.
+FIGURE = REPORTS / "fid_curves.png"
+FRONT_PAGE = REPORTS / "pages/front.rst"
+# Directories with the wildcards of the Snakemake rules.
+DATASET = DATASETS / "{dataset}"
+STEP = RESULTS / "{study}/{arm}/seed{seed}/step{step}"
+REPORT = REPORTS / "{study}"
 
 
 def dataset_directory(dataset: Dataset) -> Path:
@@ -34,19 +42,31 @@ def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
 
 
 def run_directory(study: str, arm: str, run: RunConfig, seed: int) -> Path:
-    """`results/<study>/<arm>-<hash8>/seed<k>`: one training run."""
-    return RESULTS / study / f"{arm}-{run.hash8}" / f"seed{seed}"
+    """Directory of one training run: `results/<study>/<arm>-<hash8>/seed<k>`."""
+    return _step(study, f"{arm}-{run.hash8}", seed, 0).parent
 
 
 def step_directory(study: str, arm: str, run: RunConfig, seed: int, step: int) -> Path:
-    """Where one checkpoint lies. The untrained net (step 0) is shared by all arms that start from it."""
-    if step == 0:
-        return RESULTS / study / f"init-{run.initial.hash8}" / f"seed{seed}" / "step0"
-    return run_directory(study, arm, run, seed) / f"step{step}"
+    """Directory of one checkpoint. The untrained net (step 0) is shared by all arms that start from it."""
+    return _step(study, f"{arm}-{run.hash8}" if step else f"init-{run.initial.hash8}", seed, step)
+
+
+def _step(study: str, arm: str, seed: int, step: int) -> Path:
+    return Path(str(STEP).format(study=study, arm=arm, seed=seed, step=step))
+
+
+def report_directory(study: str) -> Path:
+    """Directory of the tables, figures and verdict of one study: `reports/<study>`."""
+    return REPORTS / study
+
+
+def study_file(study: str) -> Path:
+    """File with the settings of one study: `experiments/<study>.yaml`."""
+    return EXPERIMENTS / f"{study}.yaml"
 
 
 def checkpoints(experiment: Experiment) -> list[tuple[str, int, int, Path]]:
-    """(arm, seed, step, directory) of every checkpoint of a study."""
+    """Returns (arm, seed, step, directory) of every checkpoint of a study."""
     return [
         (arm, seed, step, step_directory(experiment.name, arm, run, seed, step))
         for arm, run in [(arm, experiment.run(arm)) for arm in experiment.arms]

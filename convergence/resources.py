@@ -171,6 +171,15 @@ def evaluate(experiment: Experiment, images: int, threads: int, gpus: int) -> Re
     return _request(len(settings.features) * seconds, _megabytes(_features(total)))
 
 
+def sample_and_evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> Request:
+    """Sample one checkpoint and evaluate the samples, which stay in memory, in one job."""
+    sampling = sample(run, experiment.sample, gpus)
+    evaluation = evaluate(experiment, images, run.train.threads, gpus)
+    minutes = min(sampling.minutes + evaluation.minutes - START_MINUTES, LONGEST_MINUTES)
+    samples = _pixels(experiment.sample.images, run.dataset)
+    return Request(minutes, max(sampling.megabytes, evaluation.megabytes) + math.ceil(FACTOR * samples / 1e6))
+
+
 def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
     """Returns the request of a job that probes one checkpoint."""
     size = unet_size(run.model, run.dataset.image_size)

@@ -1,12 +1,13 @@
-"""What the Snakefile calls: loading studies, checks before any job starts, the tracking process, the terminal."""
+"""What the Snakefile calls: loading studies, checks before any job starts, the tracking process, the last lines."""
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -17,8 +18,8 @@ from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
-from convergence.answers import answer, plain, sections
 from convergence.errors import StudyError
+from convergence.provenance import stale_runs
 from convergence.resources import pictures
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
@@ -27,105 +28,126 @@ from diffusion.errors import InputError
 from diffusion.evaluation.weights import check_weights
 from diffusion.files import read_json
 
-FIGURE, VERDICT = layout.REPORTS / "fid_curves.png", layout.REPORTS / "verdict.md"
-# What Snakemake says of its own scheduling.
-NOISE = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
-# Snakemake hands `off` on as a word, YAML as a truth value.
+# First words of Snakemake's messages about its own scheduling, which are not shown.
+HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
+# Snakemake passes `off` as text, YAML as a truth value.
 TRACKING = {"on": True, "off": False, True: True, False: False}
-LEFT_JOBS_SECONDS = 120
-LAST_PASS_SECONDS = 120  # for the tracking process to forward what is left
+LEFT_JOBS_SECONDS = 120  # until cancelled SLURM jobs must have ended
+LAST_PASS_SECONDS = 120  # until the tracking process must have forwarded the rest
 _tracker: subprocess.Popen | None = None
 
 
 def set_environment(root: str) -> None:
-    """What the processes of all jobs inherit: where our packages are, and how memory is kept."""
+    """Set the environment of the processes of all jobs: where this project's packages are, and how memory is kept.
+
+    Args:
+        root: directory of the Snakefile.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     # Keep freed memory: page faults cost a third of the time of small convolutions. glibc reads these at start only.
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
 
 
-def load_experiments(config: Mapping[str, Any], folder: Path) -> dict[str, Experiment]:
-    """The studies that `--config experiments=a,b` names, validated; openmoji when it names none.
+def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENTS) -> dict[str, Experiment]:
+    """Load and validate the studies that `--config experiments=a,b` names, or else the study `openmoji`.
+
+    Args:
+        config: Snakemake's configuration.
+        folder: directory of the study files.
+
+    Returns:
+        The studies by name, in the order in which they are named.
 
     Raises:
-        StudyError: a file is missing or wrong, or the images of a study are not there.
+        StudyError: A key of the configuration is unknown, a study file is missing or invalid, or a study has too few
+            images.
     """
     unknown = set(config) - {"experiments", "tracking"}
     if unknown:
-        raise StudyError(f"--config {unknown.pop()}: unknown key: say experiments=NAME,NAME or tracking=off")
+        raise StudyError(f"--config {unknown.pop()}: unknown key: use experiments=NAME,NAME or tracking=off")
     if config.get("tracking", "on") not in TRACKING:
-        raise StudyError(f"--config tracking={config['tracking']}: say tracking=on or tracking=off")
+        raise StudyError(f"--config tracking={config['tracking']}: unknown value: use tracking=on or tracking=off")
     names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
     experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
     for name, experiment in experiments.items():
-        dataset = experiment.dataset
-        prepared = layout.dataset_directory(dataset) / "manifest.json"  # written last
-        if isinstance(dataset, Folder) and not dataset.path.exists() and not prepared.exists():
+        _check_images(experiment, folder / f"{name}.yaml")
+        curves = experiment.external_curves
+        if curves and not curves.exists():
             raise StudyError(
-                f"{folder / name}.yaml: dataset.path: {dataset.path} is not there: put images there or mend it"
+                f"{folder / name}.yaml: external_curves: {curves} does not exist: correct the path or remove the key"
             )
-        if prepared.exists():
-            _check_count(experiment, read_json(prepared)["count"], folder / f"{name}.yaml")
-        elif isinstance(dataset, Folder):
-            _check_count(experiment, pictures(dataset), folder / f"{name}.yaml")
-        if experiment.external_curves and not experiment.external_curves.exists():
-            path = experiment.external_curves
-            raise StudyError(f"{folder / name}.yaml: external_curves: there is no {path}: correct or drop it")
     return experiments
 
 
-def _check_count(experiment: Experiment, found: int, file: Path) -> None:
-    """Make sure that of the pictures found there are as many as the study takes.
+def _check_images(experiment: Experiment, file: Path) -> None:
+    """Check that a prepared dataset, or else the folder it is prepared from, has the images that the study needs.
 
     Raises:
-        StudyError: there are fewer.
+        StudyError: The folder does not exist, or there are too few images.
+    """
+    dataset = experiment.dataset
+    manifest = layout.dataset_directory(dataset) / "manifest.json"  # written last
+    if manifest.exists():
+        _check_count(experiment, read_json(manifest)["count"], file)
+    elif isinstance(dataset, Folder):
+        if not dataset.path.exists():
+            raise StudyError(f"{file}: dataset.path: {dataset.path} does not exist: create it or correct the path")
+        _check_count(experiment, pictures(dataset), file)
+
+
+def _check_count(experiment: Experiment, count: int, file: Path) -> None:
+    """Check that a dataset of `count` images is large enough for the study.
+
+    Raises:
+        StudyError: There are too few images.
     """
     dataset, evaluate = experiment.dataset, experiment.evaluate
-    if not found:
+    if not count:
         place = getattr(dataset, "path", "it")
-        raise StudyError(f"{file}: dataset: there are no pictures in {place}: name a folder with some, or a whole zip")
-    if dataset.held_out >= found:
+        raise StudyError(f"{file}: dataset: there are no images in {place}: name a folder of images or a complete zip")
+    if dataset.held_out >= count:
         raise StudyError(
-            f"{file}: dataset.held_out: {dataset.held_out} of {found} pictures leaves none to train on: lower it"
+            f"{file}: dataset.held_out: {dataset.held_out} of {count} images leaves none to train on: lower it"
         )
-    left = dataset.held_out if evaluate.reference == "held_out" else found - dataset.held_out
-    wanted = evaluate.reference_images or 1
-    if left < wanted:
+    available = dataset.held_out if evaluate.reference == "held_out" else count - dataset.held_out
+    needed = evaluate.reference_images or 1
+    if available < needed:
         raise StudyError(
-            f"{file}: evaluate.reference_images: {wanted} ({evaluate.reference}) of {found} pictures, of which "
-            f"dataset.held_out keeps {dataset.held_out}: too few: lower it"
+            f"{file}: evaluate.reference_images: {needed} is more than the {available} images of the part "
+            f"`{evaluate.reference}` ({count} images, dataset.held_out {dataset.held_out}): lower it"
         )
 
 
 def check_writable() -> None:
-    """Make sure that results can be written at all.
+    """Check that results and reports can be written.
 
     Raises:
-        StudyError: a directory of results is read-only.
+        StudyError: A directory is read-only.
     """
     for path in (layout.RESULTS, layout.REPORTS):
         if path.exists() and not os.access(path, os.W_OK):
-            raise StudyError(f"{path.resolve()}: Read-only: nothing can be written there: mend the mount or permission")
+            raise StudyError(f"{path.resolve()}: Read-only: correct the mount or the permission")
 
 
 def date_back() -> None:
-    """Give results from the future, left by a clock that was ahead, the present time: Snakemake fails jobs over them.
+    """Set modification times in the future to the present: Snakemake fails jobs whose inputs are from the future.
 
-    min(time, now) never turns an older file into a newer one, so nothing is made again because of it.
+    Such times come from a clock that was ahead. No file becomes newer, so no job runs again because of this.
     """
     now = time.time()
     for path in chain(layout.RESULTS.rglob("*"), layout.REPORTS.rglob("*")):
-        with suppress(OSError):  # gone meanwhile, or another user's
+        with suppress(OSError):  # the file was removed meanwhile, or belongs to another user
             if path.stat().st_mtime > now:
                 os.utime(path, (now, now))
 
 
 def check_extractors(experiments: Mapping[str, Experiment]) -> None:
-    """Make sure, before anything is trained, that every reference still to be made will find its extractor's weights.
+    """Check, before anything is trained, that the weights of the feature extractors still needed are available.
 
     Raises:
-        StudyError: an extractor is unknown; its weights are not the right ones, or neither here nor within reach.
+        StudyError: An extractor is unknown, or its weights are the wrong ones, or they are neither on this machine nor
+            can be downloaded.
     """
     for name, experiment in experiments.items():
         evaluate = experiment.evaluate
@@ -136,12 +158,26 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
             try:
                 check_weights(features, *(weights.path, weights.sha256) if weights else ())
             except InputError as error:
-                raise StudyError(f"experiments/{name}.yaml: evaluate.features: {error}") from None
+                raise StudyError(f"{layout.study_file(name)}: evaluate.features: {error}") from None
+
+
+def print_warnings(experiments: Iterable[Experiment]) -> None:
+    """Print which results on disk were trained with other code than the present."""
+    for experiment in experiments:
+        for warning in stale_runs(experiment):
+            print(f"Warning: {warning}", file=sys.stderr)
 
 
 def gpus(experiment: Experiment, elsewhere: bool) -> int:
-    """GPUs that one of its jobs needs: with `device: auto`, one where this machine has any, or where jobs run elsewhere
-    (the machine that submits them to a cluster seldom has one)."""
+    """Returns the number of GPUs that a process of a job needs, 0 or 1.
+
+    With `device: auto` it is 1 if this machine has a GPU, or if jobs run elsewhere: the machine that submits jobs to a
+    cluster often has none.
+
+    Args:
+        experiment: the study of the job.
+        elsewhere: whether jobs run on other machines.
+    """
     return int(experiment.device == "cuda" or (experiment.device == "auto" and (elsewhere or _has_gpu())))
 
 
@@ -150,96 +186,139 @@ def _has_gpu() -> bool:
 
 
 def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """Cancel what a killed Snakemake left in SLURM's queue, of those jobs (rule, wildcards) that are to be done now.
+    """Cancel the SLURM jobs of a killed Snakemake that this call is about to submit again.
 
-    They would spoil the outputs of the new ones. Training jobs save before they end, so that nothing is lost.
-    Snakemake's lock sees to it that no living Snakemake waits for them.
+    Two jobs would write the same outputs. A training job saves its state before it ends, so nothing is lost. Snakemake
+    locks the directory, so no other Snakemake waits for these jobs.
+
+    Args:
+        jobs: rule and wildcards of each job that this call will run.
 
     Raises:
-        WorkflowError: they do not end within two minutes, or the queue cannot be seen.
+        WorkflowError: The jobs do not end within two minutes, or squeue fails.
     """
-    # The plugin tells jobs apart by their comment, and has no name for it.
+    # The plugin stores the rule and the wildcards in the comment of a job.
     comments = {f"rule_{rule}_wildcards_{'_'.join(wildcards)}" for rule, wildcards in jobs}
 
     def left_jobs() -> list[str]:
         command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%k"]
         try:
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
             raise WorkflowError(
                 f"squeue fails ({error}): start this on a login node of the cluster, or without --workflow-profile"
             ) from None
-        queue = [line.split("|", 2) for line in told.splitlines()]
+        queue = [line.split("|", 2) for line in output.splitlines()]
         return [number for number, place, comment in queue if place == os.getcwd() and comment in comments]
 
     left = left_jobs()
     if not left:
         return
-    print(f"SLURM jobs that a killed Snakemake left are cancelled first: {' '.join(left)}", file=sys.stderr)
+    print(f"Cancelling the SLURM jobs of a killed Snakemake first: {' '.join(left)}", file=sys.stderr)
     subprocess.run(["scancel", *left], check=True)
     deadline = time.monotonic() + LEFT_JOBS_SECONDS
     while left := left_jobs():
         if time.monotonic() > deadline:
             raise WorkflowError(
                 f"SLURM jobs {' '.join(left)} of a killed Snakemake do not end within 2 minutes: cancel them with "
-                "scancel, or ask the cluster's staff, then start again"
+                "scancel, or ask the administrators of the cluster, then start again"
             )
         time.sleep(2)
 
 
 def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:
-    """Start the process that forwards what the jobs write to MLflow; see `convergence.tracking`."""
+    """Start the process that forwards the results of the jobs to MLflow: `convergence.tracking.follow`."""
     global _tracker
-    root = Path(__file__).resolve().parents[1]
-    files = [str(root / "experiments" / f"{name}.yaml") for name, e in experiments.items() if e.tracking]
+    files = [str(layout.study_file(name)) for name, experiment in experiments.items() if experiment.tracking]
     if not files or not TRACKING[config.get("tracking", "on")]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "convergence.tracking.follow", "follow", "--parent-pid", str(os.getpid()), *files]
     with (layout.RESULTS / "tracking.log").open("a") as log:
-        # A session of its own: Ctrl-C is for the jobs, and the tracker then reports how they ended.
+        # In a session of its own it does not receive Ctrl-C, so it can report how the jobs ended.
         _tracker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True)
 
 
-def stop_tracking() -> list[str]:
-    """Let the tracking process forward what is left and close the runs; a line per study on where it is in MLflow.
+def stop_tracking(experiments: Iterable[str]) -> list[str]:
+    """Let the tracking process forward the rest and end.
 
-    Never an error: it can be done later.
+    Args:
+        experiments: names of the studies, for the hint that is printed if the process does not end in time.
+
+    Returns:
+        One line per tracked study: its name and its address in MLflow.
     """
     if _tracker is None:
         return []
     _tracker.send_signal(signal.SIGTERM)
     try:
-        return _tracker.communicate(timeout=LAST_PASS_SECONDS)[0].split("\n")[:-1]
+        return _tracker.communicate(timeout=LAST_PASS_SECONDS)[0].splitlines()
     except subprocess.TimeoutExpired:
-        print("MLflow is slow to answer: `make track` forwards the rest later", file=sys.stderr)
+        print(f"MLflow does not answer in time: `convergence sync {' '.join(experiments)}` forwards the rest later",
+              file=sys.stderr)  # fmt: skip
         return []
 
 
-def print_results(tracked: list[str]) -> None:
-    """The last lines of a run: the answers, where the figure is, and what to open.
+def print_results(
+    experiments: Mapping[str, Experiment], outputs: Collection[Path], tracked: list[str], root: Path
+) -> None:
+    """Print the last lines of a run: the answer of each study, its files, and the commands that show more.
 
     Args:
-        tracked: what `stop_tracking` gave.
+        experiments: the selected studies.
+        outputs: files of all jobs of this call, including jobs whose files were up to date. Other files are not named:
+            they may be of another call.
+        tracked: result of `stop_tracking`.
+        root: directory of the Snakefile.
     """
-    if not FIGURE.exists():
-        return
-    told = sections(VERDICT.read_text(encoding="utf-8")) if VERDICT.exists() else {}
-    lines = [f"{study}: {plain(answer(text))}\n" for study, text in told.items() if answer(text)]
-    lines += [f"The figure: {FIGURE.resolve()}", f"The verdict: {VERDICT.resolve()}"]
-    lines += ["All in one page: `make report`"]
-    lines += ["In MLflow: `make ui`, then open", *(f"  {line}" for line in tracked)] if tracked else []
-    print("\n" + "\n".join(lines) + "\n", file=sys.stderr)
+    from convergence.analysis.verdict import read_verdict  # slow to import, and not needed before the end
+
+    lines = []
+    for name in experiments:
+        verdict = layout.report_directory(name) / "verdict.json"
+        if verdict in outputs:
+            answer = read_verdict(verdict).answer or "compares nothing, because the study has no section `compare`."
+            lines += [f"{name}: {answer}", f"  The verdict: {verdict.with_suffix('.md').resolve()}"]
+    if layout.FIGURE in outputs:
+        lines += ["", f"The figure: {layout.FIGURE.resolve()}"]
+    if lines:
+        lines += ["", f"All results in one page: `{report_command(experiments, root)}`"]
+    if tracked:
+        lines += [f"In MLflow: {_mlflow_command(root)}open", *(f"  {line}" for line in tracked)]
+    if lines:
+        print("\n" + "\n".join(lines) + "\n", file=sys.stderr)
+
+
+def report_command(experiments: Iterable[str], root: Path) -> str:
+    """Returns the command that writes `reports/report.html` for these studies: with make where the Makefile is."""
+    studies = f"experiments={','.join(experiments)}"
+    if Path.cwd() == root:
+        return f"make report {studies.replace('experiments', 'EXPERIMENTS')}"
+    snakemake = ["snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(Path.cwd())]
+    stylesheet = str(root / "workflow/report/report.css")
+    run = [*snakemake, "--cores", "all", "--config", studies]
+    report = [*snakemake, "--report", "reports/report.html", "--report-stylesheet", stylesheet, "--config", studies]
+    return f"{shlex.join(run)} && {shlex.join(report)}"
+
+
+def _mlflow_command(root: Path) -> str:
+    """The command that serves MLflow's store, if that is a database of this directory."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return ""
+    if Path.cwd() == root:
+        return "`make ui`, then "
+    return f"`mlflow server --backend-store-uri sqlite:///{Path.cwd()}/mlflow.db`, then "
 
 
 def quiet_output() -> None:
-    """Leave out what Snakemake says of its scheduling; say after each job how long the rest may take."""
-    began = time.monotonic()
+    """Hide Snakemake's messages about its scheduling, and print an estimate of the remaining time after each job."""
+    start = time.monotonic()
 
-    def tidy(record: logging.LogRecord) -> bool:
-        if getattr(record, "event", None) == LogEvent.PROGRESS and 0 < record.done < record.total:
-            left = (time.monotonic() - began) / record.done * (record.total - record.done)
-            print(f"about {left // 60:.0f} min {left % 60:.0f} s left of the whole", file=sys.stderr)
-        return not str(record.msg).startswith(NOISE)
+    def keep(record: logging.LogRecord) -> bool:
+        fields = vars(record)
+        if fields.get("event") == LogEvent.PROGRESS and 0 < fields["done"] < fields["total"]:
+            seconds = (time.monotonic() - start) / fields["done"] * (fields["total"] - fields["done"])
+            print(f"about {seconds // 60:.0f} min {seconds % 60:.0f} s left", file=sys.stderr)
+        return not str(record.msg).startswith(HIDDEN_MESSAGES)
 
-    snakemake_logger.addFilter(tidy)
+    snakemake_logger.addFilter(keep)

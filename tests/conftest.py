@@ -6,12 +6,12 @@ import torch
 from made import scenes
 from projects import copy_project, edit, reduce, snakemake
 
-# Results do not depend on the machine's core count, and tests run side by side do not fight.
+# Results then do not depend on the number of cores, and tests that run at the same time share them.
 torch.set_num_threads(1)
-# Where there is no GPU, Triton's kernels run in its interpreter. It reads this when it is first imported.
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this variable when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# A shell that starts the tests in the background ignores Ctrl-C for them; what they start would inherit that.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and their subprocesses inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -37,7 +37,7 @@ def real_features(real, extractor):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The default study, reduced, from nothing to the figure."""
+    """The reduced default study, run from nothing to the figure."""
     project = copy_project(tmp_path_factory.mktemp("finished"))
     edit(project, reduce)
     done = snakemake(project)

@@ -1,4 +1,4 @@
-"""The project as its user has it: a copy in a directory of its own, driven through a real Snakemake."""
+"""The project as a user has it: a copy in its own directory, run by a real Snakemake."""
 
 import os
 import re
@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = Path("reports/openmoji")
 PARTS = ["Snakefile", "workflow", "diffusion", "convergence", "experiments", "profiles", "environment.yml"]
 
 
@@ -49,27 +50,27 @@ def reduce(study):
 
 
 def jobs(project, *arguments):
-    """'rule arm seed step' of each job that a dry run lists."""
+    """The message of each job that a dry run lists, without hashes, such as "Train openmoji uni05 seed 0 to step 4"."""
     done = snakemake(project, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    wanted = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.M)
-    return sorted({re.sub(r"-[0-9a-f]{8}", "", message) for message in wanted})
+    messages = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.M)
+    return sorted({re.sub(r"-[0-9a-f]{8}", "", message) for message in messages})
 
 
 def assert_equal_results(ours, theirs):
-    """What "equal" means: bytes of images and weights, values of metrics; times and provenance may differ."""
+    """Images and weights are equal in every byte, metrics in value; times and provenance may differ."""
     for path in sorted(theirs.glob("results/**/*")):
         if path.name in ("weights.safetensors", "images.npy"):
             assert (ours / path.relative_to(theirs)).read_bytes() == path.read_bytes(), path
     for table in ("metrics.csv", "mechanism.csv"):
-        found, expected = (pd.read_csv(root / "reports" / table).drop(columns="seconds") for root in (ours, theirs))
+        found, expected = (pd.read_csv(root / REPORT / table).drop(columns="seconds") for root in (ours, theirs))
         pd.testing.assert_frame_equal(found, expected)
     left = [path for path in ours.glob("results/**/.*") if not path.name.endswith(".lock")]
     assert not left and not list(ours.glob("results/**/state.partial.pt"))
 
 
 def assert_tracked_once(project):
-    """Each run of the reduced study is finished in MLflow, and has each of its steps once."""
+    """Each run of the reduced study is finished in MLflow and has each of its steps once."""
     database = sqlite3.connect(f"file:{project}/mlflow.db?mode=ro", uri=True)
     runs = database.execute("select name, status from runs").fetchall()
     names = ["openmoji", *(f"{arm} seed {k}" for arm in ("uni05", "under05") for k in (0, 1))]

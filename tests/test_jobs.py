@@ -1,4 +1,4 @@
-"""What stands between Snakemake and the work: counts before anything is spent, the queue of a cluster, mistakes."""
+"""Checks before the first job, the queue of a cluster, and the errors of jobs."""
 
 import errno
 import logging
@@ -13,11 +13,11 @@ from snakemake.exceptions import WorkflowError
 
 from convergence import jobs, layout, snakefile
 from convergence.errors import StudyError
-from diffusion.errors import Stopped
+from diffusion.errors import FileError, Stopped
 
 
 def study(folder, held_out):
-    """A study of four pictures, some of them held out."""
+    """Writes a study of four images, some of them held out."""
     (folder / "pictures").mkdir()
     for index in range(4):
         Image.fromarray(np.full((8, 8, 3), index, np.uint8)).save(folder / f"pictures/{index}.png")
@@ -28,66 +28,103 @@ def study(folder, held_out):
 
 
 @pytest.mark.parametrize("held_out", [4, 9])
-def test_what_is_held_out_leaves_some_to_train_on(tmp_path, monkeypatch, held_out):
+def test_held_out_images_must_leave_some_to_train_on(tmp_path, monkeypatch, held_out):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, held_out)
-    told = f"mine.yaml: dataset.held_out: {held_out} of 4 pictures leaves none to train on: lower it"
-    with pytest.raises(StudyError, match=told):
+    with pytest.raises(StudyError, match=rf"mine.yaml: dataset.held_out: {held_out} of 4 .*: lower it"):
         snakefile.load_experiments({"experiments": "mine"}, tmp_path)
 
 
-def test_pictures_are_counted_by_their_names_and_after_they_were_prepared(tmp_path, monkeypatch):
+def test_images_are_counted_by_their_names_or_in_the_prepared_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, 2)
     experiment = snakefile.load_experiments({"experiments": " mine.yaml"}, tmp_path)["mine"]
     directory = layout.dataset_directory(experiment.dataset)
     directory.mkdir(parents=True)
     (directory / "manifest.json").write_text('{"count": 2}')
-    with pytest.raises(StudyError, match="2 of 2 pictures leaves none to train on"):
+    with pytest.raises(StudyError, match="dataset.held_out: 2 of 2 .*: lower it"):
         snakefile.load_experiments({"experiments": "mine"}, tmp_path)
     (directory / "manifest.json").unlink()
     for picture in (tmp_path / "pictures").iterdir():
         picture.rename(picture.with_suffix(".txt"))
-    with pytest.raises(StudyError, match="there are no pictures in pictures: name a folder"):
+    with pytest.raises(StudyError, match="dataset: there are no images in pictures: name a folder"):
         snakefile.load_experiments({"experiments": "mine"}, tmp_path)
 
 
-def test_enough_may_be_held_out(tmp_path, monkeypatch):
+def test_some_images_may_be_held_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, 2)
     assert set(snakefile.load_experiments({"experiments": "mine"}, tmp_path)) == {"mine"}
 
 
 @pytest.mark.parametrize("squeue", [None, "#!/bin/sh\nexit 3\n"])
-def test_a_queue_that_cannot_be_seen_is_told(tmp_path, monkeypatch, squeue):
+def test_a_failing_squeue_is_reported(tmp_path, monkeypatch, squeue):
     if squeue:
         (tmp_path / "squeue").write_text(squeue)
         (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        WorkflowError, match=r"squeue fails \(.*\): start this on a login node of the cluster, or without"
-    ):
+    with pytest.raises(WorkflowError, match=r"squeue fails \(.*\): .*login node.*--workflow-profile"):
         snakefile.cancel_left_jobs([("train", ["a"])])
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (StudyError("a mistake"), "a mistake"),
         (Stopped("stopped"), "stopped"),
-        (KeyboardInterrupt(), "the same command does it again"),
+        (KeyboardInterrupt(), "run the same command again"),
         (torch.OutOfMemoryError("CUDA out of memory"), "the memory of the GPU is full"),
-        (OSError(errno.ENOSPC, "No space left", "a.pt"), "a.pt: No space left: make room"),
+        (OSError(errno.ENOSPC, "No space left", "a.pt"), "a.pt: No space left: free space"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(caplog, error, said):
+def test_errors_of_the_user_are_reported_in_a_sentence(caplog, error, message):
     with pytest.raises(SystemExit) as ended, jobs.exit_on_job_error():
         raise error
-    assert ended.value.code == 1 and len(caplog.records) == 1 and said in caplog.text
+    assert ended.value.code == 1 and len(caplog.records) == 1 and message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "exists", "remedy"),
+    [
+        ("results/a/state.pt", True, ": delete it and run the same command again"),
+        ("results/a/state.pt", False, ": run the same command again"),
+        ("downloads/a.pt", True, ""),
+    ],
+)
+def test_an_unusable_file_of_the_results_is_to_be_made_again(tmp_path, monkeypatch, caplog, path, exists, remedy):
+    monkeypatch.chdir(tmp_path)
+    if exists:
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(b"")
+    with pytest.raises(SystemExit), jobs.exit_on_job_error():
+        raise FileError(path, "is damaged")
+    assert caplog.messages == [f"{path}: is damaged{remedy}"]
+
+
+def test_the_last_lines_name_only_files_of_this_call(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path, 2)
+    experiments = snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+    layout.FIGURE.parent.mkdir()
+    layout.FIGURE.write_bytes(b"of another call")
+    snakefile.print_results(experiments, {layout.report_directory("mine") / "metrics.csv"}, [], tmp_path)
+    assert not capsys.readouterr().err
+    snakefile.print_results(experiments, {layout.FIGURE}, ["mine: http://host/1"], tmp_path)
+    lines = capsys.readouterr().err
+    assert str(layout.FIGURE.resolve()) in lines and "verdict" not in lines
+    assert "`make report EXPERIMENTS=mine`" in lines and "`make ui`" in lines and "  mine: http://host/1" in lines
+
+
+def test_the_report_command_holds_the_options_that_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert snakefile.report_command(["a", "b"], tmp_path) == "make report EXPERIMENTS=a,b"
+    for command in snakefile.report_command(["a"], tmp_path / "clone").split(" && "):
+        assert f"--snakefile {tmp_path}/clone/Snakefile --directory {tmp_path} " in command
+        assert command.endswith("--config experiments=a")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(errno.EIO, "a fault")])
-def test_what_is_no_mistake_of_the_user_stays_as_it_is(caplog, error):
+def test_bugs_keep_their_traceback(caplog, error):
     with pytest.raises(type(error)), jobs.exit_on_job_error():
         raise error
     assert not caplog.records and logging.getLogger().handlers

@@ -1,4 +1,4 @@
-"""The workflow on a real SLURM: a cluster of this machine alone, on ports and a key of its own."""
+"""The workflow on a real SLURM: a cluster of one node, this machine, with its own ports and key."""
 
 import os
 import re
@@ -11,8 +11,9 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from projects import copy_project, edit, reduce, snakemake
+from projects import REPORT, copy_project, edit, reduce, snakemake
 
+METRICS = str(REPORT / "metrics.csv")
 DAEMONS = ["munged", "slurmctld", "slurmd"]
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +23,7 @@ pytestmark = [
     ),
 ]
 PROFILE = ["--workflow-profile", "workflow/profiles/slurm"]
-# A cluster this small answers at once. MLflow is another test's.
+# A cluster this small answers at once. Other tests cover MLflow.
 QUICK = ["--slurm-init-seconds-before-status-checks", "2", "--latency-wait", "5", "--config", "tracking=off"]
 CONFIG = """
 ClusterName=test
@@ -52,24 +53,24 @@ GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 Gres=gpu:4 RealMemory=1000000 State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# Any devices will do: nothing computes on them.
+# Any device files serve as GPUs: no job computes on them.
 GPUS = "".join(f"Name=gpu File=/dev/{name}\n" for name in ("full", "null", "random", "zero"))
 
 
 def wait_for(happened, seconds=180):
     deadline = time.monotonic() + seconds
     while not (result := happened()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
         time.sleep(0.05)
     return result
 
 
-def told(*command):
+def output_of(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def queue(format="%i", *arguments):
-    return told("squeue", "--noheader", f"--format={format}", *arguments).splitlines()
+    return output_of("squeue", "--noheader", f"--format={format}", *arguments).splitlines()
 
 
 def free_port():
@@ -80,7 +81,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A SLURM of one node. Gives the node's name."""
+    """A SLURM cluster of one node; the value is the name of the node."""
     root, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
     for name in ("state", "spool", "bin"):
         (root / name).mkdir()
@@ -88,7 +89,7 @@ def cluster(tmp_path_factory):
     (root / "munge.key").chmod(0o400)
     (root / "slurm.conf").write_text(CONFIG.format(root=root, host=host, ports=[free_port(), free_port()]))
     (root / "gres.conf").write_text(GPUS)
-    # The plugin takes SLURM_CONF from the environment of srun; a cluster that is installed has it in /etc.
+    # The plugin removes SLURM_CONF from the environment of srun; an installed cluster has its file in /etc.
     (root / "bin/srun").write_text(f'#!/bin/sh\nSLURM_CONF={root}/slurm.conf exec {shutil.which("srun")} "$@"\n')
     (root / "bin/srun").chmod(0o755)
     commands = [
@@ -118,19 +119,19 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The default study, reduced to a seed, trained on this machine without SLURM."""
+    """The default study, reduced to one seed, trained on this machine without SLURM."""
     project = copy_project(tmp_path_factory.mktemp("undisturbed"))
     edit(project, reduce)
     changes = {"seeds": [0], "checkpoints": [200], "probe": None, "device": "cpu"}
     edit(project, lambda study: study.update(changes))
-    done = snakemake(project, "--config", "tracking=off", "--until", "train", "reference", target="reports/metrics.csv")
+    done = snakemake(project, "--config", "tracking=off", "--until", "train", "reference", target=METRICS)
     assert done.returncode == 0, done.stdout + done.stderr
     return project
 
 
 @pytest.fixture(scope="module")
 def finished(cluster, undisturbed, tmp_path_factory):
-    """The same study through SLURM, to the figure."""
+    """The same study, run through SLURM to the figure."""
     project = tmp_path_factory.mktemp("finished") / "study"
     shutil.copytree(undisturbed, project, symlinks=True)
     for made in ("openmoji", "references"):
@@ -143,7 +144,7 @@ def finished(cluster, undisturbed, tmp_path_factory):
 
 @pytest.fixture
 def project(cluster, undisturbed, tmp_path):
-    """The study with its dataset and reference; all else is still to be done."""
+    """The study with only its dataset and reference."""
     project = tmp_path / "study"
     shutil.copytree(undisturbed, project, symlinks=True)
     shutil.rmtree(project / "results/openmoji")
@@ -163,7 +164,7 @@ def same_weights(project, undisturbed, paths):
 
 @contextmanager
 def running(project, *arguments, targets):
-    """Snakemake in the background; killed at the end, if it still runs. What it says goes to run.log."""
+    """Snakemake in the background; killed at the end if it still runs. Its output is in run.log."""
     command = [sys.executable, "-m", "snakemake", *PROFILE, *QUICK, *arguments, "--", *targets]
     with (project / "run.log").open("w") as log:
         process = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
@@ -175,43 +176,43 @@ def running(project, *arguments, targets):
 
 
 def hold_trainer(project):
-    """Wait until a trainer is at work on a segment, and stop it there. Gives its SLURM job and its train.log.
+    """Wait until a process trains a segment, and stop it. Returns its SLURM job and the train.log of the segment.
 
-    So no machine is too quick for what is to befall the job. SLURM wakes what it ends.
+    So no machine is too fast for the fault that follows. SLURM wakes the processes that it ends.
     """
 
-    def at_work():
-        logs = project.glob("results/openmoji/*/seed0/step200/log.csv")
-        return next((path for path in logs if len(path.read_text().splitlines()) > 5), None)
+    def segment():
+        logs = project.glob("results/openmoji/*/seed0/log.csv")
+        return next((path.parent / "step200" for path in logs if len(path.read_text().splitlines()) > 5), None)
 
-    log = wait_for(at_work)
+    directory = wait_for(segment)
     for job in queue("%i", "--states=running"):
-        for pid in (line.split()[0] for line in told("scontrol", "listpids", job).splitlines()[1:]):
+        for pid in (line.split()[0] for line in output_of("scontrol", "listpids", job).splitlines()[1:]):
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 command = file.read()
             if b".train.py" in command:
                 os.kill(int(pid), signal.SIGSTOP)
-                assert not log.with_name("weights.safetensors").exists()
-                return job, log.with_name("train.log")
+                assert not (directory / "weights.safetensors").exists()
+                return job, directory / "train.log"
     raise AssertionError("no trainer in the queue")
 
 
-def resumed_where_it_stopped(project, job, log):
-    """Whether training stopped once, in this SLURM job, and went on from that very step."""
-    (said,) = project.glob(f".snakemake/slurm_logs/rule_train/*/{job}.log")
-    stopped = re.findall(r"stopped at step (\d+) of 200", said.read_text())
-    return len(set(stopped)) == 1 and re.findall(r"going on from step (\d+)", log.read_text()) == stopped[:1]
+def resumed_at_the_same_step(project, job, log):
+    """Whether training stopped once, in this SLURM job, and resumed at exactly that step."""
+    (slurm_log,) = project.glob(f".snakemake/slurm_logs/rule_train/*/{job}.log")
+    stopped = re.findall(r"stopped at step (\d+) of 200", slurm_log.read_text())
+    return len(set(stopped)) == 1 and re.findall(r"resuming from step (\d+)", log.read_text()) == stopped[:1]
 
 
 def test_the_study_goes_through_slurm_to_the_figure(finished, undisturbed):
     assert (finished / "reports/fid_curves.png").stat().st_size > 10_000
     assert same_weights(finished, undisturbed, weights(undisturbed))
     log = (finished / "run.log").read_text()
-    # A reference, 2 segments, 2 samplings, 2 evaluations; the rest is done where Snakemake runs.
-    assert log.count("has been submitted with SLURM jobid") == 7 and "Trying to restart" not in log
+    # 1 reference, 2 segments, 2 evaluations; the other jobs run where Snakemake runs.
+    assert log.count("has been submitted with SLURM jobid") == 5 and "Trying to restart" not in log
 
 
-def test_a_job_over_its_time_limit_goes_on_by_itself(project, undisturbed):
+def test_a_job_over_its_time_limit_resumes_by_itself(project, undisturbed):
     target = weights(undisturbed)[0]
     with running(project, targets=[target]) as process:
         job, log = hold_trainer(project)
@@ -220,10 +221,10 @@ def test_a_job_over_its_time_limit_goes_on_by_itself(project, undisturbed):
         wait_for(lambda: queue("%T", "--states=all", f"--jobs={job}") == ["TIMEOUT"])
         assert process.wait(timeout=240) == 0, (project / "run.log").read_text()
     assert "SLURM status is: 'TIMEOUT'" in (project / "run.log").read_text()
-    assert resumed_where_it_stopped(project, job, log) and same_weights(project, undisturbed, [target])
+    assert resumed_at_the_same_step(project, job, log) and same_weights(project, undisturbed, [target])
 
 
-def test_a_cancelled_job_goes_on_at_the_next_start(project, undisturbed):
+def test_a_cancelled_job_resumes_at_the_next_start(project, undisturbed):
     target = weights(undisturbed)[0]
     with running(project, "--retries", "0", targets=[target]) as process:
         job, log = hold_trainer(project)
@@ -233,27 +234,27 @@ def test_a_cancelled_job_goes_on_at_the_next_start(project, undisturbed):
     assert log.with_name("state.partial.pt").exists()
     done = snakemake(project, *PROFILE, *QUICK, target=target)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert resumed_where_it_stopped(project, job, log) and same_weights(project, undisturbed, [target])
+    assert resumed_at_the_same_step(project, job, log) and same_weights(project, undisturbed, [target])
 
 
 def test_a_killed_snakemake_leaves_no_second_trainer_and_loses_nothing(project, undisturbed):
-    # Both CPUs for a job: one trains, the other waits.
+    # Each job takes both CPUs: one trains, the other waits.
     wide = ["--set-resources", "train:cpus_per_task=2"]
-    with running(project, *wide, targets=["reports/metrics.csv"]) as process:
+    with running(project, *wide, targets=[METRICS]) as process:
         job, log = hold_trainer(project)
         wait_for(lambda: sorted(queue("%T")) == ["PENDING", "RUNNING"])
         process.kill()
     orphans = queue()
     assert len(orphans) == 2
-    done = snakemake(project, *PROFILE, "--unlock", target="reports/metrics.csv")
+    done = snakemake(project, *PROFILE, "--unlock", target=METRICS)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = snakemake(project, *PROFILE, *QUICK, target="reports/metrics.csv", timeout=300)
+    done = snakemake(project, *PROFILE, *QUICK, target=METRICS, timeout=300)
     text = done.stdout + done.stderr
     assert done.returncode == 0 and "Trying to restart" not in text, text
-    assert "left are cancelled first" in text and all(orphan in text for orphan in orphans)
-    # 2 segments, 2 samplings, 2 evaluations: once each.
-    assert text.count("has been submitted with SLURM jobid") == 6
-    assert resumed_where_it_stopped(project, job, log) and same_weights(project, undisturbed, weights(undisturbed))
+    assert "Cancelling the SLURM jobs of a killed Snakemake" in text and all(orphan in text for orphan in orphans)
+    # 2 segments and 2 evaluations, once each.
+    assert text.count("has been submitted with SLURM jobid") == 4
+    assert resumed_at_the_same_step(project, job, log) and same_weights(project, undisturbed, weights(undisturbed))
 
 
 @contextmanager
@@ -265,7 +266,7 @@ def drained(node):
         subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
 
 
-def test_a_drained_node_ends_what_it_has_and_the_rest_waits(cluster, project, undisturbed):
+def test_a_drained_node_finishes_its_jobs_and_the_others_wait(cluster, project, undisturbed):
     targets = weights(undisturbed)
     with running(project, "--set-resources", "train:cpus_per_task=2", targets=targets) as process:
         first = wait_for(lambda: queue("%i", "--states=running"))
@@ -286,14 +287,14 @@ def test_a_drained_node_ends_what_it_has_and_the_rest_waits(cluster, project, un
         ("slurm-multi-gpu", 1, ["NumCPUs=4", "TresPerJob=gres:gpu:4", "MinMemoryNode=62.50G"]),
     ],
 )
-def test_jobs_ask_for_what_they_need(cluster, project, undisturbed, profile, processes, expected):
+def test_jobs_request_what_they_need(cluster, project, undisturbed, profile, processes, expected):
     edit(project, lambda study: study.update(device="auto", processes=processes))
     arguments = ["--workflow-profile", f"workflow/profiles/{profile}"]
     with drained(cluster), running(project, *arguments, targets=weights(undisturbed)[:1]) as process:
         (job,) = wait_for(queue)
-        asked = told("scontrol", "--oneliner", "show", "job", job).split()
-        # 2 x 200 steps of 3 calls of the net, 0.1 s each, and what the GPU takes; 10 minutes to start.
-        assert {*expected, "TimeLimit=00:13:00", "NumNodes=1-1"} <= set(asked), asked
+        request = output_of("scontrol", "--oneliner", "show", "job", job).split()
+        # 2 x 200 steps of 3 calls of the net, 0.1 s each, and the time on the GPU; 10 minutes to start.
+        assert {*expected, "TimeLimit=00:13:00", "NumNodes=1-1"} <= set(request), request
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
     wait_for(lambda: not queue())

@@ -1,23 +1,28 @@
-# Loads the chosen experiments and finds, for the wildcards of a rule, the settings that it needs.
+# Loads the selected studies, and finds the settings of a job from its wildcards.
 
+import json
 import sys
 from pathlib import Path
 
-# The packages that this file and the scripts import lie beside the Snakefile.
+# The packages that this file and the scripts import are next to the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile
+from convergence.provenance import stale_runs
+from convergence.schema import Evaluate
 from diffusion.errors import InputError
 
+ROOT = Path(workflow.basedir)
 snakefile.set_environment(workflow.basedir)
 snakefile.quiet_output()
 try:
-    EXPERIMENTS = snakefile.load_experiments(config, Path(workflow.basedir) / "experiments")
+    EXPERIMENTS = snakefile.load_experiments(config)
     if workflow.is_main_process:
         snakefile.check_writable()
         snakefile.check_extractors(EXPERIMENTS)
+        snakefile.print_warnings(EXPERIMENTS.values())
 except InputError as error:
-    sys.exit(str(error))  # an error of Snakemake's would wrap the sentence in places of this file
+    sys.exit(str(error))  # Snakemake would add the line of this file to any other exception
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {
@@ -25,7 +30,7 @@ REFERENCES = {
     for e in EXPERIMENTS.values()
     for features in e.evaluate.features
 }
-# (study, directory of the arm) -> (experiment, run); the untrained net stands for the first arm that starts from it.
+# (study, directory of the arm) -> (experiment, run). The untrained net has the run of the first arm that starts from it.
 RUNS = {
     (e.name, directory): (e, run)
     for e in EXPERIMENTS.values()
@@ -49,11 +54,19 @@ onstart:
 
 
 onsuccess:
-    snakefile.print_results(snakefile.stop_tracking())
+    tracked = snakefile.stop_tracking(EXPERIMENTS)
+    snakefile.print_warnings(EXPERIMENTS.values())
+    snakefile.print_results(EXPERIMENTS, outputs_of_this_call(), tracked, ROOT)
 
 
 onerror:
-    snakefile.stop_tracking()
+    snakefile.stop_tracking(EXPERIMENTS)
+
+
+def outputs_of_this_call():
+    """The outputs of all jobs of this call, also of those that were up to date."""
+    dag = workflow.dag
+    return {Path(file) for job in dag.bfs(dag.dependencies, *dag.targetjobs) for file in job.output}
 
 
 def experiment_of(wildcards):
@@ -86,33 +99,26 @@ def processes_of(wildcards):
 
 
 def previous_step(wildcards):
-    """The checkpoint that a segment goes on from; 0: it starts from the seed alone."""
+    """The checkpoint that a segment starts from; 0 if it starts from the untrained net."""
     return max((s for s in experiment_of(wildcards).steps if s < int(wildcards.step)), default=0)
 
 
 def previous_state(wildcards):
     step = previous_step(wildcards)
-    return f"results/{wildcards.study}/{wildcards.arm}/seed{wildcards.seed}/step{step}/state.pt" if step else []
+    return str(layout.STEP / "state.pt").format(**{**dict(wildcards.items()), "step": step}) if step else []
 
 
-def droppable(path):
-    """Kept if any chosen study asks for it: whether an output is temporary cannot depend on wildcards."""
-    return path if any(e.sample.keep for e in EXPERIMENTS.values()) else temp(path)
+def sample_settings(experiment):
+    """What determines the samples: not whether they are kept."""
+    return experiment.sample.model_copy(update={"keep": False}).canonical()
 
 
-def reference_of(experiment):
-    """Which images are the reference: arguments of `reference_key`."""
+def reference_settings(experiment, features):
+    """What determines the reference features of one extractor: not the metrics and the other extractors."""
     evaluate = experiment.evaluate
-    return {
-        "part": evaluate.reference,
-        "held_out": experiment.dataset.held_out,
-        "count": evaluate.reference_images,
-    }
-
-
-def weights_of(experiment):
-    """Where extractors find weights that lie elsewhere: arguments of `load_extractor` by name."""
-    return {name: weights.model_dump(mode="json") for name, weights in experiment.evaluate.weights.items()}
+    weights = {name: file for name, file in evaluate.weights.items() if name == features}
+    part = {"reference": evaluate.reference, "reference_images": evaluate.reference_images}
+    return Evaluate(features=(features,), weights=weights, **part).canonical()
 
 
 def references_of(wildcards):
@@ -125,20 +131,45 @@ def checkpoint_files(study, name):
 
 
 def probe_files(study):
-    """The probes of a study: of all checkpoints that are trained, unless it has none."""
+    """The probes of all trained checkpoints of a study, unless it has no section `probe`."""
     experiment = EXPERIMENTS[study]
     if experiment.probe is None:
         return []
     return [directory / "probe.csv" for _, _, step, directory in layout.checkpoints(experiment) if step > 0]
 
 
+def external_curves(study):
+    """The table of curves from other people, if the study names one."""
+    path = EXPERIMENTS[study].external_curves
+    return [path] if path else []
+
+
+def kept_samples(study):
+    """The samples of all checkpoints, if the study keeps them."""
+    return checkpoint_files(study, "samples.npy") if EXPERIMENTS[study].sample.keep else []
+
+
+def comparison_settings(experiment):
+    """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
+    return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
+
+
+def preview_cells(experiment):
+    """(arm, seed, step, training images, preview) of each checkpoint of the first seed."""
+    return [
+        (arm, seed, step, step * experiment.run(arm).train.batch_size, str(path / "preview.png"))
+        for arm, seed, step, path in layout.checkpoints(experiment)
+        if seed == experiment.seeds[0]
+    ]
+
+
 def minutes(request):
-    """The resource `runtime` of a rule, of a function that gives the request of a job. A second attempt asks for more."""
+    """The resource `runtime`, from a function that returns the request of a job. Each further attempt asks for more."""
     return lambda wildcards, input, attempt: min(attempt * request(wildcards, input).minutes, resources.LONGEST_MINUTES)
 
 
 def megabytes(request):
-    """The resource `mem_mb` of a rule, likewise."""
+    """The resource `mem_mb`, in the same way."""
     return lambda wildcards, input, attempt: attempt * request(wildcards, input).megabytes
 
 
@@ -162,13 +193,10 @@ def train_request(wildcards, input):
     return resources.train(run_of(wildcards), steps, images, gpus_of(wildcards), processes_of(wildcards))
 
 
-def sample_request(wildcards, input):
-    return resources.sample(run_of(wildcards), experiment_of(wildcards).sample, gpus_of(wildcards))
-
-
 def evaluate_request(wildcards, input):
     experiment = experiment_of(wildcards)
-    return resources.evaluate(experiment, images_of(experiment, input), threads_of(wildcards), gpus_of(wildcards))
+    images = images_of(experiment, input)
+    return resources.sample_and_evaluate(experiment, run_of(wildcards), images, gpus_of(wildcards))
 
 
 def probe_request(wildcards, input):

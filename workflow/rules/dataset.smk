@@ -1,12 +1,12 @@
-# Pictures from anywhere become one array of equal squares.
+# The images of any source become one array of squares of equal size.
 
 
 rule dataset:
     output:
-        images="results/datasets/{dataset}/images.npy",
-        manifest="results/datasets/{dataset}/manifest.json",
+        images=layout.DATASET / "images.npy",
+        manifest=layout.DATASET / "manifest.json",
     log:
-        "results/datasets/{dataset}/prepare.log",
+        layout.DATASET / "prepare.log",
     conda:
         "../../environment.yml"
     resources:

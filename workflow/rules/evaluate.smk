@@ -1,13 +1,13 @@
-# Samples against the dataset, by the features of a fixed network.
+# Each checkpoint is sampled from the same latents, and its samples are compared with the dataset in the same job.
 
 
 rule reference:
     input:
         unpack(lambda wildcards: dataset_files(REFERENCES[wildcards.reference][0])),
     output:
-        "results/references/{reference}.npz",
+        layout.REFERENCES / "{reference}.npz",
     log:
-        "results/references/{reference}.log",
+        layout.REFERENCES / "{reference}.log",
     conda:
         "../../environment.yml"
     threads: lambda wildcards: REFERENCES[wildcards.reference][0].train.threads
@@ -16,9 +16,9 @@ rule reference:
         runtime=minutes(reference_request),
         mem_mb=megabytes(reference_request),
     params:
+        evaluate=lambda wildcards: reference_settings(*REFERENCES[wildcards.reference]),
         features=lambda wildcards: REFERENCES[wildcards.reference][1],
-        weights=lambda wildcards: weights_of(REFERENCES[wildcards.reference][0]),
-        reference=lambda wildcards: reference_of(REFERENCES[wildcards.reference][0]),
+        held_out=lambda wildcards: REFERENCES[wildcards.reference][0].dataset.held_out,
     message:
         "Reference features {wildcards.reference}"
     script:
@@ -28,14 +28,16 @@ rule reference:
 rule evaluate:
     input:
         unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
-        samples="results/{study}/{arm}/seed{seed}/step{step}/samples.npy",
-        digest="results/{study}/{arm}/seed{seed}/step{step}/samples.sha256",
-        provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
+        weights=layout.STEP / "weights.safetensors",
+        provenance=layout.STEP / "provenance.json",
         references=references_of,
     output:
-        "results/{study}/{arm}/seed{seed}/step{step}/metrics.csv",
+        metrics=layout.STEP / "metrics.csv",
+        preview=layout.STEP / "preview.png",
+        # Written for all selected studies if one of them keeps its samples: outputs cannot depend on wildcards.
+        samples=[layout.STEP / "samples.npy"] if any(e.sample.keep for e in EXPERIMENTS.values()) else [],
     log:
-        "results/{study}/{arm}/seed{seed}/step{step}/evaluate.log",
+        layout.STEP / "evaluate.log",
     conda:
         "../../environment.yml"
     threads: threads_of
@@ -44,10 +46,9 @@ rule evaluate:
         runtime=minutes(evaluate_request),
         mem_mb=megabytes(evaluate_request),
     params:
-        features=lambda wildcards: list(experiment_of(wildcards).evaluate.features),
-        weights=lambda wildcards: weights_of(experiment_of(wildcards)),
-        reference=lambda wildcards: reference_of(experiment_of(wildcards)),
-        metrics=lambda wildcards: list(experiment_of(wildcards).evaluate.metrics),
+        sample=lambda wildcards: sample_settings(experiment_of(wildcards)),
+        evaluate=lambda wildcards: experiment_of(wildcards).evaluate.canonical(),
+        held_out=lambda wildcards: experiment_of(wildcards).dataset.held_out,
     message:
         "Evaluate {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"
     script:

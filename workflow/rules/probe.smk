@@ -1,15 +1,15 @@
-# Why an arm converges as it does: loss and gradient noise of every checkpoint, timestep by timestep.
+# The loss and the gradient noise of every checkpoint, in bins of timesteps.
 
 
 rule probe:
     input:
         unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
-        weights="results/{study}/{arm}/seed{seed}/step{step}/weights.safetensors",
-        provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
+        weights=layout.STEP / "weights.safetensors",
+        provenance=layout.STEP / "provenance.json",
     output:
-        "results/{study}/{arm}/seed{seed}/step{step}/probe.csv",
+        layout.STEP / "probe.csv",
     log:
-        "results/{study}/{arm}/seed{seed}/step{step}/probe.log",
+        layout.STEP / "probe.log",
     wildcard_constraints:
         arm="(?!init-)[a-z0-9_]+-[0-9a-f]{8}",
     conda:
@@ -21,7 +21,7 @@ rule probe:
         mem_mb=megabytes(probe_request),
     params:
         run=lambda wildcards: run_of(wildcards).canonical(),
-        probe=lambda wildcards: experiment_of(wildcards).probe.model_dump(),
+        probe=lambda wildcards: experiment_of(wildcards).probe.canonical(),
     message:
         "Probe {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"
     script:

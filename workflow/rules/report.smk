@@ -1,26 +1,32 @@
-# One table, its figures, the verdict, and the pages of the report.
+# The tables, figures, verdict and pages of each study, and the figure and front page of all selected studies.
 
 
-# Written by the rule `pages`, from workflow/report/front.rst and the verdict.
-report: Path("reports/pages/front.rst").resolve()
+# Written by the rule `front` from workflow/report/front.rst and the verdicts.
+report: layout.FRONT_PAGE.resolve()
 
 
 localrules:
-    collect,
     metrics,
     mechanism,
     verdict,
     figures,
+    fid_curves,
     pages,
+    front,
 
 
-rule collect:
+rule metrics:
     input:
         lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
     output:
-        "results/{study}/metrics.csv",
+        report(
+            layout.REPORT / "metrics.csv",
+            caption="../report/metrics.rst",
+            category="2. Curves",
+            labels={"study": "{study}", "content": "Numbers (CSV)"},
+        ),
     log:
-        "results/{study}/collect.log",
+        layout.RESULTS / "{study}/metrics.log",
     conda:
         "../../environment.yml"
     params:
@@ -28,183 +34,195 @@ rule collect:
     message:
         "Collect the metrics of {wildcards.study}"
     script:
-        "../scripts/collect.py"
-
-
-rule metrics:
-    input:
-        expand("results/{study}/metrics.csv", study=EXPERIMENTS),
-    output:
-        report(
-            "reports/metrics.csv",
-            caption="../report/metrics.rst",
-            category="2. Curves",
-            labels={"content": "Numbers (CSV)"},
-        ),
-    log:
-        "results/metrics.log",
-    conda:
-        "../../environment.yml"
-    message:
-        "Collect the metrics of all studies"
-    script:
         "../scripts/metrics.py"
 
 
 rule mechanism:
     input:
-        [path for study in EXPERIMENTS for path in probe_files(study)],
+        lambda wildcards: probe_files(wildcards.study),
     output:
         table=report(
-            "reports/mechanism.csv",
+            layout.REPORT / "mechanism.csv",
             caption="../report/mechanism_table.rst",
             category="5. Mechanism",
-            labels={"content": "Numbers (CSV)"},
+            labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
         figure=report(
-            "reports/mechanism.png",
+            layout.REPORT / "mechanism.png",
             caption="../report/mechanism.rst",
             category="5. Mechanism",
-            labels={"content": "Loss and gradient noise"},
+            labels={"study": "{study}", "content": "Loss and gradient noise"},
         ),
     log:
-        "results/mechanism.log",
+        layout.RESULTS / "{study}/mechanism.log",
     conda:
         "../../environment.yml"
     params:
-        comparisons={
-            e.name: {key: e.comparison[key] for key in ("baseline", "candidates")} for e in EXPERIMENTS.values()
+        compare=lambda wildcards: {
+            key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
         },
     message:
-        "Collect the probes and draw them"
+        "Collect and draw the probes of {wildcards.study}"
     script:
         "../scripts/mechanism.py"
 
 
 rule verdict:
     input:
-        metrics="reports/metrics.csv",
-        mechanism="reports/mechanism.csv",
+        metrics=layout.REPORT / "metrics.csv",
+        mechanism=layout.REPORT / "mechanism.csv",
     output:
+        verdict=layout.REPORT / "verdict.json",
+        markdown=layout.REPORT / "verdict.md",
         speedups=report(
-            "reports/speedup.csv",
+            layout.REPORT / "speedup.csv",
             caption="../report/speedup.rst",
             category="1. Verdict",
-            labels={"content": "Numbers (CSV)"},
+            labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
-        verdict="reports/verdict.md",
         forest=report(
-            "reports/speedups.png",
+            layout.REPORT / "speedups.png",
             caption="../report/forest.rst",
             category="1. Verdict",
-            labels={"content": "Forest plot"},
+            labels={"study": "{study}", "content": "Forest plot"},
         ),
     log:
-        "results/verdict.log",
+        layout.RESULTS / "{study}/verdict.log",
     conda:
         "../../environment.yml"
     params:
-        comparisons={e.name: e.compare and e.comparison for e in EXPERIMENTS.values()},
+        compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
+        # Snakemake computes params again right before a job, so runs that were just trained again are not among them.
+        warnings=lambda wildcards: stale_runs(EXPERIMENTS[wildcards.study]),
     message:
-        "Compare the arms"
+        "Compare the arms of {wildcards.study}"
     script:
         "../scripts/verdict.py"
 
 
 rule figures:
     input:
-        metrics="reports/metrics.csv",
-        speedups="reports/speedup.csv",
-        previews=[path for study in EXPERIMENTS for path in checkpoint_files(study, "preview.png")],
-        published=[str(e.external_curves) for e in EXPERIMENTS.values() if e.external_curves],
+        metrics=layout.REPORT / "metrics.csv",
+        speedups=layout.REPORT / "speedup.csv",
+        previews=lambda wildcards: checkpoint_files(wildcards.study, "preview.png"),
+        external=lambda wildcards: external_curves(wildcards.study),
+        samples=lambda wildcards: kept_samples(wildcards.study),
     output:
         curves=report(
-            "reports/fid_curves.png",
+            layout.REPORT / "fid_curves.png",
             caption="../report/curves.rst",
             category="2. Curves",
-            labels={"content": "Curves"},
+            labels={"study": "{study}", "content": "Curves"},
         ),
-        curves_svg="reports/fid_curves.svg",
+        curves_svg=layout.REPORT / "fid_curves.svg",
         samples=report(
-            "reports/samples.png",
+            layout.REPORT / "samples.png",
             caption="../report/samples.rst",
             category="3. Samples",
-            labels={"content": "Samples"},
+            labels={"study": "{study}", "content": "Samples"},
         ),
         schedules=report(
-            "reports/schedules.png",
+            layout.REPORT / "schedules.png",
             caption="../report/schedules.rst",
             category="4. Schedules",
-            labels={"content": "Schedules"},
+            labels={"study": "{study}", "content": "Schedules"},
         ),
-        schedules_svg="reports/schedules.svg",
+        schedules_svg=layout.REPORT / "schedules.svg",
     log:
-        "results/figures.log",
+        layout.RESULTS / "{study}/figures.log",
     conda:
         "../../environment.yml"
     params:
-        published={e.name: str(e.external_curves) for e in EXPERIMENTS.values() if e.external_curves},
-        # The first seed of each arm is shown.
-        cells=[
-            (e.name, arm, seed, step, step * e.run(arm).train.batch_size, str(path / "preview.png"))
-            for e in EXPERIMENTS.values()
-            for arm, seed, step, path in layout.checkpoints(e)
-            if seed == e.seeds[0]
+        cells=lambda wildcards: preview_cells(EXPERIMENTS[wildcards.study]),
+        runs=lambda wildcards: [
+            (arm, EXPERIMENTS[wildcards.study].run(arm).canonical()) for arm in EXPERIMENTS[wildcards.study].arms
         ],
-        runs=[(e.name, arm, e.run(arm).canonical()) for e in EXPERIMENTS.values() for arm in e.arms],
     message:
-        "Draw the figures"
+        "Draw the figures of {wildcards.study}"
     script:
         "../scripts/figures.py"
 
 
+rule fid_curves:
+    input:
+        metrics=expand(rules.metrics.output, study=EXPERIMENTS),
+        speedups=expand(rules.verdict.output.speedups, study=EXPERIMENTS),
+        external=[path for study in EXPERIMENTS for path in external_curves(study)],
+        # Not read: they make this target draw all figures and the mechanism.
+        figures=expand([*rules.figures.output, *rules.mechanism.output], study=EXPERIMENTS),
+    output:
+        curves=report(
+            layout.FIGURE,
+            caption="../report/curves.rst",
+            category="2. Curves",
+            labels={"study": "all", "content": "Curves"},
+        ),
+        curves_svg=layout.FIGURE.with_suffix(".svg"),
+    log:
+        layout.RESULTS / "fid_curves.log",
+    conda:
+        "../../environment.yml"
+    message:
+        "Draw the curves of all selected studies"
+    script:
+        "../scripts/fid_curves.py"
+
+
 rule pages:
     input:
-        metrics="reports/metrics.csv",
-        verdict="reports/verdict.md",
-        manifests=[dataset_files(e)["manifest"] for e in EXPERIMENTS.values()],
-        provenances=[path for study in EXPERIMENTS for path in checkpoint_files(study, "provenance.json")],
+        verdict=layout.REPORT / "verdict.json",
+        metrics=layout.REPORT / "metrics.csv",
+        manifest=lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])["manifest"],
+        provenances=lambda wildcards: checkpoint_files(wildcards.study, "provenance.json"),
     output:
-        front="reports/pages/front.rst",
         verdict=report(
-            "reports/pages/verdict.html",
+            layout.REPORT / "pages/verdict.html",
             caption="../report/verdict.rst",
             category="1. Verdict",
-            labels={"content": "Answer and tables"},
+            labels={"study": "{study}", "content": "Answer and tables"},
         ),
         data=report(
-            "reports/pages/data.html",
+            layout.REPORT / "pages/data.html",
             caption="../report/data.rst",
             category="6. Data",
-            labels={"content": "Datasets"},
+            labels={"study": "{study}", "content": "Dataset"},
         ),
         provenance=report(
-            "reports/pages/provenance.html",
+            layout.REPORT / "pages/provenance.html",
             caption="../report/provenance.rst",
             category="7. Provenance",
-            labels={"content": "Provenance"},
+            labels={"study": "{study}", "content": "Provenance"},
         ),
         cost=report(
-            "reports/pages/cost.html",
+            layout.REPORT / "pages/cost.html",
             caption="../report/cost.rst",
             category="8. Cost",
-            labels={"content": "Training time"},
+            labels={"study": "{study}", "content": "Training time"},
         ),
     log:
-        "results/pages.log",
+        layout.RESULTS / "{study}/pages.log",
     conda:
         "../../environment.yml"
     params:
-        introduction=(Path(workflow.basedir) / "workflow/report/front.rst").read_text(encoding="utf-8"),
-        studies={
-            study: {
-                "manifest": str(dataset_files(e)["manifest"]),
-                "provenances": [str(path) for path in checkpoint_files(study, "provenance.json")],
-                "experiment": (Path(workflow.basedir) / "experiments" / f"{study}.yaml").read_text(encoding="utf-8"),
-            }
-            for study, e in EXPERIMENTS.items()
-        },
+        experiment=lambda wildcards: layout.study_file(wildcards.study).read_text(encoding="utf-8"),
     message:
-        "Write the pages of the report"
+        "Write the report pages of {wildcards.study}"
     script:
         "../scripts/pages.py"
+
+
+rule front:
+    input:
+        expand(rules.verdict.output.verdict, study=EXPERIMENTS),
+    output:
+        layout.FRONT_PAGE,
+    log:
+        layout.RESULTS / "front.log",
+    conda:
+        "../../environment.yml"
+    params:
+        introduction=(ROOT / "workflow/report/front.rst").read_text(encoding="utf-8"),
+    message:
+        "Write the front page of the report"
+    script:
+        "../scripts/front.py"

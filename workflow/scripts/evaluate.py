@@ -1,28 +1,44 @@
-"""Evaluate the samples of one checkpoint with every extractor of the study."""
+"""Sample one checkpoint and evaluate the samples with every feature extractor of the study."""
 
 from pathlib import Path
 
+import numpy as np
+
 from convergence.jobs import job, use_torch
+from convergence.schema import Evaluate
 from convergence.tables import of_checkpoint, write_table
-from diffusion.data.folder import read_images
+from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
+from diffusion.config import Sample
 from diffusion.evaluation.extractors import extract_features, load_extractor
 from diffusion.evaluation.reference import evaluate, load_reference, reference_key
-from diffusion.files import check_unchanged, read_json
+from diffusion.files import atomic_write, read_json
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
-    samples = read_images(Path(snakemake.input.samples))
-    check_unchanged(Path(snakemake.input.samples), Path(snakemake.input.digest).read_text())
-    about = read_json(Path(snakemake.input.provenance))
-    dataset = read_json(Path(snakemake.input.manifest))
+    input, output = snakemake.input, snakemake.output
+    sample = Sample.model_validate_json(snakemake.params.sample)
+    settings = Evaluate.model_validate_json(snakemake.params.evaluate)
+    provenance = read_json(Path(input.provenance))
+    dataset = read_json(Path(input.manifest))
+
+    checkpoint = load_checkpoint(Path(input.weights), device, provenance.get("sha256"))
+    samples = sample_checkpoint(checkpoint, sample, device)
+    del checkpoint  # the extractors need its memory
+    preview(samples, Path(output.preview))
+    for path in output.samples:
+        with atomic_write(Path(path)) as file:
+            np.save(file, samples)
+
     rows = []
-    params = snakemake.params
-    for name, path in zip(params.features, snakemake.input.references, strict=True):
-        extractor = load_extractor(name, device, **params.weights.get(name, {}))
-        reference = load_reference(path, reference_key(extractor, dataset["sha256"], **params.reference))
-        found = evaluate(extract_features(samples, extractor), reference, params.metrics)
-        rows += [row._asdict() | {"features": name} for row in found]
-    table = of_checkpoint(rows, snakemake.wildcards, about)
-    if about["diverged"] is not None:
-        table["reason"] = f"diverged at step {about['diverged']}"
-    write_table(table, Path(snakemake.output[0]))
+    for name, path in zip(settings.features, input.references, strict=True):
+        weights = settings.weights.get(name)
+        extractor = load_extractor(name, device, *(weights.path, weights.sha256) if weights else ())
+        key = reference_key(
+            extractor, dataset["sha256"], settings.reference, snakemake.params.held_out, settings.reference_images
+        )
+        estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics)
+        rows += [row._asdict() | {"features": name} for row in estimates]
+    table = of_checkpoint(rows, snakemake.wildcards, provenance)
+    if provenance["diverged"] is not None:
+        table["reason"] = f"diverged at step {provenance['diverged']}"
+    write_table(table, Path(output.metrics))
