@@ -1,4 +1,4 @@
-# A run is a chain of segments, checkpoint to checkpoint, and each segment is a job.
+# A run is a chain of segments from checkpoint to checkpoint. Each segment is a job.
 
 
 localrules:
@@ -7,7 +7,7 @@ localrules:
 
 rule initialise:
     input:
-        # Nothing is spent, on a net and its samples, before the images are known to be there.
+        # A dataset that cannot be prepared is reported before anything else is computed.
         manifest=lambda wildcards: ancient(dataset_files(experiment_of(wildcards))["manifest"]),
     output:
         weights="results/{study}/{arm}/seed{seed}/step0/weights.safetensors",
@@ -33,8 +33,8 @@ rule train:
     output:
         weights="results/{study}/{arm}/seed{seed}/step{step}/weights.safetensors",
         state="results/{study}/{arm}/seed{seed}/step{step}/state.pt",
-        log_csv="results/{study}/{arm}/seed{seed}/step{step}/log.csv",
         provenance="results/{study}/{arm}/seed{seed}/step{step}/provenance.json",
+    # log.csv in the directory of the run is not declared: all segments of the run write it.
     log:
         "results/{study}/{arm}/seed{seed}/step{step}/train.log",
     wildcard_constraints:
@@ -45,7 +45,7 @@ rule train:
     threads: lambda wildcards: threads_of(wildcards) * processes_of(wildcards)
     resources:
         gpu=lambda wildcards: gpus_of(wildcards) * processes_of(wildcards),
-        # Not a param: a run goes on where it was when their number changes.
+        # Not a param: another number of processes resumes a run and does not repeat it.
         processes=processes_of,
         runtime=minutes(train_request),
         mem_mb=megabytes(train_request),
