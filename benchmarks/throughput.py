@@ -19,7 +19,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,12 +204,12 @@ def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int
     model, schedule = untrained(run, 0)
     model = model.to(device()).to(memory_format=torch.channels_last).eval()
     checkpoint = Checkpoint(model, schedule, run.dataset.image_size)
-    sample, directory = load(options).sample, tempfile.mkdtemp()
+    sample = load(options).sample
     count = sample_batch(options)
     once = sample.model_copy(update={"images": count, "batch_size": count})
 
     def step() -> int:
-        sample_checkpoint(checkpoint, once, Path(directory, "samples.npy"), device())
+        sample_checkpoint(checkpoint, once, device())
         return count
 
     return step

@@ -1,50 +1,57 @@
-"""One training segment: in this process, or in several under torchrun that share its batches."""
+"""Trains one segment of a run: in this process, or in several processes that share its batches (torchrun)."""
 
 import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from convergence.errors import StudyError
 from convergence.jobs import exit_on_job_error, log_to, use_torch
 from diffusion.config import RunConfig
-from diffusion.data.arrays import training_images
+from diffusion.data.arrays import load_images
 from diffusion.errors import Stopped
 from diffusion.training.segment import train_segment
 
 
-class Segment(NamedTuple):
-    """What a process must know; it travels to the others as JSON."""
+class Segment(BaseModel):
+    """Everything that a training process must know. The other processes receive it as JSON."""
 
-    run: str
-    """`RunConfig`, as JSON."""
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    run: Annotated[RunConfig, PlainSerializer(lambda run: json.loads(run.canonical()))]
+    """Configuration of the run."""
     seed: int
-    dataset: str
+    """Seed of the run."""
+    dataset: Path
     """Directory of the prepared dataset."""
-    previous: str | None
-    """state.pt to go on from; None: from the seed alone."""
-    directory: str
-    """Receives the checkpoint."""
+    previous: Path | None
+    """state.pt of the previous checkpoint. None: the run starts from the seed."""
+    directory: Path
+    """Directory of this checkpoint."""
     until: int
-    """Its step."""
+    """Step of this checkpoint."""
     gpus: int
-    """Of one process: 0 or 1."""
+    """GPUs of each process: 0 or 1."""
     threads: int
-    """Of torch in one process."""
+    """CPU threads of torch in each process."""
     log: str
-    """File that every process adds to."""
+    """Log file, to which every process appends."""
     name: str
-    """What log lines begin with."""
+    """Prefix of log lines."""
 
 
 def drop_older_states(state: Path) -> None:
-    """Remove the states of a run before this one. A segment does so when it starts from this one, which Snakemake then
-    knows to be complete; the two newest states of a run always stay."""
+    """Removes the states of a run that are older than `state`.
+
+    A segment calls this when it starts from `state`, which Snakemake then knows to be complete. The two newest states
+    of a run always remain.
+    """
     step = int(state.parent.name.removeprefix("step"))
     for older in state.parent.parent.glob("step*/state.pt"):
         if int(older.parent.name.removeprefix("step")) < step:
@@ -52,27 +59,29 @@ def drop_older_states(state: Path) -> None:
 
 
 def train(segment: Segment, processes: int) -> None:
-    """Train a segment.
+    """Trains a segment.
 
     Raises:
-        Stopped: asked to stop; what was trained is kept.
-        StudyError: as `diffusion.training.segment.train_segment`, or a process failed.
+        Stopped: If training was asked to stop. Its state is saved.
+        StudyError: If `processes` does not divide the batch size, there are fewer GPUs than processes, or a process
+            failed.
+        InputError: If `diffusion.training.segment.train_segment` raises it.
     """
     if processes == 1:
         return _train_here(segment)
-    batch_size = RunConfig.model_validate_json(segment.run).train.batch_size
-    if batch_size % processes:  # a profile may ask for more than the study's own check has seen
-        raise StudyError(f"processes: {processes} do not divide the batch_size {batch_size}: ask for a divisor")
+    batch_size = segment.run.train.batch_size
+    if batch_size % processes:  # the study is checked, but a profile may set another number
+        raise StudyError(f"processes: {processes} does not divide the batch_size {batch_size}: use a divisor")
     if segment.gpus and torch.cuda.device_count() < processes:
         raise StudyError(
-            f"processes: {processes} need a GPU each, and torch finds {torch.cuda.device_count()}: ask for fewer"
+            f"processes: {processes} processes need a GPU each, but torch finds {torch.cuda.device_count()}: use fewer"
         )
-    # Late: they cost every job of one process a second.
+    # Imported late: these imports take a second, and most jobs have one process.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its table of failed processes repeats what they said themselves.
+    # Its table of failed processes repeats their own messages.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -86,32 +95,30 @@ def train(segment: Segment, processes: int) -> None:
         local_addr="localhost",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "convergence.train_job", json.dumps(segment))
+        elastic_launch(config, sys.executable)("-m", "convergence.train_job", segment.model_dump_json())
     except SignalException:
-        raise Stopped("stopped: the same command goes on from there") from None
+        raise Stopped("stopped: run the same command again to resume") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise StudyError(
-            f"process {rank} of {processes} ended with exit code {failure.exitcode}: mend what it says above (and in "
+            f"process {rank} of {processes} failed with exit code {failure.exitcode}: correct the error above (also in "
             f"{segment.log}), then run the same command again"
         ) from None
 
 
 def _train_here(segment: Segment) -> None:
     device = use_torch(segment.threads, segment.gpus)
-    previous = Path(segment.previous) if segment.previous else None
-    run = RunConfig.model_validate_json(segment.run)
-    images = training_images(Path(segment.dataset), run.dataset.held_out)
-    train_segment(run, segment.seed, images, previous, Path(segment.directory), segment.until, device)
+    images = load_images(segment.dataset, verify=True)
+    train_segment(segment.run, segment.seed, images, segment.previous, segment.directory, segment.until, device)
 
 
 def _main() -> None:
-    """One of several processes, as torchrun starts it.
+    """Runs one of several processes, as torchrun starts it.
 
     Raises:
-        RuntimeError: a fault of its own; where another process failed, it ends in silence.
+        RuntimeError: If this process failed. If another process failed, this one exits without a message.
     """
-    segment = Segment(*json.loads(sys.argv[1]))
+    segment = Segment.model_validate_json(sys.argv[1])
     if segment.gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if segment.gpus else "gloo")
@@ -121,14 +128,14 @@ def _main() -> None:
             try:
                 _train_here(segment)
             except Stopped as error:
-                # Every process stops at the same step; one says so.
+                # Every process stops at the same step; one of them reports it.
                 if dist.get_rank() == 0:
                     logging.error("%s", error)
                 sys.exit(1)
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
-        sys.exit(1)  # another process failed, and has said why
+        sys.exit(1)  # another process failed and has reported it
     finally:
         dist.destroy_process_group()
 

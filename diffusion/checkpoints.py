@@ -1,11 +1,6 @@
-"""Checkpoints of this project: a net on disk, and images sampled from it."""
+"""Checkpoints of this project: nets on disk, and images sampled from them."""
 
-import errno
 import json
-import logging
-import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,39 +13,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusion.config import Diffusion, Initial, Model, Sample
+from diffusion.build import build_net, noise_schedule
+from diffusion.config import Initial, Sample
 from diffusion.data.batches import to_uint8
 from diffusion.devices import autocast, largest_batch
-from diffusion.errors import InputError
-from diffusion.files import atomic_write, check_unchanged, write_npy_header
-from diffusion.gaussian import SCHEDULES, NoiseSchedule
+from diffusion.errors import FileError
+from diffusion.files import atomic_write, check_unchanged
+from diffusion.gaussian import NoiseSchedule
 from diffusion.nets.unet import UNet
 from diffusion.progress import Progress
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 
-logger = logging.getLogger(__name__)
-
-PREVIEW_GAP = 1  # pixels
-
-
-def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
-    """The untrained net of a run and its noise schedule."""
-    return _net(config.dataset.image_size, config.model), noise_schedule(config.diffusion)
-
-
-def _net(image_size: int, model: Model) -> UNet:
-    return UNet(image_size=image_size, **model.model_dump())
-
-
-def noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
-    """The noise schedule of a run."""
-    return NoiseSchedule(SCHEDULES[diffusion.schedule](diffusion.timesteps))
+PREVIEW_GAP = 1  # pixels between the images of a preview
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: int, step: int, diverged: bool) -> None:
-    """Write weights (by name, each of its own shape [...]) with what rebuilds the net. Equal runs give equal bytes."""
+    """Writes weights and the configuration that rebuilds the net to a safetensors file.
+
+    Equal arguments give equal bytes.
+
+    Args:
+        path: The file.
+        weights: Maps parameter names to tensors [...].
+        config: Configuration of the run.
+        seed: Seed of the run.
+        step: Optimizer steps so far.
+        diverged: Whether the run diverged.
+    """
     about = {"config": config.canonical(), "seed": seed, "step": step, "diverged": diverged}
-    # One metadata key: safetensors writes several in no fixed order.
+    # safetensors writes several metadata keys in arbitrary order, so all of it is in one key.
     content = save({k: v.contiguous().cpu() for k, v in weights.items()}, {"checkpoint": json.dumps(about)})
     with atomic_write(path) as file:
         file.write(content)
@@ -58,22 +49,31 @@ def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A net with its weights, ready to sample. A published one does not say at which step of its training it is."""
+    """A net with its weights, ready to sample."""
 
     model: UNet
+    """The net in evaluation mode, float32."""
     schedule: NoiseSchedule
+    """Its noise schedule."""
     image_size: int
+    """Height and width of its images in pixels."""
     diverged: bool = False
+    """Whether the run diverged. Such a net cannot be sampled."""
 
 
 def load_checkpoint(path: Path, device: torch.device | str, digest: str | None = None) -> Checkpoint:
-    """Rebuild the net of a weights file.
+    """Rebuilds the net of a weights file.
 
     Args:
-        digest: the sha256 that the file had when it was written, if that is known.
+        path: A file that `save_weights` wrote.
+        device: Device of the net.
+        digest: The file's SHA-256 digest when it was written, if known. The file is compared with it.
+
+    Returns:
+        The net with its noise schedule.
 
     Raises:
-        InputError: the file is damaged or was not written by `save_weights`.
+        FileError: If the file is damaged, has changed, or was not written by `save_weights`.
     """
     if digest is not None and path.exists():
         check_unchanged(path, digest)
@@ -83,53 +83,61 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = Initial.model_validate_json(about["config"])
         with torch.device("meta"):
-            model = _net(config.dataset.image_size, config.model)
-        model = _filled(model, weights, device)
+            model = build_net(config.dataset.image_size, config.model)
+        model = with_weights(model, weights, device)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"{path}: not a whole checkpoint of a run ({reason}): if a run wrote it, delete it and run the same "
-            "command again; otherwise name another file"
-        ) from None
+        raise FileError(path, f"is not a complete checkpoint of a run ({reason})") from None
     schedule = noise_schedule(config.diffusion)
     return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"])
 
 
-def _filled(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
-    """A net that was built without memory, on a device and with its weights, as float32, ready to evaluate."""
+def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
+    """Moves a net from the meta device to `device`, loads its weights as float32, and sets evaluation mode.
+
+    Args:
+        model: The net, built under `torch.device("meta")`.
+        weights: Its state dict; maps names to tensors [...].
+        device: Device of the result.
+    """
     model = model.to_empty(device=device).to(memory_format=torch.channels_last)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
-def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, destination: Path, device: torch.device | str) -> None:
-    """Sample `settings.images` images to a uint8 array [N, H, W, 3] at `destination`, one batch in memory at a time.
+def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.device | str) -> np.ndarray:
+    """Samples images from a checkpoint.
 
-    Sample i depends on (settings.seed, i) and the weights alone. A diverged net gives an empty array.
+    Sample i depends on the weights and on (settings.seed, i) alone, not on the other samples.
 
-    Raises:
-        OSError: the disk is full, or nothing may be written there.
+    Args:
+        checkpoint: The net, on `device`.
+        settings: Number of images, sampler, steps, seed, precision and batch size.
+        device: Device of the net.
+
+    Returns:
+        Images, uint8 [N, H, W, 3] in 0..255. N is `settings.images`, or 0 if the run diverged.
     """
     count = 0 if checkpoint.diverged else settings.images
-    shape = (count, checkpoint.image_size, checkpoint.image_size, 3)
-    if shutil.disk_usage(destination.parent).free < math.prod(shape):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(destination))
     image = (3, checkpoint.image_size, checkpoint.image_size)
+    images = np.empty((count, checkpoint.image_size, checkpoint.image_size, 3), np.uint8)
+    if not count:
+        return images
     size = settings.batch_size or largest_batch(checkpoint.model, image, device, settings.precision)
-    denoise = _telling(checkpoint.model, count, settings, device)
-    with atomic_write(destination) as file:
-        write_npy_header(file, shape)
-        batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        start = [latents(settings.seed, indices, image) for indices in batches[:1]]
-        for indices, following in pairwise([*batches, range(0)]):
-            x = _sample(denoise, checkpoint, settings, indices, start.pop().to(device))
-            # Drawn while a GPU still works on these.
-            start = [latents(settings.seed, following, image)] if following else []
-            file.write(to_uint8(x).cpu().numpy().tobytes())
+    denoise = _reporting(checkpoint.model, count, settings, device)
+    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    start = latents(settings.seed, batches[0], image)
+    for indices, following in pairwise([*batches, range(0)]):
+        x = _sample(denoise, checkpoint, settings, indices, start.to(device))
+        if following:
+            # Drawn on the CPU while a GPU still computes x.
+            start = latents(settings.seed, following, image)
+        images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
+    return images
 
 
-def _telling(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
-    """The model in the precision asked for, telling how far `count` samples have come: one batch may take minutes."""
+def _reporting(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
+    """Returns the model in the precision of `settings`. Its calls report progress, since a batch may take minutes."""
     progress = Progress("samples", count)
     done = 0.0
 
@@ -145,12 +153,14 @@ def _telling(model: UNet, count: int, settings: Sample, device: torch.device | s
 
 
 def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4, scale: int = 1) -> None:
-    """Save the first columns * rows images as a PNG, row by row, parted by white lines.
+    """Saves the first columns * rows images as a grid with white lines between them, in a PNG file.
 
     Args:
-        images: uint8 [N, H, W, 3] in 0..255; where there are too few, white stays.
-        destination: the PNG, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels, times the scale.
-        scale: pixels of the PNG along each side of a pixel.
+        images: uint8 [N, H, W, 3] in 0..255. Cells without an image are white.
+        destination: The PNG file, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels, times `scale`.
+        columns: Images per row.
+        rows: Number of rows.
+        scale: Factor by which each pixel is enlarged, in both directions.
     """
     height, width = images.shape[1] + PREVIEW_GAP, images.shape[2] + PREVIEW_GAP
     canvas = np.full((rows * height + PREVIEW_GAP, columns * width + PREVIEW_GAP, 3), 255, np.uint8)

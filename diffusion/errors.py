@@ -1,18 +1,18 @@
-"""The exceptions that the library raises for a caller's mistake, an unusable file, and a requested stop."""
+"""Exceptions of the library: an unusable value, an unusable file, and a requested stop."""
 
 from pathlib import Path
 
 
 class InputError(ValueError):
-    """A value or a file that the library cannot use. The message states what is wrong, where, and what to do."""
+    """A value or file that the library cannot use. The message states what is wrong, where, and what to do."""
 
 
 class FileError(InputError):
     """A file that is missing, damaged, or belongs to something else.
 
     Args:
-        path: the file or directory.
-        problem: what is wrong with it, such as "is damaged (unexpected end of file)". It follows the path.
+        path: The file or directory. It is also the attribute `path` of the exception.
+        problem: What is wrong, such as "is damaged (unexpected end of file)". The message is "<path>: <problem>".
     """
 
     def __init__(self, path: Path | str, problem: str):
@@ -21,4 +21,4 @@ class FileError(InputError):
 
 
 class Stopped(Exception):
-    """A training run was asked to stop and has saved its state."""
+    """Training was asked to stop. Its state is saved, and training can resume from it."""

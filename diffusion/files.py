@@ -1,6 +1,4 @@
-"""Writing files so that a reader never meets half of one, and no two processes write the same; reading what may be
-damaged.
-"""
+"""Atomic writes, locks, and checked reads of files."""
 
 import glob
 import hashlib
@@ -13,17 +11,18 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all went well, and vanishes otherwise.
+    """Opens a temporary file that replaces `path` if the block succeeds, and is removed otherwise.
 
-    What a killed writer of the same path left behind goes first; one that is still at work, forgotten, then fails.
+    Temporary files that a killed process left for the same path are removed first. If such a process is still
+    running, its write fails.
 
     Raises:
-        OSError: it cannot be written; the error names `path`.
+        OSError: If the file cannot be written. The error names `path`.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         leftover.unlink(missing_ok=True)
@@ -33,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        # A full disk says no name, and the temporary one tells a reader nothing; another file keeps its own.
+        # The error of a full disk has no file name. The error of another file keeps its own.
         if error.filename is None or Path(error.filename) == temporary:
             error.filename = str(path)
         raise
@@ -42,51 +41,51 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    """The header of a .npy file of uint8 numbers of this shape, in C order; they follow."""
-    import numpy as np  # not for every dry run
+    """Writes the header of a .npy file of a uint8 array of this shape, in C order. The caller writes the data."""
+    import numpy as np  # slow to import: dry runs import this module
 
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file's content, in hexadecimal."""
+    """Returns the SHA-256 digest of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_unchanged(path: Path, digest: str) -> None:
-    """Make sure that a file holds what it held when its `sha256` was taken.
+    """Compares a file with the `sha256` digest that was recorded for it.
 
     Raises:
-        InputError: it does not.
+        FileError: If the digests differ.
     """
     if sha256(path) != digest:
-        raise InputError(f"{path}: changed since it was written (sha256): delete it and run the same command again")
+        raise FileError(path, "has changed since it was written (its sha256 differs from the recorded one)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        FileError: If the file is missing or unreadable, or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: missing: run the same command again") from None
+        raise FileError(path, "is missing") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error}): delete it and run the same command again") from None
+        raise FileError(path, f"is damaged ({error})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged (no JSON object): delete it and run the same command again")
+        raise FileError(path, "is damaged (it does not hold a JSON object)")
     return content
 
 
 @contextmanager
 def exclusive_lock(directory: Path) -> Iterator[None]:
-    """Keep a second trainer off a run: one may still be at work after what started it was killed.
+    """Holds the lock of a run, so that only one process trains it. A killed Snakemake can leave a trainer running.
 
     Raises:
-        InputError: another process is in it.
+        InputError: If another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock", timeout=0)
@@ -94,7 +93,7 @@ def exclusive_lock(directory: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{directory}: another process is training this run: wait until it ends, or stop it, and start again"
+            f"{directory}: another process is training this run: wait until it ends, or stop it, then start again"
         ) from None
     with lock:
         yield

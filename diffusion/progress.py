@@ -1,4 +1,4 @@
-"""How far a long work is: a line now and then, wherever its log goes."""
+"""Progress reports of long loops, written to the log."""
 
 import logging
 import time
@@ -7,35 +7,39 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-TELL_SECONDS = 10
+REPORT_SECONDS = 10  # least time between two reports
 
 Item = TypeVar("Item")
 
 
 class Progress:
-    """Tells, every ten seconds at most, how much of a count is done, how fast, and how long the rest takes.
+    """Logs the finished count, the rate and the remaining time, at most once every `REPORT_SECONDS`.
 
     Args:
-        what: plural, such as "images read".
-        total: how many.
+        label: What is counted, in the plural, such as "images read".
+        total: Final count.
     """
 
-    def __init__(self, what: str, total: int):
-        self.what, self.total = what, total
-        self.start = self.told = time.monotonic()
+    def __init__(self, label: str, total: int):
+        self.label, self.total = label, total
+        self.start = self.reported = time.monotonic()
 
     def update(self, done: float) -> None:
-        """So many are done: more than 0."""
+        """Reports the count if a report is due.
+
+        Args:
+            done: Finished count so far, more than 0. A fraction counts part of an item.
+        """
         now = time.monotonic()
-        if now - self.told >= TELL_SECONDS:
-            self.told, rate = now, done / max(now - self.start, 1e-9)
+        if now - self.reported >= REPORT_SECONDS:
+            self.reported, rate = now, done / max(now - self.start, 1e-9)
             left = (self.total - done) / rate
-            logger.info("%g of %d %s, %.3g/s, %.0f s left", round(done, 1), self.total, self.what, rate, left)
+            logger.info("%.0f of %d %s, %.3g/s, %.0f s left", done, self.total, self.label, rate, left)
 
 
-def with_progress(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """The items, one by one, while `Progress` tells how many are through."""
-    progress = Progress(what, len(items))
+def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """Yields the items one by one and reports the progress. `label` is as in `Progress`."""
+    progress = Progress(label, len(items))
     for done, item in enumerate(items, 1):
         yield item
         progress.update(done)

@@ -99,6 +99,14 @@ class LossHistory:
         learnt = rms / rms.sum() * (1 - self.uniform_share) + self.uniform_share / total
         return torch.where((self.counts >= self.history).all(), learnt, 1 / total)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the losses and their counts, as tensors [...] that later calls of `add` change."""
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues from what `state_dict` returned: the same tensors [...], on this device."""
+        self.losses, self.counts = state["losses"], state["counts"]
+
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Remember the losses of a batch, in its order. t int64 [B], losses [B]. Nothing waits for the device."""
         t, order = t.sort(stable=True)

@@ -29,6 +29,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
     from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
     from diffusion.config import Sample, check_sampling_steps
+    from diffusion.files import atomic_write
     from diffusion.published import load_published
     from diffusion.validation import first_mistake
 
@@ -58,13 +59,15 @@ def sample(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     array, grid = arguments.out / "samples.npy", arguments.out / "samples.png"
     try:
-        sample_checkpoint(checkpoint, settings, array, device)
+        images = sample_checkpoint(checkpoint, settings, device)
     except torch.OutOfMemoryError:
         raise StudyError("the images that are sampled at once do not fit the GPU: say a smaller --batch-size") from None
+    with atomic_write(array) as file:
+        np.save(file, images)
     shown = min(settings.images, GRID_IMAGES)
     columns = math.ceil(math.sqrt(shown))
     scale = max(1, GRID_PIXELS // checkpoint.image_size)
-    preview(np.load(array, mmap_mode="r"), grid, columns, math.ceil(shown / columns), scale)
+    preview(images, grid, columns, math.ceil(shown / columns), scale)
     logger.info("%d samples are in %s, %d of them as a grid in %s", settings.images, array, shown, grid)
 
 

@@ -8,22 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Batches
+UPLOAD_IMAGES = 1024  # images copied to the device at once
 
 
 def epoch_batch(count: int, batch_size: int, step: int, order: Callable[[int], Tensor]) -> Tensor:
-    """Which images batch `step` holds, if the epochs' permutations are laid end to end and cut into batches.
+    """Returns which images are in batch `step`.
 
-    Depends on the arguments alone, so a run resumes at any step; a batch may straddle epochs.
+    The permutations of all epochs are concatenated and cut into batches, so a batch may span two epochs. The result
+    depends on the arguments alone, so a run can resume at any step.
 
     Args:
-        count: number of images, at least 1.
-        batch_size: images per batch, at least 1.
-        step: batches before this one.
-        order: epoch -> permutation of 0..count-1, int64 [count].
+        count: Number of images, at least 1.
+        batch_size: Images per batch, at least 1.
+        step: Index of the batch, from 0.
+        order: Maps an epoch to its permutation of 0..count-1, int64 [count].
 
     Returns:
-        int64 [batch_size] indices.
+        Indices of the images, int64 [batch_size].
     """
     start = step * batch_size
     stop = start + batch_size
@@ -32,16 +33,18 @@ def epoch_batch(count: int, batch_size: int, step: int, order: Callable[[int], T
 
 
 class Batches:
-    """The batches of a run on its device, by step: uint8 [B, H, W, 3] in 0..255, as `epoch_batch` orders them.
+    """The batches of a run on its device. `batches[step]` is uint8 [B, H, W, 3] in 0..255, in `epoch_batch` order.
 
-    On a GPU the images lie there if they take at most half of the free memory. Otherwise they stay where they are (a
-    memory map on disk), and a thread reads the next batch while the device works on this one.
+    On a GPU, the images are kept on the device if they take at most half of its free memory. Otherwise they stay in
+    `images` (usually a memory map of a file), and a thread reads the next batch while the device computes.
 
     Args:
-        images: uint8 [N, H, W, 3].
-        size: images per batch.
-        order: epoch -> permutation of 0..N-1, int64 [N].
-        resident: whether the images lie on the device, if that is not to be judged.
+        images: All images of the dataset, uint8 [N, H, W, 3]. They are not copied as a whole.
+        size: Images per batch.
+        order: Maps an epoch to its permutation of 0..M-1, int64 [M].
+        device: Device of the batches.
+        indices: Which images are used, int64 [M]. None: all of them (M = N).
+        resident: Whether the images are kept on the device. None: decided by the free memory.
     """
 
     def __init__(
@@ -50,12 +53,15 @@ class Batches:
         size: int,
         order: Callable[[int], Tensor],
         device: torch.device | str,
+        indices: np.ndarray | None = None,
         resident: bool | None = None,
     ):
-        self.images, self.size, self.device = images, size, torch.device(device)
+        self.images, self.indices, self.size, self.device = images, indices, size, torch.device(device)
+        self.count = len(images) if indices is None else len(indices)
         if resident is None:
-            resident = self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2
-        self.resident = torch.from_numpy(np.array(images)).to(self.device) if resident else None
+            needed = self.count * images[:1].nbytes
+            resident = self.device.type == "cuda" and needed < torch.cuda.mem_get_info()[0] / 2
+        self.resident = self._upload() if resident else None
         place = self.device if resident else "cpu"
         self.order = lru_cache(maxsize=2)(lambda epoch: order(epoch).to(place))
         self.reader = ThreadPoolExecutor(max_workers=1)
@@ -63,32 +69,44 @@ class Batches:
 
     def __getitem__(self, step: int) -> Tensor:
         if self.resident is not None:
-            return self.resident[self._chosen(step)]
+            return self.resident[self._positions(step)]
         expected, ahead = self.ahead
         batch = ahead.result() if ahead and expected == step else self._read(step)
         self.ahead = step + 1, self.reader.submit(self._read, step + 1)
         return batch.to(self.device, non_blocking=True)
 
-    def _chosen(self, step: int) -> Tensor:
-        return epoch_batch(len(self.images), self.size, step, self.order)
+    def _positions(self, step: int) -> Tensor:
+        """Returns which of the M images are in a batch, int64 [B]."""
+        return epoch_batch(self.count, self.size, step, self.order)
+
+    def _select(self, positions: np.ndarray) -> Tensor:
+        """Copies some of the M images into memory. positions int64 [B]; returns uint8 [B, H, W, 3]."""
+        return torch.from_numpy(self.images[positions if self.indices is None else self.indices[positions]])
+
+    def _upload(self) -> Tensor:
+        """Copies the M images to the device, in pieces that need little host memory. Returns uint8 [M, H, W, 3]."""
+        resident = torch.empty(self.count, *self.images.shape[1:], dtype=torch.uint8, device=self.device)
+        for positions in np.array_split(np.arange(self.count), -(-self.count // UPLOAD_IMAGES)):
+            resident[positions[0] : positions[-1] + 1] = self._select(positions).to(self.device)
+        return resident
 
     def _read(self, step: int) -> Tensor:
-        batch = torch.from_numpy(self.images[self._chosen(step).numpy()])
+        batch = self._select(self._positions(step).numpy())
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] in 0..255 -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
+    """Converts uint8 [B, H, W, 3] in 0..255 to float32 [B, 3, H, W] in [-1, 1], with channels last in memory."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] -> the nearest grey levels, clamped, uint8 [B, H, W, 3] in 0..255."""
+    """Converts [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3] in 0..255. Values are rounded and clamped."""
     levels = (x.float() + 1) * 127.5
     return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each of x [B, C, H, W] left to right with probability 1/2; the generator is on any device."""
+    """Mirrors each image of x [B, C, H, W] horizontally with probability 1/2. The generator may be on any device."""
     heads = torch.rand(len(x), generator=generator, device=generator.device) < 0.5
     return torch.where(heads.to(x.device)[:, None, None, None], x.flip(-1), x)

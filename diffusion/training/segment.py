@@ -1,11 +1,12 @@
 """A training segment: from one checkpoint of a run to the next.
 
-A segment starts from the state at the end of its predecessor (or from the seed), writes its own state, and can be
+A segment starts from the final state of its predecessor (or from the seed), and writes its own final state. It can be
 stopped and resumed at any step.
 """
 
 import csv
 import io
+import logging
 import math
 import signal
 import threading
@@ -23,37 +24,22 @@ from torch.utils._pytree import tree_map_only
 
 from diffusion.checkpoints import save_weights
 from diffusion.config import RunConfig
+from diffusion.data.arrays import split
 from diffusion.data.batches import Batches
 from diffusion.errors import InputError, Stopped
 from diffusion.files import atomic_write, exclusive_lock
+from diffusion.sources import source_hash
 from diffusion.training import parallel
-from diffusion.training.state import Meter, TrainState, learning_rate, logger, save_state, train_step
+from diffusion.training.state import Meter, TrainState, learning_rate, save_state, train_step
+
+logger = logging.getLogger(__name__)
 
 LOG_COLUMNS = [
     "step", "images", "seconds", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3",
     "grad_norm", "learning_rate", "images_per_second",
 ]  # fmt: skip
-SAVE_SECONDS = 300
-TELL_SECONDS = 10
-
-
-class _Saver:
-    """Writes states beside the training that goes on, one at a time."""
-
-    def __init__(self, path: Path):
-        self.path, self.writer = path, ThreadPoolExecutor(max_workers=1)
-        self.writing: Future[None] | None = None
-
-    def save(self, content: dict[str, Any]) -> None:
-        """Write the content as it is now; first wait for what is being written."""
-        self.wait()
-        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
-        self.writing = self.writer.submit(save_state, self.path, copy)
-
-    def wait(self) -> None:
-        """Until all is written; raises what the writing raised."""
-        if self.writing:
-            self.writing.result()
+SAVE_SECONDS = 300  # between two partial states
+REPORT_SECONDS = 10  # least time between two progress reports
 
 
 def train_segment(
@@ -65,45 +51,62 @@ def train_segment(
     until: int,
     device: torch.device | str,
 ) -> TrainState:
-    """Train to step `until` and write weights.safetensors, state.pt and log.csv into `directory`.
+    """Trains to step `until`, and writes weights.safetensors and state.pt to `directory` and log.csv to its parent.
 
-    Starts from the state file `previous` (None: from the seed), or from state.partial.pt in `directory`, where an
-    earlier attempt at the same segment stopped. SIGTERM and SIGINT stop it after the current step.
+    If `directory` has a state.partial.pt of an earlier attempt at this segment, training resumes from it. SIGTERM and
+    SIGINT stop training after the current step. log.csv has the rows of the whole run.
 
     Args:
-        images: the dataset, uint8 [N, H, W, 3].
-        previous: state.pt of the checkpoint before.
-        directory: of this checkpoint, below that of the run.
-        until: its step.
+        run: Configuration of the run.
+        seed: Seed of the run.
+        images: All images of the dataset, uint8 [N, H, W, 3]. Of these, `run.dataset.held_out` are not used.
+        previous: state.pt of the previous checkpoint. None: the run starts from the seed.
+        directory: Directory of this checkpoint. Its parent is the directory of the run.
+        until: Step of this checkpoint.
+        device: Device of the net.
+
+    Returns:
+        The state at step `until`.
 
     Raises:
-        Stopped: asked to stop; the partial state is saved.
-        OSError: the disk is full, or nothing may be written there.
-        InputError: a state file is damaged or foreign, the dataset is empty, or another process trains this run.
+        Stopped: If training was asked to stop. The partial state is saved.
+        OSError: If the disk is full or not writable.
+        FileError: If a state file is damaged or belongs to another run.
+        InputError: If no image is left for training, or another process trains this run.
     """
-    if len(images) == 0:
-        raise InputError(
-            f"{directory}: its dataset has no images: delete that below results/datasets and run the same command again"
-        )
+    indices, _ = split(len(images), run.dataset.held_out)
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory.parent) if parallel.rank() == 0 else nullcontext():
         state = TrainState(run, seed, device)
         if previous is not None:
             state.load(previous)
-        rows = _resume(state, directory / "state.partial.pt")
-        _train(state, state.batches(images), directory, until, rows)
+        _resume(state, directory / "state.partial.pt")
+        state.sources = [*(code for code in state.sources if code != source_hash()), source_hash()]
+        _train(state, state.batches(images, indices), directory, until)
     return state
 
 
-def _train(state: TrainState, batches: Batches, directory: Path, until: int, rows: list[dict[str, float]]) -> None:
-    """The loop of a segment, from the state as it is; `rows` were logged before.
+def _resume(state: TrainState, partial: Path) -> None:
+    """Loads the partial state if it continues `state`, and deletes it otherwise."""
+    if not partial.exists():
+        return
+    try:
+        state.load(partial, parent=state.id)
+        logger.info("resuming from step %d", state.step)
+    except InputError as error:
+        logger.warning("%s: it is deleted, and training resumes from step %d", error, state.step)
+        partial.unlink(missing_ok=True)
+
+
+def _train(state: TrainState, batches: Batches, directory: Path, until: int) -> None:
+    """Trains to step `until`.
 
     Raises:
-        Stopped: asked to stop; the partial state is saved.
+        Stopped: If training was asked to stop. The partial state is saved.
     """
-    run, parent, writes = state.run, state.id, parallel.rank() == 0
+    run, writes = state.run, parallel.rank() == 0
     partial = directory / "state.partial.pt"
-    log, saver = _Log(directory / "log.csv", rows, state, until) if writes else None, _Saver(partial)
+    log, saver = _Log(directory.parent / "log.csv", state, until) if writes else None, _Saver(partial)
     with _StopSignals() as stop:
         saved = time.monotonic()
         while state.step < until and state.diverged is None:
@@ -111,7 +114,7 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, row
             train_step(state, batches)
             row_due = state.step % run.train.log_every == 0 or state.step == until
             if row_due:
-                # Reading the means waits for the device, so the seconds before it count the work of all steps.
+                # Reading the means waits for the device, so that `seconds` includes the work of all steps.
                 means = state.meter.means()
                 state.diverged = None if math.isfinite(means["loss"]) else state.step
             state.seconds += time.perf_counter() - began
@@ -121,62 +124,68 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, row
                 state.meter = Meter(state.device)
             stopping, saving = parallel.any_rank([stop.is_set(), time.monotonic() - saved > SAVE_SECONDS])
             if (stopping or saving) and state.step < until:
-                if log:
-                    saver.save(state.content(parent=parent, rows=list(log.rows)))
+                if writes:
+                    saver.save(state.state_dict())
                 saved = time.monotonic()
                 if stopping:
                     saver.wait()
-                    raise Stopped(f"stopped at step {state.step} of {until}: the same command goes on from there")
+                    raise Stopped(f"stopped at step {state.step} of {until}: training resumes from this step")
     if state.diverged is not None:
         logger.warning(
-            "the loss is no longer finite at step %d: this run diverged and ends here; lower its learning rate",
+            "the loss at step %d is not finite: the run diverged and ends here; lower its learning rate",
             state.diverged,
         )
         state.step = until
     state.id = uuid.uuid4().hex
-    if writes:
-        weights = state.ema_weights()
-        save_weights(
-            directory / "weights.safetensors", weights, run.initial, state.seed, until, state.diverged is not None
-        )
-        save_state(directory / "state.pt", state.content())
+    if log:
+        log.write()
+        diverged = state.diverged is not None
+        save_weights(directory / "weights.safetensors", state.ema_weights(), run.initial, state.seed, until, diverged)
+        save_state(directory / "state.pt", state.state_dict())
         saver.wait()
         partial.unlink(missing_ok=True)
 
 
-def _resume(state: TrainState, partial: Path) -> list[dict[str, float]]:
-    """Go on from a partial state if it continues this one; otherwise drop it. Gives the rows logged so far."""
-    if not partial.exists():
-        return []
-    try:
-        content = state.load(partial, parent=state.id)
-    except InputError:
-        logger.warning("%s does not continue this run and is dropped: going on from step %d", partial, state.step)
-        partial.unlink(missing_ok=True)
-        return []
-    logger.info("going on from step %d", state.step)
-    return content["rows"]
+class _Saver:
+    """Writes states in a thread while training continues, one at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self.writer = path, ThreadPoolExecutor(max_workers=1)
+        self.writing: Future[None] | None = None
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Waits for the previous write, copies the content, and starts to write it."""
+        self.wait()
+        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self.writing = self.writer.submit(save_state, self.path, copy)
+
+    def wait(self) -> None:
+        """Waits for the current write, and raises its exception if it failed."""
+        if self.writing:
+            self.writing.result()
 
 
 class _Log:
-    """log.csv, rewritten whole at its start so that a resumed segment has each step once, then appended to."""
+    """log.csv of a run. It is rewritten at the start of a segment, so that it has each step once; then it grows."""
 
-    def __init__(self, path: Path, rows: list[dict[str, float]], state: TrainState, until: int):
-        self.path, self.rows, self.state, self.until = path, rows, state, until
-        self.last_seconds, self.told = state.seconds, time.monotonic()
+    def __init__(self, path: Path, state: TrainState, until: int):
+        self.path, self.state, self.until = path, state, until
+        self.last_seconds, self.reported = state.seconds, time.monotonic()
         self.write()
 
     def write(self) -> None:
+        """Replaces the file by one with all rows of the state."""
         with atomic_write(self.path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
             writer = self._writer(text)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(self.state.rows)
 
     @staticmethod
     def _writer(file: TextIO) -> csv.DictWriter:
         return csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
 
     def add(self, means: dict[str, float]) -> None:
+        """Appends a row to the state and to the file, and reports progress if a report is due."""
         state, train = self.state, self.state.run.train
         rate = state.meter.images / max(state.seconds - self.last_seconds, 1e-9)
         self.last_seconds = state.seconds
@@ -188,11 +197,11 @@ class _Log:
             "learning_rate": learning_rate(state.step - 1, train.learning_rate, train.learning_rate_warmup),
             "images_per_second": round(rate, 2),
         }
-        self.rows.append(row)
+        state.rows.append(row)
         with self.path.open("a", newline="") as file:
             self._writer(file).writerow(row)
-        if time.monotonic() - self.told > TELL_SECONDS:
-            self.told = time.monotonic()
+        if time.monotonic() - self.reported > REPORT_SECONDS:
+            self.reported = time.monotonic()
             left = (self.until - state.step) * train.batch_size / rate
             logger.info(
                 "step %d/%d, %s images, %.0f images/s, loss %.4f, %d:%02d left",
@@ -201,7 +210,7 @@ class _Log:
 
 
 class _StopSignals:
-    """While open, SIGTERM and SIGINT set an event instead of ending the process."""
+    """A context in which SIGTERM and SIGINT set an event instead of ending the process."""
 
     def __enter__(self) -> threading.Event:
         event = threading.Event()

@@ -1,6 +1,7 @@
-"""The state of a training run, and one optimiser step."""
+"""The state of a training run, and one optimizer step."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.checkpoints import build, save_weights
+from diffusion.build import build
+from diffusion.checkpoints import save_weights
 from diffusion.config import Initial, RunConfig
 from diffusion.data.batches import Batches, random_flip, to_model_range
 from diffusion.devices import Graphed, autocast
-from diffusion.errors import InputError
+from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import hybrid_loss
@@ -23,27 +25,40 @@ from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.training import parallel
 
-logger = logging.getLogger(__name__)
-
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
-    """The net that every arm of a seed starts from, on the CPU."""
+    """Returns the untrained net of a seed, on the CPU, and its noise schedule. All arms of a seed share this net."""
     with torch.random.fork_rng(devices=[]):
         torch.random.set_rng_state(generator(seed, "init").get_state())
         return build(config)
 
 
 def initial_weights(config: Initial, seed: int, path: Path) -> None:
-    """Write the weights of step 0, as any later step's are written."""
+    """Writes the weights of step 0 to a safetensors file, as `save_weights` does for later steps."""
     model, _ = untrained(config, seed)
     save_weights(path, dict(model.named_parameters()), config, seed, step=0, diverged=False)
 
 
 class TrainState:
-    """Everything that moves during a run: parameters, their moving average, the optimiser, step and seconds."""
+    """Everything that changes during a run: parameters, their moving average, optimizer, step, seconds and log.
+
+    Runs with equal seed and net start from equal weights.
+
+    Args:
+        run: Configuration of the run.
+        seed: Seed of all random streams.
+        device: Device of the net.
+
+    Attributes:
+        step: Optimizer steps so far.
+        seconds: Seconds of training so far.
+        diverged: Step at which the loss was not finite, or None.
+        rows: Rows of the log since the start of the run.
+        sources: `source_hash` of all code that trained the run; the present one is last.
+        id: Identifies the state at the last checkpoint, from which the present segment started.
+    """
 
     def __init__(self, run: RunConfig, seed: int, device: torch.device | str):
-        """The state at step 0. Arms of equal seed and net start from the same weights."""
         self.run, self.seed, self.device = run, seed, torch.device(device)
         model, self.schedule = untrained(run, seed)
         tables = scheme_tables(self.schedule, run.scheme, run.match)
@@ -51,45 +66,56 @@ class TrainState:
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        train = run.train
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
-        )
+        self.optimizer = self._new_optimizer()
         self.tables = tables.to(self.device)
         self.history = None
         if run.scheme.timesteps.learned:
             _, parameters = run.scheme.timesteps.chosen
             self.history = LossHistory(self.schedule.timesteps, device=self.device, **parameters)  # type: ignore[arg-type]
-        # Dropout draws anew at each call, which a graph would have to be told of.
+        # A captured graph would repeat the same dropout masks.
         graphed = self.device.type == "cuda" and not run.model.dropout
         self.gradients = Graphed(self._gradients) if graphed else self._gradients
         self.meter = Meter(self.device)
         self.step = 0
         self.seconds = 0.0
         self.diverged: int | None = None
-        # Of this state; a partial one names as its parent the state that it continues.
+        self.rows: list[dict[str, float]] = []
+        self.sources: list[str] = []
         self.id = "start"
 
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        train = self.run.train
+        return torch.optim.AdamW(self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
+
     def ema_weights(self) -> dict[str, Tensor]:
-        """The averaged weights, by the net's own parameter names, each of its parameter's shape [...], float32."""
+        """Returns the averaged weights as a dict of parameter names and float32 tensors [...]."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
 
-    def batches(self, images: np.ndarray) -> Batches:
-        """The batches of this run out of its images, uint8 [N, H, W, 3]."""
+    def batches(self, images: np.ndarray, indices: np.ndarray | None = None) -> Batches:
+        """Returns the batches of this run.
+
+        Args:
+            images: All images of the dataset, uint8 [N, H, W, 3].
+            indices: Which images are used for training, int64 [M]. None: all.
+        """
+        count = len(images) if indices is None else len(indices)
 
         def order(epoch: int) -> Tensor:
-            return torch.randperm(len(images), generator=generator(self.seed, "order", epoch))
+            return torch.randperm(count, generator=generator(self.seed, "order", epoch))
 
-        return Batches(images, self.run.train.batch_size, order, self.device)
+        return Batches(images, self.run.train.batch_size, order, self.device, indices)
 
     def _gradients(
         self, x_start: Tensor, noise: Tensor, t: Tensor, mse_weight: Tensor, vb_weight: Tensor
     ) -> list[Tensor]:
-        """Gradients of the parameters for the sum of the weighted losses over some images; mse and vb of each, [2, B].
+        """Returns the parameters' gradients of the sum of the weighted losses, and mse and vb of each image, [2, B].
 
         Args:
-            x_start, noise: [B, 3, H, W].
-            t, mse_weight, vb_weight: [B].
+            x_start: Images, [B, 3, H, W].
+            noise: Epsilon, [B, 3, H, W].
+            t: Timesteps, [B].
+            mse_weight: Weight of each image's mse, [B].
+            vb_weight: Weight of each image's vb, [B].
         """
         x_t = self.schedule.q_sample(x_start, t, noise)
         with autocast(self.device, self.run.train.precision):
@@ -99,7 +125,7 @@ class TrainState:
         return [*torch.autograd.grad(loss, self.parameters), torch.stack([losses.mse, losses.vb]).detach()]
 
     def tables_now(self) -> Tables:
-        """The tables at this step: a density that is learnt takes its weights along."""
+        """Returns the tables of the present step. A learned density changes its importance weights, too."""
         if self.history is None:
             return self.tables
         probabilities, scheme = self.history.probabilities(), self.run.scheme
@@ -107,70 +133,118 @@ class TrainState:
             return matched(probabilities, self.tables, scheme.correct_vb)
         return replace(self.tables, probabilities=probabilities)
 
-    def content(self, **more: Any) -> dict[str, Any]:
-        """All of it, as `save_state` writes it; a partial state has `more`: its parent's id and the rows of the log."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as a dict of plain values and of the tensors [...] that training changes in place."""
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
-            "diverged": self.diverged, "id": self.id, "model": self.model.state_dict(), "ema": self.ema_weights(),
-            "optimizer": self.optimizer.state_dict(), "meter": vars(self.meter),
-            "history": vars(self.history) if self.history else None, **more,
+            "diverged": self.diverged, "id": self.id, "rows": self.rows, "sources": self.sources,
+            "model": self.model.state_dict(), "ema": self.ema_weights(),
+            # The run gives all options of the optimizer.
+            "optimizer": {"state": self.optimizer.state_dict()["state"]}, "meter": self.meter.state_dict(),
+            "history": self.history.state_dict() if self.history else None,
         }  # fmt: skip
 
-    def load(self, path: Path, parent: str | None = None) -> dict[str, Any]:
-        """Take over the state in a file, and give its whole content.
+    def load(self, path: Path, parent: str | None = None) -> None:
+        """Replaces this state by that of a file. If an error is raised, this state is unchanged.
 
         Args:
-            parent: id of the state that a partial one must continue.
+            path: A file that `save_state` wrote.
+            parent: Id that the file must have, if it is a partial state: that of the state which it continues.
 
         Raises:
-            InputError: the file is damaged, or belongs to another run or another parent; then nothing is taken over.
+            FileError: If the file is damaged, or belongs to another run or segment.
         """
-        try:
+        with _reading(path):
             content = torch.load(path, map_location=self.device, weights_only=True)
             if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
-                raise InputError(f"{path}: belongs to another run: move it away and run the same command again")
-            if parent is not None and content["parent"] != parent:
-                raise InputError(f"{path}: continues another state: delete it and run the same command again")
-            ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
-            meter, history = content["meter"], content["history"]
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.model.load_state_dict(content["model"])
-        except InputError:
-            raise
-        except Exception as error:  # a damaged file fails in many ways inside torch
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{path}: damaged ({reason}): delete it and run the same command again") from None
-        self.ema = ema
-        vars(self.meter).update(meter)
+                raise FileError(path, "belongs to another run")
+            if parent not in (None, content["id"]):
+                raise FileError(path, "does not continue the state that this segment starts from")
+            expected = self.state_dict()
+            moments = ({"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for p in self.parameters)
+            expected["optimizer"]["state"] = dict(enumerate(moments)) if content["step"] else {}
+            _check_layout(content, expected)
+        optimizer, meter = self._new_optimizer(), Meter(self.device)
+        optimizer.load_state_dict({**optimizer.state_dict(), **content["optimizer"]})
+        meter.load_state_dict(content["meter"])
+
+        # In place: a captured graph reads the parameters at their addresses.
+        self.model.load_state_dict(content["model"])
+        self.ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
+        self.optimizer, self.meter = optimizer, meter
         if self.history:
-            vars(self.history).update(history)
+            self.history.load_state_dict(content["history"])
         self.step, self.seconds, self.diverged = content["step"], content["seconds"], content["diverged"]
-        self.id = content["id"]
-        return content
+        self.rows, self.sources, self.id = content["rows"], content["sources"], content["id"]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Reports every error in the block as damage to the file: torch raises many types for a damaged file.
+
+    Raises:
+        FileError: If the file is damaged.
+        MemoryError: If the memory of the host is full.
+        OutOfMemoryError: If the memory of the GPU is full.
+    """
+    try:
+        yield
+    except (FileError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise FileError(path, f"is damaged ({' '.join(str(error).split())[:120]})") from None
+
+
+def _check_layout(value: Any, expected: Any, name: str = "state") -> None:
+    """Compares the keys of nested dicts, and the shapes and dtypes of the tensors in them.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if isinstance(expected, dict):
+        if not isinstance(value, dict) or value.keys() != expected.keys():
+            keys = set(value) ^ set(expected) if isinstance(value, dict) else expected
+            raise ValueError(f"{name}: keys missing or unknown: {', '.join(map(str, keys))}")
+        for key in expected:
+            _check_layout(value[key], expected[key], f"{name}.{key}")
+    elif isinstance(expected, Tensor):
+        layouts = [(list(v.shape), v.dtype) if isinstance(v, Tensor) else type(v).__name__ for v in (value, expected)]
+        if layouts[0] != layouts[1]:
+            raise ValueError(f"{name} is {layouts[0]}, not {layouts[1]}")
 
 
 def save_state(path: Path, content: dict[str, Any]) -> None:
-    """Write the content of a state.
+    """Writes what `TrainState.state_dict` returned.
 
     Raises:
-        OSError: the disk is full, or nothing may be written there.
+        OSError: If the disk is full or not writable.
     """
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # Closing its archive fails too where the disk is full, and hides that.
+            # On a full disk, closing the archive fails, too, which hides the first error.
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """Step, seconds of training and the step of divergence (None: it did not) of a state file, without its tensors."""
-    content = torch.load(path, weights_only=True, mmap=True)
-    return {"step": content["step"], "seconds": round(content["seconds"], 3), "diverged": content["diverged"]}
+    """Returns step, seconds, diverged and sources of a state file (see `TrainState`), without reading its tensors.
+
+    Raises:
+        FileError: If the file is damaged.
+    """
+    with _reading(path):
+        content = torch.load(path, weights_only=True, mmap=True)
+        facts = {name: content[name] for name in ("step", "diverged", "sources")}
+        return facts | {"seconds": round(content["seconds"], 3)}
 
 
 class Meter:
-    """Sums since the last row of the log, on the device, so that no step waits for the host."""
+    """Sums of losses since the last row of the log, on the device, so that no step waits for it.
+
+    Args:
+        device: Device of the losses.
+    """
 
     def __init__(self, device: torch.device):
         self.sums = {
@@ -180,15 +254,34 @@ class Meter:
         }
         self.steps = self.images = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums, as tensors [...] that later calls of `add` change, and the counts."""
+        return {"sums": self.sums, "steps": self.steps, "images": self.images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned: the same tensors [...], on this device."""
+        self.sums, self.steps, self.images = state["sums"], state["steps"], state["images"]
+
     def add(self, loss: Tensor, mse: Tensor, vb: Tensor, quarter: Tensor) -> None:
-        """Losses of a batch, loss as weighted, mse and vb not, and the quarter 0..3 of their timesteps, each [B]."""
+        """Adds the losses of a batch.
+
+        Args:
+            loss: Weighted loss, [B].
+            mse: Unweighted mse, [B].
+            vb: Unweighted vb, [B].
+            quarter: Quarter of the timesteps, 0..3, that each timestep is in, int64 [B].
+        """
         self.sums["losses"] += torch.stack([loss, mse, vb]).double().sum(1)
         self.sums["quarters"].index_add_(1, quarter, torch.stack([mse, torch.ones_like(mse)]).double())
         self.steps += 1
         self.images += len(loss)
 
     def means(self) -> dict[str, float]:
-        """Means per image; loss_q0..3 are the unweighted mse by quarter of the timesteps; grad_norm is per step."""
+        """Returns the means since the last row of the log.
+
+        loss, mse and vb are per image, and grad_norm is per step. loss_q0 to loss_q3 are the unweighted mse per image
+        in each quarter of the timesteps (NaN without images).
+        """
         loss, mse, vb = (self.sums["losses"] / self.images).tolist()
         total, count = self.sums["quarters"]
         quarters = {f"loss_q{q}": value for q, value in enumerate((total / count).tolist())}
@@ -197,9 +290,9 @@ class Meter:
 
 
 def train_step(state: TrainState, batches: Batches) -> None:
-    """One optimiser step on the batch that belongs to `state.step`; all of `state` moves.
+    """Takes one optimizer step on batch `state.step`, and changes `state` accordingly.
 
-    Nothing in it waits for the device, but for the order of a new epoch to be copied there.
+    The host does not wait for the device, except to copy the order of a new epoch.
     """
     train, schedule, device = state.run.train, state.schedule, state.device
     seed, step, size = state.seed, state.step, state.run.train.batch_size
@@ -213,21 +306,21 @@ def train_step(state: TrainState, batches: Batches) -> None:
     mse_weight, vb_weight = tables.mse_weight[t].float(), tables.vb_weight[t].float()
     noise = torch.randn(x_start.shape, device=device, generator=generator(seed, "noise", step, device))
     if state.run.model.dropout:
-        # Dropout is the one draw that torch takes from its global generator; processes must not share it.
+        # Only dropout uses torch's global generator. Its seed differs between processes.
         torch.manual_seed(stream_seed(seed, f"dropout{parallel.rank() or ''}", step))
 
-    mine = parallel.rank_slice(size)
-    micro_batch = train.micro_batch or len(mine)
+    own = parallel.rank_slice(size)
+    micro_batch = train.micro_batch or len(own)
     gradients: list[Tensor] = []
     terms = torch.zeros(2, size, device=device)
-    for first in range(mine.start, mine.stop, micro_batch):
-        i = slice(first, min(first + micro_batch, mine.stop))
-        *found, terms[:, i] = state.gradients(x_start[i], noise[i], t[i], mse_weight[i] / size, vb_weight[i] / size)
+    for first in range(own.start, own.stop, micro_batch):
+        i = slice(first, min(first + micro_batch, own.stop))
+        *part, terms[:, i] = state.gradients(x_start[i], noise[i], t[i], mse_weight[i] / size, vb_weight[i] / size)
         if gradients:
-            torch._foreach_add_(gradients, found)
+            torch._foreach_add_(gradients, part)
         else:
-            # The next call may write where this one did.
-            gradients = [g.clone() for g in found] if len(mine) > micro_batch else found
+            # The next call may overwrite the results of this one.
+            gradients = [g.clone() for g in part] if len(own) > micro_batch else part
     parallel.all_reduce_sum([*gradients, terms])
     for parameter, gradient in zip(state.parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -236,7 +329,7 @@ def train_step(state: TrainState, batches: Batches) -> None:
     state.meter.add(mse_weight * mse + vb_weight * vb, mse, vb, t * 4 // schedule.timesteps)
     state.meter.sums["grad_norm"] += torch.nn.utils.get_total_norm(gradients)
     if state.history:
-        # What the losses would weigh under uniform draws, as the history compares timesteps.
+        # The history compares timesteps by their losses under uniform draws.
         state.history.add(t, state.tables.mse_weight[t] * mse + state.tables.vb_weight[t] * vb)
 
     for group in state.optimizer.param_groups:
@@ -249,13 +342,17 @@ def train_step(state: TrainState, batches: Batches) -> None:
 
 
 def learning_rate(step: int, base: float, warmup: int) -> float:
-    """Linear from base / warmup to base over the first `warmup` steps, then constant. Steps count from 0."""
+    """Returns the learning rate of a step (from 0).
+
+    It rises linearly from base / warmup to base in the first `warmup` steps, and is constant afterwards.
+    """
     return base * min(1.0, (step + 1) / warmup) if warmup else base
 
 
 def ema_decay(step: int, decay: float, warmup: bool) -> float:
-    """Decay of the moving average at a step: (1 + step) / (10 + step) until that passes `decay`.
+    """Returns the decay of the moving average at a step (from 0).
 
-    Without the warm-up a decay of 0.9999 still holds 37% of the untrained weights after 10,000 steps.
+    With warm-up it is (1 + step) / (10 + step) until that exceeds `decay`. Without warm-up and with a decay of 0.9999,
+    the average still contains 37% of the untrained weights after 10,000 steps.
     """
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

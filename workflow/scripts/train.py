@@ -1,9 +1,9 @@
-"""Train one segment of one run."""
+"""Trains one segment of one run."""
 
 from pathlib import Path
 
 from convergence.jobs import job, job_name
-from convergence.provenance import write_provenance
+from convergence.provenance import tables_hash, write_provenance
 from convergence.train_job import Segment, drop_older_states, train
 from diffusion.config import RunConfig
 from diffusion.files import sha256
@@ -11,15 +11,16 @@ from diffusion.training.state import summary
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
+    tables = tables_hash(run)  # before training: the files of the code may change later
     state = Path(snakemake.output.state)
     if snakemake.input.previous:
         drop_older_states(Path(snakemake.input.previous))
     segment = Segment(
-        run=snakemake.params.run,
+        run=run,
         seed=int(snakemake.wildcards.seed),
-        dataset=str(Path(snakemake.input.images).parent),
+        dataset=Path(snakemake.input.images).parent,
         previous=snakemake.input.previous or None,
-        directory=str(state.parent),
+        directory=state.parent,
         until=int(snakemake.wildcards.step),
         gpus=min(snakemake.resources.gpu, 1),
         threads=run.train.threads,
@@ -28,6 +29,7 @@ with job(snakemake):
     )
     train(segment, snakemake.resources.processes)
     facts = summary(state)
+    *earlier, source = facts.pop("sources")
     write_provenance(
         Path(snakemake.output.provenance),
         "cuda" if segment.gpus else "cpu",
@@ -36,4 +38,7 @@ with job(snakemake):
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,
+        source_hash=source,
+        earlier_source_hashes=earlier,
+        tables_hash=tables,
     )

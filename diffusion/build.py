@@ -1,0 +1,20 @@
+"""The untrained net and the noise schedule that a configuration describes."""
+
+from diffusion.config import Diffusion, Initial, Model
+from diffusion.gaussian import SCHEDULES, NoiseSchedule
+from diffusion.nets.unet import UNet
+
+
+def build_net(image_size: int, model: Model) -> UNet:
+    """Returns the net of a model section, with random weights, for images of `image_size` x `image_size` pixels."""
+    return UNet(image_size=image_size, **model.model_dump())
+
+
+def noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
+    """Returns the noise schedule of a diffusion section."""
+    return NoiseSchedule(SCHEDULES[diffusion.schedule](diffusion.timesteps))
+
+
+def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
+    """Returns the untrained net and the noise schedule of a run."""
+    return build_net(config.dataset.image_size, config.model), noise_schedule(config.diffusion)
