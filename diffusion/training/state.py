@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.checkpoints import build, save_weights
 from diffusion.config import Initial, RunConfig
 from diffusion.data.batches import Batches, random_flip, to_model_range
-from diffusion.devices import Graphed, autocast
+from diffusion.devices import CudaGraphed, autocast
 from diffusion.errors import InputError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
@@ -62,7 +62,7 @@ class TrainState:
             self.history = LossHistory(self.schedule.timesteps, device=self.device, **parameters)  # type: ignore[arg-type]
         # Dropout draws anew at each call, which a graph would have to be told of.
         graphed = self.device.type == "cuda" and not run.model.dropout
-        self.gradients = Graphed(self._gradients) if graphed else self._gradients
+        self.gradients = CudaGraphed(self._gradients) if graphed else self._gradients
         self.meter = Meter(self.device)
         self.step = 0
         self.seconds = 0.0
