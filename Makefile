@@ -47,6 +47,7 @@ lint: $(READY)  ## style and docstrings of Python and Snakemake files, types, un
 	snakefmt --check Snakefile workflow/rules
 	snakemake --lint
 	mypy
+	lint-imports --no-cache
 	deptry --no-ansi .
 
 format: $(READY)  ## mend what lint finds, where that can be automatic

@@ -32,7 +32,7 @@ from convergence.jobs import use_torch
 from convergence.snakefile import set_environment
 from convergence.study_file import load_experiment
 from diffusion.config import RunConfig
-from diffusion.devices import MOST_IMAGES_ON_CPU, autocast
+from diffusion.devices import MAX_IMAGES_ON_CPU, autocast
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 2048
@@ -118,7 +118,7 @@ def device_name() -> str:
 def sample_batch(options: argparse.Namespace) -> int:
     """Images that are sampled at the same time."""
     chosen = options.sample_batch or load(options).sample.batch_size
-    return chosen or (256 if device() == "cuda" else MOST_IMAGES_ON_CPU)
+    return chosen or (256 if device() == "cuda" else MAX_IMAGES_ON_CPU)
 
 
 def synchronize() -> None:

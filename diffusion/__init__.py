@@ -1,6 +1,6 @@
 """Diffusion models: noise schedules, densities and weights over timesteps, losses, nets, training, sampling, metrics.
 
-The names below are imported on first use. The package is independent of Snakemake, MLflow and pandas.
+The names in `__all__` are imported at first use, so that `import diffusion` does not import torch.
 """
 
 from importlib import import_module

@@ -1,34 +1,38 @@
-"""What depends on the device that work is done on: precision, memory, and how work is handed to a GPU."""
+"""Device-dependent settings: precision, batch sizes for sampling, and CUDA graphs."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 3  # calls in which libraries choose their algorithms, before a graph is captured
-# Images in a batch of samples: more gain nothing, and on a CPU fewer stay in its cache.
-MOST_IMAGES, MOST_IMAGES_ON_CPU = 1024, 64
-PROBE_IMAGES = 8
-# Of the memory of a GPU, which other jobs may share, and in bytes: tensors stay below 2^31 numbers.
-SHARE_OF_MEMORY, MOST_BYTES = 0.5, 16e9
+WARMUP_CALLS = 3  # cuDNN and cuBLAS choose their algorithms in these calls, before a graph is captured
+# Largest batches of samples. Larger ones are not faster; on a CPU, smaller ones fit its cache.
+MAX_IMAGES, MAX_IMAGES_ON_CPU = 1024, 64
+PROBE_IMAGES = 8  # images whose memory use is measured
+# Other jobs may share the GPU. The limit in bytes keeps tensors below 2^31 elements.
+MEMORY_SHARE, MAX_BYTES = 0.5, 16e9
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """The context in which a net is called.
+    """Returns the autocast context in which a net is called.
 
     Args:
-        precision: "fp32", "bf16", or "auto": bf16 on a GPU, and fp32 on a CPU, where bf16 is slower.
+        device: device of the net.
+        precision: "fp32", "bf16", or "auto" (bf16 on a GPU; fp32 on a CPU, where bf16 is slower).
     """
     kind = torch.device(device).type
     enabled = precision == "bf16" or (precision == "auto" and kind == "cuda")
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
-class Graphed:
-    """A function of tensors, captured at its first call as one CUDA graph: the host launches it whole.
+class CudaGraphed:
+    """A function of CUDA tensors that is captured as a CUDA graph at its first call and replayed afterwards.
 
-    Equal calls must do equal work: all that the function reads beside its arguments keeps its place in memory. Each
-    number of rows of the arguments has a graph of its own. Results are overwritten by the next call.
+    The function must be shape-static, and the tensors it reads must keep their addresses. One graph is captured for
+    each batch size of the arguments. The next call overwrites the results.
+
+    Args:
+        function: function of tensors [B, ...] that returns a list of tensors.
     """
 
     def __init__(self, function: Callable[..., list[Tensor]]):
@@ -36,13 +40,13 @@ class Graphed:
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
-        """The function's results for arguments [B, ...], whose other dimensions stay equal from call to call."""
-        rows = len(arguments[0])
-        if rows not in self.captured:
-            self.captured[rows] = self._capture(arguments)
-        graph, inputs, results = self.captured[rows]
-        for mine, given in zip(inputs, arguments, strict=True):
-            mine.copy_(given)
+        """Returns the results for arguments [B, ...]; dimensions other than B must be equal in all calls."""
+        batch_size = len(arguments[0])
+        if batch_size not in self.captured:
+            self.captured[batch_size] = self._capture(arguments)
+        graph, inputs, results = self.captured[batch_size]
+        for static_input, argument in zip(inputs, arguments, strict=True):
+            static_input.copy_(argument)
         graph.replay()
         return results
 
@@ -51,11 +55,11 @@ class Graphed:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for _ in range(WARMUP_CALLS):
                 self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: another one may read the next batch meanwhile.
+        # Only this thread is captured: another thread may copy the next batch at the same time.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self.function(*inputs)
         return graph, inputs, results
@@ -63,12 +67,19 @@ class Graphed:
 
 @torch.inference_mode()
 def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str, precision: str) -> int:
-    """How many images [*shape] to evaluate at once, 1 to 1,024: what a GPU's memory holds, by a small batch's share.
+    """Returns the batch size for evaluating a net without gradients: 64 on a CPU, 1 to 1024 on a GPU.
 
-    On a CPU 64. A net of which not even the small batch fits the GPU ends in torch's OutOfMemoryError.
+    On a GPU, the memory that a batch of 8 images needs is measured (torch raises its OutOfMemoryError if even this
+    batch does not fit). The batch size is then the number of images that fit half of the free memory, at most 16 GB.
+
+    Args:
+        model: net that is called with images [B, C, H, W] and timesteps [B].
+        shape: shape of one image, (C, H, W).
+        device: device of the net.
+        precision: see `autocast`.
     """
     if torch.device(device).type != "cuda":
-        return MOST_IMAGES_ON_CPU
+        return MAX_IMAGES_ON_CPU
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -79,4 +90,4 @@ def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.d
         )
     per_image = (torch.cuda.max_memory_allocated() - before) / PROBE_IMAGES
     free, _ = torch.cuda.mem_get_info()
-    return max(1, min(MOST_IMAGES, int(min(SHARE_OF_MEMORY * free, MOST_BYTES) / per_image)))
+    return max(1, min(MAX_IMAGES, int(min(MEMORY_SHARE * free, MAX_BYTES) / per_image)))

@@ -1,7 +1,7 @@
-"""The hybrid loss, and weights over timesteps.
+"""The hybrid loss, and loss weights over timesteps.
 
-A weight is a function of the noise schedule that gives a table [T]; `WEIGHTS` names them for the experiment file.
-Images are [B, C, H, W], losses per image [B].
+A weight is a function of the noise schedule that returns a table [T]. `WEIGHTS` maps names to weights. Images are
+[B, C, H, W]; losses are per image, [B].
 """
 
 import math
@@ -15,42 +15,44 @@ from diffusion.gaussian import NoiseSchedule, gather, p_mean_variance
 
 
 def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
-    """1 / (k + SNR)^gamma (Choi et al. 2022, arXiv 2204.00227, eq. 8, without the variational weight). snr [...]
-    gives the same shape.
+    """Returns the P2 weight 1 / (k + SNR)^gamma, in the shape [...] of `snr`.
 
-    With k = 1 it is (1 - alphas_cumprod)^gamma. gamma = 0 gives ones.
+    Source: Choi et al. 2022, arXiv 2204.00227, eq. 8, relative to the simple loss. For k = 1 it equals
+    (1 - alphas_cumprod)^gamma; for gamma = 0 it is 1.
     """
     return (k + snr) ** -gamma
 
 
 def unweighted(schedule: NoiseSchedule) -> Tensor:
-    """Ones [T]: the simple loss of Ho et al. 2020, eq. 14."""
+    """Returns ones [T]: the simple loss of Ho et al. 2020, eq. 14."""
     return torch.ones_like(schedule.snr)
 
 
 def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
-    """The P2 weight of each timestep (Choi et al. 2022, arXiv 2204.00227). [T]."""
+    """Returns the P2 weight of each timestep, [T] (Choi et al. 2022, arXiv 2204.00227, eq. 8)."""
     return p2_weight(schedule.snr, gamma, k)
 
 
 def min_snr(schedule: NoiseSchedule, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR, the form for epsilon-prediction (Hang et al. 2023, arXiv 2303.09556, sec. 3.4). [T].
+    """Returns min(SNR, gamma) / SNR, [T]: the Min-SNR weight for models that predict epsilon.
 
-    For v-prediction it would be min(SNR, gamma) / (SNR + 1), with only the numerator clipped.
+    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. (For models that predict v, the paper's weight is
+    min(SNR, gamma) / (SNR + 1).)
     """
     return schedule.snr.clamp(max=gamma) / schedule.snr
 
 
 def debiased(schedule: NoiseSchedule) -> Tensor:
-    """1 / sqrt(SNR) (Yu et al. 2023, arXiv 2310.08442). [T]."""
+    """Returns 1 / sqrt(SNR), [T] (Yu et al. 2023, arXiv 2310.08442)."""
     return schedule.snr.rsqrt()
 
 
 def speed(schedule: NoiseSchedule, lam: float, tau: int) -> Tensor:
-    """(1 - lam) + (2 lam - 1) minmax(d(1 - alphas_cumprod)/dt) for t < tau, 1 beyond. [T], in [1 - lam, lam] and 1.
+    """Returns SpeeD's change-aware weight, [T]: larger where the noise level changes faster.
 
-    The change-aware weight of SpeeD (Wang et al. 2024, arXiv 2405.17403): steps at which the noise grows fast count
-    for more. The derivative is by central differences and scaled over all timesteps, as in the published code.
+    It is (1 - lam) + (2 lam - 1) r_t for t < tau, and 1 for t >= tau, where r_t is the derivative of
+    1 - alphas_cumprod, scaled to [0, 1]. Source: Wang et al. 2024, arXiv 2405.17403. As in the published code, the
+    derivative uses central differences and is scaled over all timesteps.
     """
     (change,) = torch.gradient(1 - schedule.alphas_cumprod)
     scaled = (change - change.min()) / (change.max() - change.min())
@@ -69,7 +71,7 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
 
 
 class HybridLoss(NamedTuple):
-    """Losses per image, [B]: loss = mse + vb, both as weighted."""
+    """Weighted losses per image, each [B]: loss = mse + vb."""
 
     loss: Tensor
     mse: Tensor
@@ -86,16 +88,21 @@ def hybrid_loss(
     mse_weight: Tensor | float = 1.0,
     vb_weight: Tensor | float = 1.0,
 ) -> HybridLoss:
-    """The hybrid loss of Nichol & Dhariwal 2021, eq. 16: the noise's mean squared error plus a scaled bound.
+    """Returns the hybrid loss: the mean squared error of epsilon (mse) plus the scaled variational bound (vb).
 
-    The bound, in bits per dimension times T / 1000 (which changes nothing at T = 1000), trains the variance alone: the
-    mean is detached in it. The code line that this agrees with weights mse by P2, and never the bound.
+    Source: Nichol & Dhariwal 2021, eq. 16. The bound is in bits per dimension, multiplied by T / 1000. Its gradient
+    reaches only the variance, because epsilon is detached in it. The reference code (guided-diffusion with P2
+    weighting) applies the P2 weight to mse and never to vb.
 
     Args:
-        x_start, x_t, noise: [B, C, H, W]: images in [-1, 1], what `q_sample` makes of them, and the noise in it.
-        model_output: [B, 2C, H, W] epsilon and variance, or [B, C, H, W] epsilon alone (then vb is 0).
-        t: timesteps of the images, [B].
-        mse_weight, vb_weight: factors of the two terms, per image [B] or one number.
+        schedule: noise schedule of T timesteps.
+        model_output: epsilon and v, [B, 2C, H, W], or epsilon only, [B, C, H, W] (vb is then 0).
+        x_start: images in [-1, 1], [B, C, H, W].
+        x_t: noisy images, as `schedule.q_sample(x_start, t, noise)` returns them, [B, C, H, W].
+        t: timesteps of the images, int64 [B].
+        noise: the noise in x_t, [B, C, H, W].
+        mse_weight: factor of mse, per image [B] or a number.
+        vb_weight: factor of vb, per image [B] or a number.
     """
     channels = x_start.shape[1]
     mse = mse_weight * (model_output[:, :channels] - noise).square().mean((1, 2, 3))
@@ -109,10 +116,10 @@ def hybrid_loss(
 def _variational_bound(
     schedule: NoiseSchedule, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]; its gradient reaches the variance only."""
+    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]; its gradient reaches only the variance."""
     epsilon, variance = model_output.chunk(2, dim=1)
-    frozen = torch.cat([epsilon.detach(), variance], dim=1)
-    mean, log_variance, _ = p_mean_variance(schedule, frozen, x_t, t, clip=False)
+    detached = torch.cat([epsilon.detach(), variance], dim=1)
+    mean, log_variance, _ = p_mean_variance(schedule, detached, x_t, t, clip=False)
     true_mean = schedule.q_posterior_mean(x_start, x_t, t)
     true_log_variance = gather(schedule.posterior_log_variance_clipped, t, x_t)
     divergence = 0.5 * (
@@ -128,15 +135,15 @@ def _variational_bound(
 
 
 def _discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log p of 8-bit images scaled to [-1, 1], each level a bin 2/255 wide (Ho et al. 2020, eq. 13). Shape of x."""
+    """Returns log p of 8-bit images scaled to [-1, 1]: bins of width 2/255 (Ho et al. 2020, eq. 13). Shape of x."""
     inverse_std = (-0.5 * log_variance).exp()
     upper = _normal_cdf((x - mean + 1 / 255) * inverse_std)
     lower = _normal_cdf((x - mean - 1 / 255) * inverse_std)
-    # The outermost bins reach to infinity.
+    # The first and last bins extend to infinity.
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation to the standard normal's distribution that the reference code line uses (Page 1977)."""
+    """Returns the tanh approximation of the standard normal CDF (Page 1977), which the reference code uses."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

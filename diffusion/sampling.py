@@ -1,6 +1,7 @@
 """Sampling from a trained model: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021, arXiv 2010.02502).
 
-A model is called as model(x, t) with x [B, 3, H, W] and t [B], and gives epsilon with or without the variance's v.
+A model is called as model(x_t, t) with x_t [B, 3, H, W] and t int64 [B]. It returns epsilon, [B, 3, H, W], or epsilon
+and the variance's v, [B, 6, H, W].
 """
 
 from collections.abc import Callable
@@ -15,53 +16,68 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def ddim_timesteps(timesteps: int, steps: int) -> Tensor:
-    """Every (T / steps)-th timestep from 0, in the order of use, noisiest first. int64 [steps].
+    """Returns the timesteps 0, s, 2s, ... below T for the integer stride s that gives `steps` of them.
+
+    Args:
+        timesteps: T of the noise schedule.
+        steps: number of timesteps to return.
+
+    Returns:
+        Timesteps in the order of use, noisiest first, int64 [steps].
 
     Raises:
-        ValueError: no whole stride gives that many timesteps.
+        ValueError: if no integer stride gives `steps` timesteps.
     """
     for stride in range(1, timesteps + 1):
-        chosen = torch.arange(0, timesteps, stride)
-        if len(chosen) == steps:
-            return chosen.flip(0)
-    raise ValueError(f"no whole stride through {timesteps} timesteps takes {steps} steps")
+        used = torch.arange(0, timesteps, stride)
+        if len(used) == steps:
+            return used.flip(0)
+    raise ValueError(f"no integer stride through {timesteps} timesteps gives {steps} steps")
 
 
 def ddpm_timesteps(timesteps: int, steps: int) -> Tensor:
-    """Timesteps spread evenly from 0 to T - 1, both included, in the order of use. int64 [steps].
+    """Returns evenly spaced timesteps from 0 to T - 1 (inclusive), rounded to integers.
+
+    Args:
+        timesteps: T of the noise schedule.
+        steps: number of timesteps to return.
+
+    Returns:
+        Timesteps in the order of use, noisiest first, int64 [steps].
 
     Raises:
-        ValueError: steps is not in 2..T.
+        ValueError: if `steps` is not in 2..T.
     """
     if not 2 <= steps <= timesteps:
-        raise ValueError(f"{steps} steps do not fit {timesteps} timesteps: choose 2 to {timesteps}")
+        raise ValueError(f"steps is {steps}, but must be between 2 and {timesteps}, the number of timesteps")
     return torch.linspace(0, timesteps - 1, steps, dtype=torch.float64).round().long().flip(0)
 
 
 @torch.inference_mode()
 def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int) -> Tensor:
-    """Deterministic DDIM (eta = 0), x_0 clipped at every step (Song et al. 2021, eq. 12).
+    """Samples images by DDIM with eta = 0 (Song et al. 2021, eq. 12), clipping the predicted x_0 at every step.
 
     Args:
-        schedule: that the model was trained with.
-        latents: x_T, standard normal, [B, 3, H, W].
+        model: see the top of this module.
+        schedule: noise schedule that the model was trained with.
+        latents: standard normal x_T, [B, 3, H, W].
         steps: number of model evaluations; see `ddim_timesteps`.
 
     Returns:
-        images [B, 3, H, W] in [-1, 1].
+        Images in [-1, 1], [B, 3, H, W].
 
     Raises:
-        ValueError: as `ddim_timesteps`.
+        ValueError: if no integer stride through the timesteps gives `steps` steps.
     """
     used = ddim_timesteps(schedule.timesteps, steps)
-    coarse = respaced(schedule, used.flip(0)).to(latents.device)
+    subset = respaced(schedule, used.flip(0)).to(latents.device)
     x = latents
-    for step, stamp in enumerate(used.tolist()):
-        t, i = _repeated(stamp, x), _repeated(steps - 1 - step, x)
-        x_start = p_mean_variance(coarse, model(x, t), x, i).pred_x_start
-        # Clipping x_0 changes the noise that the image implies.
-        epsilon = coarse.predict_epsilon(x_start, x, i)
-        a_prev = gather(coarse.alphas_cumprod_prev, i, x)
+    for step, timestep in enumerate(used.tolist()):
+        t, i = _repeated(timestep, x), _repeated(steps - 1 - step, x)
+        x_start = p_mean_variance(subset, model(x, t), x, i).pred_x_start
+        # Recomputed from the clipped x_0: the model's epsilon belongs to the unclipped x_0.
+        epsilon = subset.predict_epsilon(x_start, x, i)
+        a_prev = gather(subset.alphas_cumprod_prev, i, x)
         x = a_prev.sqrt() * x_start + (1 - a_prev).sqrt() * epsilon
     return x
 
@@ -70,42 +86,47 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
 def ddpm_sample(
     model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int, noise: Callable[[int], Tensor]
 ) -> Tensor:
-    """Ancestral sampling with the model's variance, x_0 clipped at every step (Ho et al. 2020, algorithm 2).
+    """Samples images by ancestral sampling (Ho et al. 2020, algorithm 2), clipping the predicted x_0 at every step.
 
     Args:
-        schedule: that the model was trained with.
-        latents: x_T, standard normal, [B, 3, H, W].
+        model: see the top of this module. If it predicts v, the variance is the model's.
+        schedule: noise schedule that the model was trained with.
+        latents: standard normal x_T, [B, 3, H, W].
         steps: number of model evaluations; see `ddpm_timesteps`.
-        noise: gives the standard normal noise [B, 3, H, W] of step 0..steps-1 (none is added in the last).
+        noise: function that returns standard normal noise [B, 3, H, W] for a step in 0..steps-2 (the last step adds
+            no noise).
 
     Returns:
-        images [B, 3, H, W], nearly in [-1, 1].
+        Images, [B, 3, H, W], approximately in [-1, 1].
 
     Raises:
-        ValueError: as `ddpm_timesteps`.
+        ValueError: if `steps` is not in 2..T.
     """
     used = ddpm_timesteps(schedule.timesteps, steps)
-    coarse = respaced(schedule, used.flip(0)).to(latents.device)
+    subset = respaced(schedule, used.flip(0)).to(latents.device)
     x = latents
-    for step, stamp in enumerate(used.tolist()):
-        t, i = _repeated(stamp, x), _repeated(steps - 1 - step, x)
-        mean, log_variance, _ = p_mean_variance(coarse, model(x, t), x, i)
+    for step, timestep in enumerate(used.tolist()):
+        t, i = _repeated(timestep, x), _repeated(steps - 1 - step, x)
+        mean, log_variance, _ = p_mean_variance(subset, model(x, t), x, i)
         x = mean + (0.5 * log_variance).exp() * noise(step) if step < steps - 1 else mean
     return x
 
 
 def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
-    """Standard normal latents of some samples, each dependent on (seed, its index) alone.
-
-    float32 [B, *shape], on the CPU.
+    """Returns standard normal latents, each of which depends only on the seed, the stream and its own index.
 
     Args:
-        shape: of one, (C, H, W).
-        stream: name of the random stream (`diffusion.streams`).
+        seed: seed of the samples.
+        indices: indices of the samples.
+        shape: shape of one latent, (C, H, W).
+        stream: name of the random stream (see `diffusion.streams`).
+
+    Returns:
+        float32 [B, C, H, W], on the CPU.
     """
     return torch.stack([torch.randn(shape, generator=generator(seed, stream, index)) for index in indices])
 
 
 def _repeated(t: int, x: Tensor) -> Tensor:
-    # Filled on the device: a copy from the host would wait for it.
+    # Filled on the device: a copy from the host would synchronize.
     return torch.full((len(x),), t, device=x.device)

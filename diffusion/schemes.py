@@ -1,4 +1,4 @@
-"""An arm in numbers: its tables over timesteps, from the names in the experiment file."""
+"""The tables of a training scheme: the density and the loss weights over timesteps that its settings name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,25 +15,38 @@ from diffusion.timesteps import DENSITIES, uniform
 
 @dataclass(frozen=True)
 class Tables:
-    """An arm in numbers, each [T] float64: how timesteps are drawn and what weights the two loss terms have."""
+    """Density and loss weights of a training scheme, each float64 [T].
+
+    Attributes:
+        probabilities: density that timesteps are drawn from; it sums to 1.
+        mse_weight: factor of the mse term of the loss.
+        vb_weight: factor of the vb term of the loss.
+    """
 
     probabilities: Tensor
     mse_weight: Tensor
     vb_weight: Tensor
 
     def to(self, device: torch.device) -> "Tables":
-        """The same tables on a device."""
+        """Returns a copy on `device`; each table keeps its shape [T]."""
         return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
 
 
 def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None = None) -> Tables:
-    """The tables of an arm, as it starts.
+    """Returns the tables of a scheme at the start of training.
 
-    An arm that is matched to another keeps that arm's expected gradient; one whose losses are importance-corrected
-    keeps that of uniform draws.
+    Args:
+        schedule: noise schedule of T timesteps.
+        scheme: names and parameters of the density and the weights. If `scheme.corrected`, the weights are divided by
+            T p_t, so that the expected gradient is that of uniform draws.
+        match: scheme to match: the weights are chosen so that both schemes have the same expected gradient.
+
+    Returns:
+        Tables, each [T].
 
     Raises:
-        InputError: a density or weight is not finite, or losses of timesteps that are never drawn are to be corrected.
+        InputError: if a density or weight is unknown or not finite, or if weights are to be divided by a probability
+            of 0.
     """
     probabilities = _table(DENSITIES, scheme.timesteps.chosen, schedule)
     mse_weight = _table(WEIGHTS, scheme.mse_weight.chosen, schedule)
@@ -47,8 +60,8 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
     if (probabilities == 0).any():
         name, parameters = scheme.timesteps.chosen
         raise InputError(
-            f"the density {name} {parameters} never draws {int((probabilities == 0).sum())} of the timesteps, so its "
-            "losses cannot be corrected: widen it, or drop match and importance_corrected"
+            f"density {name} {parameters} is 0 at {int((probabilities == 0).sum())} timesteps, so the losses there "
+            "cannot be corrected: widen the density, or remove match and importance_corrected"
         )
     return matched(probabilities, target, scheme.correct_vb)
 
@@ -56,34 +69,33 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
 def _table(
     functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
 ) -> Tensor:
-    """One table of an arm, [T].
+    """Returns the table [T] of the function that `chosen` names, called with its parameters.
 
     Raises:
-        InputError: no function has the name, or what it gives is not finite.
+        InputError: if no function has the name, or if the table is not finite.
     """
     name, parameters = chosen
     if name not in functions:
-        raise InputError(
-            f"{name} is a key of diffusion/config.py, but no function has this name: add it to DENSITIES in "
-            "diffusion/timesteps.py, or to WEIGHTS in diffusion/losses.py"
-        )
+        raise InputError(f"no function is named {name}: add it to DENSITIES or WEIGHTS, or use one of {[*functions]}")
     table = functions[name](schedule, **parameters)
     if not torch.isfinite(table).all():
-        raise InputError(f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: choose milder numbers")
+        raise InputError(
+            f"{name} {parameters} is not finite at {schedule.timesteps} timesteps: use less extreme parameters"
+        )
     return table
 
 
 def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> Tables:
-    """The target's weights times q_t / p_t, its density over another: E_q[w grad] = E_p[(q / p) w grad].
+    """Returns weights for a density p that give the target's expected gradient: E_q[w grad] = E_p[(q / p) w grad].
 
-    Where p_t is small the weights are large: P2's density (gamma 0.5, k 1, linear, T = 1000) matched to uniform draws
-    gives vb a weight of 80 at t = 0. Without `correct_vb` that term keeps the target's weights, and the variance alone
-    is then trained towards another expectation; the mean of the prediction is not, since vb does not reach it.
+    The weights are large where p_t is small: for the P2 density (gamma 0.5, k 1, linear betas, T = 1000) matched to
+    uniform draws, the weight of vb is 80 at t = 0. Without `correct_vb`, the expected gradient of the variance differs
+    from the target's. That of epsilon does not, because the gradient of vb does not reach epsilon.
 
     Args:
-        probabilities: the density p to draw by, [T], all above 0.
-        target: the arm whose expected gradient is kept.
-        correct_vb: whether the vb term is matched too.
+        probabilities: density p to draw from, [T], each greater than 0.
+        target: tables with density q and weights w, each [T].
+        correct_vb: whether vb_weight is multiplied by q / p; otherwise it equals the target's vb_weight.
     """
     ratio = target.probabilities / probabilities
     return Tables(

@@ -1,7 +1,7 @@
-"""Densities over timesteps, and how timesteps are drawn from them.
+"""Densities over timesteps, and functions that draw timesteps from them.
 
-A density is a function of the noise schedule that gives probabilities [T]; `DENSITIES` names them for the experiment
-file. `LossHistory` is the one density that is learnt during training.
+A density is a function of the noise schedule that returns probabilities [T]. `DENSITIES` maps names to densities.
+`LossHistory` is the only density that is learned during training.
 """
 
 import math
@@ -14,43 +14,43 @@ from diffusion.gaussian import NoiseSchedule
 
 
 def uniform(schedule: NoiseSchedule) -> Tensor:
-    """1 / T for each timestep. [T], sums to 1."""
+    """Returns 1 / T for each timestep (Ho et al. 2020, algorithm 1). [T], sums to 1."""
     return torch.full_like(schedule.snr, 1 / schedule.timesteps)
 
 
 def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
-    """Probability proportional to the P2 weight 1 / (k + SNR)^gamma (Choi et al. 2022). [T], sums to 1."""
+    """Returns a density proportional to the P2 weight 1 / (k + SNR)^gamma (Choi et al. 2022). [T], sums to 1."""
     weight = (k + schedule.snr) ** -gamma
     return weight / weight.sum()
 
 
 def log_normal_sigma(schedule: NoiseSchedule, mean: float, std: float) -> Tensor:
-    """ln(sigma) ~ N(mean, std^2), sigma = SNR^(-1/2) (Karras et al. 2022, arXiv 2206.00364, table 1: -1.2, 1.2).
+    """Returns the density for which ln(sigma) ~ N(mean, std^2), where sigma = SNR^(-1/2). [T], sums to 1.
 
-    Each timestep takes the normal mass between the midpoints to its neighbours in ln(sigma); what lies outside the
-    schedule's range of sigma is cut off. [T], sums to 1.
+    Source: Karras et al. 2022, arXiv 2206.00364, table 1 (mean -1.2, std 1.2). The probability of a timestep is the
+    normal probability between the midpoints to its neighbours in ln(sigma), truncated to the schedule's range.
     """
     log_sigma = -0.5 * schedule.snr.log()
-    middles = (log_sigma[1:] + log_sigma[:-1]) / 2
-    ends = 2 * log_sigma[[0, -1]] - middles[[0, -1]]
-    return _normal_mass(torch.cat([ends[:1], middles, ends[1:]]), mean, std)
+    midpoints = (log_sigma[1:] + log_sigma[:-1]) / 2
+    ends = 2 * log_sigma[[0, -1]] - midpoints[[0, -1]]
+    return _normal_probabilities(torch.cat([ends[:1], midpoints, ends[1:]]), mean, std)
 
 
 def logit_normal(schedule: NoiseSchedule, mean: float, std: float) -> Tensor:
-    """logit(time) ~ N(mean, std^2), where timestep t stands for the times from t / T to (t + 1) / T.
+    """Returns the density for which logit(time) ~ N(mean, std^2). [T], sums to 1.
 
-    Esser et al. 2024 (arXiv 2403.03206), eq. 19, with their direction of time: 0 is data, 1 is noise. Their time is
-    that of a rectified flow; here it is the share of the schedule that has passed. [T], sums to 1.
+    Source: Esser et al. 2024, arXiv 2403.03206, eq. 19. Time 0 is data and time 1 is noise, as in the paper. There,
+    time is that of a rectified flow; here, timestep t covers the times from t / T to (t + 1) / T.
     """
     edges = torch.arange(schedule.timesteps + 1, dtype=torch.float64) / schedule.timesteps
-    return _normal_mass(torch.logit(edges), mean, std)
+    return _normal_probabilities(torch.logit(edges), mean, std)
 
 
 def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
-    """k times as likely for t < tau as beyond (SpeeD: Wang et al. 2024, arXiv 2405.17403, asymmetric sampling).
+    """Returns a density that is k times as high for t < tau as for t >= tau. [T], sums to 1.
 
-    The published code then mirrors half of the batch at another timestep, which changes the density; the paper, and
-    this function, do not. [T], sums to 1.
+    Source: SpeeD, Wang et al. 2024, arXiv 2405.17403, "asymmetric sampling". Unlike the paper and this function, the
+    published code also mirrors half of each batch to other timesteps, which changes the density.
     """
     weight = torch.ones_like(schedule.snr)
     weight[:tau] = k
@@ -58,7 +58,7 @@ def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
 
 
 def loss_second_moment(schedule: NoiseSchedule, history: int, uniform_share: float) -> Tensor:
-    """Where `LossHistory` (Nichol & Dhariwal 2021) starts: 1 / T for each timestep. [T], sums to 1."""
+    """Returns the initial density of `LossHistory` (Nichol & Dhariwal 2021): uniform. [T], sums to 1."""
     return uniform(schedule)
 
 
@@ -73,31 +73,31 @@ DENSITIES: dict[str, Callable[..., Tensor]] = {
 
 
 class LossHistory:
-    """The newest losses of each timestep, and the density sqrt(E[L_t^2]) that follows from them.
+    """The most recent losses of each timestep, and the density proportional to sqrt(E[L_t^2]) that they give.
 
-    Nichol & Dhariwal 2021, eq. 18: among all densities, with the losses divided by it, this one gives the sum over t
-    the least variance. Uniform until every timestep has a full history, then mixed with a little of the uniform
-    density, so that none is forgotten.
+    Source: Nichol & Dhariwal 2021, eq. 18. With importance-corrected losses, this density minimizes the variance of
+    the total loss. It is uniform until every timestep has a full history. After that, it is mixed with the uniform
+    density, so that every timestep is still drawn.
 
     Args:
         timesteps: T.
-        history: losses kept for each timestep.
-        uniform_share: share of the uniform density, in [0, 1].
-        device: where losses arrive.
+        history: number of losses kept for each timestep.
+        uniform_share: share of the uniform density in the mixture, in [0, 1].
+        device: device of the losses that are added.
     """
 
     def __init__(self, timesteps: int, history: int, uniform_share: float, device: torch.device | str = "cpu"):
         self.history, self.uniform_share = history, uniform_share
-        # The row beyond the last timestep takes what is older than the history already within a batch.
+        # One extra row takes the losses of a batch that newer losses of the same batch replace.
         self.losses = torch.zeros(timesteps + 1, history, dtype=torch.float64, device=device)
         self.counts = torch.zeros(timesteps, dtype=torch.int64, device=device)
 
     def probabilities(self) -> Tensor:
-        """[T] float64, sums to 1."""
+        """Returns the present density, float64 [T]; it sums to 1."""
         rms = self.losses[:-1].square().mean(1).sqrt()
-        total = len(rms)
-        learnt = rms / rms.sum() * (1 - self.uniform_share) + self.uniform_share / total
-        return torch.where((self.counts >= self.history).all(), learnt, 1 / total)
+        timesteps = len(rms)
+        learned = rms / rms.sum() * (1 - self.uniform_share) + self.uniform_share / timesteps
+        return torch.where((self.counts >= self.history).all(), learned, 1 / timesteps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the losses and their counts, as tensors [...] that later calls of `add` change."""
@@ -108,32 +108,39 @@ class LossHistory:
         self.losses, self.counts = state["losses"], state["counts"]
 
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the losses of a batch, in its order. t int64 [B], losses [B]. Nothing waits for the device."""
+        """Adds the losses of a batch, oldest first, without synchronizing with the device.
+
+        Args:
+            t: timesteps, int64 [B].
+            losses: their losses, [B].
+        """
         t, order = t.sort(stable=True)
-        earlier = torch.arange(len(t), device=t.device) - torch.searchsorted(t, t)
-        same = torch.zeros_like(self.counts).index_add_(0, t, torch.ones_like(t))
-        fits = earlier >= same[t] - self.history
-        rows = torch.where(fits, t, len(self.counts))
-        self.losses[rows, (self.counts[t] + earlier) % self.history] = losses[order].double()
+        # Position of each loss among the losses of the same timestep in this batch.
+        position = torch.arange(len(t), device=t.device) - torch.searchsorted(t, t)
+        added = torch.zeros_like(self.counts).index_add_(0, t, torch.ones_like(t))
+        kept = position >= added[t] - self.history
+        rows = torch.where(kept, t, len(self.counts))
+        self.losses[rows, (self.counts[t] + position) % self.history] = losses[order].double()
         self.losses[-1] = 0
-        self.counts += same
+        self.counts += added
 
 
 def draw_timesteps(probabilities: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Timesteps with the given probabilities, equal to those of a uniform draw as often as can be.
+    """Draws timesteps with the given probabilities, as often as possible equal to a uniform draw.
 
-    Arms that share the generator's state share a uniform draw t ~ 1/T; each keeps it with probability
-    min(1, p_t T) and otherwise draws from what its density has above the uniform one (the maximal coupling; Lindvall
-    2002, I.5). The result has exactly the given density. At equal images and noise this lowers the variance of the
-    difference of two arms' gradients by 48% against independent draws; sharing u in the inverse CDF lowers it by 16%
-    (`benchmarks/gradient_variance.py`).
+    Training runs whose generators have the same state share a uniform draw t. Each run keeps t with probability
+    min(1, p_t T), and otherwise draws from the part of its density that exceeds the uniform density. This is the
+    maximal coupling (Lindvall 2002, sec. I.5); the result has exactly the given density. For equal images and noise,
+    it lowers the variance of the difference between two runs' gradients by 48% compared to independent draws; a
+    shared u in the inverse CDF lowers it by 16% (`benchmarks/gradient_variance.py`).
 
     Args:
-        probabilities: [T], sums to 1.
-        generator: of the stream "timesteps" at this step; its device is that of the result.
+        probabilities: density [T] that sums to 1.
+        count: number of timesteps to draw.
+        generator: random generator; its device is the device of the result.
 
     Returns:
-        int64 [count], each in 0..T-1.
+        Timesteps in 0..T-1, int64 [count].
     """
     timesteps = len(probabilities)
     p = probabilities.to(generator.device, torch.float64)
@@ -145,12 +152,19 @@ def draw_timesteps(probabilities: Tensor, count: int, generator: torch.Generator
 
 
 def draw_stratified(probabilities: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Timesteps with the given probabilities, spread evenly: u_i = (u_0 + i / B) mod 1 through the inverse CDF.
+    """Draws timesteps with the given probabilities by the inverse CDF of u_i = (u_0 + i / count) mod 1.
 
-    Kingma et al. 2021 (VDM, arXiv 2107.00630), appendix I.1: each timestep keeps its density, and the mean over a
-    batch varies less. Arms that share the generator's state share u_0.
+    Source: Kingma et al. 2021 (VDM, arXiv 2107.00630), appendix I.1. Each timestep has its given probability, and the
+    mean over a batch has a lower variance than with independent draws. Training runs whose generators have the same
+    state share u_0.
 
-    Args and returns: as `draw_timesteps`.
+    Args:
+        probabilities: density [T] that sums to 1.
+        count: number of timesteps to draw.
+        generator: random generator; its device is the device of the result.
+
+    Returns:
+        Timesteps in 0..T-1, int64 [count].
     """
     cumulative = probabilities.to(generator.device, torch.float64).cumsum(0)
     offset = torch.rand((), dtype=torch.float64, device=generator.device, generator=generator)
@@ -158,10 +172,10 @@ def draw_stratified(probabilities: Tensor, count: int, generator: torch.Generato
     return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp(max=len(probabilities) - 1)
 
 
-def _normal_mass(edges: Tensor, mean: float, std: float) -> Tensor:
-    """Share of N(mean, std^2) in each of the intervals between growing edges [T + 1], of all that lies in them."""
+def _normal_probabilities(edges: Tensor, mean: float, std: float) -> Tensor:
+    """Returns the probabilities [T] of N(mean, std^2) in the intervals between increasing edges [T + 1], normalized."""
     z = (edges - mean) / std
-    # Measured from the nearer tail: differences of numbers near 1 would lose the far one.
+    # Differences of tail probabilities keep their precision; differences of numbers near 1 would lose it.
     below, above = 0.5 * torch.erfc(-z / math.sqrt(2)), 0.5 * torch.erfc(z / math.sqrt(2))
-    mass = torch.where(z[1:] < 0, below[1:] - below[:-1], above[:-1] - above[1:])
-    return mass / mass.sum()
+    probabilities = torch.where(z[1:] < 0, below[1:] - below[:-1], above[:-1] - above[1:])
+    return probabilities / probabilities.sum()

@@ -155,8 +155,8 @@ def test_mean_is_the_posterior_of_the_clipped_prediction():
     np.testing.assert_allclose(clipped.mean.flatten(), mean, rtol=1e-7)
 
 
-def test_respaced_timesteps_must_grow():
-    with pytest.raises(ValueError, match="must grow"):
+def test_respaced_timesteps_must_increase():
+    with pytest.raises(ValueError, match="strictly increasing"):
         respaced(NoiseSchedule(linear_betas(10)), torch.tensor([0, 0, 1]))
 
 

@@ -7,7 +7,8 @@ import torch
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 from diffusion.data.batches import Batches
 from diffusion.devices import largest_batch
-from diffusion.nets.norm import TorchGroupNorm, _implementation
+from diffusion.nets.norm import _implementation
+from diffusion.nets.torch_norm import TorchGroupNorm
 from diffusion.training.state import TrainState, train_step, untrained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.nets.norm import TorchGroupNorm, group_norm
+from diffusion.nets.norm import group_norm
+from diffusion.nets.torch_norm import TorchGroupNorm
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

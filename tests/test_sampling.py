@@ -57,7 +57,7 @@ def test_ddim_timesteps_need_not_divide():
 
 @pytest.mark.parametrize("steps", [0, 333, 600, 1001])
 def test_ddim_timesteps_without_whole_stride_are_refused(steps):
-    with pytest.raises(ValueError, match=f"takes {steps} steps"):
+    with pytest.raises(ValueError, match=f"gives {steps} steps"):
         ddim_timesteps(1000, steps)
 
 
@@ -71,7 +71,7 @@ def test_ddpm_timesteps_span_the_process_evenly(timesteps, steps):
 
 @pytest.mark.parametrize("steps", [1, 1001])
 def test_ddpm_timesteps_that_do_not_fit_are_refused(steps):
-    with pytest.raises(ValueError, match="choose 2 to 1000"):
+    with pytest.raises(ValueError, match=f"steps is {steps}, but must be between 2 and 1000"):
         ddpm_timesteps(1000, steps)
 
 

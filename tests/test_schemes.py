@@ -145,7 +145,7 @@ def test_the_bound_can_be_left_uncorrected(scheme, match, vb_weight):
     ],
 )
 def test_timesteps_that_are_never_drawn_cannot_be_corrected(scheme, match):
-    with pytest.raises(InputError, match=r"log_normal_sigma .*0.01.* never draws \d+ of the timesteps.*: widen it"):
+    with pytest.raises(InputError, match=r"log_normal_sigma .*0.01.* is 0 at \d+ timesteps.*: widen the density"):
         scheme_tables(LONG, scheme, match)
     assert (scheme_tables(LONG, Scheme(timesteps=scheme.timesteps)).probabilities == 0).any()
 
@@ -160,7 +160,7 @@ def test_timesteps_that_are_never_drawn_cannot_be_corrected(scheme, match):
     ids=["no mass", "overflow", "no range"],
 )
 def test_numbers_that_leave_nothing_finite_are_refused(timesteps, scheme):
-    with pytest.raises(InputError, match=r"is not finite at \d+ timesteps: choose milder numbers"):
+    with pytest.raises(InputError, match=r"is not finite at \d+ timesteps: use less extreme parameters"):
         scheme_tables(NoiseSchedule(linear_betas(timesteps)), scheme)
 
 

@@ -1,9 +1,10 @@
-"""The floors of the house, what its docstrings must tell, and that nothing in it is dead."""
+"""The structure of the packages: layers of imports, documented shapes, no unused code, lazy exports."""
 
-import ast
 import importlib
 import inspect
 import keyword
+import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,102 +13,115 @@ from pathlib import Path
 import pytest
 from vulture import Vulture
 
+import convergence
+import diffusion
 from diffusion.losses import WEIGHTS
 from diffusion.timesteps import DENSITIES
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "diffusion"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-
-# Ours that a module may import, beside StudyError from the package itself; other modules stand above these.
-ALLOWED = {
-    "config": set(),
-    "streams": set(),
-    "gaussian": set(),
-    "norm": {"kernels"},
-    "kernels": {"norm"},
-    "unet": {"norm", "config"},
-    "devices": set(),
-    "data": set(),
-    "prepare": {"config", "files", "progress"},
-    "progress": set(),
-    "files": set(),
-    "weights": {"files"},
-    "metrics": set(),
-    "features": {"weights", "progress"},
-    "timesteps": {"gaussian"},
-    "losses": {"gaussian"},
-    "sampling": {"gaussian", "streams"},
-    "schemes": {"config", "gaussian", "losses", "timesteps"},
-}
+# Triton must be installed to import the kernels, and importing a `__main__` module runs it.
+MODULES = sorted(
+    module.name
+    for package in (diffusion, convergence)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not module.name.endswith((".kernels", ".__main__"))
+)
 
 
-def imports(module: str) -> set[str]:
-    """Dotted names of all that a module imports, anywhere in it: `diffusion.gaussian.at`, `torch`."""
-    names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            source = ".".join(part for part in ("diffusion" if node.level else "", node.module) if part)
-            names |= {f"{source}.{alias.name}" for alias in node.names}
-    return names
+def test_imports_keep_the_contracts_of_pyproject():
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", ALLOWED)
-def test_lower_floors_import_only_what_lies_below(module):
-    ours = {name for name in imports(module) if name.split(".")[0] == "diffusion"} - {"diffusion.StudyError"}
-    assert {(name.split(".") + [""])[1] for name in ours} <= ALLOWED[module]
+def imported(*statements: str) -> set[str]:
+    """Top-level packages that a fresh process has imported after the statements."""
+    code = "; ".join(["import sys", *statements, "print(*{name.split('.')[0] for name in sys.modules})"])
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
-@pytest.mark.parametrize("module", ["__init__", *MODULES])
-def test_the_library_knows_nothing_of_the_workflow(module):
-    assert {name.split(".")[0] for name in imports(module)}.isdisjoint({"workflow", "snakemake", "mlflow"})
+@pytest.mark.parametrize(
+    "module",
+    ["diffusion", "diffusion.config", "diffusion.files", "convergence", "convergence.schema", "convergence.layout"],
+)
+def test_settings_and_paths_import_no_torch(module):
+    assert imported(f"import {module}").isdisjoint({"torch", "numpy", "PIL", "pandas", "mlflow", "snakemake"})
 
 
-def test_config_needs_no_torch():
-    code = "import sys, diffusion.config; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+@pytest.mark.parametrize("package", [diffusion, convergence], ids=lambda package: package.__name__)
+def test_exported_names_resolve(package):
+    names = getattr(package, "__all__", [])
+    assert None not in [getattr(package, name) for name in names]
+    assert set(names) <= set(dir(package))
 
 
-def public(module: str) -> list[tuple[str, object, object]]:
-    """(name, function, whose docstring) of what a module defines for others, methods among them."""
-    found = []
-    content = importlib.import_module(f"diffusion.{module}")
-    for name, of in vars(content).items():
-        if name.startswith("_") or getattr(of, "__module__", None) != content.__name__:
+def test_names_that_other_code_uses_are_exported():
+    names = {"NoiseSchedule", "linear_betas", "cosine_betas", "p2_weight", "hybrid_loss", "ddim_timesteps"}
+    assert names | {"ddim_sample", "UNet", "frechet_distance"} <= set(diffusion.__all__)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="module 'diffusion' has no attribute 'Unet'"):
+        diffusion.Unet  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from diffusion import Unet")
+
+
+def test_exports_are_imported_at_first_use():
+    assert "torch" in imported("import diffusion", "diffusion.UNet")
+
+
+def public_functions(module: str) -> list[tuple[str, object, str]]:
+    """(name, function, docstring) of the public functions and methods that a module defines.
+
+    The docstring of a method includes that of its class.
+    """
+    content, functions = importlib.import_module(module), []
+    for name, value in vars(content).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module:
             continue
-        if inspect.isclass(of):
-            methods = [(key, f) for key, f in vars(of).items() if inspect.isfunction(f) and not key.startswith("_")]
-            found += [(f"{name}.{key}", function, of) for key, function in methods]
-        elif inspect.isfunction(inspect.unwrap(of)):
-            found.append((name, inspect.unwrap(of), of))
-    return found
+        if inspect.isclass(value):
+            methods = [(key, method) for key, method in vars(value).items() if inspect.isfunction(method)]
+            functions += [
+                (f"{name}.{key}", method, f"{value.__doc__} {method.__doc__}")
+                for key, method in methods
+                if not key.startswith("_")
+            ]
+        elif inspect.isfunction(inspect.unwrap(value)):
+            functions.append((name, inspect.unwrap(value), f"{value.__doc__}"))
+    return functions
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("kernels", "__main__")])
-def test_docstrings_tell_the_shapes_of_tensors(module):
-    silent = []
-    for name, function, whose in public(module):
-        kinds = [str(of) for of in function.__annotations__.values()]
-        told = f"{function.__doc__} {whose.__doc__}"
-        if any(re.search(r"Tensor|ndarray", kind) for kind in kinds) and not re.search(r"\[[^\]]*\]|as `", told):
-            silent.append(name)
-    assert not silent
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_state_the_shapes_of_tensors(module):
+    missing = []
+    for name, function, docstring in public_functions(module):
+        annotations = " ".join(map(str, function.__annotations__.values()))
+        if re.search(r"Tensor|ndarray", annotations) and not re.search(r"\[[^\]]*\]|as `", docstring):
+            missing.append(name)
+    assert not missing
 
 
 @pytest.mark.parametrize("function", [*DENSITIES.values(), *WEIGHTS.values()])
 def test_every_scheme_names_its_source(function):
-    assert re.search(r"(19|20)\d\d|^1 ", function.__doc__)
+    assert re.search(r"[A-Z]\w+ .*\b(19|20)\d\d\b", function.__doc__)
 
 
-def test_nothing_is_dead():
-    found = Vulture(ignore_decorators=["@field_validator", "@model_validator"], ignore_names=["model_config"])
-    found.scavenge([PACKAGE, ROOT / "workflow", ROOT / "benchmarks"])
-    # The rules use what no Python file does; the others are attributes that libraries read.
-    rules = "\n".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
-    found.scan("\n".join(set(re.findall(r"[A-Za-z_]\w*", rules)) - set(keyword.kwlist)))
+def test_no_code_is_unused():
+    found = Vulture(
+        ignore_decorators=["@field_validator", "@model_validator", "@model_serializer", "@*.command"],
+        ignore_names=["model_config", "__getattr__", "__dir__"],
+    )
+    found.scavenge([ROOT / package for package in ("diffusion", "convergence", "workflow", "benchmarks")])
+    # Names that only the rules use, names that the library exports, and attributes that other libraries read.
+    rules = "\n".join(path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")])
+    names = {*re.findall(r"[A-Za-z_]\w*", rules), *diffusion.__all__} - set(keyword.kwlist)
+    found.scan("\n".join(names))
     read_by_libraries = {"padding", "_fc", "benchmark", "get_provided_features_list", "kwargs", "train_version"}
-    dead = {f"{item.filename}: {item.name}" for item in found.get_unused_code() if item.name not in read_by_libraries}
-    assert not dead
+    unused = {f"{item.filename}: {item.name}" for item in found.get_unused_code() if item.name not in read_by_libraries}
+    assert not unused

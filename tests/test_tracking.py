@@ -1,4 +1,4 @@
-"""Tracking against a real SQLite store, files as training leaves them, and processes killed for real."""
+"""Tracking with a real SQLite store, files as training writes them, and processes that are really killed."""
 
 import contextlib
 import csv
@@ -15,11 +15,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from filelock import FileLock
 from PIL import Image
 
-from convergence import answers, layout, study_file
+from convergence import layout, study_file
+from convergence.analysis.verdict import StudyVerdict, write_verdict
+from convergence.tables import COLUMNS, PROBE_COLUMNS
 from convergence.tracking import content, follow
 
 ROOT = Path(__file__).parents[1]
@@ -36,10 +39,14 @@ arms:
   matched05: {timesteps: {p2: {gamma: 0.5, k: 1}}, match: uni05}
 """
 LOG_COLUMNS = ["step", "images", "seconds", "loss", "mse", "vb", "loss_q0", "grad_norm", "images_per_second"]
-METRIC_COLUMNS = [
-    *("study", "arm", "seed", "step", "images", "seconds"),
-    *("features", "metric", "value", "stderr", "n", "reason"),
-]
+COMPARE = {
+    "baseline": "uni05",
+    "candidates": ["matched05"],
+    "primary": {"candidate": "matched05", "metric": "fd"},
+    "thresholds": None,
+    "features": "efficientnet-lite0",
+    "matched": ["matched05"],
+}
 
 
 @pytest.fixture
@@ -51,12 +58,18 @@ def study(tmp_path, monkeypatch):
 
 @pytest.fixture
 def processes():
-    """Whatever a test starts is killed at its end."""
+    """Processes that a test starts; they are killed at its end."""
     started = []
     yield started
     for process in started:
         process.kill()
         process.wait()
+
+
+def run_directory(study, arm="uniform"):
+    path = layout.run_directory("toy", arm, study.run(arm), 0)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def directory(study, step, arm="uniform"):
@@ -81,25 +94,37 @@ def write_log(path, steps):
 def write_checkpoint(path, step, fd, diverged=None):
     row = ["toy", "uniform", 0, step, 10 * step, 1.5, "efficientnet-lite0", "fd", fd, "", 500, ""]
     with (path / "metrics.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([METRIC_COLUMNS, row])
+        csv.writer(file).writerows([COLUMNS, row])
     Image.fromarray(np.full((8, 16, 3), step % 256, np.uint8)).save(path / "preview.png")
     facts = {"step": step, "diverged": diverged, "git_commit": "abc", "git_dirty": True, "host": "here"}
     (path / "provenance.json").write_text(json.dumps(facts | {"versions": {"torch": "2.9"}}))
 
 
-def start(command, uri=None):
-    """`python -m workflow.tracking` as a process of its own."""
+SYNC = """
+import sys
+from pathlib import Path
+from convergence.errors import exit_on_user_error
+from convergence.tracking.follow import sync
+with exit_on_user_error():
+    sys.exit(not sync(sys.argv[1], [Path(path) for path in sys.argv[2:]]))
+"""
+COMMANDS = {"follow": ["-m", "convergence.tracking.follow", "--uri"], "sync": ["-c", SYNC]}
+
+
+def start(command, uri=None, study_file="toy.yaml", **options):
+    """Starts a process that forwards a study, as the Snakefile (`follow`) or `convergence sync` (`sync`) does."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    arguments = [sys.executable, "-m", "convergence.tracking.follow", command, "--uri", uri or store(), "toy.yaml"]
-    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    environment |= options.pop("env", {})
+    arguments = [sys.executable, *COMMANDS[command], uri or store(), study_file]
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
-def sync(study):
-    follow.follow(store(), {Path("toy.yaml"): study}, stopped=lambda: True)
+def sync():
+    assert follow.sync(store(), [Path("toy.yaml")])
 
 
 def store():
-    """Absolute, for mlflow keeps one engine per address in a process."""
+    """The address of the store. It is absolute, because MLflow keeps one engine per address in a process."""
     return f"sqlite:///{Path.cwd()}/mlflow.db"
 
 
@@ -110,13 +135,13 @@ def client():
 
 
 def runs():
-    """Name -> run, as the store has them."""
+    """Name -> run in the store."""
     experiment = client().get_experiment_by_name("toy")
     return {run.info.run_name: run for run in client().search_runs([experiment.experiment_id])}
 
 
 def statuses():
-    """Name -> status, by a look into the database that cannot disturb its making."""
+    """Name -> status, read from the database without creating or locking it."""
     with contextlib.closing(sqlite3.connect("file:mlflow.db?mode=ro", uri=True)) as database:
         return dict(database.execute("select name, status from runs"))
 
@@ -131,33 +156,33 @@ def steps_of(run, metric="train/loss"):
 
 
 def wait_for(condition, seconds=180):
-    """Until the condition holds; a store that is not there yet is no answer."""
+    """Waits until the condition holds. A store that does not exist yet counts as false."""
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(sqlite3.OperationalError):
             if condition():
                 return
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.2)
 
 
 def wait_for_follower():
-    """Only files written after it began are of a run in training."""
+    """Waits until it runs, because only files that are written after its start mark a run as running."""
     wait_for(lambda: Path("results/.tracking.lock").exists())
     time.sleep(0.5)
 
 
-# Pure parts
+# Pure functions
 
 
-def test_incomplete_last_line_waits(tmp_path):
+def test_an_incomplete_last_line_is_left_out(tmp_path):
     (tmp_path / "log.csv").write_text("step,images\n1,10\n2,2")
     assert content.read_rows(tmp_path / "log.csv") == [{"step": "1", "images": "10"}]
     (tmp_path / "log.csv").write_text("step,im")
     assert content.read_rows(tmp_path / "log.csv") == []
 
 
-def test_train_metrics_skip_what_cannot_be_plotted():
+def test_train_metrics_leave_out_missing_and_infinite_values():
     row = {
         "step": "5",
         "images": "50",
@@ -173,7 +198,7 @@ def test_train_metrics_skip_what_cannot_be_plotted():
     assert content.train_metrics({"loss": None}, 50, 200) == {"progress": 0.25}
 
 
-def test_only_inception_gives_fid_and_kid():
+def test_fid_and_kid_are_reserved_for_inception_features():
     def row(features, metric, value="2.5"):
         return {"features": features, "metric": metric, "value": value, "images": "100"}
 
@@ -186,7 +211,7 @@ def test_only_inception_gives_fid_and_kid():
     assert content.eval_metrics([row("efficientnet-lite0", "fd", "")]) == {}
 
 
-def test_batches_cut_no_row():
+def test_batches_split_no_row():
     rows = [[(row, column) for column in range(1 + row % 7)] for row in range(100)]
     joined = list(content.batches(rows, limit=20))
     assert [cell for batch in joined for cell in batch] == [cell for row in rows for cell in row]
@@ -196,42 +221,24 @@ def test_batches_cut_no_row():
     )
 
 
-def test_standings_compare_at_a_checkpoint_that_all_runs_have():
+def test_means_are_those_of_the_newest_checkpoint_that_all_runs_have():
     ahead = {("eval/fd x", 0): 90.0, ("eval/fd x", 900): 40.0, ("eval/fd x", 1000): 20.0}
     behind = {("eval/fd x", 0): 90.0, ("eval/fd x", 900): 50.0}
-    table = content.standings({"a": [ahead, behind], "b": [behind]}).splitlines()
+    table = content.means_table({"a": [ahead, behind], "b": [behind]}).splitlines()
     assert table == ["| mean over seeds | fd x, 900 images |", "| --- | --- |", "| a | 45 |", "| b | 50 |"]
-    assert content.standings({"a": [ahead], "b": [{}]}) == ""
+    assert content.means_table({"a": [ahead], "b": [{}]}) == ""
 
 
-VERDICT = """# Verdict
-
-## other
-
-**Answer.** a is slower.
-
-## toy
-
-**Question.** Does b?
-
-**Answer.** b is faster.
-
-### Against a
-
-A table.
-
-## How this was computed
-
-So.
-"""
+def verdict(**changes):
+    fields = {"study": "toy", "question": "Does b?", "answer": "b is faster.", "warnings": ("The code has changed.",)}
+    return StudyVerdict(**fields | changes)
 
 
-def test_the_answer_on_a_study_is_found_in_the_verdict():
-    assert answers.sections(VERDICT) == {
-        "toy": "**Question.** Does b?\n\n**Answer.** b is faster.",
-        "other": "**Answer.** a is slower.",
-    }
-    assert answers.sections("") == {}
+def test_the_note_has_warnings_question_answer_and_means():
+    parts = ["**Warning.** The code has changed.", "**Question.** Does b?", "**Answer.** b is faster.", "| a |"]
+    assert content.note(verdict(), "| a |").split("\n\n") == parts
+    assert content.note(verdict(question=None, answer=None, warnings=()), "") == ""
+    assert content.note(None, "| a |") == "| a |"
 
 
 @pytest.mark.parametrize(
@@ -250,70 +257,77 @@ def test_run_status(facts, expected):
 # The store
 
 
-def test_a_finished_run_is_told_whole(study):
+def test_a_finished_run_is_forwarded_completely(study):
     facts = {"source": "drawn", "count": 7, "image_size": 16, "sha256": "f" * 64, "licence": "CC"}
     layout.dataset_directory(study.dataset).mkdir(parents=True)
     (layout.dataset_directory(study.dataset) / "manifest.json").write_text(json.dumps(facts))
     for step, fd in ((0, 90.0), (100, 50.0), (200, 40.0)):
-        write_log(directory(study, step), range(step - 99, step + 1)) if step else None
         write_checkpoint(directory(study, step), step, fd)
-    write_log(directory(study, 100, "matched05"), range(1, 51))
-    Path("reports").mkdir()
-    Path("reports/fid_curves.png").write_bytes(b"figure of another study")
-    Path("reports/metrics.csv").write_text("study,value\nother,1\n")
-    sync(study)
+    write_log(run_directory(study), range(1, 201))
+    write_log(run_directory(study, "matched05"), range(1, 51))
+    Path("reports/other").mkdir(parents=True)
+    Path("reports/fid_curves.png").write_bytes(b"figure of several studies")
+    Path("reports/other/metrics.csv").write_text("study,value\nother,1\n")
+    sync()
 
-    found = runs()
-    assert set(found) == {"toy", "uniform seed 0", "matched05 seed 0"}
-    run, parent = found["uniform seed 0"], found["toy"]
+    stored = runs()
+    assert set(stored) == {"toy", "uniform seed 0", "matched05 seed 0"}
+    run, parent = stored["uniform seed 0"], stored["toy"]
     assert steps_of(run) == list(range(10, 2001, 10))
     history = client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")
     assert [(point.step, point.value) for point in history] == [(0, 90.0), (1000, 50.0), (2000, 40.0)]
     assert run.data.metrics["progress"] == 1.0 and run.data.metrics["time_left_s"] == 0.0
     assert run.info.status == "FINISHED"
-    assert found["matched05 seed 0"].info.status == parent.info.status == "KILLED"
+    assert stored["matched05 seed 0"].info.status == parent.info.status == "KILLED"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id and parent.data.tags["role"] == "study"
     assert run.data.tags["git_dirty"] == "true" and "diverged" not in run.data.tags
     assert run.data.tags["versions"] == "torch 2.9"
     assert run.data.tags["checkpoint"] == (directory(study, 200) / "weights.safetensors").as_posix()
     expected = {"arm": "uniform", "seed": "0", "timesteps": "uniform", "model.channel_mult": "[1, 2]"}
     assert expected.items() <= run.data.params.items()
-    matched = found["matched05 seed 0"].data.params
+    matched = stored["matched05 seed 0"].data.params
     assert matched["timesteps"] == "p2 (gamma 0.5, k 1)" and matched["mse_weight"] == "matched to uni05"
     assert (matched["stratified"], matched["importance_corrected"], matched["correct_vb"]) == ("false", "false", "true")
     dataset = run.inputs.dataset_inputs[0].dataset
     assert dataset.digest == "f" * 16 and dataset.name == layout.dataset_directory(study.dataset).name
-    pictures = [file.path for file in client().list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
-    assert sorted(int(name.replace("%", "+").split("+")[2]) for name in pictures) == [0, 1000, 2000]
+    samples = [file.path for file in client().list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert sorted(int(name.replace("%", "+").split("+")[2]) for name in samples) == [0, 1000, 2000]
     assert [file.path for file in client().list_artifacts(parent.info.run_id)] == ["toy.yaml"]
 
-    # Uni05 has not begun, and matched05 has no checkpoint of its own yet: all runs have the untrained net alone.
+    # uni05 has not started, and matched05 has no checkpoint of its own: the runs share only the untrained net.
     row = "| uniform | 90 |\n| matched05 | 90 |"
     assert parent.data.tags["mlflow.note.content"].endswith(row)
 
-    # A second pass by another process repeats nothing, and takes the figures now that they are about this study.
-    Path("reports/metrics.csv").write_text("study,value\ntoy,1\n")
-    Path("reports/speedup.csv").write_text("study\ntoy\n")
-    Path("reports/verdict.md").write_text(VERDICT)
+    # A second pass by another process repeats nothing, and forwards the reports of this study.
+    reports = layout.report_directory("toy")
+    reports.mkdir()
+    (reports / "metrics.csv").write_text("study,value\ntoy,1\n")
+    (reports / "fid_curves.png").write_bytes(b"figure of this study")
+    table = pd.DataFrame(columns=COLUMNS)
+    written = write_verdict(
+        table, pd.DataFrame(columns=PROBE_COLUMNS), "toy", COMPARE, reports, ["The code has changed."]
+    )
     os.utime(directory(study, 100) / "metrics.csv")
-    sync(study)
+    sync()
     assert steps_of(runs()["uniform seed 0"]) == list(range(10, 2001, 10))
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
     assert len(client().list_artifacts(run.info.run_id, "images")) == 6
     artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
-    assert artifacts == {"toy.yaml", "metrics.csv", "speedup.csv", "verdict.md", "fid_curves.png"}
+    assert artifacts == {"toy.yaml", "metrics.csv", "speedup.csv", "verdict.json", "verdict.md", "fid_curves.png"}
     note = runs()["toy"].data.tags["mlflow.note.content"]
-    assert note.startswith("**Question.**") and note.endswith(row) and "slower" not in note
+    assert note.startswith("**Warning.** The code has changed.") and note.endswith(row)
+    assert f"**Question.** {written.question}\n\n**Answer.** {written.answer}\n\n" in note
+    assert client().get_experiment_by_name("toy").tags["mlflow.note.content"].startswith(written.answer)
     assert len(runs()) == 3
 
 
 def test_a_diverged_run_failed(study):
-    write_log(directory(study, 100), range(1, 50))
-    with (directory(study, 100) / "log.csv").open("a") as log:
+    write_log(run_directory(study), range(1, 50))
+    with (run_directory(study) / "log.csv").open("a") as log:
         log.write(log_row(50, loss=math.nan))
     for step in (0, 100, 200):
         write_checkpoint(directory(study, step), step, "" if step else 90.0, diverged=50 if step else None)
-    sync(study)
+    sync()
     run = runs()["uniform seed 0"]
     assert run.info.status == "FAILED" and run.data.tags["diverged"] == "50"
     assert steps_of(run) == list(range(10, 500, 10))
@@ -321,17 +335,17 @@ def test_a_diverged_run_failed(study):
 
 
 def test_an_edited_arm_gets_a_new_run(study):
-    write_log(directory(study, 100, "uni05"), range(1, 11))
-    write_log(directory(study, 100), range(1, 11))
-    sync(study)
+    write_log(run_directory(study, "uni05"), range(1, 11))
+    write_log(run_directory(study), range(1, 11))
+    sync()
     before = runs()
     client().update_run(before["uni05 seed 0"].info.run_id, "RUNNING")
     Path("toy.yaml").write_text(
         STUDY.replace("uni05: {mse_weight: {p2: {gamma: 0.5, k: 1}}}", "uni05: {mse_weight: {p2: {gamma: 1, k: 1}}}")
     )
     study = study_file.load_experiment(Path("toy.yaml"))
-    write_log(directory(study, 100, "uni05"), range(1, 6))
-    sync(study)
+    write_log(run_directory(study, "uni05"), range(1, 6))
+    sync()
     experiment = client().get_experiment_by_name("toy").experiment_id
     named = [run for run in client().search_runs([experiment]) if run.info.run_name == "uni05 seed 0"]
     assert sorted(len(steps_of(run)) for run in named) == [5, 10]
@@ -342,11 +356,11 @@ def test_an_edited_arm_gets_a_new_run(study):
 # The process
 
 
-def test_follow_until_told_to_stop(study, processes):
+def test_follow_until_stopped(study, processes):
     process = start("follow")
     processes.append(process)
     wait_for_follower()
-    path = directory(study, 100)
+    path = run_directory(study)
     write_log(path, range(1, 21))
     wait_for(lambda: set(statuses()) == {"toy", "uniform seed 0"} and count("progress") == 20)
     wait_for(lambda: set(statuses().values()) == {"RUNNING"})
@@ -354,21 +368,21 @@ def test_follow_until_told_to_stop(study, processes):
         log.write(log_row(21) + log_row(22) + "23,2")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
-    found = runs()
-    assert steps_of(found["uniform seed 0"]) == list(range(10, 221, 10))
-    assert found["uniform seed 0"].info.status == found["toy"].info.status == "KILLED"
+    stored = runs()
+    assert steps_of(stored["uniform seed 0"]) == list(range(10, 221, 10))
+    assert stored["uniform seed 0"].info.status == stored["toy"].info.status == "KILLED"
 
 
 @pytest.mark.slow
 def test_a_killed_follower_repeats_nothing(study, processes):
-    path = directory(study, 100)
+    path = run_directory(study)
     write_log(path, range(1, 2001))
     write_checkpoint(directory(study, 0), 0, 90.0)
     processes.append(start("follow"))
     wait_for(lambda: count("progress") > 0)
     processes[0].kill()
     processes[0].wait()
-    # The segment is restarted meanwhile, from an earlier row.
+    # The run resumes from an earlier row.
     write_log(path, range(1, 1501))
     processes.append(start("follow"))
     wait_for(lambda: count("progress") >= 1500)
@@ -383,11 +397,11 @@ def test_a_killed_follower_repeats_nothing(study, processes):
 @pytest.mark.slow
 def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
     code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(99)"
-    command = [sys.executable, "-c", code, sys.executable, "-m", "convergence.tracking.follow", "follow", "toy.yaml"]
+    command = [sys.executable, "-c", code, sys.executable, "-m", "convergence.tracking.follow", "toy.yaml"]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     processes.append(parent)
     wait_for_follower()
-    write_log(directory(study, 100), range(1, 11))
+    write_log(run_directory(study), range(1, 11))
     wait_for(lambda: statuses().get("uniform seed 0") == "RUNNING")
     parent.kill()
     wait_for(lambda: set(statuses().values()) == {"KILLED"})
@@ -398,45 +412,48 @@ def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "advice"),
-    [("follow", 0, "this one leaves it to that"), ("sync", 1, "once it has ended, make track forwards what is left")],
+    [("follow", 0, "this process ends"), ("sync", 1, "run `convergence sync toy` again after it has ended")],
 )
-def test_a_second_process_leaves_it_to_the_first(study, processes, command, code, advice):
+def test_a_second_process_ends_with_a_message(study, processes, command, code, advice):
     Path("results").mkdir()
     with FileLock("results/.tracking.lock"):
         processes.append(start(command))
         assert processes[0].wait(timeout=60) == code
-    told = processes[0].stderr.read()
-    assert told.count("\n") == 1 and advice in told
+    message = processes[0].stderr.read()
+    assert message.count("\n") == 1 and advice in message
     assert not Path("mlflow.db").exists()
 
 
 @pytest.mark.slow
-def test_an_unreachable_store_fails_nothing(study, processes):
-    write_log(directory(study, 100), range(1, 11))
+def test_an_unreachable_store_is_no_failure_of_follow(study, processes):
+    write_log(run_directory(study), range(1, 11))
     processes.append(start("follow", "http://127.0.0.1:1"))
     time.sleep(6)
     processes[0].send_signal(signal.SIGTERM)
     assert processes[0].wait(timeout=60) == 0
-    told = processes[0].stderr.read()
-    assert told.count("\n") == 1 and "127.0.0.1:1" in told and "next start" in told
+    message = processes[0].stderr.read()
+    assert message.count("\n") == 1 and "127.0.0.1:1" in message
+    assert "the next run of the study, or `convergence sync toy`, forwards the rest" in message
 
 
-def test_what_a_sync_cannot_forward_is_a_failure(study):
-    write_log(directory(study, 100), range(1, 11))
+def test_an_unreachable_store_is_a_failure_of_sync(study):
+    write_log(run_directory(study), range(1, 11))
     process = start("sync", "http://127.0.0.1:1")
     assert process.wait(timeout=60) == 1
-    told = process.stderr.read()
-    assert told.count("\n") == 1 and "toy.yaml is not tracked in http://127.0.0.1:1 (" in told
-    assert "): start that server, or mend MLFLOW_TRACKING_URI, then make track again" in told
+    message = process.stderr.read()
+    assert message.count("\n") == 1 and "toy.yaml is not tracked in http://127.0.0.1:1 (" in message
+    assert "MLFLOW_TRACKING_URI" in message and "convergence sync toy" in message
     process = start("sync")
     assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
 
 
-def test_a_mistake_in_the_experiment_is_one_sentence(study):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_in_the_study_file_is_one_sentence(study, command):
     Path("toy.yaml").write_text(STUDY + "colour: red\n")
-    process = start("sync")
+    process = start(command)
     assert process.wait(timeout=60) == 1
-    assert process.stderr.read().count("\n") == 1
+    message = process.stderr.read()
+    assert message.count("\n") == 1 and "colour" in message
 
 
 # A database server, shared
@@ -444,16 +461,16 @@ def test_a_mistake_in_the_experiment_is_one_sentence(study):
 
 @pytest.fixture
 def postgresql(tmp_path):
-    """The address of an empty database on a PostgreSQL server of its own."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found or os.geteuid() != 0:
-        pytest.skip("needs Debian's postgresql, and root to start it as its own user")
+    """The address of an empty database on a new PostgreSQL server."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not installed or os.geteuid() != 0:
+        pytest.skip("needs Debian's postgresql, and root to start it as the user postgres")
     pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
     place = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of a socket has 107 characters at most
     shutil.chown(place, "postgres")
 
     def run(program, *arguments):
-        command = ["runuser", "-u", "postgres", "--", str(found[-1] / program), *arguments]
+        command = ["runuser", "-u", "postgres", "--", str(installed[-1] / program), *arguments]
         subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
 
     run("initdb", "--auth=trust", "-D", f"{place}/data")
@@ -481,27 +498,25 @@ def test_studies_share_a_postgresql_store_and_an_artifact_directory(postgresql, 
         experiment = study_file.load_experiment(project / f"{name}.yaml")
         path = project / layout.step_directory(name, "uniform", experiment.run("uniform"), 0, 100)
         path.mkdir(parents=True)
-        write_log(path, range(1, 101))
+        write_log(path.parent, range(1, 101))
         write_checkpoint(path, 100, 50.0)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_ARTIFACTS_DESTINATION": shared.as_uri()}
-    command = [sys.executable, "-m", "convergence.tracking.follow", "sync", "--uri", postgresql]
+    environment = {"MLFLOW_ARTIFACTS_DESTINATION": shared.as_uri()}
 
     def sync_all(names):
         processes.extend(
-            subprocess.Popen([*command, f"{name}.yaml"], cwd=tmp_path / name, env=environment, stderr=subprocess.PIPE)
-            for name in names
+            start("sync", postgresql, f"{name}.yaml", cwd=tmp_path / name, env=environment) for name in names
         )
         for process in processes[-len(names) :]:
-            assert process.communicate()[1] == b"" and process.returncode == 0
+            assert process.communicate()[1] == "" and process.returncode == 0
 
-    sync_all(["toy"])  # one makes the tables
+    sync_all(["toy"])  # the first process creates the tables of the database
     sync_all(["toy", "other"])
-    found = MlflowClient(postgresql)
+    server = MlflowClient(postgresql)
     for name in ("toy", "other"):
-        experiment = found.get_experiment_by_name(name)
-        names = {run.info.run_name: run.info.run_id for run in found.search_runs([experiment.experiment_id])}
+        experiment = server.get_experiment_by_name(name)
+        names = {run.info.run_name: run.info.run_id for run in server.search_runs([experiment.experiment_id])}
         assert set(names) == {name, "uniform seed 0"}
-        history = found.get_metric_history(names["uniform seed 0"], "train/loss")
+        history = server.get_metric_history(names["uniform seed 0"], "train/loss")
         assert [point.step for point in history] == list(range(10, 1001, 10))
-        assert [file.path for file in found.list_artifacts(names[name])] == [f"{name}.yaml"]
+        assert [file.path for file in server.list_artifacts(names[name])] == [f"{name}.yaml"]
     assert not list(tmp_path.glob("*/mlartifacts")) and len(list(shared.glob("*"))) == 2

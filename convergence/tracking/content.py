@@ -1,4 +1,4 @@
-"""What is logged to MLflow, as pure functions of results and studies."""
+"""The content that is logged to MLflow, as pure functions of studies and their results."""
 
 import csv
 import io
@@ -8,27 +8,31 @@ import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convergence.schema import Experiment
 from convergence.tables import HIGHER_IS_BETTER, markdown_table
 from diffusion.config import TRAIN_VERSION, Choice, RunConfig, Scheme
 from diffusion.evaluation.weights import INCEPTION
 
-logger = logging.getLogger("convergence.tracking.follow")
-UI = "http://127.0.0.1:5000"  # of `make ui`, which serves a store that is no server itself
-BATCH_METRICS = 1000  # MLflow takes no more at once
-LEGEND = 'Steps are training images seen. The view "Arms" groups the runs by arm, the best one first.'
+if TYPE_CHECKING:
+    from convergence.analysis.verdict import StudyVerdict
+
+logger = logging.getLogger("convergence.tracking")
+
+UI = "http://127.0.0.1:5000"  # address of `make ui`, for a store that is not a server
+BATCH_METRICS = 1000  # most metrics that MLflow accepts in one request
+LEGEND = 'Steps are training images. The view "Arms" groups the runs by arm, best first.'
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file that may be growing: a last line without its newline is left for later."""
+    """Returns the rows of a CSV file that may still be written: an incomplete last line is left out."""
     text = path.read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
-def finite(cell: str | None) -> float | None:
-    """The number in a cell, or None where there is nothing to plot: empty, missing, NaN or infinite."""
+def finite_number(cell: str | None) -> float | None:
+    """Returns the number in a cell, or None if the cell is missing, empty, NaN or infinite."""
     try:
         value = float(cell)
     except (TypeError, ValueError):
@@ -37,38 +41,47 @@ def finite(cell: str | None) -> float | None:
 
 
 def train_metrics(row: dict[str, str], images: int, last_images: int) -> dict[str, float]:
-    """Metrics of a row of log.csv, at `images` of the `last_images` that the study trains for.
+    """Returns the metrics of one row of log.csv.
 
-    `progress` (0 to 1) is in every row: the newest one in the store tells how far a run was forwarded.
-    `time_left_s` is of training alone, at the row's rate.
+    Args:
+        row: the row.
+        images: training images up to this row.
+        last_images: training images of the whole run.
+
+    Returns:
+        Name -> value. Every row has `progress` (0 to 1): its newest value in the store shows up to which row a run is
+        stored. `time_left_s` is the remaining training time in seconds at the speed of this row.
     """
     columns = row.keys() - {"step", "images", "seconds"}
-    values = {f"train/{name}": finite(row[name]) for name in sorted(columns)} | {"progress": images / last_images}
+    values = {f"train/{name}": finite_number(row[name]) for name in sorted(columns)} | {
+        "progress": images / last_images
+    }
     if rate := values.get("train/images_per_second"):
         values["time_left_s"] = max(last_images - images, 0) / rate
     return {name: value for name, value in values.items() if value is not None}
 
 
 def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]:
-    """(metric, images) -> value of a checkpoint's metrics.csv."""
+    """Returns (metric, training images) -> value for the rows of a checkpoint's metrics.csv."""
     return {
         (metric_key(row["metric"], row["features"]), round(float(row["images"]))): value
         for row in rows
-        if (value := finite(row["value"])) is not None
+        if (value := finite_number(row["value"])) is not None
     }
 
 
 def metric_key(metric: str, features: str) -> str:
-    """What a metric of samples is called in the store: only Inception's features give `eval/fid` and `eval/kid`."""
+    """Returns the name of a metric in the store. `eval/fid` and `eval/kid` are reserved for Inception features."""
     names = {"fd": "fid"} if features == INCEPTION else {"kid": "kd"}
     return f"eval/{names.get(metric, metric)} {features}"
 
 
 def arms_view(experiment: Experiment) -> str:
-    """The saved view `Arms` as MLflow's UI keeps it: runs by arm, by the mean of the first metric, best first."""
+    """Returns the saved view `Arms` in the format of MLflow's UI: runs grouped by arm, by their mean, best first."""
     evaluate = experiment.evaluate
     metrics = [(metric, features) for features in evaluate.features for metric in evaluate.metrics]
-    columns = [f"metrics.`{metric_key(*of)}`" for of in metrics] + ["metrics.`train/loss`"]
+    keys = [metric_key(metric, features) for metric, features in metrics]
+    columns = [f"metrics.`{key}`" for key in [*keys, "train/loss"]]
     state = {
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]},
         "orderByKey": columns[0],
@@ -79,27 +92,35 @@ def arms_view(experiment: Experiment) -> str:
 
 
 def provenance_tags(provenance: dict[str, Any], directory: Path) -> dict[str, str | None]:
-    """Tags of a run whose newest checkpoint lies in `directory`; None: this tag must be absent."""
-    names = ("git_commit", "git_dirty", "host", "device", "config_hash", "diverged")
+    """Returns the tags of a run from the provenance.json of its newest checkpoint.
+
+    Args:
+        provenance: content of provenance.json.
+        directory: directory of the checkpoint.
+
+    Returns:
+        Name -> value; None means that the run must not have this tag.
+    """
+    names = ("git_commit", "git_dirty", "host", "device", "config_hash", "source_hash", "tables_hash", "diverged")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
     tags = {name: _text(provenance.get(name)) for name in names}
     return tags | {"versions": versions, "checkpoint": (directory / "weights.safetensors").as_posix()}
 
 
 def common_config(experiment: Experiment) -> RunConfig:
-    """What the arms of a study share; the plain scheme stands for theirs."""
+    """Returns the settings that all arms of a study share, with the default scheme in place of theirs."""
     sections = {name: getattr(experiment, name) for name in ("dataset", "model", "diffusion", "train")}
     return RunConfig(**sections, scheme=Scheme(), train_version=TRAIN_VERSION)
 
 
 def common_params(run: RunConfig) -> dict[str, str]:
-    """`section.key` -> value, without the scheme."""
+    """Returns `section.key` -> value for all settings of a run except its scheme."""
     sections = run.model_dump(mode="json", include={"dataset", "model", "diffusion", "train"}, exclude_none=True)
     return {f"{section}.{key}": _text(value) for section, keys in sections.items() for key, value in keys.items()}
 
 
 def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
-    """Parameters of one run; `arm` is what the table of runs is to be grouped by."""
+    """Returns the parameters of one run. The table of runs is grouped by the parameter `arm`."""
     run, match = experiment.run(arm), experiment.arms[arm].match
     scheme = {name: _describe(value) if isinstance(value, Choice) else _text(value) for name, value in run.scheme}
     scheme["importance_corrected"] = _text(run.scheme.corrected)
@@ -107,29 +128,49 @@ def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
     return {"arm": arm, "seed": str(seed)} | scheme | matched | common_params(run)
 
 
-def standings(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
-    """Markdown table of each metric's mean over seeds, at the newest checkpoint that all runs have; "" before one.
+def means_table(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
+    """Returns a Markdown table of each metric's mean over seeds, at the newest checkpoint that all runs have.
 
     Args:
-        arms: per arm, the evaluations of its runs: (metric, images) -> value.
+        arms: the evaluations of each arm's runs, as (metric, training images) -> value.
+
+    Returns:
+        The table, or "" if the runs have no checkpoint in common.
     """
     shared = sorted(set.intersection(*(set(run) for runs in arms.values() for run in runs)))
-    newest = dict(shared)  # of a metric's points, the one with most images is last
+    newest = dict(shared)  # the last pair of a metric has the most images
     if not newest:
         return ""
     names = [f"{name.removeprefix('eval/')}, {images:,} images" for name, images in newest.items()]
-    means = {arm: [fmean(run[at] for run in runs) for at in newest.items()] for arm, runs in arms.items()}
+    means = {arm: [fmean(run[point] for run in runs) for point in newest.items()] for arm, runs in arms.items()}
     rows = [[arm, *(f"{value:.4g}" for value in values)] for arm, values in means.items()]
     return markdown_table(["mean over seeds", *names], rows)
 
 
-def run_status(complete: bool, moving: bool, diverged: bool = False) -> str:
-    """MLflow's status: a run that is neither complete nor moving was stopped."""
-    return "FAILED" if diverged else "FINISHED" if complete else "RUNNING" if moving else "KILLED"
+def note(verdict: "StudyVerdict | None", means: str) -> str:
+    """Returns the note of a study's parent run in Markdown: warnings, question, answer and the table of means.
+
+    The other parts of the verdict are in the artifact verdict.md, because MLflow cuts a note at 8,000 characters.
+    """
+    parts = [means]
+    if verdict and verdict.question:
+        parts = [f"**Question.** {verdict.question}", f"**Answer.** {verdict.answer}", means]
+    if verdict:
+        parts = [*(f"**Warning.** {warning}" for warning in verdict.warnings), *parts]
+    return "\n\n".join(filter(None, parts))
+
+
+def run_status(complete: bool, running: bool, diverged: bool = False) -> str:
+    """Returns MLflow's status of a run: FAILED, FINISHED, RUNNING or KILLED."""
+    if diverged:
+        return "FAILED"
+    if complete:
+        return "FINISHED"
+    return "RUNNING" if running else "KILLED"
 
 
 def batches(rows: Iterable[list], limit: int = BATCH_METRICS) -> Iterator[list]:
-    """Rows joined into lists of at most `limit`; none is cut, for a batch is stored whole or not at all."""
+    """Joins rows into lists of at most `limit` metrics. No row is split, because the store saves a batch as a whole."""
     batch: list = []
     for row in rows:
         if batch and len(batch) + len(row) > limit:

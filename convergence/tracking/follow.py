@@ -1,4 +1,7 @@
-"""The process that forwards the results of studies to MLflow while they run."""
+"""Forwarding of results to MLflow: a process next to a running study, and the command `convergence sync`.
+
+`python -m convergence.tracking.follow STUDY_FILE...` runs until it receives SIGTERM or its parent process ends.
+"""
 
 import argparse
 import logging
@@ -6,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,28 +22,91 @@ from convergence.tracking.content import logger
 from convergence.tracking.store import Study
 from diffusion.errors import InputError
 
+DEFAULT_URI = "sqlite:///mlflow.db"
 PASS_SECONDS = 10
-LOCK_SECONDS = 10
-ADVICE = {
-    "follow": "the next start forwards the rest",
-    "sync": "start that server, or mend MLFLOW_TRACKING_URI, then make track again",
-}
-BUSY = {
-    "follow": "this one leaves it to that",
-    "sync": "it forwards them; once it has ended, make track forwards what is left",
-}
+LOCK_SECONDS = 10  # a tracking process whose parent was killed ends within this time
+FOLLOW_ADVICE = "the next run of the study, or `convergence sync {name}`, forwards the rest"
+SYNC_ADVICE = "start that server or correct MLFLOW_TRACKING_URI, then run `convergence sync {name}` again"
 
 
-def follow(
-    uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str = ADVICE["follow"]
-) -> set[Path]:
-    """Pass over the studies until stopped, and once more then: what was written before the stop is forwarded.
+def main(arguments: list[str] | None = None) -> int:
+    """Forwards studies until the process is stopped, and returns its exit code: 1 after a mistake in a study file.
 
-    An error ends the pass of its study alone and is told once, with an advice; the next pass asks the store anew.
+    Errors of the store are only logged: a study must not fail because of them.
+    """
+    parser = argparse.ArgumentParser(prog="python -m convergence.tracking.follow", description=__doc__)
+    parser.add_argument("experiments", nargs="+", type=Path, help="study files")
+    parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI, help="MLflow's store")
+    parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="end when the parent is another process")
+    options = parser.parse_args(arguments)
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: received.append(number))
+
+    def stopped() -> bool:
+        # The system gives an orphaned process another parent.
+        return bool(received) or os.getppid() != options.parent_pid
+
+    os.nice(10)  # training has priority
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracking: %(message)s")
+    try:
+        experiments = {path: load_experiment(path) for path in options.experiments}
+        with _lock():
+            follow(options.uri, experiments, stopped, FOLLOW_ADVICE)
+    except InputError as error:
+        logger.error("%s", error)
+        return 1
+    except Timeout:
+        logger.warning("another process already forwards the studies of %s: this process ends", Path.cwd())
+    return 0
+
+
+def sync(uri: str, paths: Iterable[Path]) -> bool:
+    """Forwards the results of studies to MLflow once, and logs errors of the store.
+
+    Args:
+        uri: address of MLflow's store or server.
+        paths: study files.
+
+    Returns:
+        Whether all studies were forwarded.
+
+    Raises:
+        InputError: if a study file has a mistake.
+    """
+    experiments = {path: load_experiment(path) for path in paths}
+    try:
+        with _lock():
+            return not follow(uri, experiments, lambda: True, SYNC_ADVICE)
+    except Timeout:
+        logger.warning(
+            "another process already forwards the studies of %s: run `convergence sync %s` again after it has ended",
+            Path.cwd(), " ".join(experiment.name for experiment in experiments.values()),
+        )  # fmt: skip
+        return False
+
+
+def _lock() -> FileLock:
+    """Returns a lock that one tracking process at a time can hold in this directory; acquiring it raises `Timeout`."""
+    layout.RESULTS.mkdir(exist_ok=True)
+    return FileLock(layout.RESULTS / ".tracking.lock", timeout=LOCK_SECONDS)
+
+
+def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str) -> set[Path]:
+    """Forwards the studies repeatedly until stopped, with one last pass after that.
+
+    An error ends only the present pass of its study. It is logged once; the next pass connects to the store again.
+
+    Args:
+        uri: address of MLflow's store or server.
+        experiments: study file -> study.
+        stopped: whether to stop.
+        advice: what the user can do after an error; `{name}` is replaced by the name of the study.
 
     Returns:
         The files of the studies that the last pass could not forward.
     """
+    _configure_mlflow()
     began = time.time()
     studies: dict[Path, Study] = {}
     failing: set[Path] = set()
@@ -51,72 +117,31 @@ def follow(
                 studies[path] = studies.get(path) or Study(uri, path, experiment)
                 studies[path].forward(None if stopping else began)
                 failing.discard(path)
-            except Exception as error:  # whatever becomes of the store, the study goes on
+            except Exception as error:  # no error of the store may end this process
                 studies.pop(path, None)
                 if path not in failing:
                     reason = " ".join(str(error).split())[:200]
-                    logger.warning("%s is not tracked in %s (%s): %s", path, uri, reason, advice)
+                    logger.warning(
+                        "%s is not tracked in %s (%s): %s", path, uri, reason, advice.format(name=experiment.name)
+                    )
                 failing.add(path)
         if stopping:
-            with suppress(BrokenPipeError):  # who started this may be gone
-                for of in studies.values():
-                    print(f"{of.experiment.name}: {of.address}", flush=True)
+            with suppress(BrokenPipeError):  # the parent process may have ended
+                for study in studies.values():
+                    print(f"{study.experiment.name}: {study.address}", flush=True)
             return failing
         next_pass = time.monotonic() + PASS_SECONDS
         while time.monotonic() < next_pass and not stopped():
             time.sleep(1)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """What `python -m workflow.tracking` does; returns its exit code.
-
-    That is 1 for a wrong experiment file, and where `sync` could not forward a study. What befalls the store is no
-    failure of `follow`, which works beside a study.
-    """
-    parser = argparse.ArgumentParser(prog="python -m workflow.tracking", description="Forward studies to MLflow.")
-    parser.add_argument("command", choices=["follow", "sync"], help="follow: until told to stop; sync: one pass")
-    parser.add_argument("experiments", nargs="+", type=_file, help="studies, by name or file")
-    parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
-    parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="the process that started this one")
-    options = parser.parse_args(arguments)
-    received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: received.append(number))
-
-    def stopped() -> bool:
-        # The system gives an orphan another parent.
-        return options.command == "sync" or bool(received) or os.getppid() != options.parent_pid
-
-    _be_quiet_and_quick()
-    try:
-        experiments = {path: load_experiment(path) for path in options.experiments}
-        layout.RESULTS.mkdir(exist_ok=True)
-        # A follower whose parent was just killed needs a moment to let go.
-        with FileLock(layout.RESULTS / ".tracking.lock", timeout=LOCK_SECONDS):
-            failed = bool(follow(options.uri, experiments, stopped, ADVICE[options.command]))
-    except InputError as error:
-        logger.error("%s", error)
-        return 1
-    except Timeout:
-        failed = True
-        logger.warning("another process already tracks the studies of %s: %s", Path.cwd(), BUSY[options.command])
-    return int(failed and options.command == "sync")
-
-
-def _file(text: str) -> Path:
-    """The experiment file of a study, from its name or path."""
-    return Path(text) if text.endswith(".yaml") else Path("experiments", f"{text}.yaml")
-
-
-def _be_quiet_and_quick() -> None:
-    """Training has the cores, and a request that fails is made again at the next pass anyway."""
-    os.nice(10)
+def _configure_mlflow() -> None:
+    """Sets MLflow's environment variables: little output, and no long retries, because the next pass tries again."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracking: %(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 

@@ -1,1 +1,1 @@
-"""The nets: the ADM U-Net, its norm, and GPU kernels."""
+"""The ADM U-Net, its group norm, and GPU kernels."""

@@ -1,7 +1,8 @@
-"""The passes of `diffusion.nets.norm` as Triton kernels, for images with channels last in memory.
+"""Group norm, affine map and SiLU as Triton kernels, for images with channels last in memory.
 
-Each pass over the images reads them once, in tiles of pixels by channels, and sums in float32. Sums over an image are
-made in pieces, whose number does not depend on the device, and added in their order: equal inputs give equal bits.
+Each kernel reads the images once, in tiles of pixels by channels, and sums in float32. A sum over an image is computed
+in pieces that are added in a fixed order. The number of pieces does not depend on the device, so that equal inputs give
+equal bits.
 """
 
 import torch
@@ -9,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusion.nets.norm import EPSILON
+from diffusion.nets.torch_norm import EPSILON
 
-PIECE = 256  # pixels that one program sums over
-TILE = 4096  # numbers that one program holds at once
-WIDEST = 128  # channels of a tile
+PIECE = 256  # pixels that one program sums
+TILE = 4096  # elements of a tile
+MAX_WIDTH = 128  # channels of a tile
 
 
 def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `diffusion.nets.norm.TorchGroupNorm.forward`."""
+    """Returns the same as `TorchGroupNorm.forward`."""
     n, channels, pixels, width, rows = _shape(x)
     pieces = triton.cdiv(pixels, PIECE)
     sums = x.new_empty(n, pieces, 2, channels, dtype=torch.float32)
@@ -37,7 +38,7 @@ def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) ->
 def backward(
     g: Tensor, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `diffusion.nets.norm.TorchGroupNorm.backward`."""
+    """Returns the same as `TorchGroupNorm.backward`."""
     n, channels, pixels, width, rows = _shape(x)
     groups, pieces = mean.shape[1], triton.cdiv(pixels, PIECE)
     group = channels // groups
@@ -58,37 +59,37 @@ def backward(
 
 
 def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Images, channels, pixels; channels and pixels of a tile."""
+    """Returns the numbers of images, channels and pixels, and the numbers of channels and pixels of a tile."""
     n, channels, height, width = x.shape
-    # The largest power of two in C: then no tile hangs over.
-    tile = min(channels & -channels, WIDEST)
+    # The largest power of two that divides C, so that tiles cover the channels exactly.
+    tile = min(channels & -channels, MAX_WIDTH)
     return n, channels, height * width, tile, TILE // tile
 
 
 @triton.jit
 def _channels(width: tl.constexpr):
-    """The channels of a tile."""
+    """Returns the channels of a tile."""
     return tl.program_id(1) * width + tl.arange(0, width)
 
 
 @triton.jit
 def _tile(row, pixels, channel, channels, rows: tl.constexpr):
-    """Offsets of a tile [rows, width] in its image, and which of its rows are there."""
+    """Returns the offsets of a tile [rows, width] in its image, and a mask of the rows that exist."""
     row = row + tl.arange(0, rows)
     return row[:, None] * channels + channel[None, :], (row < pixels)[:, None]
 
 
 @triton.jit
 def _coefficients(gain, offset, mean, rstd, n, channel, channels, group):
-    """A and B of z = A x + B for some channels of image n."""
+    """Returns A and B of z = A x + B for some channels of image n."""
     at_group = n * (channels // group) + channel // group
     a = tl.load(gain + n * channels + channel) * tl.load(rstd + at_group)
     return a, tl.load(offset + n * channels + channel) - a * tl.load(mean + at_group)
 
 
 @triton.jit
-def _through(g, x, a, b, silu: tl.constexpr):
-    """act'(A x + B) g."""
+def _activation_backward(g, x, a, b, silu: tl.constexpr):
+    """Returns act'(A x + B) g."""
     if silu:
         z = a * x + b
         s = tl.sigmoid(z)
@@ -98,7 +99,7 @@ def _through(g, x, a, b, silu: tl.constexpr):
 
 @triton.jit
 def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, width: tl.constexpr):
-    """Sums of x and of its squares over a piece of the pixels."""
+    """Computes the sums of x and of x^2 over a piece of the pixels."""
     pieces = tl.cdiv(pixels, piece)
     n = (tl.program_id(0) // pieces).to(tl.int64)
     first = tl.program_id(0) % pieces * piece
@@ -119,7 +120,7 @@ def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, wi
 def _statistics(
     sums, mean, rstd, channels, count, epsilon, pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr
 ):
-    """Mean and 1 / standard deviation of a group of an image, from the sums of its channels."""
+    """Computes the mean and 1 / standard deviation of a group of an image from the sums of its channels."""
     groups = channels // group
     n = (tl.program_id(0) // groups).to(tl.int64)
     inside = tl.arange(0, padded)
@@ -140,7 +141,7 @@ def _affine(
     x, z, gain, offset, mean, rstd, pixels, channels, group,
     silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """act(A x + B) of a tile."""
+    """Computes act(A x + B) of a tile."""
     tiles = tl.cdiv(pixels, rows)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     channel = _channels(width)
@@ -158,7 +159,7 @@ def _sums_backward(
     x, g, sums, gain, offset, mean, rstd, pixels, channels, group,
     silu: tl.constexpr, piece: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Sums of act'(A x + B) g, and of that times x, over a piece of the pixels."""
+    """Computes the sums of act'(A x + B) g and of act'(A x + B) g x over a piece of the pixels."""
     pieces = tl.cdiv(pixels, piece)
     n = (tl.program_id(0) // pieces).to(tl.int64)
     first = tl.program_id(0) % pieces * piece
@@ -170,7 +171,7 @@ def _sums_backward(
         at, mask = _tile(first + row, pixels, channel, channels, rows)
         at += n * pixels * channels
         value = tl.load(x + at, mask, 0.0).to(tl.float32)
-        slope = _through(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
+        slope = _activation_backward(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
         total += slope
         product += slope * value
     here = sums + tl.program_id(0).to(tl.int64) * 2 * channels + channel
@@ -183,7 +184,7 @@ def _statistics_backward(
     sums, gain, mean, rstd, d_gain, d_offset, p, q, channels, count,
     pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gain and offset of a group of an image, and P and Q of its dx = A g + P x + Q."""
+    """Computes the gradients of gain and offset of a group of an image, and P and Q of dx = A g + P x + Q."""
     groups = channels // group
     n = (tl.program_id(0) // groups).to(tl.int64)
     inside = tl.arange(0, padded)
@@ -196,13 +197,13 @@ def _statistics_backward(
         product += tl.load(here + channels, inside < group, 0.0)
     average = tl.load(mean + tl.program_id(0))
     scale = tl.load(rstd + tl.program_id(0))
-    of_gain = scale * (product - average * total)
+    gain_gradient = scale * (product - average * total)
     weight = tl.load(gain + n * channels + channel, inside < group, 0.0)
-    tl.store(d_gain + n * channels + channel, of_gain, inside < group)
+    tl.store(d_gain + n * channels + channel, gain_gradient, inside < group)
     tl.store(d_offset + n * channels + channel, total, inside < group)
-    along_x = -scale * scale * tl.sum(weight * of_gain, 0) / count
-    tl.store(p + tl.program_id(0), along_x)
-    tl.store(q + tl.program_id(0), -along_x * average - scale * tl.sum(weight * total, 0) / count)
+    x_coefficient = -scale * scale * tl.sum(weight * gain_gradient, 0) / count
+    tl.store(p + tl.program_id(0), x_coefficient)
+    tl.store(q + tl.program_id(0), -x_coefficient * average - scale * tl.sum(weight * total, 0) / count)
 
 
 @triton.jit
@@ -210,7 +211,7 @@ def _affine_backward(
     x, g, dx, gain, offset, mean, rstd, p, q, pixels, channels, group,
     silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """A act'(A x + B) g + P x + Q of a tile."""
+    """Computes A act'(A x + B) g + P x + Q of a tile."""
     tiles = tl.cdiv(pixels, rows)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     channel = _channels(width)
@@ -219,6 +220,6 @@ def _affine_backward(
     a, b = _coefficients(gain, offset, mean, rstd, n, channel, channels, group)
     at_group = n * (channels // group) + channel // group
     value = tl.load(x + at, mask, 0.0).to(tl.float32)
-    slope = _through(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
+    slope = _activation_backward(tl.load(g + at, mask, 0.0).to(tl.float32), value, a[None, :], b[None, :], silu)
     value = a[None, :] * slope + tl.load(p + at_group)[None, :] * value + tl.load(q + at_group)[None, :]
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask)

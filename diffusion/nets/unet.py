@@ -1,4 +1,4 @@
-"""The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233), with the state-dict layout of the published checkpoints."""
+"""The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233), with the state dict keys of the published checkpoints."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,20 +17,22 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class UNet(nn.Module):
-    """Predicts the noise (and the variance's interpolation) of a noisy image.
+    """Predicts epsilon and, if `learn_sigma`, the variance's v of a noisy image.
 
     Args:
         image_size: height and width of the images; divisible by 2^(levels - 1).
-        channels: width at the highest resolution; widths are multiples of 32.
-        channel_mult: width of each level as a multiple of `channels`; a level halves the resolution.
-        res_blocks: residual blocks per level on the way down; one more on the way up.
-        attention_resolutions: image sizes at which self-attention follows each residual block.
-        head_channels: channels of an attention head; wider layers have more heads.
-        heads: attention heads at every width, in place of `head_channels`.
-        scale_shift_norm: the timestep scales and shifts the second norm, instead of being added before it.
-        resblock_updown: residual blocks change the resolution, instead of strided and upsampling convolutions.
-        learn_sigma: the output has 2 x 3 channels, epsilon and the variance's v.
-        dropout: probability, before the last convolution of each residual block.
+        channels: number of channels at full resolution.
+        channel_mult: number of channels of each level, as a multiple of `channels`; each product is a multiple of 32.
+            Each level after the first halves the resolution.
+        res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        attention_resolutions: heights in pixels at which self-attention follows each residual block.
+        head_channels: channels of an attention head.
+        heads: number of attention heads in every attention block; replaces `head_channels`.
+        scale_shift_norm: if true, the timestep embedding scales and shifts the output of the second norm of a residual
+            block; otherwise it is added before that norm.
+        resblock_updown: if true, residual blocks change the resolution; otherwise convolutions do.
+        learn_sigma: if true, the output has 6 channels, epsilon and v; otherwise 3.
+        dropout: dropout probability before the last convolution of each residual block.
     """
 
     def __init__(
@@ -100,7 +102,12 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [B, 3, H, W] in the range of x_t, t [B] in 0..T-1; returns [B, 6 or 3, H, W]."""
+        """Returns [B, 6, H, W] (epsilon and v) or [B, 3, H, W] (epsilon).
+
+        Args:
+            x: noisy images x_t, [B, 3, H, W].
+            t: their timesteps in 0..T-1, int64 [B].
+        """
         embedding = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
         skips = []
         for stage in self.input_blocks:
@@ -114,7 +121,7 @@ class UNet(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm of 32 groups that takes along what follows it: the timestep's scale and shift, and SiLU."""
+    """Group norm of 32 groups, fused with the timestep's scale and shift and with SiLU."""
 
     def __init__(self, channels: int):
         super().__init__(GROUP_NORM_GROUPS, channels)
@@ -122,7 +129,14 @@ class Norm(nn.GroupNorm):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
     ) -> Tensor:
-        """norm(x) (1 + scale) + shift, then perhaps SiLU. x [B, C, H, W]; scale and shift [B, C], both or neither."""
+        """Returns norm(x) (1 + scale) + shift, [B, C, H, W], with SiLU applied if `silu`.
+
+        Args:
+            x: images [B, C, H, W].
+            scale: [B, C], or None for 0.
+            shift: [B, C]; None if and only if scale is None.
+            silu: whether SiLU is applied to the result.
+        """
         gain, offset = self.weight[None], self.bias[None]
         if scale is not None and shift is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
@@ -130,17 +144,26 @@ class Norm(nn.GroupNorm):
 
 
 class Stage(nn.Sequential):
-    """Blocks in a row; those that know of time are given its embedding."""
+    """A sequence of blocks that passes the timestep embedding to its residual blocks."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
-        """x [B, C, H, W] and the embedding [B, E] of its timesteps -> [B, C', H', W']."""
+        """Returns [B, C', H', W'] for x [B, C, H, W] and the timestep embedding [B, E]."""
         for block in self:
             x = block(x, embedding) if isinstance(block, ResBlock) else block(x)
         return x
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip; the timestep enters between. May change the resolution."""
+    """Residual block: twice norm, SiLU and convolution, with the timestep embedding between; may resample.
+
+    Args:
+        c_in: channels of the input.
+        c_out: channels of the output.
+        embedding: size E of the timestep embedding.
+        dropout: dropout probability before the second convolution.
+        scale_shift_norm: see `UNet`.
+        resample: function that changes the resolution, or None.
+    """
 
     def __init__(
         self,
@@ -165,8 +188,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B, c_in, H, W] and the embedding [B, E] of its timesteps -> [B, c_out, H', W']."""
-        # The activations lie here for the layout of the state dict: the norm takes them along.
+        """Returns [B, c_out, H', W'] for x [B, c_in, H, W] and the timestep embedding [B, E]."""
+        # The SiLU modules next to the norms only keep the state dict keys: Norm applies SiLU itself.
         norm, _, convolution = self.in_layers
         h = convolution(self.resample(norm(x, silu=True)))
         time = self.emb_layers(embedding)
@@ -180,7 +203,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, with a residual. Heads lie outermost in qkv, as in the published checkpoints."""
+    """Self-attention over pixels with a skip connection.
+
+    The output channels of `qkv` are ordered by head, then q, k, v, as in the published checkpoints.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -190,9 +216,9 @@ class AttentionBlock(nn.Module):
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
+        """Returns [B, C, H, W] for x [B, C, H, W]."""
         batch, channels, height, width = x.shape
-        # Channels last, so pixels are rows and every step is a view or a matrix product.
+        # With channels last, pixels are rows, and no operation copies memory for a transposition.
         rows = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         qkv = F.linear(rows, self.qkv.weight.squeeze(2), self.qkv.bias)
         q, k, v = qkv.unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=3)
@@ -202,26 +228,26 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution."""
+    """Halves the resolution by a convolution of stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H / 2, W / 2]."""
+        """Returns [B, C, H / 2, W / 2] for x [B, C, H, W]."""
         return self.op(x)
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by repetition, then convolves."""
+    """Doubles the resolution by nearest-neighbour interpolation, followed by a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
+        """Returns [B, C, 2 H, 2 W] for x [B, C, H, W]."""
         return self.conv(F.interpolate(x, scale_factor=2))
 
 
@@ -248,22 +274,23 @@ class _Doubled(torch.autograd.Function):
 
 
 def halved(x: Tensor) -> Tensor:
-    """Means of 2x2 pixels, [B, C, H, W] -> [B, C, H / 2, W / 2].
+    """Returns the means of 2x2 pixels: [B, C, H, W] -> [B, C, H / 2, W / 2].
 
-    This and `doubled` are each other's transpose but for a factor; as such their gradients are faster than torch's own.
+    Up to a factor, it is the transpose of `doubled`. The gradients of both use this and are faster than torch's own.
     """
     return _Halved.apply(x)
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Every pixel as 2x2, [B, C, H, W] -> [B, C, 2 H, 2 W]."""
+    """Returns x with every pixel repeated 2x2 times: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
     return _Doubled.apply(x)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to 1 / 10,000. t [B] to float32 [B, dim].
+    """Returns the sinusoidal embedding of timesteps t [B], float32 [B, dim]: cosines, followed by sines.
 
-    As in Vaswani et al. 2017, in the order of guided-diffusion; dim is even.
+    Source: Vaswani et al. 2017, sec. 3.5, in the order of guided-diffusion. The dim / 2 frequencies decrease
+    geometrically from 1 towards 1 / 10,000; dim must be even.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -272,7 +299,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def zeroed(module: Layer) -> Layer:
-    """The module with all parameters at zero, so that a block starts as its skip."""
+    """Sets all parameters of a module to zero, so that a block that ends with it starts as its skip connection."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

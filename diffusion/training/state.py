@@ -14,7 +14,7 @@ from diffusion.build import build
 from diffusion.checkpoints import save_weights
 from diffusion.config import Initial, RunConfig
 from diffusion.data.batches import Batches, random_flip, to_model_range
-from diffusion.devices import Graphed, autocast
+from diffusion.devices import CudaGraphed, autocast
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
@@ -74,7 +74,7 @@ class TrainState:
             self.history = LossHistory(self.schedule.timesteps, device=self.device, **parameters)  # type: ignore[arg-type]
         # A captured graph would repeat the same dropout masks.
         graphed = self.device.type == "cuda" and not run.model.dropout
-        self.gradients = Graphed(self._gradients) if graphed else self._gradients
+        self.gradients = CudaGraphed(self._gradients) if graphed else self._gradients
         self.meter = Meter(self.device)
         self.step = 0
         self.seconds = 0.0
