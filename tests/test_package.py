@@ -114,9 +114,9 @@ def test_the_wheel_contains_the_two_packages(wheel):
 
 
 def test_the_notebook_lines_of_the_readme_run_without_the_study_packages(library):
-    (lines,) = re.findall(r"^#+ In a notebook\n(?:(?!^#)[\s\S])*?```python\n([\s\S]*?)```", readme(), re.M)
+    (lines,) = re.findall(r"^## (?:\d+\. )?In a notebook\n(?:(?!^#)[\s\S])*?```python\n([\s\S]*?)```", readme(), re.M)
     assert "pip" not in lines and 8 <= len(lines.strip().splitlines()) <= 20
-    check = "\nimport diffusion\nprint(diffusion.__file__, tuple(samples.shape), samples.isfinite().all().item())"
+    check = "\nimport diffusion\nprint(diffusion.__file__, tuple(images.shape), images.isfinite().all().item())"
     done = library(sys.executable, "-c", lines + check)
     assert done.returncode == 0, done.stderr
     file, rest = done.stdout.splitlines()[-1].split(maxsplit=1)
