@@ -1,5 +1,5 @@
-# make figure: everything, from an empty machine to the figure. make help lists the rest.
-# The environment of environment.yml where that is active, else one of its own.
+# `make figure` sets up the environment and runs the default study. `make help` lists all targets.
+# The environment is that of environment.yml if it is active, otherwise .venv.
 VENV ?= $(if $(filter convergence,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX),.venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -10,38 +10,38 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help env figure dry-run report ui track test test-all lint format clean clean-all
 
-help:  ## these lines
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-env: $(READY)  ## the environment alone, in .venv
+env: $(READY)  ## install the environment into .venv
 
-figure: $(READY)  ## train, sample, evaluate and draw reports/fid_curves.png (EXPERIMENTS=a,b chooses studies)
+figure: $(READY)  ## train, sample, evaluate and draw reports/fid_curves.png (EXPERIMENTS=a,b selects studies)
 	snakemake --cores all --config experiments=$(EXPERIMENTS) -- reports/fid_curves.png
 
-dry-run: $(READY)  ## what `make figure` would do
+dry-run: $(READY)  ## show what `make figure` would do
 	snakemake --cores all --dry-run --config experiments=$(EXPERIMENTS) -- reports/fid_curves.png
 
-report: $(READY)  ## all of it in one file for a browser: reports/report.html
+report: $(READY)  ## write all results to one page for a browser: reports/report.html
 	snakemake --cores all --config experiments=$(EXPERIMENTS)
 	snakemake --report reports/report.html --report-stylesheet workflow/report/report.css \
 	  --config experiments=$(EXPERIMENTS)
 	@echo 'Open reports/report.html in a browser.'
 
-ui: $(READY)  ## browse the runs in MLflow: choose "Model training", a study, then the view "Arms" (PORT=5001: elsewhere)
-	@echo 'http://127.0.0.1:$(PORT): choose "Model training" at the top left, a study, then Views, "Arms". Ctrl-C ends it.'
+ui: $(READY)  ## browse the runs in MLflow: "Model training", a study, the view "Arms" (PORT=5001 uses another port)
+	@echo 'Open http://127.0.0.1:$(PORT), then "Model training" at the top left, a study, Views, "Arms". Ctrl-C stops.'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
 	  --artifacts-destination ./mlartifacts --workers 1 --host 127.0.0.1 --port $(PORT)
 
 track: $(READY)  ## forward to MLflow what an earlier run could not
-	python -m workflow.tracking sync $(subst $(comma), ,$(EXPERIMENTS))
+	convergence sync $(EXPERIMENTS)
 
-test: $(READY)  ## the tests, in minutes
+test: $(READY)  ## run the fast tests (minutes)
 	pytest -m "not slow"
 
-test-all: $(READY)  ## the slow ones too
+test-all: $(READY)  ## run all tests (half an hour)
 	pytest
 
-lint: $(READY)  ## style and docstrings of Python and Snakemake files, types, unused dependencies
+lint: $(READY)  ## check style, docstrings, types and dependencies
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow/rules
@@ -50,22 +50,27 @@ lint: $(READY)  ## style and docstrings of Python and Snakemake files, types, un
 	lint-imports --no-cache
 	deptry --no-ansi .
 
-format: $(READY)  ## mend what lint finds, where that can be automatic
+format: $(READY)  ## correct style automatically
 	ruff check --fix .
 	ruff format .
 	snakefmt Snakefile workflow/rules
 
-clean:  ## drop figures, tables, logs and MLflow's store; keep datasets, checkpoints and metrics
-	rm -rf reports/*.png reports/*.svg reports/*.csv reports/*.md reports/*.html reports/pages mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache .mypy_cache
+clean:  ## delete reports, logs and MLflow's store; keep datasets, checkpoints and metrics
+	find reports -mindepth 1 -maxdepth 1 ! -name published -exec rm -r {} +
+	rm -rf mlflow.db mlartifacts results/*.log .pytest_cache .ruff_cache .mypy_cache
 
-clean-all: clean  ## drop all results too, with every trained net
+clean-all: clean  ## delete all results too, including checkpoints
 	rm -rf results .snakemake
-
-comma := ,
 
 $(READY): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" \
-	  || { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	  || { echo "Python 3.11 to 3.13 is required: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@echo 'Downloading about 4 GB of packages, most of it PyTorch, into $(VENV), which becomes about 7 GB large.'
+	@start=$$(date +%s); minutes() { echo "$$(( ($$(date +%s) - start + 30) / 60 )) min"; }; \
+	while sleep 60 > /dev/null 2>&1 && kill -0 $$$$; do echo "Still installing after $$(minutes)."; done & \
+	trap "kill $$!" EXIT; \
+	$(BIN)/python -m pip install --requirement requirements.txt && \
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable . && \
+	echo "Installed in $$(minutes). Size of $(VENV): $$(du -sh $(VENV) | cut -f1)."
 	touch $@

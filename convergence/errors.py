@@ -8,7 +8,7 @@ from diffusion.errors import InputError
 
 
 class StudyError(InputError):
-    """A mistake in a study or an unusable result. The message states in one sentence what, where, and what to do."""
+    """A mistake in a study, or an unusable result. The message states what is wrong, where, and what to do."""
 
 
 @contextmanager

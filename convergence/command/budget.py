@@ -1,92 +1,80 @@
-"""What studies will cost: images, hours, disk and jobs, before anything is spent.
+"""`convergence budget`: estimates the hours, disk space and jobs of studies."""
 
-python -m convergence.command.budget ffhq128 --train-rate 240 --sample-rate 24
-"""
-
-import argparse
 import logging
 import shutil
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
+import click
+
 from convergence import layout
-from convergence.errors import StudyError, exit_on_user_error
+from convergence.command.options import studies_argument, study_file
+from convergence.errors import StudyError
 from convergence.resources import FEATURES, images_in, pictures, unet_size
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from convergence.tables import markdown_table
 
-logger = logging.getLogger("convergence.command.budget")
+logger = logging.getLogger(__name__)
 
-FLOAT = 4
+FLOAT = 4  # bytes
 MEASURE_SECONDS = 10
 GIGA = 1e9
 
 
 class Rates(NamedTuple):
-    """Images per second of one job: trained, and sampled with all the steps of the study."""
+    """Images per second of a training job, and of a sampling job with the study's number of sampling steps."""
 
     train: float
     sample: float
 
 
 class Budget(NamedTuple):
-    """What a study takes from nothing to its report, whatever is there already."""
+    """The cost of a whole study."""
 
     runs: int
     checkpoints: int
-    """Trained ones."""
+    """Checkpoints after training has started."""
     images: int
-    """Trained on, over all runs."""
+    """Training images of all runs together."""
     samples: int
     train_hours: float
     sample_hours: float
     jobs: int
     kept: int
-    """Bytes that stay."""
+    """Bytes on disk at the end."""
     peak: int
-    """Bytes at the worst moment: a state being written and samples waiting in each job that may run at once."""
+    """Bytes on disk at most, while each job writes a training state."""
 
 
 def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
-    """The budget of a study, of which `at_once` jobs run side by side."""
+    """Returns the cost of a study of which `at_once` jobs run at the same time."""
     steps = {directory: step for _, _, step, directory in layout.checkpoints(experiment)}
     checkpoints, trained = len(steps), sum(step > 0 for step in steps.values())
     runs = len(experiment.arms) * len(experiment.seeds)
     batches = sum(experiment.run(arm).train.batch_size for arm in experiment.arms)
     images = experiment.steps[-1] * batches * len(experiment.seeds)
     samples = experiment.sample.images * checkpoints
-    jobs = 3 * checkpoints + trained * (experiment.probe is not None)
-    jobs += 1 + len(experiment.evaluate.features) + 1  # dataset, references, collect
+    jobs = 2 * checkpoints + trained * (experiment.probe is not None)
+    jobs += 1 + len(experiment.evaluate.features)  # dataset, references
+    jobs += len(("metrics", "mechanism", "verdict", "figures", "pages"))
 
     size = experiment.dataset.image_size
     parameters = unet_size(experiment.model, size).parameters
     weights, state = FLOAT * parameters, 4 * FLOAT * parameters
-    pixels = 3 * size**2
-    array = pixels * experiment.sample.images
+    image = 3 * size**2
     count = _images(experiment)
     reference = FLOAT * FEATURES * min(experiment.evaluate.reference_images or count, count)
     kept = checkpoints * weights + min(2, len(experiment.steps)) * runs * state
-    kept += pixels * count + len(experiment.evaluate.features) * reference
-    kept += checkpoints * array if experiment.sample.keep else 0
-    peak = kept + at_once * (state + (0 if experiment.sample.keep else array))
-    return Budget(
-        runs,
-        trained,
-        images,
-        samples,
-        images / rates.train / 3600,
-        samples / rates.sample / 3600,
-        jobs,
-        kept,
-        peak,
-    )
+    kept += image * count + len(experiment.evaluate.features) * reference
+    kept += image * samples if experiment.sample.keep else 0
+    hours = (images / rates.train / 3600, samples / rates.sample / 3600)
+    return Budget(runs, trained, images, samples, *hours, jobs, kept, kept + at_once * state)
 
 
 def _images(experiment: Experiment) -> int:
-    """Images of a dataset: as prepared, otherwise as many as its source may hold."""
+    """Returns the number of images of a prepared dataset, otherwise the number of images in its source."""
     prepared = layout.dataset_directory(experiment.dataset) / "images.npy"
     if prepared.exists():
         return images_in(str(prepared), experiment.dataset.image_size)
@@ -94,10 +82,10 @@ def _images(experiment: Experiment) -> int:
 
 
 def measure(experiment: Experiment) -> Rates:
-    """The rates of a study's own net on this machine, in half a minute: of as many images at once as that allows.
+    """Measures the rates of the study's network on this machine, which takes about half a minute.
 
     Raises:
-        StudyError: so many do not fit the GPU, or there is none where one is asked for.
+        StudyError: If the network does not fit the GPU memory, or the study needs a GPU and there is none.
     """
     import numpy as np
     import torch
@@ -111,18 +99,18 @@ def measure(experiment: Experiment) -> Rates:
     device = use_torch(run.train.threads, gpus(experiment, elsewhere=False))
     size = run.dataset.image_size
 
-    def seconds(work) -> float:
-        for _ in range(2):  # the first call of a shape prepares what later ones use
+    def seconds(work: Callable[[], object]) -> float:
+        for _ in range(2):  # the first call of a shape includes preparations
             if device == "cuda":
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            start = time.perf_counter()
             work()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    def of_batch(count: int) -> tuple[float, float]:
-        """Seconds of a training step and of a forward pass over some images."""
+    def batch_seconds(count: int) -> tuple[float, float]:
+        """Returns the seconds of a training step and of a forward pass with `count` images."""
         settings = run.train.model_copy(update={"batch_size": count, "micro_batch": None})
         state = TrainState(run.model_copy(update={"train": settings}), 0, device)
         x, t = torch.zeros(count, 3, size, size, device=device), torch.zeros(count, dtype=torch.int64, device=device)
@@ -133,76 +121,60 @@ def measure(experiment: Experiment) -> Rates:
 
     count = 1
     try:
-        step, _ = of_batch(count)
+        step, _ = batch_seconds(count)
         count = max(1, min(run.train.micro_batch or run.train.batch_size, int(MEASURE_SECONDS / step)))
-        step, forward = of_batch(count)
+        step, forward = batch_seconds(count)
     except torch.OutOfMemoryError:
         raise StudyError(
-            f"{experiment.name}: a batch of {count} does not fit the memory of the GPU: lower train.micro_batch, or "
-            "give --train-rate and --sample-rate"
+            f"{experiment.name}: a batch of {count} does not fit the GPU memory: lower train.micro_batch, or give "
+            "--train-rate and --sample-rate"
         ) from None
     rates = Rates(count / step, count / forward / experiment.sample.steps)
     logger.info(
-        "%s: measured here (%s, %d at once): %.3g images/s trained, %.3g sampled",
+        "%s: measured on this machine (%s, batch size %d): %.3g images/s in training, %.3g in sampling",
         experiment.name, device, count, *rates,
     )  # fmt: skip
     return rates
 
 
 def table(budgets: dict[str, Budget]) -> str:
-    """Budgets by study, and their sum where there are several, in Markdown."""
+    """Returns a Markdown table of budgets by study, with their sum if there are several."""
     if len(budgets) > 1:
         budgets = budgets | {"all": Budget(*map(sum, zip(*budgets.values(), strict=True)))}
     rows = [
         [
-            study, of.runs, f"{of.checkpoints:,}", f"{of.images:,}", f"{of.samples:,}", f"{of.train_hours:,.1f}",
-            f"{of.sample_hours:,.1f}", f"{of.jobs:,}", f"{of.kept / GIGA:,.1f}", f"{of.peak / GIGA:,.1f}",
+            study, b.runs, f"{b.checkpoints:,}", f"{b.images:,}", f"{b.samples:,}", f"{b.train_hours:,.1f}",
+            f"{b.sample_hours:,.1f}", f"{b.jobs:,}", f"{b.kept / GIGA:,.1f}", f"{b.peak / GIGA:,.1f}",
         ]
-        for study, of in budgets.items()
+        for study, b in budgets.items()
     ]  # fmt: skip
-    head = ["study", "runs", "checkpoints", "images trained", "samples", "hours of training", "of sampling", "jobs"]
-    return markdown_table([*head, "GB kept", "GB at most"], rows)
+    head = ["study", "runs", "checkpoints", "training images", "samples", "training hours", "sampling hours", "jobs"]
+    return markdown_table([*head, "GB at the end", "GB at most"], rows)
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Make sure that all that is given is above 0.
+_RATE = click.FloatRange(min=0, min_open=True)
 
-    Raises:
-        StudyError: it is not.
+
+@click.command("budget")
+@studies_argument
+@click.option("--train-rate", type=_RATE, metavar="RATE", show_default="measured on this machine",
+              help="Images per second of a training job.")  # fmt: skip
+@click.option("--sample-rate", type=_RATE, metavar="RATE", show_default="measured on this machine",
+              help="Images per second of a sampling job.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Jobs that run at the same time.")
+def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float | None, jobs: int) -> None:
+    """Estimate the hours, disk space and jobs of studies.
+
+    Each STUDY is a file in experiments/. A study is estimated as a whole, whether or not it has results already.
     """
-    for name in ("train_rate", "sample_rate", "jobs"):
-        if (value := getattr(options, name)) is not None and not value > 0:
-            raise StudyError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """What `python -m convergence.command.budget` does; a mistake ends in one sentence on stderr and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m convergence.command.budget", description=__doc__.splitlines()[0])
-    parser.add_argument("studies", nargs="+", help="names of files in experiments/")
-    parser.add_argument(
-        "--train-rate", type=float, help="images per second of a training job (measured here if not given)"
-    )
-    parser.add_argument(
-        "--sample-rate", type=float, help="images per second of a sampling job (default: measured here)"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="jobs side by side, for the disk they need (default: 1)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_on_user_error():
-        _check(options)
-        budgets = {}
-        for study in [name.removesuffix(".yaml") for names in options.studies for name in names.split(",") if name]:
-            experiment = load_experiment(Path("experiments") / f"{study}.yaml")
-            known = options.train_rate and options.sample_rate
-            rates = Rates(options.train_rate, options.sample_rate) if known else measure(experiment)
-            rates = Rates(options.train_rate or rates.train, options.sample_rate or rates.sample)
-            budgets[study] = budget(experiment, rates, options.jobs)
-        sys.stdout.write(table(budgets) + "\n\n")
-        free = shutil.disk_usage(".").free
-        sys.stdout.write(f"Free here: {free / GIGA:,.1f} GB. Evaluation and probes come on top of the hours.\n")
-        if free < sum(of.peak for of in budgets.values()):
-            sys.stdout.write("That is too little: drop checkpoints, seeds or samples, or work on a larger disk.\n")
-
-
-if __name__ == "__main__":
-    main()
+    budgets = {}
+    for study in studies:
+        experiment = load_experiment(study_file(study))
+        rates = Rates(train_rate, sample_rate) if train_rate and sample_rate else measure(experiment)
+        rates = Rates(train_rate or rates.train, sample_rate or rates.sample)
+        budgets[study] = budget(experiment, rates, jobs)
+    click.echo(table(budgets) + "\n")
+    free = shutil.disk_usage(".").free
+    click.echo(f"Free disk space: {free / GIGA:,.1f} GB. Evaluation and probes add to these hours.")
+    if free < sum(estimate.peak for estimate in budgets.values()):
+        click.echo("This is not enough: use fewer checkpoints, seeds or samples, or a larger disk.")

@@ -1,13 +1,10 @@
-"""Take studies to a machine that reaches no network, and bring their results back as one small archive.
+"""`convergence carry`: runs studies on a machine without a network.
 
-    python -m convergence.command.carry pack fashion_mnist --python 3.12 --out carry.tar
-
-packs the project, the prepared datasets and the wheels of all it needs beside torch and torchvision, which are expected
-there. There, `tar xf carry.tar && bash carry/run.sh` trains, samples, evaluates, draws, and leaves `results.tar.gz`.
-Here, `tar xzf results.tar.gz` in the project: `make report` and `make track` go on from it.
+`pack` writes the project, the prepared datasets and the wheels of all required packages except torch and torchvision
+to one archive. On the other machine, `tar xf carry.tar && bash carry/run.sh` runs the studies and writes
+results.tar.gz. After `tar xzf results.tar.gz` in the project, `make report` and `make track` use these results.
 """
 
-import argparse
 import importlib.metadata
 import logging
 import subprocess
@@ -15,30 +12,32 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import click
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from convergence import layout
-from convergence.errors import StudyError, exit_on_user_error
+from convergence.command.options import PATH, studies_argument, study_file
+from convergence.errors import StudyError
 from convergence.schema import Experiment
 from convergence.snakefile import load_experiments
 from diffusion.evaluation.weights import LITE0, SOURCES, hub_directory, weights_file
 from diffusion.files import atomic_write
 
-logger = logging.getLogger("convergence.command.carry")
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-# What is there, and what work without a network does not need.
-LEFT_BEHIND = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plugin-slurm"}
+# Packages that the other machine has, and packages that only a machine with a network needs.
+LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plugin-slurm"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
-SMALL = {"metrics.csv", "probe.csv", "log.csv", "provenance.json", "manifest.json", "preview.png"}
+SMALL_FILES = {"metrics.csv", "probe.csv", "log.csv", "provenance.json", "manifest.json", "preview.png"}
 RUN = """\
 #!/usr/bin/env bash
-# Made by `python -m convergence.command.carry`. Jobs share a GPU, so that one starts while another works: GPU_JOBS at once.
+# Written by `convergence carry pack`. GPU_JOBS jobs share the GPU (default: 4).
 set -euo pipefail
 cd "$(dirname "$0")"
 test -x .venv/bin/python || "${{PYTHON:-python3}}" -m venv --system-site-packages .venv
@@ -48,146 +47,166 @@ if test -d torch; then export TORCH_HOME="$PWD/torch"; fi
 status=0
 python -m snakemake --cores all --keep-going --resources gpu="${{GPU_JOBS:-4}}" \\
   --config experiments={studies} tracking=off -- reports/fid_curves.png || status=$?
-python -m convergence.command.carry collect {studies} --out results.tar.gz
+python -m convergence carry collect {studies} --out results.tar.gz
 exit $status
 """
 
 
-def needed(names: Iterable[str], python: str) -> list[str]:
-    """Packages, and all that they need in turn, as pins to the versions that are installed here.
+def pin_requirements(names: Iterable[str], python: str) -> list[str]:
+    """Returns packages and their dependencies as requirements, each with the version that is installed here.
 
     Args:
-        python: version of the Python that will run them, such as "3.12".
+        names: Names of packages. Those in `LEFT_OUT` are left out.
+        python: Python version for which dependencies are selected, such as "3.12".
     """
-    environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    environment: dict[str, str] = default_environment() | {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "extra": "",
+    }
     pins: dict[str, str] = {}
-    left = list(names)
-    while left:
-        name = canonicalize_name(left.pop())
-        if name in pins or name in LEFT_BEHIND:
+    queue = list(names)
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name in pins or name in LEFT_OUT:
             continue
         try:
             pins[name] = f"{name}=={importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:  # needed by that Python alone
+        except importlib.metadata.PackageNotFoundError:  # required only by another Python version
             pins[name] = name
             continue
         requirements = [Requirement(text) for text in importlib.metadata.requires(name) or []]
-        left += [r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)]
+        queue += [r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)]
     return sorted(pins.values())
 
 
-def _weights(experiments: dict[str, Experiment]) -> dict[str, Path]:
-    """Where torch looks for the weights of feature extractors that come in no wheel, and where they lie here.
+def _required_packages() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["study"]
+    return [Requirement(text).name for text in requirements]
+
+
+def _weights(experiments: Mapping[str, Experiment]) -> dict[str, Path]:
+    """Returns the weights of feature extractors that no wheel contains: path below torch's hub directory -> file.
 
     Raises:
-        StudyError: they do not lie here.
+        StudyError: If a file is missing.
     """
-    found = {}
+    files = {}
     for name in {name for experiment in experiments.values() for name in experiment.evaluate.features} - {LITE0}:
         path = weights_file(name)
         if path is None:
-            raise StudyError(f"the weights of {name} are not in {hub_directory()}: fetch {SOURCES[name].url} to there")
-        found[SOURCES[name].file] = path
-    return found
+            raise StudyError(f"the weights of {name} are not in {hub_directory()}: download {SOURCES[name].url} to it")
+        files[SOURCES[name].file] = path
+    return files
 
 
 def _is_pure(name: str) -> bool:
-    """Whether a package that is installed here runs on any Python."""
+    """Returns whether a package is installed here from a wheel that fits all platforms."""
     try:
-        told = importlib.metadata.distribution(name).read_text("WHEEL") or ""
+        wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
     except importlib.metadata.PackageNotFoundError:
         return False
-    return "-none-any" in told
+    return "-none-any" in wheel
 
 
-def pack(studies: str, python: str, also: list[str], out: Path) -> None:
-    """Prepare the datasets of studies, fetch wheels, and write the archive.
+def _fetch_wheels(python: str, also: Iterable[str], directory: Path) -> None:
+    """Download or build the wheels of all required packages for a Python version on Linux x86-64."""
+    pins = pin_requirements(_required_packages(), python)
+    pure = [pin for pin in pins if _is_pure(pin.partition("==")[0])]
+    compiled = [*(pin for pin in pins if pin not in pure), *also]
+    platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
+    target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
+    pip = [sys.executable, "-m", "pip"]
+    problem = "pip cannot get a wheel (see above): run this on a machine with a network, or use another --python"
+    # Some pure Python packages are published as source only. Their wheels, built here, fit every platform.
+    _run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(directory), *pure], problem)
+    _run([*pip, "download", "--quiet", "--no-deps", *target, "--dest", str(directory), *compiled], problem)
+
+
+def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) -> None:
+    """Prepare the datasets of studies, download wheels, and write the archive.
 
     Args:
-        studies: names of files in `experiments/`, parted by commas.
-        also: more packages to carry, without what they need, such as torchvision==0.26.0.
+        studies: Names of files in `experiments/`.
+        python: Python version of the other machine, such as "3.12".
+        also: Additional requirements, without their dependencies, such as torchvision==0.26.0.
+        out: Path of the archive.
 
     Raises:
-        StudyError: a dataset cannot be prepared, or a wheel cannot be fetched.
+        StudyError: If a dataset cannot be prepared, a wheel cannot be downloaded, or this is not a clone.
     """
-    experiments = load_experiments({"experiments": studies}, ROOT / "experiments")
+    names = ",".join(studies)
+    experiments = load_experiments({"experiments": names})
     datasets = {layout.dataset_directory(experiment.dataset) for experiment in experiments.values()}
-    files = [path / name for path in datasets for name in ("images.npy", "manifest.json")]
+    images = [path / name for path in datasets for name in ("images.npy", "manifest.json")]
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode:
+        raise StudyError(f"{ROOT} is not a git clone: run this command in a clone of the project")
     _run(
-        [sys.executable, "-m", "snakemake", "--cores", "all", "--config", f"experiments={studies}",
-         "tracking=off", "--", *map(str, files)],
-        "the datasets cannot be prepared: mend what Snakemake says above, then pack again",
+        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "all", "--config",
+         f"experiments={names}", "tracking=off", "--", *map(str, images)],
+        "the datasets cannot be prepared: correct what Snakemake reports above, then try again",
     )  # fmt: skip
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = needed((Requirement(text).name for text in project["dependencies"]), python)
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        raise StudyError(f"{ROOT} is no git checkout, whose files could be packed: clone the project")
-    tracked = [path for path in listed.stdout.splitlines() if (ROOT / path).exists()]
-    weights = _weights(experiments)
+    files = {path: ROOT / path for path in git.stdout.splitlines() if (ROOT / path).exists()}
+    files |= {str(path): path for path in [*images, *map(study_file, experiments)]}
+    files |= {f"torch/hub/{path}": file for path, file in _weights(experiments).items()}
     with (
         tempfile.TemporaryDirectory() as directory,
         atomic_write(out) as file,
         tarfile.open(fileobj=file, mode="w") as archive,
     ):
-        wheels = Path(directory, "wheels")
-        pip = [sys.executable, "-m", "pip"]
-        otherwise = "pip cannot fetch a wheel (above): pack where there is a network, or name another --python"
-        platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
-        target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
-        pure = [pin for pin in pins if _is_pure(pin.partition("==")[0])]
-        compiled = [*(pin for pin in pins if pin not in pure), *also]
-        # Some that are pure Python come as sources only: made into wheels here, they fit everywhere.
-        _run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), *pure], otherwise)
-        _run([*pip, "download", "--quiet", "--no-deps", *target, "--dest", str(wheels), *compiled], otherwise)
-        script = Path(directory, "run.sh")
-        script.write_text(RUN.format(studies=studies))
-        for path in [*tracked, *map(str, files)]:
-            archive.add(ROOT / path, f"carry/{path}")
-        for place, path in weights.items():
-            archive.add(path, f"carry/torch/hub/{place}")
-        archive.add(wheels, "carry/wheels")
-        archive.add(script, "carry/run.sh")
-    logger.info("%s: %.0f MB; there: tar xf %s && bash carry/run.sh", out, out.stat().st_size / 1e6, out.name)
+        files |= {"wheels": Path(directory, "wheels"), "run.sh": Path(directory, "run.sh")}
+        _fetch_wheels(python, also, files["wheels"])
+        files["run.sh"].write_text(RUN.format(studies=names))
+        for name, path in files.items():
+            archive.add(path, f"carry/{name}")
+    logger.info("%s: %.0f MB. On the other machine: tar xf %s && bash carry/run.sh",
+                out, out.stat().st_size / 1e6, out.name)  # fmt: skip
 
 
-def collect(experiments: dict[str, Experiment], out: Path) -> None:
-    """Write reports, and of the results what is small: all but images, weights and states."""
-    kept = [path for path in layout.REPORTS.iterdir() if path.is_file()]
+def collect(experiments: Mapping[str, Experiment], out: Path) -> None:
+    """Write an archive of the reports and the small files of the results: all but datasets, weights and states."""
+    files = [path for path in layout.REPORTS.glob("*") if path.is_file()]
     for study, experiment in experiments.items():
-        kept.append(layout.dataset_directory(experiment.dataset) / "manifest.json")
-        kept += [path for path in sorted((layout.RESULTS / study).rglob("*")) if path.name in SMALL]
-    kept = [path for path in kept if path.exists()]
+        files.append(layout.dataset_directory(experiment.dataset) / "manifest.json")
+        files += [path for path in sorted((layout.RESULTS / study).rglob("*")) if path.name in SMALL_FILES]
+        files += [path for path in sorted(layout.report_directory(study).rglob("*")) if path.is_file()]
+    files = [path for path in files if path.exists()]
     with atomic_write(out) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for path in kept:
+        for path in files:
             archive.add(path)
-    logger.info("%s: %d files, %.1f MB", out, len(kept), out.stat().st_size / 1e6)
+    logger.info("%s: %d files, %.1f MB", out, len(files), out.stat().st_size / 1e6)
 
 
-def _run(command: list[str], otherwise: str) -> None:
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise StudyError(otherwise)
+def _run(command: list[str], problem: str) -> None:
+    if subprocess.run(command).returncode:
+        raise StudyError(problem)
 
 
+@click.group("carry")
 def main() -> None:
-    """What `python -m convergence.command.carry` does; a mistake ends in one sentence on stderr and exit code 1."""
-    parser = argparse.ArgumentParser("python -m convergence.command.carry", description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    packing = verbs.add_parser("pack", help="here: write what is to be carried")
-    packing.add_argument("--python", default="3.12", metavar="VERSION", help="there (default: %(default)s)")
-    packing.add_argument("--also", nargs="*", default=[], metavar="PIN", help="such as torchvision==0.26.0")
-    collecting = verbs.add_parser("collect", help="there: write what is to be brought back")
-    for verb, out in ((packing, "carry.tar"), (collecting, "results.tar.gz")):
-        verb.add_argument("studies", help="names of files in experiments/, parted by commas")
-        verb.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help="default: %(default)s")
-    arguments = parser.parse_args()
-    with exit_on_user_error():
-        if arguments.verb == "pack":
-            pack(arguments.studies, arguments.python, arguments.also, arguments.out)
-        else:
-            collect(load_experiments({"experiments": arguments.studies}, Path("experiments")), arguments.out)
+    """Run studies on a machine without a network.
+
+    `pack` writes an archive with the project, its datasets and packages. There, `tar xf carry.tar && bash carry/run.sh`
+    runs the studies and writes results.tar.gz. Here, `tar xzf results.tar.gz` adds these results to the project.
+    """
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+@main.command("pack")
+@studies_argument
+@click.option("--python", default="3.12", metavar="VERSION", help="Python version of the other machine.")
+@click.option("--also", multiple=True, metavar="PIN",
+              help="Additional requirement, such as torchvision==0.26.0; may be repeated.")  # fmt: skip
+@click.option("--out", type=PATH, default="carry.tar", metavar="FILE", help="Archive to write.")
+def _pack(studies: tuple[str, ...], python: str, also: tuple[str, ...], out: Path) -> None:
+    """Write the archive for the other machine."""
+    pack(studies, python, also, out)
+
+
+@main.command("collect")
+@studies_argument
+@click.option("--out", type=PATH, default="results.tar.gz", metavar="FILE", help="Archive to write.")
+def _collect(studies: tuple[str, ...], out: Path) -> None:
+    """Write the results to an archive, on the other machine."""
+    collect(load_experiments({"experiments": ",".join(studies)}), out)

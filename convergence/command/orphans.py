@@ -1,16 +1,13 @@
-"""Results that no study asks for any more: of edited arms, dropped seeds, deleted studies.
+"""`convergence orphans`: lists results that belong to no study any more."""
 
-python -m convergence.command.orphans [--remove]
-"""
-
-import argparse
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import click
+
 from convergence import layout
-from convergence.errors import StudyError, exit_on_user_error
+from convergence.errors import StudyError
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 
@@ -18,25 +15,29 @@ LOCKS = Path(".snakemake/locks")
 
 
 def orphans(experiments: Iterable[Experiment]) -> list[Path]:
-    """Directories of runs and datasets, and references, below `results/` that none of the experiments asks for.
+    """Returns the run directories, datasets and references below `results/` that none of the studies uses.
 
-    Whole arms where no seed of theirs is asked for. Checkpoints of a run that is asked for are never among them.
+    If no seed of an arm is used, the directory of the arm is returned instead of those of its seeds. All checkpoints of
+    a run that is used are kept.
     """
-    wanted = set()
-    for e in experiments:
-        wanted |= {directory.parent for *_, directory in layout.checkpoints(e)}
-        wanted.add(layout.dataset_directory(e.dataset))
-        wanted |= {layout.reference_path(e.dataset, features, e.evaluate) for features in e.evaluate.features}
-    arms_wanted = {seed.parent for seed in wanted}
-    found = []
-    for arm in _directories(layout.RESULTS, "*/*-????????"):
-        if arm.parent.name == layout.DATASETS.name:
-            found += [arm] if arm not in wanted else []
-        elif arm not in arms_wanted:
-            found.append(arm)
+    used = set()
+    for experiment in experiments:
+        used |= {directory.parent for *_, directory in layout.checkpoints(experiment)}
+        used.add(layout.dataset_directory(experiment.dataset))
+        used |= {
+            layout.reference_path(experiment.dataset, features, experiment.evaluate)
+            for features in experiment.evaluate.features
+        }
+    used_arms = {run.parent for run in used}
+    unused = []
+    for directory in _directories(layout.RESULTS, "*/*-????????"):
+        if directory.parent == layout.DATASETS:
+            unused += [directory] if directory not in used else []
+        elif directory not in used_arms:
+            unused.append(directory)
         else:
-            found += [seed for seed in _directories(arm, "seed*") if seed not in wanted]
-    return found + [path for path in sorted(layout.REFERENCES.glob("*.npz")) if path not in wanted]
+            unused += [run for run in _directories(directory, "seed*") if run not in used]
+    return unused + [path for path in sorted(layout.REFERENCES.glob("*.npz")) if path not in used]
 
 
 def _directories(root: Path, pattern: str) -> list[Path]:
@@ -44,7 +45,7 @@ def _directories(root: Path, pattern: str) -> list[Path]:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
+    """Returns the bytes of a file, or of all files below a directory."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if not file.is_dir())
 
@@ -53,44 +54,38 @@ def remove(paths: Sequence[Path]) -> None:
     """Delete files and directories.
 
     Raises:
-        StudyError: Snakemake works in this directory.
+        StudyError: If Snakemake has locked the working directory.
     """
     if any(LOCKS.glob("*")):
         raise StudyError(
-            "Snakemake works here, or was killed: wait for it, or run `snakemake --unlock`, then try again"
+            "Snakemake is running in this directory, or was killed: wait until it ends, or run `snakemake --unlock`, "
+            "then try again"
         )
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _studies() -> list[Experiment]:
-    """All studies of the project.
+@click.command("orphans")
+@click.option("--remove", "delete", is_flag=True, help="Delete what is listed.")
+def main(delete: bool) -> None:
+    """List results that belong to no study any more.
+
+    These are results of edited arms, removed seeds and deleted studies. All studies in experiments/ are read.
+    \f
 
     Raises:
-        StudyError: there is none here, or one cannot be read.
+        StudyError: If there is no study, or one cannot be read.
     """
-    files = sorted(Path("experiments").glob("*.yaml"))
+    files = sorted(layout.EXPERIMENTS.glob("*.yaml"))
     if not files:
-        raise StudyError("experiments/ holds no study here: start this where the Snakefile lies")
-    return [load_experiment(file) for file in files]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """What `python -m convergence.command.orphans` does; a mistake ends in one sentence on stderr and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m convergence.command.orphans", description=__doc__.splitlines()[0])
-    parser.add_argument("--remove", action="store_true", help="delete what is listed")
-    options = parser.parse_args(arguments)
-    with exit_on_user_error():
-        studies = _studies()
-        found = orphans(studies)
-        sizes = [size(path) for path in found]
-        for path, count in zip(found, sizes, strict=True):
-            sys.stdout.write(f"{count / 1e6:10,.1f} MB  {path}\n")
-        if options.remove:
-            remove(found)
-        done = "removed" if options.remove else "would be removed by --remove" if found else "in all"
-        sys.stdout.write(f"{sum(sizes) / 1e6:10,.1f} MB {done}, {len(found)} orphans of {len(studies)} studies\n")
-
-
-if __name__ == "__main__":
-    main()
+        raise StudyError(
+            f"there are no studies in {layout.EXPERIMENTS.resolve()}: run this in the folder that contains it"
+        )
+    paths = orphans([load_experiment(file) for file in files])
+    sizes = [size(path) for path in paths]
+    for path, count in zip(paths, sizes, strict=True):
+        click.echo(f"{count / 1e6:10,.1f} MB  {path}")
+    if delete:
+        remove(paths)
+    note = "removed" if delete else "to remove with --remove" if paths else "in total"
+    click.echo(f"{sum(sizes) / 1e6:10,.1f} MB {note}, {len(paths)} orphans of {len(files)} studies")

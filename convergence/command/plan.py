@@ -1,74 +1,81 @@
-"""How many seeds would settle a question, and how long they train: planned from the metrics of a pilot.
+"""`convergence plan`: estimates how many seeds a difference needs."""
 
-python -m convergence.command.plan reports/metrics.csv --baseline uni05 --candidate under05 --effect 2%
-"""
-
-import argparse
-import sys
+import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import click
 import pandas as pd
 
 from convergence.analysis.plan import plan
-from convergence.errors import StudyError, exit_on_user_error
+from convergence.command.options import PATH
+from convergence.errors import StudyError
 from convergence.tables import read_curves
 
 
-def _effect(text: str) -> float:
-    """A size: 2% or 0.02.
+class _Effect(click.ParamType):
+    """A difference above 0 and below 1, written as 2% or 0.02."""
+
+    name = "effect"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the difference as a fraction."""
+        try:
+            fraction = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            fraction = math.nan
+        if not 0 < fraction < 1:
+            self.fail(f"{value} is not a difference between 0% and 100%: write it as 2% or 0.02.", param, ctx)
+        return fraction
+
+
+def _pilot(path: Path, arms: list[str], **choices: str | None) -> pd.DataFrame:
+    """Returns the rows of one study, feature extractor and metric of a table of curves.
+
+    Args:
+        path: CSV file.
+        arms: Names of arms that must be in these rows.
+        **choices: A value for each of the columns `study`, `features` and `metric`; None if the column has one value.
 
     Raises:
-        ArgumentTypeError: it is no such number above 0.
-    """
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < np.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no size above 0: write it as 2% or 0.02")
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is {100 * value:g}%: write {text.removesuffix('%')}% if that is less")
-    return value
-
-
-def _pilot(path: Path, arms: list[str], **wanted: str | None) -> pd.DataFrame:
-    """The rows of one study, extractor and metric in a file; what is not wanted by name must be the only one.
-
-    Raises:
-        StudyError: it is no table of curves, lacks what is wanted or an arm, or one of several must be chosen.
+        StudyError: If a value or an arm is not in the table, or a choice is missing.
     """
     metrics = read_curves(path)
-    for column, value in wanted.items():
-        there = list(metrics[column].unique())
-        if value is None and len(there) == 1:
-            value = there[0]
-        if value not in there:
-            told = f"{value} is not in the table" if value else "must be chosen"
-            raise StudyError(f"--{column} {told}: take one of {', '.join(there)}")
+    for column, value in choices.items():
+        known = list(metrics[column].unique())
+        if value is None and len(known) == 1:
+            value = known[0]
+        if value not in known:
+            problem = f"{value} is not in the table" if value else "is required, because the table has several"
+            raise StudyError(f"--{column} {problem}: choose one of {', '.join(known)}")
         metrics = metrics[metrics[column] == value]
     for arm in arms:
-        if arm not in (there := list(metrics["arm"].unique())):
-            raise StudyError(f"{path}: no arm {arm}: name one of {', '.join(there)}")
+        if arm not in (known := list(metrics["arm"].unique())):
+            raise StudyError(f"{path}: there is no arm {arm}: choose one of {', '.join(known)}")
     return metrics
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """What `python -m convergence.command.plan` does; a mistake ends in one sentence on stderr and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m convergence.command.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("metrics", type=Path, help="metrics.csv of a pilot")
-    parser.add_argument("--baseline", required=True, help="arm")
-    parser.add_argument("--candidate", required=True, help="arm")
-    parser.add_argument("--effect", required=True, type=_effect, help="difference to show, such as 2%%")
-    parser.add_argument("--study", help="needed where the table holds several")
-    parser.add_argument("--features", help="needed where the table holds several")
-    parser.add_argument("--metric", default="fd", help="default: fd")
-    options = parser.parse_args(arguments)
-    with exit_on_user_error():
-        arms, wanted = [options.baseline, options.candidate], {"study": options.study, "features": options.features}
-        pilot = _pilot(options.metrics, arms, metric=options.metric, **wanted)
-        sys.stdout.write(plan(pilot, *arms, options.effect) + "\n")
+@click.command("plan")
+@click.argument("metrics", type=PATH)
+@click.option("--baseline", required=True, metavar="ARM", help="Arm to compare with.")
+@click.option("--candidate", required=True, metavar="ARM", help="Arm that may be faster.")
+@click.option("--effect", required=True, type=_Effect(), metavar="SIZE", help="Difference to detect, such as 2%.")
+@click.option("--study", metavar="NAME", help="Required if the table has several studies.")
+@click.option("--features", metavar="NAME", help="Required if the table has several feature extractors.")
+@click.option("--metric", default="fd", metavar="NAME", help="Metric to compare.")
+def main(
+    metrics: Path,
+    baseline: str,
+    candidate: str,
+    effect: float,
+    study: str | None,
+    features: str | None,
+    metric: str,
+) -> None:
+    """Estimate how many seeds a difference needs, from the metrics of a finished study.
 
-
-if __name__ == "__main__":
-    main()
+    METRICS is the reports/STUDY/metrics.csv of a study with at least two seeds: the pilot. Prints seeds and hours of
+    training.
+    """
+    pilot = _pilot(metrics, [baseline, candidate], metric=metric, study=study, features=features)
+    click.echo(plan(pilot, baseline, candidate, effect))

@@ -1,0 +1,6 @@
+"""Runs the command as `python -m convergence`."""
+
+from convergence.command import main
+
+if __name__ == "__main__":
+    main(prog_name="convergence")

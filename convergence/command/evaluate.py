@@ -1,0 +1,73 @@
+"""`convergence evaluate`: compares generated images with real ones."""
+
+import math
+from pathlib import Path
+
+import click
+
+from convergence.command.options import PATH, Names, device_option, find_device
+from convergence.errors import StudyError
+from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
+
+FEATURES = (LITE0, *SOURCES)
+METRICS = ("fd", "fd_infinity", "kid", "precision", "recall")
+
+
+@click.command("evaluate")
+@click.argument("generated", type=PATH)
+@click.argument("real", type=PATH)
+@click.option(
+    "--features",
+    type=Names(FEATURES),
+    default=LITE0,
+    metavar="NAME,...",
+    help=f"Comma-separated feature extractors, from {', '.join(FEATURES)}. {INCEPTION} gives the FID.",
+)
+@click.option(
+    "--metrics",
+    type=Names(METRICS),
+    default="fd,kid,precision,recall",
+    metavar="NAME,...",
+    help=f"Comma-separated metrics, from {', '.join(METRICS)}.",
+)
+@click.option("--weights", type=PATH, metavar="FILE",
+              help="Weights of the feature extractor, for a machine without a network.")  # fmt: skip
+@click.option(
+    "--weights-sha256", metavar="HEX", help="SHA-256 of that file, if it has other than the original weights."
+)
+@device_option
+def main(
+    generated: Path,
+    real: Path,
+    features: tuple[str, ...],
+    metrics: tuple[str, ...],
+    weights: Path | None,
+    weights_sha256: str | None,
+    device: str,
+) -> None:
+    """Compare a set of generated images with a set of real ones.
+
+    GENERATED and REAL are each a folder or zip file of images of one size, or a .npy file of uint8 [N, H, W, 3].
+    Prints a line per metric.
+    \f
+
+    Raises:
+        StudyError: If a SHA-256 is given without a file of weights.
+    """
+    from diffusion.data.folder import read_images
+    from diffusion.evaluation import reference
+    from diffusion.evaluation.extractors import extract_features, load_extractor
+
+    if weights_sha256 and not weights:
+        raise StudyError("--weights-sha256 needs --weights: name the file of weights too")
+    fake_images, real_images = read_images(generated), read_images(real)
+    torch_device = find_device(device)
+    click.echo(f"{len(fake_images):,} images of {generated} against {len(real_images):,} of {real}")
+    for name in features:
+        extractor = load_extractor(name, torch_device, weights, weights_sha256)
+        expected = reference.reference_of(extract_features(real_images, extractor), extractor.identity)
+        click.echo(f"{name}:")
+        for row in reference.evaluate(extract_features(fake_images, extractor), expected, list(metrics)):
+            error = "" if math.isnan(row.stderr) else f" +- {row.stderr:.3g}"
+            reason = f"  ({row.reason})" if row.reason else ""
+            click.echo(f"  {row.metric:12} {row.value:.6g}{error}{reason}")

@@ -1,0 +1,108 @@
+"""The command `convergence` as a whole: its help, exit codes and lazy imports."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import click
+import pytest
+from projects import ROOT
+
+from convergence.command import SUBCOMMANDS
+
+NAMES = ["budget", "plan", "judge", "orphans", "carry", "sync", "evaluate", "sample", "export"]
+
+
+def run(*arguments, cwd=ROOT, **how):
+    command = [sys.executable, "-m", "convergence", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **how)
+
+
+def test_help_lists_all_subcommands():
+    done = run("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.findall(r"^  (\w+) +[A-Z]", done.stdout, re.M) == NAMES
+    modules = {path.stem for path in (ROOT / "convergence/command").glob("*.py")}
+    assert modules == {*NAMES, "__init__", "options"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], {"torch", "numpy", "pandas", "pydantic", "mlflow", "snakemake"}),
+        (["sample", "--help"], {"torch", "numpy", "pandas", "pydantic", "mlflow", "snakemake"}),
+        (["export", "--help"], {"torch", "numpy", "pandas", "pydantic", "mlflow", "snakemake"}),
+        (["evaluate", "--help"], {"torch", "pandas", "mlflow", "snakemake"}),
+        (["plan", "--help"], {"torch", "mlflow", "snakemake"}),
+        (["orphans", "--help"], {"torch", "pandas", "mlflow", "snakemake"}),
+    ],
+    ids=["group", "sample", "export", "evaluate", "plan", "orphans"],
+)
+def test_help_imports_no_slow_package(arguments, absent):
+    code = f"""if True:
+        import sys
+        from convergence.command import main
+        try:
+            main({arguments})
+        except SystemExit as end:
+            print(end.code, sorted({absent} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def leaves(command):
+    """A command, or the commands of a group."""
+    return (
+        [leaf for sub in command.commands.values() for leaf in leaves(sub)]
+        if hasattr(command, "commands")
+        else [command]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_subcommand_and_option_is_explained(name):
+    command = import_module(f"convergence.command.{name}").main
+    assert command.name == name and command.help.splitlines()[0] == SUBCOMMANDS[name]
+    options = [option for leaf in leaves(command) for option in leaf.params if isinstance(option, click.Option)]
+    assert all(option.help for option in options)
+    usage = run(name, "--help")
+    assert usage.returncode == 0 and usage.stdout.startswith(f"Usage: convergence {name} [OPTIONS]")
+    assert "Raises" not in usage.stdout
+
+
+def test_help_shows_defaults():
+    text = run("sample", "--help").stdout
+    for default in ("64", "25", "ddim", "auto", "(what fits the GPU memory)"):
+        assert f"[default: {default}]" in re.sub(r"\s+", " ", text), default
+
+
+def run_outside_a_project(directory, arguments):
+    done = run(*arguments, cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout == "" and "Traceback" not in done.stderr and list(directory.iterdir()) == []
+    return done
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["bugdet"], ["budget"], ["budget", "a", "--jobs", "0"], ["plan", "metrics.csv"], ["carry"],
+     ["sample", "nothing.pt", "--out", "out"], ["evaluate", "a", "b", "--metrics", "fid"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_wrong_usage_ends_with_code_2(tmp_path, arguments):
+    done = run_outside_a_project(tmp_path, arguments)
+    assert done.returncode == 2 and done.stderr.startswith("Usage: convergence")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["budget", "nothing"], ["orphans"], ["carry", "collect", "nothing"],
+     ["judge", "nothing.csv", "--baseline", "a", "--candidate", "b", "--out", "out"],
+     ["evaluate", "nothing", "nothing", "--device", "cpu"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_mistake_of_the_user_is_one_sentence_and_code_1(tmp_path, arguments):
+    done = run_outside_a_project(tmp_path, arguments)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
