@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from convergence.command.images import main
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from convergence.command.images import main
 from diffusion import progress
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, Sample, check_image_size
@@ -263,7 +263,10 @@ def test_truncated_files_are_refused_in_a_sentence(tmp_path, kept, zipped):
         ([], "model.pt: .* give --image-size"),
         (["--image-size", "31"], "image size 31 cannot be halved 1 times"),
         (["--image-size", "0"], "image size 0 cannot be halved 1 times"),
-        (["--image-size", "32", "--head-channels", "48"], "head_channels: 48 does not divide the 64 channels of attention"),
+        (
+            ["--image-size", "32", "--head-channels", "48"],
+            "head_channels: 48 does not divide the 64 channels of attention",
+        ),
         (["--image-size", "32", "--heads", "3"], "heads: 3 does not divide the 64 channels of attention"),
         (["--image-size", "32", "--heads", "0"], "heads: input should be greater than 0, but it is 0"),
         ([*PUBLISHED, "--timesteps", "1"], "timesteps: input should be greater than or equal to 2, but it is 1"),

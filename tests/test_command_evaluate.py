@@ -6,11 +6,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from convergence.command.images import _add_evaluate
 from made import scenes
 from PIL import Image
 from test_extractors import write_random_inception
 
-from convergence.command.images import _add_evaluate
 from diffusion.data.folder import read_images
 from diffusion.errors import InputError
 from diffusion.evaluation.extractors import extract_features, load_extractor
