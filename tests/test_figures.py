@@ -32,14 +32,14 @@ COLUMNS = [
 LITE0, INCEPTION = "efficientnet-lite0", "inception-v3-compat"
 
 
-def table(arms=2, seeds=2, steps=(100, 200, 400), study="small", features=LITE0, n=500, metric="fd", floor=20.0):
+def table(arms=2, seeds=2, steps=(100, 200, 400), study="small", features=LITE0, n=500, metric="fd", lowest=20.0):
     rng = np.random.default_rng(0)
     rows = [
         (study, arm, seed, step, 32 * step, 1.5, features, metric, value, np.nan, n, "")
         for arm in ARMS[:arms]
         for seed in range(seeds)
         for step in steps
-        for value in [(floor + 200 * np.exp(-step / 100)) * rng.uniform(0.9, 1.1)]
+        for value in [(lowest + 200 * np.exp(-step / 100)) * rng.uniform(0.9, 1.1)]
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -95,11 +95,11 @@ def caption(ax):
         (INCEPTION, "recall", 500, "Recall (Inception-v3), 500 samples"),
     ],
 )
-def test_label_says_what_was_measured(features, metric, n, label):
+def test_label_names_features_metric_and_samples(features, metric, n, label):
     assert metric_label(features, metric, n) == label
 
 
-def test_fid_is_the_name_for_inception_features_alone():
+def test_only_inception_features_are_called_fid():
     for features, called_fid in ((LITE0, False), (INCEPTION, True)):
         figure = curves._draw_curves(table(features=features), "fd")
         words = " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
@@ -155,10 +155,10 @@ def test_caption_names_the_arms_where_their_numbers_of_seeds_differ():
     assert "2 seeds of uni05 (thin)" in caption(ax)
 
 
-def test_negative_distances_and_shares_are_averaged_plainly():
+def test_negative_distances_and_shares_have_arithmetic_means():
     distances = table(arms=1, metric="kid")
     distances["value"] -= 60
-    shares = table(arms=1, metric="recall", floor=1.0)
+    shares = table(arms=1, metric="recall", lowest=1.0)
     for metrics, metric in ((distances, "kid"), (shares, "recall")):
         (ax, *_) = axes_of(metrics, metric)
         mean = metrics["value"].to_numpy().reshape(2, 3).mean(axis=0)
@@ -169,9 +169,9 @@ def test_negative_distances_and_shares_are_averaged_plainly():
     assert "lower is better" in axes_of(table())[0].get_ylabel()
 
 
-@pytest.mark.parametrize(("floor", "scale"), [(20.0, "log"), (2000.0, "linear")])
-def test_log_axis_from_a_range_of_three(floor, scale):
-    (ax,) = axes_of(table(floor=floor))
+@pytest.mark.parametrize(("lowest", "scale"), [(20.0, "log"), (2000.0, "linear")])
+def test_log_axis_from_a_range_of_three(lowest, scale):
+    (ax,) = axes_of(table(lowest=lowest))
     assert ax.get_yscale() == scale
 
 
@@ -203,7 +203,7 @@ def test_a_panel_per_study_and_features_with_one_style_per_arm():
     assert [text.get_text() for text in legend.get_texts()] == list(ARMS[:3])
 
 
-def test_six_arms_differ_in_grey():
+def test_six_arms_differ_without_colour():
     lines = mean_lines(axes_of(table(arms=6))[0])
     assert len({line.get_marker() for line in lines}) == 6
     assert len({(line.get_marker(), str(line._dash_pattern)) for line in lines}) == 6
@@ -211,7 +211,7 @@ def test_six_arms_differ_in_grey():
     assert len({to_rgb(line.get_color()) for line in lines}) == 6
 
 
-def test_a_diverged_run_ends_in_a_cross_and_leaves_the_mean_to_the_whole_checkpoints():
+def test_a_diverged_run_ends_in_a_cross_and_the_mean_at_the_last_complete_checkpoint():
     metrics = diverge(table(seeds=3), "under05", 1, 400)
     (ax,) = axes_of(metrics)
     (cross,) = crosses(ax)
@@ -223,7 +223,7 @@ def test_a_diverged_run_ends_in_a_cross_and_leaves_the_mean_to_the_whole_checkpo
     assert not crosses(axes_of(table())[0])
 
 
-def test_a_table_read_from_csv_is_drawn_alike(tmp_path):
+def test_a_table_read_from_csv_gives_the_same_figure(tmp_path):
     metrics = diverge(table(seeds=3), "under05", 1, 400)
     metrics.to_csv(tmp_path / "metrics.csv", index=False)
     fid_curves(metrics, [tmp_path / "a.png"])
@@ -231,7 +231,7 @@ def test_a_table_read_from_csv_is_drawn_alike(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_study_whose_only_run_diverged_at_once_is_told_not_refused(tmp_path):
+def test_a_study_whose_only_run_diverged_at_once_is_drawn(tmp_path):
     metrics = diverge(table(arms=1, seeds=1), "uni05", 0, 50)
     (ax,) = axes_of(metrics)
     assert "no run has a value" in caption(ax)
@@ -241,18 +241,18 @@ def test_a_study_whose_only_run_diverged_at_once_is_told_not_refused(tmp_path):
 
 def test_external_curves_are_grey_and_below_those_of_their_study():
     own = table(steps=(100, 200, 400))
-    elsewhere = pd.concat([
+    external = pd.concat([
         table(seeds=1, steps=(100, 400, 800), n=999), table(seeds=1, features=INCEPTION), table(seeds=1, study="other"),
     ])  # fmt: skip
-    panel, *_ = curves._draw_curves(own, "fd", None, elsewhere).axes
+    panel, *_ = curves._draw_curves(own, "fd", None, external).axes
     grey = [line for line in panel.lines if line.get_color() == curves.EXTERNAL["color"]]
-    # One run of each arm, as far as the study itself goes.
+    # One run of each arm, up to the last checkpoint of the study.
     assert [line.get_xdata().tolist() for line in grey] == [[3200, 12800]] * 2
     assert [line.get_marker() for line in grey] == [line.get_marker() for line in mean_lines(panel)]
     assert "external curves (999 samples)" in panel.texts[-1].get_text().replace("\n", " ")
 
 
-def test_other_gaps_are_named_but_not_called_diverged():
+def test_other_missing_values_are_named_but_not_called_diverged():
     metrics = table(seeds=1)
     metrics.loc[0, ["value", "reason"]] = [np.nan, "needs 4 images, got 2"]
     (ax,) = axes_of(metrics)
@@ -261,7 +261,7 @@ def test_other_gaps_are_named_but_not_called_diverged():
 
 
 @pytest.mark.parametrize("reason", ["", np.nan])
-def test_a_gap_without_a_reason_is_a_gap(reason):
+def test_a_missing_value_without_a_reason_is_not_named(reason):
     metrics = table(seeds=1).assign(reason=reason)
     metrics.loc[0, "value"] = np.nan
     (ax,) = axes_of(metrics)
@@ -270,21 +270,21 @@ def test_a_gap_without_a_reason_is_a_gap(reason):
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
-def test_one_checkpoint_is_seen(seeds):
+def test_a_single_checkpoint_has_a_marker(seeds):
     (ax,) = axes_of(table(arms=1, seeds=seeds, steps=(500,)))
     (line,) = mean_lines(ax)
     assert line.get_marker() == "o"
     assert list(line.get_xdata()) == [16000]
 
 
-def test_unequal_numbers_of_samples_are_refused():
+def test_unequal_numbers_of_samples_raise():
     metrics = table()
     metrics.loc[3, "n"] = 1000
     with pytest.raises(StudyError, match="'small' has fd of 500 and of 1,000 samples"):
         axes_of(metrics)
 
 
-def test_a_metric_that_was_not_computed_is_refused():
+def test_a_metric_that_was_not_computed_raises():
     with pytest.raises(StudyError, match="no row of 'recall'"):
         axes_of(table(), "recall")
 

@@ -22,7 +22,7 @@ SCHEMES = {
     "debiased": (Scheme(mse_weight="debiased"), None),
     "lognormal": (Scheme(timesteps={"log_normal_sigma": {}}), None),
     "speed": (Scheme(timesteps={"speed": {}}, mse_weight={"speed": {}}), None),
-    "learnt": (Scheme(timesteps="loss_second_moment"), None),
+    "learned_density": (Scheme(timesteps="loss_second_moment"), None),
 }
 
 
@@ -40,7 +40,7 @@ def runs(arms):
 
 
 def half_drawn(timesteps=1000):
-    """Drawn in the second half alone."""
+    """Tables of an arm that draws only the second half of the timesteps."""
     p = torch.zeros(timesteps, dtype=torch.float64)
     p[timesteps // 2 :] = 2 / timesteps
     return Tables(p, torch.ones_like(p), torch.ones_like(p))
@@ -58,7 +58,7 @@ def drawn(arms, learned=(), schedule=LINEAR):
 
 @pytest.mark.parametrize("timesteps", [2, 37, 1000])
 @pytest.mark.parametrize("arm", ["uniform", "under05", "lognormal"])
-def test_tenths_hold_all_and_each_timestep_once(timesteps, arm):
+def test_tenths_contain_each_timestep_once(timesteps, arm):
     table = tables(arm, schedule=NoiseSchedule(cosine_betas(timesteps)))[arm]
     draws = curves(table).draws
     shares = tenths(draws)
@@ -68,7 +68,7 @@ def test_tenths_hold_all_and_each_timestep_once(timesteps, arm):
         np.testing.assert_allclose(shares[tenth], sum(inside) / timesteps)
 
 
-def test_shares_that_are_published():
+def test_shares_of_the_p2_arms():
     arms = {arm: curves(table) for arm, table in tables("uni05", "under05", "matched05").items()}
     np.testing.assert_allclose(tenths(arms["uni05"].draws), 0.1)
     alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -83,7 +83,7 @@ def test_shares_that_are_published():
     np.testing.assert_allclose(arms["under05"].product, weight / weight.mean())
 
 
-def test_a_weight_is_that_of_drawn_timesteps_alone():
+def test_timesteps_that_are_never_drawn_have_no_weight():
     half = curves(half_drawn())
     assert np.isnan(half.weight[:500]).all() and (half.weight[500:] == 1).all()
     np.testing.assert_array_equal(half.product, half.draws)
@@ -98,7 +98,7 @@ def test_a_constant_has_a_linear_axis_from_zero():
     assert axis_limits([0 * ones], [ones]) == ("linear", 0, 1)
 
 
-def test_a_weight_of_four_decades_gets_a_log_axis_that_holds_all_of_it():
+def test_a_weight_of_four_decades_fits_on_a_log_axis():
     weight, ones = LINEAR.snr.rsqrt().numpy(), np.ones(1000)
     for lines in ([weight], [weight, ones]):
         scale, low, high = axis_limits(lines, [ones] * len(lines))
@@ -123,7 +123,7 @@ def test_zeros_and_tails_of_any_depth_do_not_stretch_an_axis():
         {"narrow": scheme_tables(LINEAR, Scheme(timesteps={"logit_normal": {"mean": 0.5, "std": 0.2}}), Scheme())},
     ],
 )
-def test_zeros_constants_and_weights_without_bound_are_drawn(arms):
+def test_zeros_constants_and_large_weights_are_drawn(arms):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FigureCanvasAgg(schedules._draw_figure("small", LINEAR, arms, [])).draw()
@@ -133,7 +133,7 @@ def test_zeros_constants_and_weights_without_bound_are_drawn(arms):
         assert all(((line.get_ydata() >= low) & (line.get_ydata() <= high)).any() for line in ax.lines)
 
 
-def test_axes_say_where_the_least_noise_is():
+def test_axis_labels_name_the_end_of_least_noise():
     panels, shares, _ = drawn(tables("uni05", "under05"))
     for ax in (*panels[:3], *shares):
         assert "0: least noise" in ax.get_xlabel() and ax.get_xlim()[0] < ax.get_xlim()[1]
@@ -141,7 +141,7 @@ def test_axes_say_where_the_least_noise_is():
         assert "left: least noise" in ax.get_xlabel() and ax.get_xlim()[0] > ax.get_xlim()[1]
 
 
-# The picture
+# The figure
 
 
 def test_every_arm_is_drawn_in_every_panel():
@@ -159,7 +159,7 @@ def test_every_arm_is_drawn_in_every_panel():
     assert [label.get_text() for label in shares[0].get_yticklabels()] == list(arms)
 
 
-def test_lines_are_the_curves_and_densities_of_log_snr_hold_all():
+def test_lines_are_the_curves_and_densities_of_log_snr_integrate_to_one():
     arms = tables("uni05", "under05")
     panels, *_ = drawn(arms)
     for index, table in enumerate(arms.values()):
@@ -173,7 +173,7 @@ def test_lines_are_the_curves_and_densities_of_log_snr_hold_all():
 
 
 def test_density_of_log_snr_follows_a_change_of_variables():
-    # Of t uniform, log SNR of a cosine schedule with no offset has the density sech(x / 2) / (2 pi).
+    # If t is uniform, log SNR of a cosine schedule without offset has the density sech(x / 2) / (2 pi).
     cosine = NoiseSchedule(cosine_betas(1000))
     panels, *_ = drawn(tables("uniform", schedule=cosine), schedule=cosine)
     log_snr, density = panels[3].lines[0].get_data()
@@ -182,16 +182,16 @@ def test_density_of_log_snr_follows_a_change_of_variables():
 
 
 def test_caption_states_shares_equal_curves_and_proportions():
-    *_, caption = drawn(tables("uniform", "uni05", "under05", "matched05", "learnt"), ["learnt"])
-    assert "t < 100: 10.0% in uniform, uni05 and learnt; 2.1% in under05 and matched05." in caption
+    *_, caption = drawn(tables("uniform", "uni05", "under05", "matched05", "learned_density"), ["learned_density"])
+    assert "t < 100: 10.0% in uniform, uni05 and learned_density; 2.1% in under05 and matched05." in caption
     assert "draws of under05 and matched05;" in caption
-    assert "weight of uniform, under05 and learnt;" in caption
+    assert "weight of uniform, under05 and learned_density;" in caption
     assert "expected weight of uni05 and matched05." in caption
     assert "under05 = 1.24 × uni05." in caption
-    assert "The density of learnt is learned during training; the figure shows its initial values." in caption
+    assert "The density of learned_density is learned during training; the figure shows its initial values." in caption
 
 
-def test_caption_says_no_more_than_there_is():
+def test_caption_has_no_sentence_without_content():
     *_, caption = drawn(tables("uniform", "lognormal"))
     assert "Equal curves, which overlap: weight of uniform and lognormal." in caption
     assert "proportion" not in caption and "learned" not in caption
@@ -222,7 +222,7 @@ def test_runs_become_the_tables_of_their_arms(monkeypatch):
     calls = []
     monkeypatch.setattr(schedules, "_draw_figure", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(schedules, "save_figure", lambda *_: None)
-    draw_schedules("small", runs({"a": "matched05", "b": "learnt"}), [])
+    draw_schedules("small", runs({"a": "matched05", "b": "learned_density"}), [])
     ((study, schedule, arms, learned),) = calls
     assert study == "small" and list(arms) == ["a", "b"] and learned == ["b"]
     expected = tables("matched05")["matched05"]

@@ -34,6 +34,7 @@ PANEL_INCHES = (4.4, 4.1)
 PANELS_PER_ROW = 3
 CAPTION_CHARACTERS = 58
 CAPTION_LINE_INCHES = 0.14
+LEGEND_ROW_INCHES = 0.21
 MARKERS_PER_LINE = 12
 
 
@@ -101,13 +102,13 @@ def _draw_curves(
         _draw_panel(ax, panel, study, features, metric, styles, speedups, external)
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
-    width = PANEL_INCHES[0] * columns
-    figure.set_size_inches(width, (PANEL_INCHES[1] + CAPTION_LINE_INCHES * caption_lines) * lines)
-
     handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
     if diverged(rows).any():
         handles.append(Line2D([], [], color="0.3", linestyle="", **CROSS, label="run diverged"))
-    draw_legend(figure, handles, width, "outside lower center")
+    width = PANEL_INCHES[0] * columns
+    legend_rows = draw_legend(figure, handles, width, "outside lower center")
+    height = (PANEL_INCHES[1] + CAPTION_LINE_INCHES * caption_lines) * lines + LEGEND_ROW_INCHES * (legend_rows - 1)
+    figure.set_size_inches(width, height)
     return figure
 
 
@@ -132,7 +133,7 @@ def _draw_panel(
         raise StudyError(
             f"Study '{study}' has {metric} of {counts[0]:,} and of {counts[-1]:,} samples, and its bias depends on "
             "that number: delete the metrics.csv of the checkpoints with the wrong number and run the same command "
-            "again; in a table from elsewhere, use one n per study"
+            "again; in a table of your own, use one n per study"
         )
     values = {
         arm: rows.pivot(index="images", columns="seed", values="value")

@@ -16,7 +16,7 @@ from convergence.tables import diverged
 from diffusion.errors import FileError
 
 MOST_COLUMNS = 6
-CELL_PIXELS = 480  # the least width of a cell: room for its heading, and enough pixels to recognise images
+CELL_PIXELS = 480  # the least width of a cell: its heading fits, and images are recognisable
 GAP_PIXELS = 12
 HEAD_PIXELS = 100
 CAPTION_PIXELS = 70

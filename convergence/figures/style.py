@@ -35,14 +35,15 @@ def draw_legend(
     handles: list[Line2D],
     width: float,
     loc: Literal["outside lower center", "outside upper center"],
-) -> None:
-    """Adds a legend with as few rows as fit into a figure of `width` inches."""
+) -> int:
+    """Adds a legend with as few rows as fit into a figure of `width` inches. Returns the number of rows."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(width / (0.65 + 0.08 * longest)))  # inches of a handle and of a letter
     rows = -(-len(handles) // fitting)
     figure.legend(
         handles=handles, loc=loc, ncols=-(-len(handles) // rows), frameon=False, handlelength=3, columnspacing=1.2
     )
+    return rows
 
 
 def line_style(index: int) -> Style:
