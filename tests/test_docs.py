@@ -34,7 +34,7 @@ def test_a_density_is_added_as_the_docs_say(tmp_path):
     (arm,) = re.findall(r"`(\{timesteps: \{triangle.*?\}\})` is an arm", (ROOT / "docs/extending.md").read_text())
     code = f"""
 import yaml
-from diffusion.config import Arm
+from convergence.schema import Arm
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.schemes import scheme_tables
 p = scheme_tables(NoiseSchedule(linear_betas(1000)), Arm(**yaml.safe_load({arm!r}))).probabilities
