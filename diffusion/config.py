@@ -216,7 +216,7 @@ class Model(Section):
     heads: PositiveInt | None = None
     """Attention heads at every level; replaces `head_channels`."""
     scale_shift_norm: bool = True
-    """Whether the timestep embedding scales and shifts the second norm of a block; false: it is added to its input."""
+    """Whether the timestep embedding scales and shifts activations after a norm; false: it is added before the norm."""
     resblock_updown: bool = True
     """Whether residual blocks change the resolution; false: convolutions do."""
     learn_sigma: bool = True

@@ -22,9 +22,9 @@ ROOT = DOCS.parent
 INTRODUCTION = """\
 # Keys of a study file
 
-A study is one file `experiments/<name>.yaml` with the keys of [Experiment](#experiment). A key without a default is
-required, except where "unset" is described. Mistakes are reported before any job starts, and with the first line of the
-shipped studies (`# yaml-language-server: $schema=../docs/schema.json`) editors complete keys and mark mistakes.
+A study is one file `experiments/<name>.yaml` with the keys of [Experiment](#experiment). All keys are optional except
+those marked as required. Mistakes are reported before any job starts. Editors complete keys and mark mistakes if the
+first line of the file is `# yaml-language-server: $schema=../docs/schema.json`, as in the studies of this project.
 
 This page and `schema.json` are generated from `convergence/schema.py` and `diffusion/config.py` by
 `python docs/generate.py`.
