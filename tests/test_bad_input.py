@@ -152,14 +152,14 @@ TABLE = {
     "no such class of torchvision": (
         DATASET,
         study(dataset={"source": "torchvision", "name": "Flower", "held_out": 0}),
-        ["torchvision has no dataset Flower", "name: "],
+        ["torchvision has no dataset Flower", "mend dataset.name"],
     ),
     "published curves that are nowhere": (DRY_RUN, study(published="no.csv"), ["published: there is no no.csv"]),
     "folder without images": (DATASET, folder(lambda place: None), ["there are no pictures in pictures"]),
     "unreadable images": (DATASET, folder(half_readable), ["1 of the 5 images", "cannot be used"]),
     "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
     "truncated zip": (DATASET, broken_zip, ["there are no pictures in", "or a whole zip"]),
-    "zip that leaves its folder": (DATASET, evil_zip, ["pictures: contains no images"]),
+    "zip that leaves its folder": (DATASET, evil_zip, ["pictures holds no images"]),
     # checkpoints
     "no such checkpoint": ([*SAMPLE, "no.safetensors"], None, ["no.safetensors"]),
     "truncated checkpoint": ([*SAMPLE, "a.safetensors"], checkpoint("a.safetensors", b"\x08"), ["a.safetensors"]),
@@ -172,7 +172,7 @@ TABLE = {
     "published checkpoint of unknown size": ([*SAMPLE, "evil.pt"], pickled, ["--image-size"]),
     # environment
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
-    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["evaluate.features", "'vgg': choose from"]),
+    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["'vgg' is no feature extractor"]),
     # command line
     "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),

@@ -21,7 +21,7 @@ with job(snakemake):
     provenance = read_json(Path(snakemake.input.provenance))
     if provenance["diverged"] is None:
         net = load_checkpoint(Path(snakemake.input.weights), device, provenance.get("sha256"))
-        tables = None if run.scheme.timesteps.learnt else scheme_tables(net.schedule, run.scheme, run.match)
+        tables = None if run.scheme.timesteps.learned else scheme_tables(net.schedule, run.scheme, run.match)
         rows = probe(net.model, net.schedule, tables, images, settings.bins, settings.batch_size, seed, device)
     else:
         rows = diverged_rows(run.diffusion.timesteps, settings.bins, provenance["diverged"])
