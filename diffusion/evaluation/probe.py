@@ -161,7 +161,7 @@ def probe(
         epsilon_all = torch.randn(x_start_all.shape, generator=generator(seed, "probe noise", index))
         random = generator(seed, "probe timesteps", index)
         t_all = edges[index] + draw_timesteps(probabilities / probabilities.sum(), len(x_start_all), random)
-        for batch in zip(*(whole.split(batch_size) for whole in (x_start_all, epsilon_all, t_all)), strict=True):
+        for batch in zip(*(tensor.split(batch_size) for tensor in (x_start_all, epsilon_all, t_all)), strict=True):
             x_start, epsilon, t = (part.to(device) for part in batch)
             x_t = schedule.q_sample(x_start, t, epsilon)
             factors = (weights.mse_weight[t].float(), weights.vb_weight[t].float()) if weights else ()
