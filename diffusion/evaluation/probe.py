@@ -113,7 +113,8 @@ def probe_images(directory: Path, held_out: int, count: int, batch_size: int, se
     size = min(count, len(candidates)) // batch_size * batch_size
     if size < 2 * batch_size:
         raise InputError(
-            f"batch_size: {len(candidates)} images are not two batches of {batch_size}: lower it, or raise held_out"
+            f"a probe needs two batches of batch_size {batch_size}, but there are {len(candidates)} images: lower "
+            "batch_size, or raise held_out"
         )
     order = torch.randperm(len(candidates), generator=generator(seed, "probe images"))[:size].numpy()
     return images[np.sort(candidates[order])]
