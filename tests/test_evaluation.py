@@ -113,10 +113,10 @@ def test_damaged_references_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"count": 0}, "count: 0 images cannot be drawn from the 48 .*choose a number from 2 to 48"),
-        ({"count": 49}, "count: 49 images cannot be drawn from the 48 "),
-        ({"count": 40, "held_out": 10}, "count: 40 images cannot be drawn from the 38 "),
-        ({"part": "held_out", "held_out": 1}, "count: 1 images cannot be drawn from the 1 .*change held_out"),
+        ({"count": 0}, "^0 reference images cannot be drawn from the 48 .*choose a number from 2 to 48"),
+        ({"count": 49}, "^49 reference images cannot be drawn from the 48 "),
+        ({"count": 40, "held_out": 10}, "^40 reference images cannot be drawn from the 38 "),
+        ({"part": "held_out", "held_out": 1}, "^1 reference images cannot be drawn from the 1 .*change held_out"),
         ({"held_out": 48}, "held_out is 48.*lower"),
     ],
 )

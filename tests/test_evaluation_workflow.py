@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from projects import copy_project, edit, jobs, reduce, snakemake
-from test_extractors import write_random_inception
+from test_features import write_random_inception
 
 from convergence import layout
 from convergence.analysis.comparison import compare_study, speedup_table
@@ -40,12 +40,12 @@ def without_held_out(**evaluate):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (ask_for(features=[INCEPTION]), [str(SOURCES[INCEPTION].sha256), "cannot be reached", "in weights"]),
+        (ask_for(features=[INCEPTION]), [str(SOURCES[INCEPTION].sha256), "cannot be reached", "evaluate.weights"]),
         (
             ask_for(features=[INCEPTION], weights={INCEPTION: "nowhere.pth"}),
-            ["nowhere.pth: does not exist", "the weights of inception-v3-compat"],
+            ["the weights of inception-v3-compat are not at nowhere.pth"],
         ),
-        (ask_for(features=["inception"]), ["evaluate.features", "'inception': choose from", LITE0, INCEPTION]),
+        (ask_for(features=["inception"]), ["'inception' is no feature extractor", LITE0, INCEPTION]),
         (ask_for(weights={INCEPTION: "a.pth"}), ["inception-v3-compat is none of the features"]),
         (without_held_out(metrics=["fd", "memorised"]), ["set dataset.held_out to 2 or more"]),
         (without_held_out(reference="held_out"), ["set dataset.held_out to 2 or more"]),

@@ -305,9 +305,9 @@ def test_weights_files_are_verified(empty_hub, random_inception, tmp_path):
     check_weights(INCEPTION, random_inception, digest)
     with pytest.raises(InputError, match=f"has sha256 {digest}, not {SOURCES[INCEPTION].sha256}"):
         check_weights(INCEPTION, random_inception)
-    kept = empty_hub / SOURCES[INCEPTION].file
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"half a downl")
+    downloaded = empty_hub / SOURCES[INCEPTION].file
+    downloaded.parent.mkdir(parents=True)
+    downloaded.write_bytes(b"half a downl")
     with pytest.raises(InputError, match="download it again"):
         check_weights(INCEPTION)
     for name, path, message in [

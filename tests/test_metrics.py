@@ -102,9 +102,9 @@ def test_fd_of_a_collapsed_set_is_exact():
 
 def test_fd_accumulates_in_blocks(monkeypatch):
     a, b = correlated(150, 32, seed=0), fit_gaussian(correlated(200, 32, seed=1))
-    whole = frechet(a, b)
+    expected = frechet(a, b)
     monkeypatch.setattr(metrics, "MOMENT_ROWS", 7)
-    assert frechet(a, b)[:2] == pytest.approx(whole[:2], rel=1e-5)
+    assert frechet(a, b)[:2] == pytest.approx(expected[:2], rel=1e-5)
 
 
 # Standard error of the Frechet distance
@@ -194,10 +194,10 @@ def test_kid_is_the_unbiased_cubic_mmd(monkeypatch):
     x, y = correlated(40, 16, seed=0).astype(float), correlated(30, 16, seed=1).astype(float) + 0.3
     within = [cubic(z, z)[~np.eye(len(z), dtype=bool)].mean() for z in (x, y)]
     expected = sum(within) - 2 * cubic(x, y).mean()
-    whole = kernel_distance(x, y, mean_kernel(y))
-    assert whole.value == pytest.approx(expected, rel=1e-9)
+    estimate = kernel_distance(x, y, mean_kernel(y))
+    assert estimate.value == pytest.approx(expected, rel=1e-9)
     monkeypatch.setattr(metrics, "BLOCK", 7)
-    assert kernel_distance(x, y, mean_kernel(y))[:2] == pytest.approx(whole[:2], rel=1e-9)
+    assert kernel_distance(x, y, mean_kernel(y))[:2] == pytest.approx(estimate[:2], rel=1e-9)
 
 
 def test_kid_agrees_with_torch_fidelity():
@@ -251,8 +251,8 @@ def test_precision_and_recall_by_brute_force(monkeypatch):
         radius = [np.sort(np.linalg.norm(centres - c, axis=1))[3] for c in centres]
         return np.mean([(np.linalg.norm(centres - p, axis=1) <= radius).any() for p in points])
 
-    found = precision_recall(fake, real, neighbour_radii(real))
-    precision, recall = found["precision"], found["recall"]
+    estimates = precision_recall(fake, real, neighbour_radii(real))
+    precision, recall = estimates["precision"], estimates["recall"]
     assert precision.value == pytest.approx(covered(fake, real)) and recall.value == pytest.approx(covered(real, fake))
     assert 0 < recall.value < precision.value
     assert precision.stderr == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 60))
@@ -263,15 +263,15 @@ def test_precision_and_recall_agree_with_torch_fidelity():
 
     fake, real = correlated(1500, 32, seed=0) * np.float32(0.9), correlated(1200, 32, seed=1)
     expected = prc_features_to_metric(torch.from_numpy(fake), torch.from_numpy(real), verbose=False)
-    found = precision_recall(fake, real, neighbour_radii(real))
-    assert found["precision"].value == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
-    assert found["recall"].value == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
+    estimates = precision_recall(fake, real, neighbour_radii(real))
+    assert estimates["precision"].value == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
+    assert estimates["recall"].value == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
 
 
 def test_a_collapsed_model_has_no_recall():
     real = correlated(2000, 32, seed=0)
-    found = precision_recall(np.repeat(correlated(20, 32, seed=1), 100, axis=0), real, neighbour_radii(real))
-    assert found["recall"].value < 0.01 < found["precision"].value
+    estimates = precision_recall(np.repeat(correlated(20, 32, seed=1), 100, axis=0), real, neighbour_radii(real))
+    assert estimates["recall"].value < 0.01 < estimates["precision"].value
 
 
 def test_memorised_distinguishes_copies_from_new_images():

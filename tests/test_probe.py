@@ -83,7 +83,7 @@ def single_gradients(tables, chosen, probabilities, random):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_gradients_in_bins_and_over_all_timesteps_equal_those_of_single_images(name):
     tables = scheme_tables(SCHEDULE, *SCHEMES[name])
-    found = values(run(name, chosen=images(8_000), batch_size=20))
+    measured = values(run(name, chosen=images(8_000), batch_size=20))
     p = tables.probabilities.numpy()
     cases = {ALL: p} | {
         f"{a}-{b - 1}": np.where((np.arange(T) >= a) & (np.arange(T) < b), p, 0)
@@ -93,17 +93,17 @@ def test_gradients_in_bins_and_over_all_timesteps_equal_those_of_single_images(n
         single = single_gradients(tables, images(60_000, 1), mass / mass.sum(), np.random.default_rng(2))
         variance = np.cov(single.T).trace()
         square = (single.mean(axis=0) ** 2).sum()
-        np.testing.assert_allclose(found[timesteps, "gradient_variance"], variance, rtol=0.1)
-        np.testing.assert_allclose(found[timesteps, "gradient_norm"], square**0.5, rtol=0.05)
-        np.testing.assert_allclose(found[timesteps, "noise_scale"], variance / square, rtol=0.15)
+        np.testing.assert_allclose(measured[timesteps, "gradient_variance"], variance, rtol=0.1)
+        np.testing.assert_allclose(measured[timesteps, "gradient_norm"], square**0.5, rtol=0.05)
+        np.testing.assert_allclose(measured[timesteps, "noise_scale"], variance / square, rtol=0.15)
 
 
 def test_few_images_do_not_bias_the_variance():
     many = values(run(chosen=images(8_000), batch_size=100))
     chosen = images(800, 1).reshape(400, 2, 4, 4, 3)
     few = [values(run(chosen=pair, batch_size=1, seed=seed)) for seed, pair in enumerate(chosen)]
-    found = np.mean([metrics[ALL, "gradient_variance"] for metrics in few])
-    np.testing.assert_allclose(found, many[ALL, "gradient_variance"], rtol=0.08)
+    measured = np.mean([metrics[ALL, "gradient_variance"] for metrics in few])
+    np.testing.assert_allclose(measured, many[ALL, "gradient_variance"], rtol=0.08)
 
 
 def test_a_matched_arm_has_the_expected_gradient_of_its_target():
@@ -120,7 +120,7 @@ def test_losses_are_those_of_uniform_timesteps_for_every_arm():
     one, other = values(run("uniform")), values(run("weighted"))
     for term, timesteps in itertools.product(("mse", "vb"), ("0-3", "4-7", "8-11", ALL)):
         assert one[timesteps, term] == other[timesteps, term]
-    found = values(run(count=8192, batch_size=1024))
+    measured = values(run(count=8192, batch_size=1024))
     chosen = images(8192, 1)
     x_start = to_model_range(torch.from_numpy(chosen))
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(3))
@@ -133,16 +133,16 @@ def test_losses_are_those_of_uniform_timesteps_for_every_arm():
         terms.append((losses.mse.mean().item(), losses.vb.mean().item()))
     terms = np.array(terms)
     for timesteps, part in {"0-3": slice(0, 4), "8-11": slice(8, 12), ALL: slice(None)}.items():
-        np.testing.assert_allclose(found[timesteps, "mse"], terms[part, 0].mean(), rtol=0.01)
-        np.testing.assert_allclose(found[timesteps, "vb"], terms[part, 1].mean(), rtol=0.03)
+        np.testing.assert_allclose(measured[timesteps, "mse"], terms[part, 0].mean(), rtol=0.01)
+        np.testing.assert_allclose(measured[timesteps, "vb"], terms[part, 1].mean(), rtol=0.03)
 
 
 def test_bins_are_weighted_by_their_width():
-    found = values(run(bins=5))
+    measured = values(run(bins=5))
     widths = np.diff(bin_edges(T, 5))
     assert widths.tolist() == [2, 2, 3, 2, 3]
-    names = [name for name, metric in found if metric == "mse" and name != ALL]
-    np.testing.assert_allclose(found[ALL, "mse"], np.average([found[n, "mse"] for n in names], weights=widths))
+    names = [name for name, metric in measured if metric == "mse" and name != ALL]
+    np.testing.assert_allclose(measured[ALL, "mse"], np.average([measured[n, "mse"] for n in names], weights=widths))
 
 
 def test_the_noise_depends_on_the_seed_alone():
@@ -203,16 +203,14 @@ def dataset(tmp_path):
 def test_probe_images_are_held_out_and_depend_on_the_seed(dataset):
     everything = np.load(dataset / "images.npy")
     held_out = {image.tobytes() for image in everything[split(30, 12)[1]]}
-    found = probe_images(dataset, held_out=12, count=8, batch_size=4, seed=0)
-    assert len(found) == 8 and {image.tobytes() for image in found} < held_out
-    assert (found == probe_images(dataset, 12, 8, 4, 0)).all()
-    assert not (found == probe_images(dataset, 12, 8, 4, 1)).all()
+    measured = probe_images(dataset, held_out=12, count=8, batch_size=4, seed=0)
+    assert len(measured) == 8 and {image.tobytes() for image in measured} < held_out
+    assert (measured == probe_images(dataset, 12, 8, 4, 0)).all()
+    assert not (measured == probe_images(dataset, 12, 8, 4, 1)).all()
     assert len(probe_images(dataset, held_out=12, count=100, batch_size=5, seed=0)) == 10
     assert len(probe_images(dataset, held_out=0, count=100, batch_size=5, seed=0)) == 30
 
 
 def test_too_few_images_are_refused(dataset):
-    with pytest.raises(
-        InputError, match="^batch_size: 12 images are not two batches of 8: lower it, or raise held_out"
-    ):
+    with pytest.raises(InputError, match="batch_size 8, .* 12 images: lower batch_size, or raise held_out"):
         probe_images(dataset, held_out=12, count=64, batch_size=8, seed=0)

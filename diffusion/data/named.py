@@ -9,7 +9,7 @@ from diffusion.data.prepare import LICENCE_UNKNOWN, ImageSource, prepare_images,
 from diffusion.errors import InputError
 
 TRAIN_ARGUMENT = {"train": True, "test": False}
-# Licences of torchvision's datasets whose authors state one.
+# Licences of torchvision's datasets, as stated by their authors.
 LICENCES = {
     "FashionMNIST": "MIT (Zalando SE)",
     "MNIST": "CC BY-SA 3.0",

@@ -222,7 +222,7 @@ def load_extractor(
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Disable TF32, whose three digits would make the features of a GPU differ from those of a CPU."""
+    """Disable TF32: with its precision of three digits, features on a GPU would differ from those on a CPU."""
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "ieee"

@@ -113,7 +113,8 @@ def probe_images(directory: Path, held_out: int, count: int, batch_size: int, se
     size = min(count, len(candidates)) // batch_size * batch_size
     if size < 2 * batch_size:
         raise InputError(
-            f"batch_size: {len(candidates)} images are not two batches of {batch_size}: lower it, or raise held_out"
+            f"a probe needs two batches of batch_size {batch_size}, but there are {len(candidates)} images: lower "
+            "batch_size, or raise held_out"
         )
     order = torch.randperm(len(candidates), generator=generator(seed, "probe images"))[:size].numpy()
     return images[np.sort(candidates[order])]
@@ -161,7 +162,7 @@ def probe(
         epsilon_all = torch.randn(x_start_all.shape, generator=generator(seed, "probe noise", index))
         random = generator(seed, "probe timesteps", index)
         t_all = edges[index] + draw_timesteps(probabilities / probabilities.sum(), len(x_start_all), random)
-        for batch in zip(*(whole.split(batch_size) for whole in (x_start_all, epsilon_all, t_all)), strict=True):
+        for batch in zip(*(tensor.split(batch_size) for tensor in (x_start_all, epsilon_all, t_all)), strict=True):
             x_start, epsilon, t = (part.to(device) for part in batch)
             x_t = schedule.q_sample(x_start, t, epsilon)
             factors = (weights.mse_weight[t].float(), weights.vb_weight[t].float()) if weights else ()

@@ -128,7 +128,7 @@ def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]
     count = len(indices) if key["count"] is None else key["count"]
     if not 2 <= count <= len(indices):
         raise InputError(
-            f"count: {count} images cannot be drawn from the {len(indices)} of the part {key['part']}: "
+            f"{count} reference images cannot be drawn from the {len(indices)} images of the part {key['part']}: "
             f"choose a number from 2 to {len(indices)}, or change held_out"
         )
     # Sorted, so that the file is read in order.
