@@ -181,7 +181,7 @@ def hold_trainer(project):
     """
 
     def at_work():
-        logs = project.glob("results/openmoji/*/seed0/step200/log.csv")
+        logs = project.glob("results/openmoji/*/seed0/log.csv")
         return next((path for path in logs if len(path.read_text().splitlines()) > 5), None)
 
     log = wait_for(at_work)
@@ -191,8 +191,8 @@ def hold_trainer(project):
                 command = file.read()
             if b".train.py" in command:
                 os.kill(int(pid), signal.SIGSTOP)
-                assert not log.with_name("weights.safetensors").exists()
-                return job, log.with_name("train.log")
+                assert not (log.parent / "step200/weights.safetensors").exists()
+                return job, log.parent / "step200/train.log"
     raise AssertionError("no trainer in the queue")
 
 

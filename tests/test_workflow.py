@@ -194,7 +194,7 @@ def test_a_killed_snakemake_loses_nothing(finished, tmp_path):
         "reports/metrics.csv",
     ]
     process = subprocess.Popen(command, cwd=project, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not list(project.glob("results/openmoji/*/seed*/step4/log.csv")):
+    while not list(project.glob("results/openmoji/*/seed*/log.csv")):
         assert process.poll() is None
         time.sleep(0.05)
     # Snakemake and its jobs at once, as a power cut would.
