@@ -1,7 +1,10 @@
 """The command `python -m diffusion`: one verb, one function and its parser."""
 
 import argparse
+import errno
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,16 +23,16 @@ def sample(arguments: argparse.Namespace) -> None:
     """Sample a checkpoint, ours or a published one, to samples.npy and samples.png.
 
     Raises:
+        OSError: the samples do not fit the disk.
         StudyError: the checkpoint is no such net or diverged, arguments do not fit it, or the GPU is too small.
     """
     import math
 
-    import numpy as np
     import torch
 
     from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
     from diffusion.config import Sample, check_sampling_steps
-    from diffusion.files import atomic_write
+    from diffusion.files import save_npy
     from diffusion.published import load_published
     from diffusion.validation import first_mistake
 
@@ -58,12 +61,13 @@ def sample(arguments: argparse.Namespace) -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     array, grid = arguments.out / "samples.npy", arguments.out / "samples.png"
+    if shutil.disk_usage(arguments.out).free < settings.images * 3 * checkpoint.image_size**2:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(array))
     try:
         images = sample_checkpoint(checkpoint, settings, device)
     except torch.OutOfMemoryError:
         raise StudyError("the images that are sampled at once do not fit the GPU: say a smaller --batch-size") from None
-    with atomic_write(array) as file:
-        np.save(file, images)
+    save_npy(array, images)
     shown = min(settings.images, GRID_IMAGES)
     columns = math.ceil(math.sqrt(shown))
     scale = max(1, GRID_PIXELS // checkpoint.image_size)
