@@ -102,9 +102,9 @@ def _changed_code(provenance: Mapping[str, Any]) -> str | None:
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
-    commit = str(provenance.get("git_commit") or "outside git")[:12]
+    finished, commit = provenance.get("finished"), provenance.get("git_commit")
     changes = " with uncommitted changes" if provenance.get("git_dirty") else ""
-    return f"commit {commit}{changes} ({provenance.get('finished')})"
+    return f"commit {commit[:12]}{changes} ({finished})" if commit else str(finished)
 
 
 def _sentences(experiment: Experiment, problem: Callable[[RunConfig, Mapping[str, Any]], str | None]) -> list[str]:

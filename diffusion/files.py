@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from diffusion.errors import FileError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -45,6 +48,17 @@ def write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
     import numpy as np  # slow to import: dry runs import this module
 
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def save_npy(path: Path, array: "np.ndarray") -> None:
+    """Writes a uint8 array [...] to a .npy file. Unlike `numpy.save`, it raises an error if the disk is full.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        write_npy_header(file, array.shape)
+        file.write(array.tobytes())
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Nets on disk, ours and published ones, and the command that samples them.
+"""Checkpoints of this project and published ones, and the command that samples them.
 
-No published checkpoint is small enough to keep here. Its keys and shapes are (adm_state_dict_keys.json); a file with
-these and numbers that depend on the keys alone, `det_weights`, stands for one.
+No published checkpoint is small enough for this repository. adm_state_dict_keys.json has keys and shapes of some;
+`det_weights` gives such a state dict with numbers that depend only on the keys.
 """
 
 import json
@@ -24,7 +24,8 @@ from torch import Tensor
 from diffusion import progress
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, Sample, check_image_size
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
+from diffusion.files import sha256
 from diffusion.nets.unet import UNet
 from diffusion.published import infer_model, load_published, write_published
 
@@ -40,7 +41,7 @@ SHORT = ["--images", "2", "--steps", "4", "--threads", "1", "--device", "cpu"]
 
 
 def det_weights(layout: dict[str, tuple[int, ...]] = LAYOUT) -> dict[str, Tensor]:
-    """Normal weights of standard deviation 0.05, each tensor from the CRC-32 of its key, as in test_golden.py."""
+    """Normal weights with standard deviation 0.05. The seed of a tensor is the CRC-32 of its key, as in test_golden.py."""
     rngs = {key: np.random.default_rng(zlib.crc32(key.encode())) for key in layout}
     return {
         key: torch.from_numpy((rngs[key].standard_normal(shape) * 0.05).astype(np.float32))
@@ -72,24 +73,24 @@ def save_pt(path: Path, content: object, **how: object) -> Path:
 
 
 def sampled(file: Path, out: Path, *options: str) -> np.ndarray:
-    """What `python -m diffusion sample` writes."""
+    """The samples that the command writes."""
     main(["sample", str(file), "--out", str(out), *SHORT, *options])
     return np.load(out / "samples.npy")
 
 
 def sentence(*arguments: str | Path) -> str:
-    """What the command says where it fails: one line."""
+    """The error message of the command, which must be one line."""
     with pytest.raises(SystemExit) as failure:
         main([str(argument) for argument in arguments])
     assert isinstance(failure.value.code, str) and "\n" not in failure.value.code
     return failure.value.code
 
 
-# Published checkpoints are the same nets
+# Published checkpoints
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_published_checkpoint_samples_as_ours_of_equal_weights(tmp_path, sampler):
+def test_a_published_checkpoint_gives_the_same_samples_as_one_of_this_project(tmp_path, sampler):
     weights = det_weights()
     ours, published = save_ours(tmp_path / "weights.safetensors", weights), save_pt(tmp_path / "model.pt", weights)
     expected = sampled(ours, tmp_path / "ours", "--sampler", sampler)
@@ -99,7 +100,7 @@ def test_a_published_checkpoint_samples_as_ours_of_equal_weights(tmp_path, sampl
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "published" / name).read_bytes()
 
 
-def test_what_no_key_shows_comes_from_the_arguments(tmp_path):
+def test_arguments_give_what_no_key_shows(tmp_path):
     published = save_pt(tmp_path / "model.pt", det_weights())
     base = sampled(published, tmp_path / "a", *PUBLISHED)
     for options in (
@@ -109,12 +110,12 @@ def test_what_no_key_shows_comes_from_the_arguments(tmp_path):
         [*PUBLISHED, "--seed", "1"],
     ):
         assert not np.array_equal(sampled(published, tmp_path / "b", *options), base)
-    # All attention is 64 wide, so 16 channels per head are 4 heads.
+    # All attention has 64 channels, so 16 channels per head are 4 heads.
     equal = ["--image-size", "32", "--heads", "4", "--schedule", "linear", "--timesteps", "1000", "--seed", "0"]
     np.testing.assert_array_equal(sampled(published, tmp_path / "b", *equal), base)
 
 
-def test_half_precision_is_read_as_float32(tmp_path):
+def test_float16_is_read_as_float32(tmp_path):
     half = {key: value.half() for key, value in det_weights().items()}
     loaded = load_published(save_pt(tmp_path / "half.pt", half), "cpu", 32, head_channels=16)
     assert not loaded.diverged
@@ -128,7 +129,7 @@ def test_files_of_old_torch_are_read(tmp_path):
     assert all(torch.equal(loaded[key], value) for key, value in det_weights().items())
 
 
-def test_reading_what_was_written_is_the_identity(tmp_path):
+def test_writing_and_reading_returns_equal_weights(tmp_path):
     weights = det_weights()
     for name in ("one.pt", "other.pt"):
         write_published(tmp_path / name, weights)
@@ -153,7 +154,7 @@ def test_export_writes_the_published_layout(tmp_path):
 
 
 def test_a_net_of_98_million_parameters_keeps_its_layout(tmp_path):
-    # Views of one number each: a file of kilobytes.
+    # Each tensor is an expanded view of one number, so the file has some kilobytes.
     tiny = {key: torch.zeros((), dtype=torch.float16).expand(shape) for key, shape in KEYS["ffhq128"].items()}
     net = load_published(save_pt(tmp_path / "ffhq128.pt", tiny), "cpu", 128)
     write_published(tmp_path / "again.pt", net.model.state_dict())
@@ -162,7 +163,7 @@ def test_a_net_of_98_million_parameters_keeps_its_layout(tmp_path):
     assert {value.dtype for value in again.values()} == {torch.float32}
 
 
-# The net is inferred
+# Inference of the net
 
 
 @pytest.mark.parametrize(
@@ -200,11 +201,11 @@ def test_every_key_of_the_model_is_inferred(changes):
         assert infer_model(layout_of(model, 32), 32, attention) == model
 
 
-# Mistakes
+# Errors
 
 
 class Code:
-    """Pickled, it would end the process that reads it."""
+    """An object that would end the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (3,)
@@ -215,16 +216,16 @@ def without(*keys: str) -> dict[str, Tensor]:
 
 
 WRONG = [
-    # What the file holds, and what is said of it.
+    # Content of the file, and the expected message.
     (lambda: det_weights() | {"label_emb.weight": torch.zeros(10, 128)}, "class-conditional"),
     (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, "6 channels .*upsampler"),
     (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3)}, "4 channels.*another kind"),
     (lambda: det_weights({k: tuple(n // 2 if n == 64 else n for n in s) for k, s in LAYOUT.items()})
-        | {"time_embed.0.weight": torch.zeros(128, 64)}, "32, 32 wide, not all a multiple of the 64"),
-    (lambda: det_weights({k: tuple(48 if n == 32 else n for n in s) for k, s in LAYOUT.items()}), "not all a multiple"),
-    (lambda: {"conv_in.weight": torch.zeros(32, 3, 3, 3)}, "layout of guided-diffusion .looking for 'input_blocks.0.0"),
+        | {"time_embed.0.weight": torch.zeros(128, 64)}, "widths 32, 32, not all multiples of the 64"),
+    (lambda: det_weights({k: tuple(48 if n == 32 else n for n in s) for k, s in LAYOUT.items()}), "not all multiples"),
+    (lambda: {"conv_in.weight": torch.zeros(32, 3, 3, 3)}, "layout of guided-diffusion .it has no 'input_blocks.0.0"),
     (lambda: {}, "layout of guided-diffusion"),
-    (lambda: without("out.2.weight"), "layout of guided-diffusion .looking for 'out.2.weight'"),
+    (lambda: without("out.2.weight"), "layout of guided-diffusion .it has no 'out.2.weight'"),
     (lambda: without("out.2.bias"), r"out.2.bias is missing, but \[6\] in the net"),
     (lambda: without("middle_block.0.in_layers.0.bias", "out.2.bias"), r"middle_block.0.in_layers.0.bias is missing"),
     (lambda: det_weights() | {"zzz": torch.zeros(2)}, r"zzz is \[2\], but missing in the net"),
@@ -232,15 +233,15 @@ WRONG = [
     (lambda: without("output_blocks.0.0.in_layers.2.weight"), "output_blocks.0.0.in_layers.2.weight is missing"),
     (lambda: [torch.zeros(3)], "holds a list, not a state dict"),
     (lambda: torch.zeros(3), "holds a Tensor, not a state dict"),
-    (lambda: torch.optim.Adam([torch.zeros(3, requires_grad=True)]).state_dict(), "its entry 'state' is no tensor"),
-    (lambda: {"model": det_weights(), "step": 3}, "its entry 'model' is no tensor"),
-    (lambda: det_weights() | {"more": Code()}, "holds more than tensors .pickled code., which is not run"),
-    (lambda: torch.nn.Linear(2, 2), "holds more than tensors"),
+    (lambda: torch.optim.Adam([torch.zeros(3, requires_grad=True)]).state_dict(), "its entry 'state' is not a tensor"),
+    (lambda: {"model": det_weights(), "step": 3}, "its entry 'model' is not a tensor"),
+    (lambda: det_weights() | {"more": Code()}, "holds pickled objects besides tensors, which are not loaded"),
+    (lambda: torch.nn.Linear(2, 2), "holds pickled objects besides tensors"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_other_content_is_refused_in_a_sentence(tmp_path, content, message):
+def test_other_content_is_refused_with_a_one_line_message(tmp_path, content, message):
     path = save_pt(tmp_path / "model.pt", content())
     with pytest.raises(InputError, match=f"^{path}: .*{message}") as error:
         load_published(path, "cpu", 32, head_channels=16)
@@ -249,20 +250,21 @@ def test_other_content_is_refused_in_a_sentence(tmp_path, content, message):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99, 0.9999])
-def test_truncated_files_are_refused_in_a_sentence(tmp_path, kept, zipped):
+def test_truncated_files_are_refused_with_a_one_line_message(tmp_path, kept, zipped):
     path = save_pt(tmp_path / "model.pt", det_weights(), _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match=f"^{path}: cut short or damaged .*: fetch it again$"):
+    with pytest.raises(FileError, match=f"^{path}: is truncated or damaged .*; download it again$") as error:
         load_published(path, "cpu", 32, head_channels=16)
+    assert error.value.path == path
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "model.pt: .* give --image-size"),
-        (["--image-size", "31"], "image size 31 cannot be halved 1 times"),
-        (["--image-size", "0"], "image size 0 cannot be halved 1 times"),
+        (["--image-size", "31"], "image_size 31 cannot be halved 1 times"),
+        (["--image-size", "0"], "image_size 0 cannot be halved 1 times"),
         (
             ["--image-size", "32", "--head-channels", "48"],
             "head_channels: 48 does not divide the 64 channels of attention",
@@ -308,7 +310,7 @@ def test_export_overwrites_no_safetensors(tmp_path):
 def test_places_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
     ours = save_ours(tmp_path / "weights.safetensors", det_weights())
     assert f"{ours}: File exists: free space, or correct the path" in sentence("sample", ours, "--out", ours, *SHORT)
-    assert "No such file or directory: make room" in sentence("export", ours, tmp_path / "nowhere/model.pt")
+    assert "No such file or directory: free space" in sentence("export", ours, tmp_path / "nowhere/model.pt")
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path):
@@ -355,7 +357,7 @@ def test_the_command_from_end_to_end(tmp_path):
     # The disk takes one of the two images.
     done = run("sample", ours, "--out", tmp_path / "small", *SHORT, "--batch-size", 1, preexec_fn=limit_file_size)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "File too large: make room" in done.stderr.splitlines()[-1]
+    assert "File too large: free space" in done.stderr.splitlines()[-1]
     assert list((tmp_path / "small").iterdir()) == []
 
 
@@ -391,41 +393,53 @@ def test_the_grid_is_nearly_square_and_shows_the_first_64(tmp_path, count, colum
 
 def test_no_more_than_a_batch_is_sampled_at_once(tmp_path):
     loaded = load_checkpoint(save_ours(tmp_path / "weights.safetensors", det_weights()), "cpu")
-    seen = []
-    loaded.model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
-    sample_checkpoint(loaded, Sample(images=5, batch_size=2, steps=2), tmp_path / "samples.npy", "cpu")
-    assert seen == [2, 2, 2, 2, 1, 1]
-    assert np.load(tmp_path / "samples.npy").shape == (5, 32, 32, 3)
+    sizes = []
+    loaded.model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    images = sample_checkpoint(loaded, Sample(images=5, batch_size=2, steps=2), "cpu")
+    assert sizes == [2, 2, 2, 2, 1, 1]
+    assert images.shape == (5, 32, 32, 3) and images.dtype == np.uint8
+    one_batch = sample_checkpoint(loaded, Sample(images=5, batch_size=5, steps=2), "cpu")
+    assert images.std() > 10 and np.abs(images.astype(int) - one_batch).max() <= 1
 
 
-def test_samples_in_bf16_are_those_in_fp32_but_for_rounding(tmp_path):
+def test_a_changed_checkpoint_is_refused(tmp_path):
+    path = save_ours(tmp_path / "weights.safetensors", det_weights())
+    digest = sha256(path)
+    load_checkpoint(path, "cpu", digest)
+    save_ours(path, {key: value + 1 for key, value in det_weights().items()})
+    with pytest.raises(FileError, match="weights.safetensors: has changed since it was written"):
+        load_checkpoint(path, "cpu", digest)
+
+
+def test_samples_in_bf16_and_fp32_differ_only_by_rounding(tmp_path):
     loaded = load_checkpoint(save_ours(tmp_path / "weights.safetensors", det_weights()), "cpu")
-    exact, rough, auto = (
-        Sample(images=4, steps=10, batch_size=batch_size, precision=precision)
+    fp32, bf16, auto = (
+        sample_checkpoint(loaded, Sample(images=4, steps=10, batch_size=batch_size, precision=precision), "cpu").astype(
+            int
+        )
         for precision, batch_size in (("fp32", 4), ("bf16", 4), ("auto", None))
     )
-    images = []
-    for settings in (exact, rough, auto):
-        sample_checkpoint(loaded, settings, tmp_path / "samples.npy", "cpu")
-        images.append(np.load(tmp_path / "samples.npy").astype(int))
-    difference = np.abs(images[1] - images[0])
-    assert images[0].std() > 10 and 0 < difference.mean() < 1
-    # On a CPU, what is not said is fp32.
-    assert np.abs(images[2] - images[0]).max() <= 1
+    assert fp32.std() > 10 and 0 < np.abs(bf16 - fp32).mean() < 1
+    # On a CPU, auto is fp32.
+    assert np.abs(auto - fp32).max() <= 1
 
 
-def test_progress_is_told_within_a_batch(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
+def test_progress_is_reported_within_a_batch(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0)
     caplog.set_level("INFO")
     loaded = load_checkpoint(save_ours(tmp_path / "weights.safetensors", det_weights()), "cpu")
-    sample_checkpoint(loaded, Sample(images=3, batch_size=2, steps=4), tmp_path / "samples.npy", "cpu")
-    told = [record.getMessage().split(" samples, ")[0].replace(" of ", "/") for record in caplog.records]
-    assert told == [f"{done}/3" for done in (0.5, 1, 1.5, 2, 2.2, 2.5, 2.8, 3)]
+    sample_checkpoint(loaded, Sample(images=6, batch_size=4, steps=2), "cpu")
+    assert [message.split(" samples, ")[0] for message in caplog.messages] == [f"{n} of 6" for n in (2, 4, 5, 6)]
+    caplog.clear()
+    sample_checkpoint(loaded, Sample(images=3, batch_size=3, steps=4), "cpu")
+    # Counts are integers, also in the middle of an image.
+    assert [message.split(" samples, ")[0] for message in caplog.messages] == [f"{n} of 3" for n in (1, 2, 2, 3)]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_fixed_variance_is_the_lower_bound_of_the_learned(tmp_path, sampler):
-    """A net that learns the variance and always says v = -1 samples as one of equal epsilon that has none."""
+def test_fixed_variance_is_the_lower_bound_of_the_learned_variance(tmp_path, sampler):
+    """A net that learns the variance and always outputs v = -1 gives the samples of a net with the same epsilon that
+    does not learn it."""
     learned = det_weights()
     learned["out.2.weight"][3:], learned["out.2.bias"][3:] = 0, -1
     fixed = learned | {key: learned[key][:3].clone() for key in ("out.2.weight", "out.2.bias")}
@@ -437,7 +451,7 @@ def test_fixed_variance_is_the_lower_bound_of_the_learned(tmp_path, sampler):
     np.testing.assert_array_equal(ours, images)
 
 
-# Numbers of attention heads in the model section
+# Attention heads in the model section
 
 
 def test_heads_and_head_channels_are_one_choice():

@@ -515,7 +515,7 @@ def test_the_import_of_folders_needs_no_torch():
 
 
 def test_progress_tells_rate_and_time_left(caplog, monkeypatch):
-    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0)
     with caplog.at_level(logging.INFO):
         assert list(progress.with_progress(["a", "b"], "images read")) == ["a", "b"]
     assert re.fullmatch(r"1 of 2 images read, \S+/s, \d+ s left", caplog.messages[0]) and len(caplog.messages) == 2

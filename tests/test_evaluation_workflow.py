@@ -1,7 +1,6 @@
 """Evaluation inside a study: what the dry run tells, and a whole run with Inception on random weights."""
 
 import hashlib
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from convergence.figures.curves import fid_curves
 from convergence.schema import Evaluate, Experiment
 from convergence.tables import collect, of_checkpoint, read_table, write_table
 from diffusion.config import OpenMoji
-from diffusion.data.arrays import split, training_images
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 
 
@@ -78,18 +76,6 @@ def test_held_out_images_change_runs_and_references_but_not_the_dataset():
         return Experiment(**study, checkpoints=[1], seeds=[0], arms={"uniform": {}}).run("uniform").hash8
 
     assert run_hash(whole) == "4fc90366" != run_hash(part)
-
-
-def test_training_does_not_see_what_is_held_out(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
-    np.save(tmp_path / "images.npy", images)
-    (tmp_path / "manifest.json").write_text(
-        json.dumps({"count": 50, "image_size": 8, "sha256": hashlib.sha256(images).hexdigest()})
-    )
-    np.testing.assert_array_equal(training_images(tmp_path, 0), images)
-    seen = training_images(tmp_path, 20)
-    held_out = images[split(50, 20)[1]]
-    assert len(seen) == 30 and not (seen[:, None] == held_out).all((2, 3, 4)).any()
 
 
 def test_unequal_numbers_of_samples_are_refused(tmp_path):

@@ -125,7 +125,7 @@ def test_features_are_computed_without_tf32(real):
 
 
 def test_progress_is_logged(real, extractor, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "TELL_SECONDS", 0)
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0)
     with caplog.at_level(logging.INFO, "diffusion.progress"):
         extract_features(real[:4], extractor, batch_size=2)
     assert [record.getMessage().split(" images")[0] for record in caplog.records] == [

@@ -1,4 +1,4 @@
-"""Data-parallel training: several processes give what one gives, and stop, resume and fail together."""
+"""Data-parallel training: several processes compute what one computes, and stop, resume and fail together."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ STEPS = 6
 
 
 def run_of(scheme, **train_settings):
-    """Wider than the smallest net: with one channel per norm group, some gradients are rounding alone."""
+    """A wider net than the smallest one: with one channel per norm group, some gradients consist of rounding errors."""
     return RunConfig(
         dataset=OpenMoji(source="openmoji", image_size=8),
         model=Model(channels=64, channel_mult=(1,), res_blocks=1, attention_resolutions=(), head_channels=32),
@@ -44,22 +44,22 @@ def run_of(scheme, **train_settings):
 P2 = {"p2": {"gamma": 0.5, "k": 1}}
 RUNS = {
     "weighted": run_of(Scheme(mse_weight=P2), micro_batch=2, random_flip=True),
-    # Twenty timesteps are warm after two or three batches, so that the history decides the last draws.
+    # Twenty timesteps have a full history after two or three batches, which then determines the draws.
     "adaptive": run_of(Scheme(timesteps={"loss_second_moment": {"history": 1}}), batch_size=60, micro_batch=15),
 }
 
 
 def _process(rank, count, directory, run):
-    """One of several processes; the first one notes its reductions."""
+    """One of several processes. Rank 0 records its reductions."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=count)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=count)
     reductions, all_reduce = [], dist.all_reduce
 
-    def noted(tensor, *arguments):
+    def recorded(tensor, *arguments):
         reductions.append((str(tensor.dtype), tensor.numel()))
         return all_reduce(tensor, *arguments)
 
-    dist.all_reduce = noted
+    dist.all_reduce = recorded
     run = RunConfig.model_validate_json(run)
     state = train_segment(run, 0, IMAGES, None, directory / "step6", STEPS, "cpu")
     torch.save([p.detach() for p in state.parameters], directory / f"weights{rank}.pt")
@@ -69,18 +69,18 @@ def _process(rank, count, directory, run):
 
 
 def contents(directory):
-    """Tensors of the state and numbers of the log, without what measures time."""
+    """The content of the state, and the numbers of the log without the columns that measure time."""
     state = torch.load(directory / "step6/state.pt", weights_only=True)
     rows = [
         [float(v) for k, v in row.items() if k not in {"seconds", "images_per_second"}]
-        for row in csv.DictReader((directory / "step6/log.csv").open())
+        for row in csv.DictReader((directory / "log.csv").open())
     ]
     return state, torch.tensor(rows, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def both(request, tmp_path_factory):
-    """Directories of one run in one process and in two."""
+    """Directories of a run in one process and of the same run in two, and the run."""
     run, root = RUNS[request.param], tmp_path_factory.mktemp(request.param)
     (root / "one").mkdir()
     (root / "two").mkdir()
@@ -89,13 +89,13 @@ def both(request, tmp_path_factory):
     return root / "one", root / "two", run
 
 
-def test_two_processes_give_what_one_gives(both):
+def test_two_processes_compute_what_one_computes(both):
     (one, rows_one), (two, rows_two) = (contents(directory) for directory in both[:2])
     for name, expected in one["ema"].items():
         torch.testing.assert_close(two["ema"][name], expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(two["model"][name], one["model"][name], rtol=1e-4, atol=1e-6)
-    for expected, ours in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        torch.testing.assert_close(ours["exp_avg"], expected["exp_avg"], rtol=1e-3, atol=1e-6)
+    for expected, actual in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        torch.testing.assert_close(actual["exp_avg"], expected["exp_avg"], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(rows_two, rows_one, rtol=1e-4, atol=1e-6, equal_nan=True)
     assert len(rows_one) == STEPS // 2
     if one["history"]:
@@ -104,7 +104,7 @@ def test_two_processes_give_what_one_gives(both):
         torch.testing.assert_close(two["history"]["losses"], one["history"]["losses"], rtol=1e-4, atol=1e-6)
 
 
-def test_every_process_holds_the_same_weights(both):
+def test_every_process_has_the_same_weights(both):
     first, second = (torch.load(both[1] / f"weights{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -115,10 +115,10 @@ def test_gradients_are_reduced_once_per_step(both):
     parameters = sum(p.numel() for p in torch.load(directory / "weights0.pt"))
     large = [numel for dtype, numel in reductions if dtype == "torch.float32"]
     assert large == STEPS * [parameters + 2 * run.train.batch_size]
-    assert len(reductions) == 2 * STEPS  # the other one agrees on stopping
+    assert len(reductions) == 2 * STEPS  # the second one agrees on stopping
 
 
-def test_alone_a_process_tells_itself():
+def test_one_process_reduces_nothing():
     assert parallel.rank() == 0 and parallel.rank_slice(12) == range(12)
     assert parallel.any_rank([True, False]) == [True, False]
     tensor = torch.arange(3.0)
@@ -128,18 +128,17 @@ def test_alone_a_process_tells_itself():
 
 @pytest.fixture
 def segment(tmp_path):
-    """A long segment under torchrun, on a prepared dataset."""
-    (tmp_path / "pictures").mkdir()
+    """A long segment for torchrun, on a prepared dataset."""
+    (tmp_path / "images").mkdir()
     for index, image in enumerate(IMAGES):
-        Image.fromarray(image).save(tmp_path / f"pictures/{index}.png")
-    prepare_folder(tmp_path / "data", tmp_path / "pictures", 8)
-    run = run_of(Scheme(), log_every=1)
+        Image.fromarray(image).save(tmp_path / f"images/{index}.png")
+    prepare_folder(tmp_path / "data", tmp_path / "images", 8)
     return Segment(
-        run=run.canonical(),
+        run=run_of(Scheme(timesteps=P2), log_every=1),
         seed=0,
-        dataset=str(tmp_path / "data"),
+        dataset=tmp_path / "data",
         previous=None,
-        directory=str(tmp_path / "run/step40"),
+        directory=tmp_path / "run/step40",
         until=40,
         gpus=0,
         threads=1,
@@ -149,74 +148,84 @@ def segment(tmp_path):
 
 
 def in_a_process(segment):
-    code = "import json, sys\nfrom convergence.train_job import Segment, train\ntrain(Segment(*json.loads(sys.argv[1])), 2)"
-    command = [sys.executable, "-c", code, json.dumps(segment)]
+    code = """if True:
+        import sys
+        from convergence.train_job import Segment, train
+        train(Segment.model_validate_json(sys.argv[1]), 2)
+    """
+    command = [sys.executable, "-c", code, segment.model_dump_json()]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
 
 
-def test_processes_that_do_not_divide_the_batch_are_told(segment):
-    batch_size = RunConfig.model_validate_json(segment.run).train.batch_size
-    with pytest.raises(InputError, match=f"processes: {batch_size + 1} do not divide the batch_size {batch_size}"):
+def test_a_segment_is_equal_after_a_json_round_trip(segment):
+    assert Segment.model_validate_json(segment.model_dump_json()) == segment
+    later = segment.model_copy(update={"previous": Path("step20/state.pt"), "run": RUNS["adaptive"]})
+    assert Segment.model_validate_json(later.model_dump_json()) == later
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_an_error(segment):
+    batch_size = segment.run.train.batch_size
+    with pytest.raises(InputError, match=f"processes: {batch_size + 1} .* batch_size {batch_size}: use a divisor"):
         train(segment, batch_size + 1)
 
 
 @pytest.mark.slow
-def test_torchrun_stops_and_goes_on_to_the_same_end(segment, tmp_path, monkeypatch):
+def test_torchrun_stops_and_resumes_to_the_same_end(segment, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     train(segment, 2)
-    whole = torch.load(Path(segment.directory) / "state.pt", weights_only=True)
+    whole = torch.load(segment.directory / "state.pt", weights_only=True)
 
-    cut = segment._replace(directory=str(tmp_path / "other/step40"))
+    cut = segment.model_copy(update={"directory": tmp_path / "other/step40"})
     process = in_a_process(cut)
-    log = Path(cut.directory) / "log.csv"
+    log = tmp_path / "other/log.csv"
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert stderr.rstrip().splitlines()[-1] == "diffusion.Stopped: stopped: the same command goes on from there"
-    assert "stopped at step" in Path(segment.log).read_text()
-    assert (Path(cut.directory) / "state.partial.pt").exists() and not (Path(cut.directory) / "state.pt").exists()
+    assert stderr.rstrip().splitlines()[-1] == "diffusion.errors.Stopped: stopped: run the same command again to resume"
+    assert Path(segment.log).read_text().count("stopped at step") == 1
+    assert (cut.directory / "state.partial.pt").exists() and not (cut.directory / "state.pt").exists()
 
     train(cut, 2)
-    resumed = torch.load(Path(cut.directory) / "state.pt", weights_only=True)
+    assert [int(row["step"]) for row in csv.DictReader(log.open())] == list(range(1, 41))
+    resumed = torch.load(cut.directory / "state.pt", weights_only=True)
     assert all(torch.equal(whole["model"][name], value) for name, value in resumed["model"].items())
-    assert Path(segment.directory, "weights.safetensors").read_bytes() == (
-        Path(cut.directory, "weights.safetensors").read_bytes()
-    )
+    first, second = (part.directory / "weights.safetensors" for part in (segment, cut))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.slow
-def test_a_mistake_in_one_of_several_processes_is_one_sentence(segment, monkeypatch, capfd):
+def test_an_error_in_one_of_several_processes_is_reported_in_one_sentence(segment, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with pytest.raises(
-        InputError, match=r"process \d of 2 ended with exit code 1: mend what it says above \(and in .*train.log\)"
+        InputError, match=r"process \d of 2 failed with exit code 1: correct the error above \(also in .*train.log\)"
     ):
-        train(segment._replace(dataset="nowhere"), 2)
-    said = capfd.readouterr().err
-    assert "No whole dataset in nowhere" in said and "Traceback" not in said
+        train(segment.model_copy(update={"dataset": Path("nowhere")}), 2)
+    stderr = capfd.readouterr().err
+    assert "nowhere: is not a complete dataset" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.slow
-def test_a_full_disk_in_one_of_several_processes_is_one_sentence(segment, tmp_path):
+def test_a_full_disk_in_one_of_several_processes_is_reported_in_one_sentence(segment, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
-        process = in_a_process(segment._replace(directory=str(disk / "run/step4000"), until=4000))
-        log = disk / "run/step4000/log.csv"
+        process = in_a_process(segment.model_copy(update={"directory": disk / "run/step4000", "until": 4000}))
+        log = disk / "run/log.csv"
         while not (log.exists() and len(log.read_text().splitlines()) > 3):
             assert process.poll() is None
             time.sleep(0.02)
         with pytest.raises(OSError, match="No space left"), (disk / "all").open("wb", buffering=0) as file:
             while True:
                 file.write(b"x" * 100)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
-    told, *raised = said.splitlines()
-    assert "No space left on device: make room" in told
-    # What follows is of the test's own process, which logs nothing.
+    message, *raised = stderr.splitlines()
+    assert "No space left on device: make room" in message
+    # The rest is printed by the process of the test, which does not log.
     assert raised[0].startswith("Traceback") and sum(line.startswith("Traceback") for line in raised) == 1
-    assert "process 0 of 2 ended with exit code 1: mend what it says above" in raised[-1]
+    assert "process 0 of 2 failed with exit code 1: correct the error above" in raised[-1]

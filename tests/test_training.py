@@ -1,5 +1,6 @@
-"""Training: pairing, exact resume, and what a segment leaves behind."""
+"""Training: paired random streams, exact resume, and the files that a segment writes."""
 
+import copy
 import csv
 import os
 import signal
@@ -16,18 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, RunConfig, Sample, Scheme, Train
-from diffusion.errors import InputError, Stopped
+from diffusion.data.arrays import split
+from diffusion.errors import FileError, InputError, Stopped
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import p2_weight
 from diffusion.schemes import scheme_tables
 from diffusion.training import segment
 from diffusion.training.segment import train_segment
 from diffusion.training.state import (
+    Meter,
     TrainState,
     ema_decay,
     initial_weights,
     learning_rate,
     save_state,
+    summary,
     train_step,
     untrained,
 )
@@ -52,52 +56,53 @@ def tiny(scheme=UNI05, match=None, **train):
 
 
 def tensors(path):
-    """All tensors of a state file by their place in it."""
-    found = {}
-
-    def walk(value, place):
-        if isinstance(value, torch.Tensor):
-            found[place] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{place}/{key}")
-        elif isinstance(value, list):
-            for key, inner in enumerate(value):
-                walk(inner, f"{place}/{key}")
-
-    walk(torch.load(path, weights_only=True), "")
-    return found
+    """All tensors of a state file by their keys."""
+    return tensors_in(torch.load(path, weights_only=True))
 
 
-def timeless_log(*directories):
-    """Rows of the logs without what measures time."""
-    rows = [row for directory in directories for row in csv.DictReader((directory / "log.csv").open())]
+def tensors_in(value, name=""):
+    """All tensors in nested dicts and lists by their keys."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {key: tensor for k, inner in items for key, tensor in tensors_in(inner, f"{name}/{k}").items()}
+
+
+def timeless_log(run_directory):
+    """Rows of a run's log without the columns that measure time."""
+    rows = csv.DictReader((run_directory / "log.csv").open())
     return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_second"}} for row in rows]
 
 
+def logged_steps(run_directory):
+    return [int(row["step"]) for row in timeless_log(run_directory)]
+
+
 def assert_same_end(a, b):
+    """Two checkpoint directories hold the same weights and states, and their runs have the same log."""
     assert (a / "weights.safetensors").read_bytes() == (b / "weights.safetensors").read_bytes()
     first, second = tensors(a / "state.pt"), tensors(b / "state.pt")
     assert first.keys() == second.keys() and len(first) > 100
-    assert all(torch.equal(first[place], second[place]) for place in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert timeless_log(a.parent) == timeless_log(b.parent)
 
 
 def spied_steps(run, seed, steps, images=IMAGES):
-    """(x_t, t) of each step, as the net saw them."""
+    """(x_t, t) of each step, as the net receives them."""
     state = TrainState(run, seed, "cpu")
-    seen = []
-    state.model.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(a.clone() for a in arguments)))
+    inputs = []
+    state.model.register_forward_pre_hook(lambda _, arguments: inputs.append(tuple(a.clone() for a in arguments)))
     for _ in range(steps):
         train_step(state, state.batches(images))
-    return seen
+    return inputs
 
 
-def test_arms_of_a_seed_share_init_images_noise_and_most_timesteps():
+def test_arms_of_a_seed_share_weights_images_noise_and_most_timesteps():
     a, b = (untrained(tiny(scheme), 3)[0].state_dict() for scheme in (UNI05, UNDER05))
     assert all(torch.equal(a[key], b[key]) for key in a)
     pairs = list(zip(spied_steps(tiny(UNI05), 3, 8), spied_steps(tiny(UNDER05), 3, 8), strict=True))
     equal = torch.cat([t_a == t_b for (_, t_a), (_, t_b) in pairs])
-    # 86% of the timesteps are equal, and where they are, so are image and noise.
+    # 86% of the timesteps are equal. Where they are, image and noise are equal, too.
     assert 0.7 < equal.double().mean() < 0.99
     for (x_a, t_a), (x_b, t_b) in pairs:
         assert torch.equal(x_a[t_a == t_b], x_b[t_a == t_b])
@@ -108,13 +113,13 @@ def test_seeds_share_nothing():
     assert not torch.equal(a, b)
     (x_a, t_a), (x_b, t_b) = spied_steps(tiny(), 0, 1)[0], spied_steps(tiny(), 1, 1)[0]
     assert not torch.equal(t_a, t_b) and not torch.equal(x_a, x_b)
-    # On grey images x_t is the noise times a positive factor: its signs are those of the noise.
+    # For grey images x_t is the noise times a positive factor, so it has the signs of the noise.
     grey = np.full((1, 8, 8, 3), 127, np.uint8)
     signs = [spied_steps(tiny(), seed, 1, grey)[0][0][0].sign() for seed in (0, 1)]
     assert (signs[0] == signs[1]).double().mean() < 0.7
 
 
-# With T = 8 every timestep soon has a loss, so that the history, a part of the state, decides what is drawn.
+# With T = 8 every timestep soon has a loss, so the history, which is part of the state, determines the draws.
 ADAPTIVE = Scheme(timesteps={"loss_second_moment": {"history": 1}}, stratified=True)
 VARIANTS = {
     "plain": {},
@@ -126,101 +131,230 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_segments_equal_one_run(tmp_path, variant):
     run = tiny(random_flip=True, micro_batch=4).model_copy(update=VARIANTS[variant])
-    train_segment(run, 0, IMAGES, None, tmp_path / "whole", 6, "cpu")
+    train_segment(run, 0, IMAGES, None, tmp_path / "whole/step6", 6, "cpu")
     previous = None
     for until in (2, 4, 6):
-        train_segment(run, 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
-        previous = tmp_path / f"step{until}" / "state.pt"
-    assert_same_end(tmp_path / "whole", tmp_path / "step6")
-    segments = [tmp_path / f"step{until}" for until in (2, 4, 6)]
-    assert timeless_log(tmp_path / "whole") == timeless_log(*segments)
+        train_segment(run, 0, IMAGES, previous, tmp_path / f"parts/step{until}", until, "cpu")
+        previous = tmp_path / f"parts/step{until}/state.pt"
+        assert logged_steps(tmp_path / "parts") == list(range(2, until + 1, 2))
+    assert_same_end(tmp_path / "whole/step6", tmp_path / "parts/step6")
     if variant == "adaptive":
-        history = torch.load(tmp_path / "whole/state.pt", weights_only=True)["history"]
+        history = torch.load(tmp_path / "whole/step6/state.pt", weights_only=True)["history"]
         assert (history["counts"] > 0).all() and (history["losses"][:-1] > 0).all()
 
 
-def test_a_stopped_segment_goes_on_to_the_same_end(tmp_path):
-    run = tiny(log_every=5)
-    train_segment(run, 0, IMAGES, None, tmp_path / "whole", 60, "cpu")
+def test_the_log_has_each_step_once_after_an_added_checkpoint_and_a_rerun(tmp_path):
+    run, steps = tiny(log_every=1), tmp_path / "run"
+    train_segment(run, 0, IMAGES, None, steps / "step2", 2, "cpu")
+    train_segment(run, 0, IMAGES, steps / "step2/state.pt", steps / "step6", 6, "cpu")
+    assert logged_steps(steps) == [1, 2, 3, 4, 5, 6]
+    expected = timeless_log(steps)
+    # A checkpoint at step 4 is added: the segment to step 6 then starts there.
+    train_segment(run, 0, IMAGES, steps / "step2/state.pt", steps / "step4", 4, "cpu")
+    train_segment(run, 0, IMAGES, steps / "step4/state.pt", steps / "step6", 6, "cpu")
+    assert timeless_log(steps) == expected
+    # The last segment is repeated; its log was damaged in between.
+    (steps / "log.csv").write_text("step\n5\n5\n")
+    train_segment(run, 0, IMAGES, steps / "step4/state.pt", steps / "step6", 6, "cpu")
+    assert timeless_log(steps) == expected
+
+
+def test_rows_lost_from_the_file_during_training_are_restored_at_the_end(tmp_path, monkeypatch):
+    def add_and_lose(log, means):
+        add(log, means)
+        log.path.unlink()
+
+    add = segment._Log.add
+    monkeypatch.setattr(segment._Log, "add", add_and_lose)
+    train_segment(tiny(log_every=1), 0, IMAGES, None, tmp_path / "run/step3", 3, "cpu")
+    assert logged_steps(tmp_path / "run") == [1, 2, 3]
+
+
+def test_a_stopped_segment_resumes_to_the_same_end(tmp_path):
+    run, previous = tiny(log_every=5), tmp_path / "cut/step5/state.pt"
+    train_segment(run, 0, IMAGES, None, tmp_path / "whole/step65", 65, "cpu")
+    train_segment(run, 0, IMAGES, None, tmp_path / "cut/step5", 5, "cpu")
 
     def stop_after_a_row():
-        while not (tmp_path / "cut/log.csv").exists() or len(timeless_log(tmp_path / "cut")) < 1:
+        while len(timeless_log(tmp_path / "cut")) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop_after_a_row)
     stopper.start()
-    with pytest.raises(Stopped, match="the same command goes on"):
-        train_segment(run, 0, IMAGES, None, tmp_path / "cut", 60, "cpu")
+    with pytest.raises(Stopped, match=r"stopped at step \d+ of 65: training resumes from this step"):
+        train_segment(run, 0, IMAGES, previous, tmp_path / "cut/step65", 65, "cpu")
     stopper.join()
-    assert not (tmp_path / "cut/state.pt").exists()
-    assert 0 < torch.load(tmp_path / "cut/state.partial.pt", weights_only=True)["step"] < 60
-    train_segment(run, 0, IMAGES, None, tmp_path / "cut", 60, "cpu")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
-    assert timeless_log(tmp_path / "whole") == timeless_log(tmp_path / "cut")
-    assert not (tmp_path / "cut/state.partial.pt").exists()
+    assert not (tmp_path / "cut/step65/state.pt").exists()
+    assert 5 < torch.load(tmp_path / "cut/step65/state.partial.pt", weights_only=True)["step"] < 65
+    train_segment(run, 0, IMAGES, previous, tmp_path / "cut/step65", 65, "cpu")
+    assert_same_end(tmp_path / "whole/step65", tmp_path / "cut/step65")
+    assert logged_steps(tmp_path / "cut") == list(range(5, 66, 5))
+    assert not (tmp_path / "cut/step65/state.partial.pt").exists()
 
 
-def test_a_killed_segment_goes_on_to_the_same_end(tmp_path):
+def test_a_killed_segment_resumes_to_the_same_end(tmp_path):
     run = tiny(log_every=5)
-    train_segment(run, 0, IMAGES, None, tmp_path / "whole", 40, "cpu")
+    train_segment(run, 0, IMAGES, None, tmp_path / "whole/step40", 40, "cpu")
     np.save(tmp_path / "images.npy", IMAGES)
     code = f"""
 import numpy as np, torch, pathlib
 from diffusion.training import segment
-from diffusion.training import state
 from diffusion.config import RunConfig
 torch.set_num_threads(1)
 segment.SAVE_SECONDS = 0
 run = RunConfig.model_validate_json({run.canonical()!r})
-segment.train_segment(run, 0, np.load("images.npy"), None, pathlib.Path("cut"), 40, "cpu")
+segment.train_segment(run, 0, np.load("images.npy"), None, pathlib.Path("cut/step40"), 40, "cpu")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (tmp_path / "cut/state.partial.pt").exists():
+    while not (tmp_path / "cut/step40/state.partial.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
-    train_segment(run, 0, IMAGES, None, tmp_path / "cut", 40, "cpu")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
-    assert timeless_log(tmp_path / "whole") == timeless_log(tmp_path / "cut")
+    train_segment(run, 0, IMAGES, None, tmp_path / "cut/step40", 40, "cpu")
+    assert_same_end(tmp_path / "whole/step40", tmp_path / "cut/step40")
+    assert logged_steps(tmp_path / "cut") == list(range(5, 41, 5))
 
 
-@pytest.mark.parametrize("damage", ["other configuration", "truncated"])
-def test_a_partial_state_that_does_not_fit_is_dropped(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["other configuration", "other segment", "truncated"])
+def test_a_partial_state_that_does_not_fit_is_deleted(tmp_path, caplog, damage):
     run, before = tiny(), tiny(learning_rate=1e-2)
-    train_segment(run, 0, IMAGES, None, tmp_path / "clean", 4, "cpu")
+    train_segment(run, 0, IMAGES, None, tmp_path / "clean/step4", 4, "cpu")
     other = TrainState(before if damage == "other configuration" else run, 0, "cpu")
+    other.id = "another" if damage == "other segment" else "start"
     train_step(other, other.batches(IMAGES))
-    (tmp_path / "cut").mkdir()
-    partial = tmp_path / "cut/state.partial.pt"
-    save_state(partial, other.content(parent="start", rows=[]))
+    (tmp_path / "cut/step4").mkdir(parents=True)
+    partial = tmp_path / "cut/step4/state.partial.pt"
+    save_state(partial, other.state_dict())
     if damage == "truncated":
         partial.write_bytes(partial.read_bytes()[:1000])
-    train_segment(run, 0, IMAGES, None, tmp_path / "cut", 4, "cpu")
-    assert_same_end(tmp_path / "clean", tmp_path / "cut")
+    train_segment(run, 0, IMAGES, None, tmp_path / "cut/step4", 4, "cpu")
+    assert_same_end(tmp_path / "clean/step4", tmp_path / "cut/step4")
+    assert f"{partial}: " in caplog.text and "it is deleted, and training resumes from step 0" in caplog.text
 
 
 def test_a_state_that_does_not_fit_is_refused(tmp_path):
     train_segment(tiny(), 0, IMAGES, None, tmp_path / "step2", 2, "cpu")
     state = tmp_path / "step2/state.pt"
     for run, seed in ((tiny(learning_rate=1e-2), 0), (tiny(), 1)):
-        with pytest.raises(InputError, match="belongs to another run"):
+        with pytest.raises(FileError, match="state.pt: belongs to another run"):
             train_segment(run, seed, IMAGES, state, tmp_path / "step4", 4, "cpu")
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"state.pt: damaged .*: delete it"):
-        train_segment(tiny(), 0, IMAGES, state, tmp_path / "step4", 4, "cpu")
+    for read in (summary, lambda path: train_segment(tiny(), 0, IMAGES, path, tmp_path / "step4", 4, "cpu")):
+        with pytest.raises(FileError, match=r"state.pt: is damaged \(.+\)") as error:
+            read(state)
+        assert error.value.path == state
+
+
+def without(*keys):
+    def remove(content):
+        *parents, last = keys
+        for key in parents:
+            content = content[key]
+        content.pop(last)
+
+    return remove
+
+
+def reshaped(*keys, dtype=None):
+    def change(content):
+        *parents, last = keys
+        for key in parents:
+            content = content[key]
+        content[last] = content[last].to(dtype) if dtype else content[last][None, :1]
+
+    return change
+
+
+DAMAGES = {
+    "no weight": without("model", "out.2.weight"),
+    "another weight": lambda content: content["model"].update(more=torch.zeros(2)),
+    "misshaped weight": reshaped("model", "out.2.bias"),
+    "half weight": reshaped("model", "out.2.bias", dtype=torch.float16),
+    "no average": without("ema", "out.2.bias"),
+    "misshaped average": reshaped("ema", "out.2.weight"),
+    "no moment": without("optimizer", "state", 3, "exp_avg"),
+    "misshaped moment": reshaped("optimizer", "state", 3, "exp_avg_sq"),
+    "no moments of a parameter": without("optimizer", "state", 3),
+    "no moments": without("optimizer", "state"),
+    "no sums": without("meter", "sums", "losses"),
+    "misshaped sums": reshaped("meter", "sums", "quarters"),
+    "no history": lambda content: content.update(history=None),
+    "misshaped history": reshaped("history", "losses"),
+    "no rows": without("rows"),
+    "no step": without("step"),
+    "no id": without("id"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_changes_nothing(tmp_path, damage):
+    """The other state differs in every tensor, so a tensor that is taken from it is noticed."""
+    run = tiny(ADAPTIVE, random_flip=True)
+    state, other = (TrainState(run, 0, "cpu") for _ in range(2))
+    for steps, target in ((3, state), (5, other)):
+        for _ in range(steps):
+            train_step(target, target.batches(IMAGES))
+    save_state(tmp_path / "other.pt", other.state_dict())
+    content = torch.load(tmp_path / "other.pt", weights_only=True)
+    DAMAGES[damage](content)
+    save_state(tmp_path / "damaged.pt", content)
+
+    state.rows = [{"step": 3}]
+    before = copy.deepcopy(state.state_dict())
+    with pytest.raises(FileError, match="damaged.pt: is damaged"):
+        state.load(tmp_path / "damaged.pt")
+    after = state.state_dict()
+    first, second = tensors_in(before), tensors_in(after)
+    assert first.keys() == second.keys() and len(first) > 100
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [before[name] for name in VALUES] == [after[name] for name in VALUES]
+
+    state.load(tmp_path / "other.pt")
+    first, second = tensors_in(other.state_dict()), tensors_in(state.state_dict())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for target in (state, other):
+        train_step(target, target.batches(IMAGES))
+    assert all(torch.equal(a, b) for a, b in zip(state.parameters, other.parameters, strict=True))
+
+
+VALUES = ("step", "seconds", "diverged", "id", "rows", "sources")
+
+
+def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):
+    for until, code in ((2, "a"), (4, "b"), (6, "a")):
+        monkeypatch.setattr(segment, "source_hash", lambda code=code: code)
+        previous = tmp_path / f"step{until - 2}/state.pt" if until > 2 else None
+        train_segment(tiny(), 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
+    sources = [summary(tmp_path / f"step{until}/state.pt")["sources"] for until in (2, 4, 6)]
+    assert sources == [["a"], ["a", "b"], ["b", "a"]]
+
+
+def test_held_out_images_are_not_used_for_training(tmp_path):
+    """Changed pixels of held-out images change nothing; those of a training image do."""
+    run = tiny().model_copy(update={"dataset": OpenMoji(source="openmoji", image_size=8, held_out=4)})
+    training, held_out = split(len(IMAGES), 4)
+    weights = []
+    for name, changed in (("as they are", []), ("held out", held_out), ("training", training[:1])):
+        images = IMAGES.copy()
+        images[changed] = 255 - images[changed]
+        train_segment(run, 0, images, None, tmp_path / name / "step3", 3, "cpu")
+        weights.append((tmp_path / name / "step3/weights.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+    with pytest.raises(InputError, match="has 4 images, and held_out is 4, so no image is left for training"):
+        train_segment(run, 0, IMAGES[:4], None, tmp_path / "none/step3", 3, "cpu")
 
 
 class NoReading(TorchDispatchMode):
-    """Fails where the host reads a number from a tensor: on a GPU it would wait for all work."""
+    """Fails if the host reads a number from a tensor, for which it would wait for the GPU."""
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         assert operation not in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
         return operation(*arguments, **(keywords or {}))
 
 
-def test_no_step_reads_a_number_back():
+def test_no_step_reads_a_number_from_the_device():
     with NoReading(), pytest.raises(AssertionError):
         torch.ones(()).item()
     for scheme in (UNI05, ADAPTIVE):
@@ -231,70 +365,71 @@ def test_no_step_reads_a_number_back():
                 train_step(state, batches)
 
 
-def test_a_state_is_saved_as_it_was_when_asked_for(tmp_path, monkeypatch):
-    """Training goes on while it is written."""
+def test_training_continues_while_a_state_is_written(tmp_path, monkeypatch):
+    """The file holds the state at the call of `save`."""
     state = TrainState(tiny(), 0, "cpu")
-    batches, go_on = state.batches(IMAGES), threading.Event()
+    batches, write_now = state.batches(IMAGES), threading.Event()
     train_step(state, batches)
     before = [p.detach().clone() for p in state.parameters]
-    write = state.save_state
-    monkeypatch.setattr(state, "save_state", lambda *of: (go_on.wait(), write(*of)))
+    write = segment.save_state
+    monkeypatch.setattr(segment, "save_state", lambda *arguments: (write_now.wait(), write(*arguments)))
     saver = segment._Saver(tmp_path / "state.pt")
-    saver.save(state.content())
+    saver.save(state.state_dict())
     train_step(state, batches)
-    go_on.set()
+    state.rows.append({"step": 2})
+    write_now.set()
     saver.wait()
     saved = TrainState(tiny(), 0, "cpu")
     saved.load(tmp_path / "state.pt")
-    assert saved.step == 1 and state.step == 2
+    assert saved.step == 1 and state.step == 2 and saved.rows == []
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters, before, strict=True))
 
 
-def test_what_the_writing_of_a_state_meets_is_raised(tmp_path):
+def test_an_error_while_a_state_is_written_is_raised(tmp_path):
     saver = segment._Saver(tmp_path / "no such directory/state.pt")
-    saver.save(TrainState(tiny(), 0, "cpu").content())
+    saver.save(TrainState(tiny(), 0, "cpu").state_dict())
     with pytest.raises(FileNotFoundError):
         saver.wait()
 
 
 @pytest.mark.slow
 def test_bf16_trains_as_fp32_does():
-    """200 steps: what rounding changes is small beside what another seed does."""
+    """In 200 steps, rounding changes the loss less than the seed does."""
 
     def late_loss(precision: str, seed: int) -> float:
         state = TrainState(tiny(precision=precision, random_flip=True), seed, "cpu")
         batches = state.batches(IMAGES)
         for _ in range(100):
             train_step(state, batches)
-        state.meter = state.Meter(state.device)
+        state.meter = Meter(state.device)
         for _ in range(100):
             train_step(state, batches)
         return state.meter.means()["loss"]
 
-    exact, rough = (np.array([late_loss(precision, seed) for seed in range(3)]) for precision in ("fp32", "bf16"))
-    assert not np.array_equal(exact, rough)
-    assert np.abs(rough - exact).max() < exact.std(ddof=1)
+    fp32, bf16 = (np.array([late_loss(precision, seed) for seed in range(3)]) for precision in ("fp32", "bf16"))
+    assert not np.array_equal(fp32, bf16)
+    assert np.abs(bf16 - fp32).max() < fp32.std(ddof=1)
 
 
-class Reused:
-    """A function whose results each call overwrites, as those of a CUDA graph are."""
+class OverwritesResults:
+    """A function of which each call overwrites the results of the last, as the replay of a CUDA graph does."""
 
     def __init__(self, function):
         self.function, self.results = function, None
 
     def __call__(self, *arguments):
-        found = self.function(*arguments)
+        new = self.function(*arguments)
         if self.results is None:
-            self.results = [torch.empty_like(tensor) for tensor in found]
-        for mine, new in zip(self.results, found, strict=True):
-            mine.copy_(new)
+            self.results = [torch.empty_like(tensor) for tensor in new]
+        for result, tensor in zip(self.results, new, strict=True):
+            result.copy_(tensor)
         return self.results
 
 
-@pytest.mark.parametrize("through", [lambda function: function, Reused])
-def test_micro_batches_change_nothing_but_rounding(through):
+@pytest.mark.parametrize("wrapper", [lambda function: function, OverwritesResults])
+def test_micro_batches_change_only_the_rounding(wrapper):
     whole, parts = TrainState(tiny(), 0, "cpu"), TrainState(tiny(micro_batch=2), 0, "cpu")
-    parts.gradients = through(parts.gradients)
+    parts.gradients = wrapper(parts.gradients)
     for state in (whole, parts):
         train_step(state, state.batches(IMAGES))
     assert whole.meter.means() == pytest.approx(parts.meter.means(), rel=1e-4, nan_ok=True)
@@ -305,27 +440,27 @@ def test_micro_batches_change_nothing_but_rounding(through):
         )
 
 
-def test_the_average_of_weights_follows_its_definition():
+def test_the_moving_average_of_the_weights_follows_its_definition():
     state = TrainState(tiny(ema_decay=0.5, ema_warmup=True), 0, "cpu")
     average = [p.detach().clone() for p in state.parameters]
     for step in range(12):
         train_step(state, state.batches(IMAGES))
         decay = min(0.5, (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, state.parameters, strict=True)]
-    for ours, expected in zip(state.ema, average, strict=True):
-        torch.testing.assert_close(ours, expected)
+    for actual, expected in zip(state.ema, average, strict=True):
+        torch.testing.assert_close(actual, expected)
     assert ema_decay(0, 0.9999, True) == 0.1 and ema_decay(10**6, 0.9999, True) == 0.9999
-    # A fixed decay keeps 0.9999^10000 = 37% of the start.
+    # With a fixed decay, 0.9999^10000 = 37% of the initial weights remain.
     assert np.prod([ema_decay(step, 0.9999, False) for step in range(10_000)]) == pytest.approx(0.368, abs=1e-3)
 
 
-def test_learning_rate_warms_up_linearly_and_stays():
+def test_the_learning_rate_rises_linearly_and_is_then_constant():
     assert [learning_rate(step, 0.8, 4) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     assert learning_rate(0, 0.8, 0) == 0.8
 
 
 def test_the_gradient_of_a_step_is_that_of_the_weighted_loss():
-    """Against the loss written out for the very batch that the step saw, through the optimiser's first moment."""
+    """The optimizer's first moment is compared with the gradient of the loss on the same batch."""
     from diffusion.losses import hybrid_loss
     from diffusion.streams import generator
     from diffusion.timesteps import draw_timesteps
@@ -348,56 +483,57 @@ def test_the_gradient_of_a_step_is_that_of_the_weighted_loss():
 def test_matched_tables_have_the_expected_gradient_of_their_target():
     schedule = NoiseSchedule(linear_betas(1000))
     target, matched = scheme_tables(schedule, UNI05), scheme_tables(schedule, UNDER05, UNI05)
-    for ours, theirs in ((matched.mse_weight, target.mse_weight), (matched.vb_weight, target.vb_weight)):
-        torch.testing.assert_close(matched.probabilities * ours, target.probabilities * theirs, rtol=1e-12, atol=0)
+    for weight, expected in ((matched.mse_weight, target.mse_weight), (matched.vb_weight, target.vb_weight)):
+        torch.testing.assert_close(matched.probabilities * weight, target.probabilities * expected, rtol=1e-12, atol=0)
     w = p2_weight(schedule.snr, 0.5, 1)
     torch.testing.assert_close(matched.mse_weight, w.mean().expand(1000), rtol=1e-12, atol=0)
     torch.testing.assert_close(matched.vb_weight, w.mean() / w, rtol=1e-12, atol=0)
     assert w.mean().item() == pytest.approx(0.806, abs=5e-4)
 
 
-def test_a_diverged_run_ends_and_says_so(tmp_path):
+def test_a_diverged_run_ends_and_reports_it(tmp_path, caplog):
     run = tiny(learning_rate=1e30)
     state = train_segment(run, 0, IMAGES, None, tmp_path / "step20", 20, "cpu")
     assert 0 < state.diverged < 20
+    assert f"the loss at step {state.diverged} is not finite" in caplog.text
+    rows = timeless_log(tmp_path)
     later = train_segment(run, 0, IMAGES, tmp_path / "step20/state.pt", tmp_path / "step40", 40, "cpu")
-    assert later.diverged == state.diverged and timeless_log(tmp_path / "step40") == []
+    assert later.diverged == state.diverged and timeless_log(tmp_path) == rows
     checkpoint = load_checkpoint(tmp_path / "step40/weights.safetensors", "cpu")
     assert checkpoint.diverged
-    sample_checkpoint(checkpoint, Sample(images=4, steps=2), tmp_path / "samples.npy", "cpu")
-    assert np.load(tmp_path / "samples.npy").shape == (0, 8, 8, 3)
+    assert sample_checkpoint(checkpoint, Sample(images=4, steps=2), "cpu").shape == (0, 8, 8, 3)
 
 
-def test_training_learns(tmp_path):
-    """On one constant image, the loss of a short run falls far below that of the untrained net."""
-    state = train_segment(tiny(log_every=10), 0, np.full((1, 8, 8, 3), 200, np.uint8), None, tmp_path, 100, "cpu")
+def test_training_lowers_the_loss(tmp_path):
+    """On one constant image, the loss of a short run becomes much smaller than that of the untrained net."""
+    image = np.full((1, 8, 8, 3), 200, np.uint8)
+    state = train_segment(tiny(log_every=10), 0, image, None, tmp_path / "step100", 100, "cpu")
     loss = [float(row["mse"]) for row in timeless_log(tmp_path)]
     assert state.step == 100 and loss[-1] < 0.3 * loss[0]
 
 
 def test_samples_do_not_depend_on_the_batch(tmp_path):
-    train_segment(tiny(), 0, IMAGES, None, tmp_path, 4, "cpu")
-    checkpoint = load_checkpoint(tmp_path / "weights.safetensors", "cpu")
-    arrays = []
+    train_segment(tiny(), 0, IMAGES, None, tmp_path / "step4", 4, "cpu")
+    checkpoint = load_checkpoint(tmp_path / "step4/weights.safetensors", "cpu")
+    samples = []
     for batch_size, images in ((5, 5), (2, 5), (8, 7)):
-        sample_checkpoint(checkpoint, Sample(images=images, batch_size=batch_size, steps=5), tmp_path / "s.npy", "cpu")
-        arrays.append(np.load(tmp_path / "s.npy")[:5].astype(int))
-    assert arrays[0].shape == (5, 8, 8, 3) and arrays[0].std() > 10
-    assert np.abs(arrays[0] - arrays[1]).max() <= 1 and np.abs(arrays[0] - arrays[2]).max() <= 1
+        settings = Sample(images=images, batch_size=batch_size, steps=5)
+        samples.append(sample_checkpoint(checkpoint, settings, "cpu")[:5].astype(int))
+    assert samples[0].shape == (5, 8, 8, 3) and samples[0].std() > 10
+    assert np.abs(samples[0] - samples[1]).max() <= 1 and np.abs(samples[0] - samples[2]).max() <= 1
 
 
 def test_ddpm_samples_do_not_depend_on_the_batch(tmp_path):
     initial_weights(Initial.model_validate(tiny().initial), 0, tmp_path / "weights.safetensors")
     checkpoint = load_checkpoint(tmp_path / "weights.safetensors", "cpu")
-    arrays = []
+    samples = []
     for batch_size in (3, 2):
         settings = Sample(sampler="ddpm", images=3, batch_size=batch_size, steps=5)
-        sample_checkpoint(checkpoint, settings, tmp_path / "s.npy", "cpu")
-        arrays.append(np.load(tmp_path / "s.npy").astype(int))
-    assert np.abs(arrays[0] - arrays[1]).max() <= 1
+        samples.append(sample_checkpoint(checkpoint, settings, "cpu").astype(int))
+    assert np.abs(samples[0] - samples[1]).max() <= 1
 
 
-def test_step_0_is_where_training_starts(tmp_path):
+def test_training_starts_from_the_weights_of_step_0(tmp_path):
     initial_weights(tiny().initial, 7, tmp_path / "weights.safetensors")
     loaded = load_checkpoint(tmp_path / "weights.safetensors", "cpu").model.state_dict()
     start = TrainState(tiny(), 7, "cpu")
@@ -409,5 +545,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "weights.safetensors"
     initial_weights(tiny().initial, 0, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match="weights.safetensors: not a whole checkpoint"):
+    with pytest.raises(FileError, match="weights.safetensors: is not a complete checkpoint") as error:
         load_checkpoint(path, "cpu")
+    assert error.value.path == path
