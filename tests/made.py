@@ -1,10 +1,10 @@
-"""Images and features that several tests are made of."""
+"""Artificial images and features for several tests."""
 
 import numpy as np
 
 
 def scenes(n: int, seed: int, size: int = 32) -> np.ndarray:
-    """Images uint8 [n, size, size, 3]: a coloured disc and a bar on a gradient."""
+    """Images uint8 [n, size, size, 3] of a coloured disc and a bar on a gradient."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
     images = np.empty((n, size, size, 3), np.uint8)
@@ -18,7 +18,7 @@ def scenes(n: int, seed: int, size: int = 32) -> np.ndarray:
 
 
 def correlated(n: int, d: int, seed: int) -> np.ndarray:
-    """Features [n, d] float32 with a mean, and a spectrum over three decades as real features have."""
+    """Features float32 [n, d] with a nonzero mean and, like real features, a spectrum of three decades."""
     mixing = np.random.default_rng(99).standard_normal((d, d)) * np.logspace(0, -3, d)[:, None]
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((n, d)) @ mixing + rng.random(d)).astype(np.float32)

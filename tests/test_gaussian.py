@@ -1,4 +1,4 @@
-"""The diffusion process against closed forms and against Bayes' rule on a grid."""
+"""The diffusion process compared with closed forms and with Bayes' rule on a grid."""
 
 import math
 
@@ -17,7 +17,7 @@ def as_images(values: list[float]) -> torch.Tensor:
 
 
 def posterior_by_bayes(schedule: NoiseSchedule, x_start: float, x_t: float, t: int) -> tuple[float, float]:
-    """Mean and variance of one pixel's q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0)."""
+    """Mean and variance of q(x_{t-1} | x_t, x_0) of one pixel, proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0)."""
     betas = schedule.betas.numpy()
     kept_before = np.prod(1 - betas[:t])
     x = np.linspace(-12, 12, 100_001)
@@ -30,14 +30,14 @@ def posterior_by_bayes(schedule: NoiseSchedule, x_start: float, x_t: float, t: i
 
 @pytest.mark.parametrize("t", [1, 2, 7, 19])
 @pytest.mark.parametrize(("x_start", "x_t"), [(0.3, -0.8), (-1.0, 2.5)])
-def test_posterior_is_bayes_rule(t, x_start, x_t):
+def test_posterior_follows_bayes_rule(t, x_start, x_t):
     mean, variance = posterior_by_bayes(SHORT, x_start, x_t, t)
     actual = SHORT.q_posterior_mean(as_images([x_start]), as_images([x_t]), torch.tensor([t]))
     np.testing.assert_allclose(actual.item(), mean, rtol=1e-7)
     np.testing.assert_allclose(SHORT.posterior_variance[t].item(), variance, rtol=1e-7)
 
 
-def test_posterior_before_the_first_step_is_the_image():
+def test_posterior_mean_at_timestep_0_is_the_image():
     x_start = as_images([0.3])
     torch.testing.assert_close(SHORT.q_posterior_mean(x_start, as_images([9.0]), torch.tensor([0])), x_start)
     assert SHORT.posterior_variance[0] == 0
@@ -55,7 +55,7 @@ def test_linear_betas_scale_with_the_number_of_timesteps(timesteps):
     betas = linear_betas(timesteps)
     assert betas.dtype == torch.float64 and len(betas) == timesteps
     np.testing.assert_allclose(betas, np.linspace(1e-4, 0.02, timesteps) * 1000 / timesteps, rtol=1e-12)
-    # The noise added in all is the same whatever T: 1000 times the mean of 1e-4 and 0.02.
+    # The sum does not depend on T: it is 1000 times the mean of 1e-4 and 0.02.
     np.testing.assert_allclose(betas.sum().item(), 10.05, rtol=1e-12)
 
 
@@ -64,14 +64,14 @@ def test_cosine_schedule_has_its_closed_form(timesteps):
     betas = cosine_betas(timesteps)
     schedule = NoiseSchedule(betas)
     f = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
-    # The last beta would be 1, so it alone is clipped.
+    # Only the last beta, which would be 1, is clipped.
     np.testing.assert_allclose(schedule.alphas_cumprod[:-1], f[1:-1] / f[0], rtol=1e-9)
     assert betas[-1] == 0.999 and (betas[:-1] < 0.999).all()
 
 
 @pytest.mark.parametrize("betas", [linear_betas, cosine_betas])
 @pytest.mark.parametrize("timesteps", [2, 5, 50, 1000])
-def test_noise_grows_from_almost_none(betas, timesteps):
+def test_noise_increases_from_almost_zero(betas, timesteps):
     schedule = NoiseSchedule(betas(timesteps))
     assert (schedule.alphas_cumprod.diff() < 0).all()
     assert (schedule.snr.diff() < 0).all()
@@ -80,13 +80,13 @@ def test_noise_grows_from_almost_none(betas, timesteps):
 
 
 @pytest.mark.parametrize("betas", [[0.1, 1.0], [0.0, 0.1], [[0.1, 0.2]], [0.1, math.nan]])
-def test_impossible_betas_are_refused(betas):
+def test_invalid_betas_are_errors(betas):
     with pytest.raises(ValueError, match="between 0 and 1"):
         NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
 
 
-def test_q_sample_is_the_chain_of_single_steps():
-    # At each step an image shrinks by sqrt(1 - beta), and independent noise adds beta in variance.
+def test_q_sample_equals_a_chain_of_single_steps():
+    # Each step multiplies the image by sqrt(1 - beta) and adds independent noise of variance beta.
     kept, variance = 1.0, 0.0
     for t, beta in enumerate(SHORT.betas.tolist()):
         kept, variance = kept * math.sqrt(1 - beta), variance * (1 - beta) + beta
@@ -121,7 +121,7 @@ def test_tables_take_the_dtype_of_the_images():
     torch.testing.assert_close(values.flatten(), SHORT.betas[[0, 3]].float(), rtol=0, atol=0)
 
 
-def test_learned_range_runs_from_posterior_variance_to_beta():
+def test_learned_variance_ranges_from_the_posterior_variance_to_beta():
     t = torch.tensor([0, 4, 19])
     x_t = torch.zeros(3, 1, 2, 2, dtype=torch.float64)
 
@@ -135,14 +135,14 @@ def test_learned_range_runs_from_posterior_variance_to_beta():
     torch.testing.assert_close(log_variance(0), (lower + upper) / 2)
 
 
-def test_fixed_variance_is_that_of_the_posterior():
+def test_fixed_variance_is_the_posterior_variance():
     x_t = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
     p = p_mean_variance(SHORT, torch.zeros_like(x_t), x_t, torch.tensor([0, 9]))
     assert p.log_variance.shape == x_t.shape
     torch.testing.assert_close(p.log_variance[:, 2, 3, 3], SHORT.posterior_log_variance_clipped[[0, 9]])
 
 
-def test_mean_is_the_posterior_of_the_clipped_prediction():
+def test_mean_is_the_posterior_mean_of_the_clipped_prediction():
     x_t, epsilon, t = as_images([2.0, 0.1]), as_images([-1.5, 0.2]), torch.tensor([10, 3])
     free = p_mean_variance(SHORT, epsilon, x_t, t, clip=False)
     clipped = p_mean_variance(SHORT, epsilon, x_t, t)

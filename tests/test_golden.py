@@ -1,6 +1,6 @@
-"""The core against numbers of the reference implementation (the ADM code line), kept in tests/data.
+"""The library compared with values of the reference implementation (guided-diffusion), stored in tests/data.
 
-Inputs are not stored: `det(name, ...)` is a generator seeded by the CRC-32 of the input's name.
+Inputs are not stored: `det(name, ...)` generates them from the CRC-32 of their name.
 """
 
 import json
@@ -21,7 +21,7 @@ from diffusion.sampling import ddim_sample, ddim_timesteps
 DATA = Path(__file__).parent / "data"
 GOLDEN = dict(np.load(DATA / "adm_reference.npz"))
 KEYS = json.loads((DATA / "adm_state_dict_keys.json").read_text())
-# The timesteps of the loss's batch are given, not computed.
+# These entries are inputs of the loss.
 INPUTS = {"linear_p2_0.5/t", "linear_p2_0/t"}
 TINY32 = {
     "image_size": 32,
@@ -100,7 +100,7 @@ def computed() -> dict[str, Tensor]:
     return p2_entries(schedule, 0.5) | p2_entries(schedule, 0.0) | ddim_entries(schedule) | unet_entries()
 
 
-def test_no_entry_is_left_out(computed):
+def test_all_entries_are_compared(computed):
     assert set(computed) | INPUTS == set(GOLDEN)
 
 
@@ -110,7 +110,7 @@ def test_golden(computed, entry):
     assert actual.shape == expected.shape
     if expected.dtype == np.float64:
         tolerance = 1e-12
-    elif entry.endswith("/vb"):  # cancels in float32
+    elif entry.endswith("/vb"):  # differences of nearly equal numbers in float32
         tolerance = 2e-4
     else:
         tolerance = 1e-5

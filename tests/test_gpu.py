@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels, graphs and prefetching give what the plain path gives, and nothing waits."""
+"""On a GPU: kernels, CUDA graphs and prefetching give the results of the plain code, without synchronization."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def config(**train) -> RunConfig:
 
 
 def losses(run: RunConfig, steps: int) -> list[float]:
-    """Of each of some steps."""
+    """Mean losses of the first steps."""
     state, found, before = TrainState(run, 0, "cuda"), [], 0.0
     batches = state.batches(IMAGES)
     for _ in range(steps):
@@ -42,7 +42,7 @@ def losses(run: RunConfig, steps: int) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("n", "channels", "size"), [(4, 128, 128), (2, 96, 17), (8, 512, 8), (3, 32, 32)])
-def test_kernels_agree_with_the_plain_path(n, channels, size, silu, dtype):
+def test_kernels_agree_with_torch_operations(n, channels, size, silu, dtype):
     kernels = _implementation("cuda")
     assert kernels is not TorchGroupNorm
     x, g = (
@@ -57,12 +57,12 @@ def test_kernels_agree_with_the_plain_path(n, channels, size, silu, dtype):
     found = kernels.backward(g, x, gain, offset, *(s.float() for s in exact[1:]), silu)
     expected = TorchGroupNorm.backward(g.double(), x.double(), gain.double(), offset.double(), *exact[1:], silu)
     for ours, theirs in zip(found, expected, strict=True):
-        # Sums over an image differ by as much as their terms are many.
+        # The rounding error of sums increases with the number of pixels.
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance["rtol"], atol=tolerance["atol"] * size)
 
 
 @pytest.mark.parametrize("train", [{}, {"micro_batch": 8}, {"precision": "fp32"}], ids=str)
-def test_a_graph_gives_what_single_launches_give(train):
+def test_a_cuda_graph_gives_the_results_of_single_launches(train):
     run = config(**train)
     graphed = TrainState(run, 0, "cuda")
     plain = TrainState(run, 0, "cuda")
@@ -72,13 +72,13 @@ def test_a_graph_gives_what_single_launches_give(train):
             train_step(state, state.batches(IMAGES))
         for a, b in zip(graphed.parameters, plain.parameters, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
-            b.data.copy_(a.data)  # so that rounding does not add up
+            b.data.copy_(a.data)  # so that rounding errors do not accumulate
 
 
-def test_no_step_waits_for_the_device():
+def test_no_step_synchronizes_with_the_device():
     state = TrainState(config(), 0, "cuda")
     batches = state.batches(IMAGES)
-    for _ in range(4):  # past the ends of epochs, and the capture
+    for _ in range(4):  # past the graph capture and the end of an epoch
         train_step(state, batches)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -89,19 +89,19 @@ def test_no_step_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_images_that_do_not_fit_arrive_all_the_same():
+def test_batches_do_not_depend_on_where_images_are_stored():
     order = lambda epoch: torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(epoch))  # noqa: E731
     resident, read = (Batches(IMAGES, 32, order, "cuda", resident=held) for held in (True, False))
     for step in range(8):
         assert torch.equal(resident[step], read[step])
 
 
-def test_bf16_trains_as_fp32_does():
+def test_bf16_trains_like_fp32():
     exact, rough = (np.array(losses(config(precision=precision), 200)) for precision in ("fp32", "bf16"))
     assert abs(np.mean(rough[100:]) / np.mean(exact[100:]) - 1) < 0.05
 
 
-def test_batches_of_samples_fit():
+def test_the_largest_batch_fits():
     model = untrained(config(), 0)[0].cuda().eval()
     count = largest_batch(model, (3, 32, 32), "cuda", "auto")
     with torch.inference_mode():

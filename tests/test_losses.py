@@ -1,4 +1,4 @@
-"""The hybrid loss against numeric integration, and the equality of expected losses that matching rests on."""
+"""The hybrid loss compared with numerical integration, and the equal expected losses of matched arms."""
 
 import math
 
@@ -29,7 +29,7 @@ def batch(t: list[int], seed: int = 0, schedule: NoiseSchedule = SHORT) -> dict[
 
 
 def kl_bits_by_integration(betas: np.ndarray, x_start: float, x_t: float, epsilon: float, v: float, t: int) -> float:
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of one pixel, in bits; means by Bayes' rule on a grid."""
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of one pixel in bits, with means by Bayes' rule on a grid."""
     kept_before, kept = np.prod(1 - betas[:t]), np.prod(1 - betas[: t + 1])
     x, dx = np.linspace(-15, 15, 100_001, retstep=True)
 
@@ -48,7 +48,7 @@ def kl_bits_by_integration(betas: np.ndarray, x_start: float, x_t: float, epsilo
     return (q[seen] * (np.log(q[seen]) - log_p[seen])).sum() * dx / math.log(2)
 
 
-# At 1,000 timesteps vb is the divergence itself, at others it is scaled by T / 1000.
+# At 1,000 timesteps vb equals the divergence; otherwise it is scaled by T / 1000.
 @pytest.mark.parametrize(
     ("schedule", "t"), [*((SHORT, t) for t in (1, 5, 20, 49)), *((LONG, t) for t in (10, 300, 999))]
 )
@@ -66,7 +66,7 @@ def test_vb_is_the_kl_divergence_in_bits(schedule, t):
 
 
 def levels(x_t: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likelihoods at t = 0 of the 256 grey levels under one x_t and one prediction; the predicted x_0."""
+    """Likelihoods at t = 0 of the 256 grey levels for one x_t and one prediction, and the predicted x_0."""
     x_start = torch.linspace(-1, 1, 256, dtype=torch.float64).view(-1, 1, 1, 1)
     x_t, epsilon = torch.full_like(x_start, x_t), torch.full_like(x_start, -0.7)
     t = torch.zeros(256, dtype=torch.int64)
@@ -75,7 +75,7 @@ def levels(x_t: float) -> tuple[torch.Tensor, torch.Tensor]:
     return 2 ** (-vb * 1000 / T), SHORT.predict_x_start(epsilon, x_t, t)
 
 
-# Predictions in the middle, and beyond either end, where the outermost levels take all that lies outside.
+# Predictions in the middle and beyond both ends, where the first and last levels have the whole tail.
 PREDICTED = pytest.mark.parametrize("x_t", [0.21, -1.05, 1.02])
 
 
@@ -86,12 +86,12 @@ def test_likelihood_of_the_256_levels_sums_to_one(x_t):
 
 
 @PREDICTED
-def test_likelihood_is_the_normal_mass_of_each_level(x_t):
+def test_likelihood_is_the_normal_probability_of_each_level(x_t):
     likelihood, mean = levels(x_t)
     std = math.exp(0.5 * (0.65 * SHORT.betas[0].log() + 0.35 * SHORT.posterior_variance[1].log()))
     edges = np.linspace(-1, 1, 256) + 1 / 255
     cumulative = np.concatenate([[0], stats.norm.cdf(edges[:-1], mean[0].item(), std), [1]])
-    # The tanh approximation to the normal distribution is off by 2e-4 at most.
+    # The error of the tanh approximation of the normal CDF is at most 2e-4.
     np.testing.assert_allclose(likelihood, np.diff(cumulative), atol=4e-4)
 
 
@@ -113,7 +113,7 @@ def test_gradient_of_mse_reaches_only_epsilon():
     assert (gradient[:, 3:] == 0).all()
 
 
-def test_perfect_prediction_has_no_mse_and_v_at_its_lower_bound_no_divergence():
+def test_perfect_prediction_with_minimal_variance_has_loss_0():
     case = batch([1, 7, 19])
     case["model_output"] = torch.cat([case["noise"], -torch.ones_like(case["noise"])], dim=1)
     loss = hybrid_loss(SHORT, **case)
@@ -121,7 +121,7 @@ def test_perfect_prediction_has_no_mse_and_v_at_its_lower_bound_no_divergence():
     torch.testing.assert_close(loss.vb, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_fixed_variance_has_no_vb():
+def test_fixed_variance_has_vb_0():
     case = batch([0, 7])
     learned = hybrid_loss(SHORT, **case)
     fixed = hybrid_loss(SHORT, **case | {"model_output": case["model_output"][:, :3]})
@@ -140,7 +140,7 @@ def test_weights_scale_their_own_term_of_each_image():
     torch.testing.assert_close(weighted.loss, weighted.mse + weighted.vb, rtol=0, atol=0)
 
 
-def test_images_of_a_batch_have_their_own_loss():
+def test_losses_of_a_batch_are_independent():
     case = batch([0, 7, 19])
     together = hybrid_loss(SHORT, **case).loss
     alone = [hybrid_loss(SHORT, **{name: value[i : i + 1] for name, value in case.items()}).loss for i in range(3)]
@@ -154,7 +154,7 @@ def test_p2_weight_with_unit_k_is_a_power_of_the_noise(gamma):
     torch.testing.assert_close(losses.p2(schedule, gamma, 1.0), (1 - schedule.alphas_cumprod) ** gamma)
 
 
-def test_p2_weight_by_hand():
+def test_p2_weight_of_two_values():
     torch.testing.assert_close(p2_weight(torch.tensor([0.0, 2.0]), 2.0, 3.0), torch.tensor([1 / 9, 1 / 25]))
 
 
@@ -167,31 +167,31 @@ def test_mean_p2_weight_of_the_linear_schedule():
 
 
 def signal_and_noise(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-    """alphas_cumprod and 1 - alphas_cumprod by numpy, [T]."""
+    """alphas_cumprod and 1 - alphas_cumprod computed by numpy, [T]."""
     kept = np.cumprod(1 - schedule.betas.numpy())
     return kept, 1 - kept
 
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize(("gamma", "k"), [(0.5, 1.0), (1.0, 3.0), (2.0, 0.1)])
-def test_p2_weight_is_the_published_one(schedule, gamma, k):
+def test_p2_weight_equals_the_published_formula(schedule, gamma, k):
     signal, noise = signal_and_noise(schedule)
     np.testing.assert_allclose(losses.p2(schedule, gamma, k), 1 / (k + signal / noise) ** gamma, rtol=1e-12)
 
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("gamma", [5.0, 1.0, 0.01, 1e6])
-def test_min_snr_weight_is_the_published_one(schedule, gamma):
+def test_min_snr_weight_equals_the_published_formula(schedule, gamma):
     snr = np.divide(*signal_and_noise(schedule))
     weight = losses.min_snr(schedule, gamma).numpy()
     np.testing.assert_allclose(weight, np.minimum(snr, gamma) / snr, rtol=1e-12)
-    # All noisy timesteps count alike, and the losses of the others are those of x_0, clipped at gamma.
+    # The weight is 1 at noisy timesteps; elsewhere weight times SNR, the weight of the loss of x_0, is gamma.
     assert (weight[snr <= gamma] == 1).all()
     np.testing.assert_allclose((weight * snr)[snr > gamma], gamma, rtol=1e-12)
 
 
 @EVERY_SCHEDULE
-def test_debiased_weight_is_the_published_one(schedule):
+def test_debiased_weight_equals_the_published_formula(schedule):
     signal, noise = signal_and_noise(schedule)
     np.testing.assert_allclose(losses.debiased(schedule), np.sqrt(noise / signal), rtol=1e-12)
 
@@ -199,7 +199,7 @@ def test_debiased_weight_is_the_published_one(schedule):
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("share", [0.02, 0.7, 1.0])
 @pytest.mark.parametrize("lam", [0.6, 0.8, 0.5])
-def test_speed_weight_is_the_published_one(schedule, lam, share):
+def test_speed_weight_equals_the_published_formula(schedule, lam, share):
     tau = round(share * schedule.timesteps)
     change = np.gradient(signal_and_noise(schedule)[1])
     scaled = (change - change.min()) / (change.max() - change.min())
@@ -210,16 +210,16 @@ def test_speed_weight_is_the_published_one(schedule, lam, share):
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("lam", [0.6, 0.8])
-def test_speed_weight_reaches_from_1_minus_lambda_to_lambda(schedule, lam):
+def test_speed_weight_ranges_from_1_minus_lambda_to_lambda(schedule, lam):
     weight = losses.speed(schedule, lam, schedule.timesteps)
     assert weight.min().item() == pytest.approx(1 - lam, abs=1e-12)
     assert weight.max().item() == pytest.approx(lam, abs=1e-12)
-    # The largest belongs to the timestep at which the noise grows fastest.
+    # It is largest at the timestep at which the noise increases fastest.
     assert weight.argmax() == np.gradient(signal_and_noise(schedule)[1]).argmax()
 
 
 def test_matched_weights_give_the_expected_loss_of_the_weighted_arm():
-    # E_uniform[w mse + vb] = E_p[mean(w) mse + mean(w) / w_t vb] for p proportional to w; here over every t.
+    # E_uniform[w mse + vb] = E_p[mean(w) mse + mean(w) / w_t vb] for p proportional to w, computed over all t.
     case = batch(list(range(T)))
     w, p = p2_weight(SHORT.snr, 0.5, 1.0), timesteps.p2(SHORT, 0.5, 1.0)
     weighted = hybrid_loss(SHORT, **case, mse_weight=w).loss.mean()

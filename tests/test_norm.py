@@ -1,4 +1,4 @@
-"""The norm against torch's own; its kernels, in Triton's interpreter, against its operations."""
+"""Group norm compared with torch's own, and the kernels in Triton's interpreter compared with `TorchGroupNorm`."""
 
 import importlib.util
 import subprocess
@@ -16,7 +16,7 @@ from diffusion.nets.torch_norm import TorchGroupNorm
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-# Images, channels, height, width, groups: one channel per group; three; a width that is no power of two.
+# Images, channels, height, width, groups: one and three channels per group, and sizes that are no powers of two.
 SHAPES = [(2, 32, 8, 8, 32), (3, 96, 5, 7, 32), (2, 128, 4, 2, 4)]
 
 
@@ -40,7 +40,7 @@ def by_torch(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize(("n", "channels", "height", "width", "groups"), SHAPES)
-def test_values_and_gradients_are_those_of_torch(n, channels, height, width, groups, per_image, silu):
+def test_values_and_gradients_equal_those_of_torch(n, channels, height, width, groups, per_image, silu):
     x = images(n, channels, height, width)
     arguments = [x, *tables(n if per_image else 1, channels)]
     for tensor in arguments:
@@ -49,27 +49,27 @@ def test_values_and_gradients_are_those_of_torch(n, channels, height, width, gro
     torch.testing.assert_close(ours, theirs)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     g = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for mine, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(ours, arguments, g), torch.autograd.grad(theirs, arguments, g), strict=True
     ):
-        torch.testing.assert_close(mine, expected)
+        torch.testing.assert_close(actual, expected)
 
 
-def test_single_precision_stays_near_double_where_the_mean_is_large():
+def test_float32_is_accurate_if_the_mean_is_large():
     x = images(2, 64, 16, 16) + 100
     gain, offset = tables(1, 64)
     ours = group_norm(x.float(), gain.float(), offset.float(), 32)
-    # The squares of 100 leave the variance 4 of 24 bits: 14.
+    # The mean square of 10,000 leaves about 14 of 24 bits for the variance of 4.
     torch.testing.assert_close(ours.double(), group_norm(x, gain, offset, 32), rtol=0, atol=2e-2)
 
 
-def test_constant_images_become_the_offset():
+def test_constant_images_give_the_offset():
     gain, offset = tables(1, 32, dtype=torch.float32)
     z = group_norm(torch.full((1, 32, 4, 4), 7.0), gain, offset, 32)
     torch.testing.assert_close(z, offset[:, :, None, None].expand_as(z), rtol=0, atol=1e-3)
 
 
-def test_half_precision_is_rounded_once():
+def test_bfloat16_is_rounded_once():
     x, (gain, offset) = images(2, 64, 8, 8, torch.bfloat16), tables(1, 64, dtype=torch.float32)
     z = group_norm(x, gain, offset, 32, silu=True)
     assert z.dtype == torch.bfloat16
@@ -77,18 +77,18 @@ def test_half_precision_is_rounded_once():
 
 
 @needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs them on the GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py tests them on the GPU")
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
     ("n", "channels", "height", "width", "groups", "dtype"),
     [
         *((*shape, torch.float32) for shape in SHAPES),
-        (1, 160, 23, 19, 32, torch.float32),  # two pieces of pixels, the second cut short
+        (1, 160, 23, 19, 32, torch.float32),  # two pieces of pixels, the second incomplete
         (2, 256, 4, 5, 32, torch.float32),  # two tiles of channels
         (2, 64, 8, 8, 32, torch.bfloat16),
     ],
 )
-def test_kernels_do_what_the_operations_do(n, channels, height, width, groups, dtype, silu):
+def test_kernels_equal_the_operations(n, channels, height, width, groups, dtype, silu):
     from diffusion.nets import kernels
 
     x, (gain, offset) = images(n, channels, height, width, dtype), tables(n, channels, dtype=torch.float32)
@@ -105,7 +105,7 @@ def test_kernels_do_what_the_operations_do(n, channels, height, width, groups, d
 
 @needs_triton
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter is more lenient than the compiler, which needs no GPU."""
+    """The compiler is stricter than the interpreter, and needs no GPU."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""Samplers where the optimal model is known: data that are Gaussian, N(0, s^2), in every pixel.
+"""Samplers with the optimal model of Gaussian data, N(0, s^2) in every pixel.
 
 Then E[x_0 | x_t] = s^2 sqrt(a) x_t / (s^2 a + 1 - a), and p(x_{t-1} | x_t) is Gaussian, its variance in
 closed form. s is small, so that clipping x_0 to [-1, 1] touches nothing.
@@ -18,7 +18,7 @@ S = 0.2
 
 
 class GaussianModel:
-    """The optimal epsilon for data N(0, S^2), and the v of the true reverse variance when respaced."""
+    """The optimal epsilon for data N(0, S^2), and the v that gives the true variance of the respaced process."""
 
     def __init__(self, schedule: NoiseSchedule, used: Tensor):
         self.a = schedule.alphas_cumprod
@@ -47,22 +47,22 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(
     ("timesteps", "steps", "stride"), [(1000, 25, 40), (1000, 1000, 1), (100, 10, 10), (10, 1, 10)]
 )
-def test_ddim_timesteps_are_every_strideth_from_zero(timesteps, steps, stride):
+def test_ddim_timesteps_are_multiples_of_the_stride(timesteps, steps, stride):
     assert ddim_timesteps(timesteps, steps).tolist() == list(reversed(range(0, timesteps, stride)))
 
 
-def test_ddim_timesteps_need_not_divide():
+def test_the_number_of_ddim_steps_need_not_divide_that_of_timesteps():
     assert ddim_timesteps(1000, 3).tolist() == [668, 334, 0]
 
 
 @pytest.mark.parametrize("steps", [0, 333, 600, 1001])
-def test_ddim_timesteps_without_whole_stride_are_refused(steps):
+def test_ddim_timesteps_without_an_integer_stride_are_errors(steps):
     with pytest.raises(ValueError, match=f"gives {steps} steps"):
         ddim_timesteps(1000, steps)
 
 
 @pytest.mark.parametrize(("timesteps", "steps"), [(1000, 2), (1000, 250), (1000, 999), (50, 50)])
-def test_ddpm_timesteps_span_the_process_evenly(timesteps, steps):
+def test_ddpm_timesteps_are_evenly_spaced(timesteps, steps):
     used = ddpm_timesteps(timesteps, steps)
     assert len(used) == steps and used[0] == timesteps - 1 and used[-1] == 0
     gaps = -used.diff()
@@ -70,26 +70,26 @@ def test_ddpm_timesteps_span_the_process_evenly(timesteps, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 1001])
-def test_ddpm_timesteps_that_do_not_fit_are_refused(steps):
+def test_too_few_or_too_many_ddpm_timesteps_are_errors(steps):
     with pytest.raises(ValueError, match=f"steps is {steps}, but must be between 2 and 1000"):
         ddpm_timesteps(1000, steps)
 
 
-def test_ddim_of_gaussian_data_is_the_product_of_its_steps():
+def test_ddim_of_gaussian_data_equals_the_product_of_its_steps():
     schedule, steps = NoiseSchedule(linear_betas(1000)), 25
     model = GaussianModel(schedule, ddim_timesteps(1000, steps))
     x = normal(2, 3, 8, 8)
     a = schedule.alphas_cumprod[::40].tolist()
     gain = 1.0
     for now, before in zip(reversed(a), [*reversed(a[:-1]), 1.0], strict=True):
-        # Song et al. 2021, eq. 12, eta = 0: x -> sqrt(a') x_0 + sqrt(1 - a') epsilon, both linear in x here.
+        # Song et al. 2021, eq. 12, eta = 0: x -> sqrt(a') x_0 + sqrt(1 - a') epsilon; both are linear in x here.
         total = S**2 * now + 1 - now
         gain *= math.sqrt(before) * S**2 * math.sqrt(now) / total + math.sqrt(1 - before) * math.sqrt(1 - now) / total
     torch.testing.assert_close(ddim_sample(model, schedule, x, steps), gain * x, rtol=1e-9, atol=0)
     assert model.seen == list(range(960, -1, -40))
 
 
-def test_ddim_approaches_the_spread_of_gaussian_data_as_steps_grow():
+def test_ddim_approaches_the_std_of_gaussian_data_with_more_steps():
     schedule = NoiseSchedule(linear_betas(1000))
     x = torch.ones(1, 3, 1, 1, dtype=torch.float64)
     errors = []
@@ -101,33 +101,33 @@ def test_ddim_approaches_the_spread_of_gaussian_data_as_steps_grow():
 
 
 @pytest.mark.parametrize(("timesteps", "steps"), [(100, 100), (1000, 40)])
-def test_ddpm_recovers_the_spread_of_gaussian_data(timesteps, steps):
+def test_ddpm_samples_have_the_std_of_gaussian_data(timesteps, steps):
     schedule = NoiseSchedule(linear_betas(timesteps))
     model = GaussianModel(schedule, ddpm_timesteps(timesteps, steps))
     shape = (16, 3, 32, 32)
     samples = ddpm_sample(model, schedule, normal(*shape), steps, lambda step: normal(*shape, seed=step + 1))
-    # With the true reverse variance every x_t has its exact marginal; the last step takes the mean at a_0.
+    # With the true reverse variance, every x_t has its exact marginal; the last step returns the mean at a_0.
     a = schedule.alphas_cumprod[0].item()
     expected = S * math.sqrt(S**2 * a / (S**2 * a + 1 - a))
-    # Four standard errors of a standard deviation over 49,152 numbers.
+    # Four standard errors of the standard deviation of 49,152 numbers.
     assert samples.std().item() == pytest.approx(expected, rel=0.013)
     assert samples.mean().item() == pytest.approx(0, abs=0.004)
     assert model.seen == ddpm_timesteps(timesteps, steps).tolist()
 
 
-def test_ddpm_adds_noise_in_every_step_but_the_last():
+def test_ddpm_adds_noise_in_all_steps_except_the_last():
     schedule = NoiseSchedule(linear_betas(10))
-    asked = []
+    steps = []
 
     def noise(step: int) -> Tensor:
-        asked.append(step)
+        steps.append(step)
         return torch.zeros(1, 3, 2, 2, dtype=torch.float64)
 
     ddpm_sample(GaussianModel(schedule, torch.arange(10)), schedule, normal(1, 3, 2, 2), 10, noise)
-    assert asked == list(range(9))
+    assert steps == list(range(9))
 
 
-def test_samplers_take_a_model_of_fixed_variance():
+def test_samplers_accept_a_model_of_fixed_variance():
     schedule = NoiseSchedule(linear_betas(100))
     full, x = GaussianModel(schedule, torch.arange(100)), normal(1, 3, 4, 4)
 
@@ -135,13 +135,13 @@ def test_samplers_take_a_model_of_fixed_variance():
         return full(x, t)[:, :3]
 
     torch.testing.assert_close(ddim_sample(epsilon_only, schedule, x, 10), ddim_sample(full, schedule, x, 10))
-    # The posterior's variance alone misses that of x_0 given x_t: too narrow.
+    # The posterior variance is too small: it lacks the variance of x_0 given x_t.
     samples = ddpm_sample(epsilon_only, schedule, normal(4, 3, 32, 32), 20, lambda i: normal(4, 3, 32, 32, seed=i + 1))
     assert 0.3 * S < samples.std().item() < 0.95 * S
 
 
 def wild_model(x: Tensor, t: Tensor) -> Tensor:
-    """Predictions far outside what any image implies, dependent on x and t, per image."""
+    """Predictions far outside the range of images, which depend on x and t of each image."""
     return torch.cat([3 * torch.sin(5 * x + t.view(-1, 1, 1, 1)), x], dim=1)
 
 
@@ -153,7 +153,7 @@ def test_ddim_in_one_step_is_the_prediction_from_the_first_timestep():
     torch.testing.assert_close(ddim_sample(lambda *_: epsilon, schedule, x, 1), expected)
 
 
-def test_ddim_is_deterministic_and_every_image_its_own():
+def test_ddim_is_deterministic_and_images_are_independent():
     schedule = NoiseSchedule(linear_betas(1000))
     x = normal(5, 3, 4, 4).float()
     together = ddim_sample(wild_model, schedule, x, 25)
@@ -164,14 +164,14 @@ def test_ddim_is_deterministic_and_every_image_its_own():
     torch.testing.assert_close(ddim_sample(wild_model, schedule, x.flip(0), 25).flip(0), together, rtol=0, atol=1e-5)
 
 
-def test_samples_lie_in_range_whatever_the_model():
+def test_ddim_samples_are_in_range_for_any_model():
     schedule = NoiseSchedule(linear_betas(1000))
     samples = ddim_sample(wild_model, schedule, normal(4, 3, 8, 8), 25)
     assert samples.abs().max() <= 1
     assert samples.abs().max() > 0.99
 
 
-def test_samplers_leave_the_latents_as_they_were():
+def test_samplers_do_not_change_the_latents():
     schedule, x = NoiseSchedule(linear_betas(100)), normal(2, 3, 4, 4)
     before = x.clone()
     ddim_sample(wild_model, schedule, x, 10)
@@ -179,7 +179,7 @@ def test_samplers_leave_the_latents_as_they_were():
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-def test_latents_depend_on_seed_and_index_alone():
+def test_latents_depend_only_on_seed_and_index():
     shape = (3, 4, 4)
     whole = latents(7, range(10), shape)
     assert whole.shape == (10, *shape) and whole.dtype == torch.float32
@@ -202,11 +202,11 @@ def test_latents_are_standard_normal():
     x = latents(0, range(200), (3, 16, 16))
     assert x.mean().item() == pytest.approx(0, abs=0.011)
     assert x.std().item() == pytest.approx(1, abs=0.008)
-    # Across samples too: images of neighbouring indices are unrelated.
+    # Latents of neighbouring indices are uncorrelated.
     assert torch.corrcoef(x[:50].flatten(1)).triu(1).abs().max() < 0.2
 
 
-def test_streams_are_equal_for_equal_names_and_different_otherwise():
+def test_streams_are_equal_only_for_equal_arguments():
     def first(*key: int | str) -> float:
         return torch.rand(1, dtype=torch.float64, generator=generator(*key)).item()
 
@@ -218,7 +218,7 @@ def test_streams_are_equal_for_equal_names_and_different_otherwise():
         (0, "noise", 6),
         (0, "noise"),
         (5, "noise", 0),
-        # Equal when written without a gap.
+        # These two are equal if written without a separator.
         (11, "n", 0),
         (1, "1n", 0),
     ]

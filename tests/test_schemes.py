@@ -1,4 +1,4 @@
-"""Schemes: expected losses and gradients that must not depend on how timesteps are drawn, and arms that adapt."""
+"""Schemes: expected losses and gradients that must not depend on the density, and learned densities."""
 
 import copy
 from collections import deque
@@ -36,7 +36,7 @@ def tiny(scheme=UNI05, match=None, timesteps=1000, **train):
     )
 
 
-# Densities that are nowhere so small that 100,000 draws cannot show the mean of what is divided by them.
+# Densities whose smallest values still allow to estimate importance-corrected means from 100,000 draws.
 DENSITIES = {
     "uniform": "uniform",
     "p2": P2,
@@ -52,14 +52,14 @@ EVERY_SCHEDULE = pytest.mark.parametrize(
 
 
 def random_losses(schedule: NoiseSchedule) -> torch.Tensor:
-    """Made-up losses or gradients, one for each timestep, of either sign."""
+    """Random losses or gradients of both signs, one for each timestep."""
     return torch.randn(schedule.timesteps, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @EVERY_SCHEDULE
 @EVERY_DENSITY
 @pytest.mark.parametrize("weights", [{}, {"mse_weight": P2, "vb_weight": "debiased"}], ids=["plain", "weighted"])
-def test_corrected_losses_have_the_expectation_of_uniform_draws(schedule, density, weights):
+def test_corrected_losses_have_the_expectation_for_uniform_draws(schedule, density, weights):
     tables = scheme_tables(schedule, Scheme(timesteps=density, importance_corrected=True, **weights))
     uniform, loss = scheme_tables(schedule, Scheme(**weights)), random_losses(schedule)
     for corrected, plain in ((tables.mse_weight, uniform.mse_weight), (tables.vb_weight, uniform.vb_weight)):
@@ -79,13 +79,13 @@ def test_matched_losses_have_the_expectation_of_their_target(schedule, density, 
 
 @EVERY_DENSITY
 @pytest.mark.parametrize("draw", [draw_timesteps, draw_stratified])
-def test_means_of_draws_reach_the_expectation_of_uniform_draws(density, draw):
+def test_means_of_draws_have_the_expectation_for_uniform_draws(density, draw):
     tables = scheme_tables(SHORT, Scheme(timesteps=density, importance_corrected=True))
     loss, random = torch.linspace(1, 0, 40, dtype=torch.float64).square(), torch.Generator().manual_seed(0)
     drawn = torch.stack([draw(tables.probabilities, 50, random) for _ in range(2_000)])
 
     def z_score(weight: torch.Tensor) -> float:
-        # Batches are independent of each other, also where their own draws are not.
+        # Batches are independent even if the draws within a batch are not.
         means = (weight * loss)[drawn].mean(1)
         return ((means.mean() - loss.mean()) / (means.std() / len(means) ** 0.5)).item()
 
@@ -94,7 +94,7 @@ def test_means_of_draws_reach_the_expectation_of_uniform_draws(density, draw):
         assert abs(z_score(torch.ones(40))) > 20
 
 
-def test_correction_by_default_as_the_papers_have_it():
+def test_default_correction_is_that_of_the_papers():
     assert Scheme(timesteps="loss_second_moment").corrected
     assert not any(Scheme(timesteps=name).corrected for name in ("uniform", "p2", "log_normal_sigma", "speed"))
     assert not Scheme(timesteps="loss_second_moment", importance_corrected=False).corrected
@@ -103,18 +103,18 @@ def test_correction_by_default_as_the_papers_have_it():
     assert (tables.vb_weight == 1).all()
 
 
-def test_matching_uni05_is_correcting_p2_draws_of_the_p2_loss():
+def test_matching_uni05_equals_correcting_p2_draws_of_the_p2_loss():
     matched = scheme_tables(LONG, UNDER05, UNI05)
     corrected = scheme_tables(LONG, Scheme(timesteps=P2, mse_weight=P2, importance_corrected=True))
     for name in Tables.__dataclass_fields__:
         torch.testing.assert_close(getattr(matched, name), getattr(corrected, name), rtol=1e-12, atol=0)
 
 
-def test_the_match_weighs_the_bound_of_the_least_noisy_timestep_eighty_times():
+def test_vb_weight_of_the_match_is_80_at_timestep_0():
     assert scheme_tables(LONG, UNDER05, UNI05).vb_weight[0].item() == pytest.approx(80.6, abs=0.05)
 
 
-def test_the_weight_on_mse_leaves_the_bound_alone():
+def test_mse_weight_and_vb_weight_are_separate():
     assert (scheme_tables(LONG, UNI05).vb_weight == 1).all()
     assert (scheme_tables(LONG, Scheme(vb_weight=P2)).mse_weight == 1).all()
 
@@ -131,7 +131,7 @@ def test_the_weight_on_mse_leaves_the_bound_alone():
         ),
     ],
 )
-def test_the_bound_can_be_left_uncorrected(scheme, match, vb_weight):
+def test_vb_can_be_left_uncorrected(scheme, match, vb_weight):
     tables, whole = (scheme_tables(LONG, s, match) for s in (scheme, scheme.model_copy(update={"correct_vb": True})))
     torch.testing.assert_close(tables.vb_weight, vb_weight, rtol=1e-12, atol=0)
     torch.testing.assert_close(tables.mse_weight, whole.mse_weight, rtol=0, atol=0)
@@ -144,7 +144,7 @@ def test_the_bound_can_be_left_uncorrected(scheme, match, vb_weight):
         (Scheme(timesteps={"log_normal_sigma": {"std": 0.01}}), UNI05),
     ],
 )
-def test_timesteps_that_are_never_drawn_cannot_be_corrected(scheme, match):
+def test_correction_of_a_zero_probability_is_an_error(scheme, match):
     with pytest.raises(InputError, match=r"log_normal_sigma .*0.01.* is 0 at \d+ timesteps.*: widen the density"):
         scheme_tables(LONG, scheme, match)
     assert (scheme_tables(LONG, Scheme(timesteps=scheme.timesteps)).probabilities == 0).any()
@@ -159,12 +159,12 @@ def test_timesteps_that_are_never_drawn_cannot_be_corrected(scheme, match):
     ],
     ids=["no mass", "overflow", "no range"],
 )
-def test_numbers_that_leave_nothing_finite_are_refused(timesteps, scheme):
+def test_tables_that_are_not_finite_are_errors(timesteps, scheme):
     with pytest.raises(InputError, match=r"is not finite at \d+ timesteps: use less extreme parameters"):
         scheme_tables(NoiseSchedule(linear_betas(timesteps)), scheme)
 
 
-def test_a_target_that_never_draws_a_timestep_leaves_the_history_finite():
+def test_the_history_stays_finite_if_the_target_never_draws_some_timesteps():
     target = Scheme(timesteps={"log_normal_sigma": {"std": 0.01}})
     adaptive = Scheme(timesteps={"loss_second_moment": {"history": 1}})
     state = TrainState(tiny(adaptive, target, timesteps=4), 0, "cpu")
@@ -176,7 +176,7 @@ def test_a_target_that_never_draws_a_timestep_leaves_the_history_finite():
 
 @pytest.fixture(scope="module")
 def net():
-    """A net in float64, off its start, where most of its gradient would be zero."""
+    """A net in float64 with perturbed weights: with its initial weights, most of its gradient is zero."""
     model, _ = untrained(tiny(), 0)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def net():
 
 
 def losses_of_every_timestep(schedule: NoiseSchedule, tables: Tables, predict) -> torch.Tensor:
-    """mse and vb [2, T], as weighted, for fixed images and noise; `predict(x_t, t)` is the net."""
+    """Weighted mse and vb, [2, T], for fixed images and noise; `predict(x_t, t)` is the net."""
     random = torch.Generator().manual_seed(1)
     t = torch.arange(schedule.timesteps)
     x_start = torch.rand(len(t), 3, 8, 8, dtype=torch.float64, generator=random) * 2 - 1
@@ -197,7 +197,7 @@ def losses_of_every_timestep(schedule: NoiseSchedule, tables: Tables, predict) -
 
 
 def expected_gradients(net, scheme: Scheme, match: Scheme | None = None) -> list[torch.Tensor]:
-    """Gradients of the expected mse and vb over all 40 timesteps, each as one vector."""
+    """Gradients of the expected mse and vb over all 40 timesteps, each as a vector."""
     tables = scheme_tables(SHORT, scheme, match)
     terms = losses_of_every_timestep(SHORT, tables, net) @ tables.probabilities
     gradients = [torch.autograd.grad(term, list(net.parameters()), retain_graph=True) for term in terms]
@@ -213,7 +213,7 @@ def expected_gradients(net, scheme: Scheme, match: Scheme | None = None) -> list
         (Scheme(timesteps="logit_normal", correct_vb=False), UNI05, (True, False)),
         (UNDER05, None, (False, False)),
     ],
-    ids=["matched05", "corrected", "learnt", "vb uncorrected", "under05"],
+    ids=["matched05", "corrected", "learned", "vb uncorrected", "under05"],
 )
 def test_expected_gradient_is_that_of_uni05(net, scheme, match, kept):
     for ours, theirs, same in zip(
@@ -225,7 +225,7 @@ def test_expected_gradient_is_that_of_uni05(net, scheme, match, kept):
 
 @torch.no_grad()
 def test_gradients_of_draws_estimate_that_of_uni05(net):
-    """At 1,000 timesteps, seen along two random directions: matched05 agrees with uni05, under05 does not."""
+    """At 1,000 timesteps and along two random directions, matched05 agrees with uni05, and under05 does not."""
     random = torch.Generator().manual_seed(2)
     ones, small = torch.ones(1000), 1e-6
 
@@ -236,7 +236,7 @@ def test_gradients_of_draws_estimate_that_of_uni05(net):
         return losses_of_every_timestep(LONG, Tables(ones, ones, ones), moved)
 
     directions = [[torch.randn(p.shape, generator=random) for p in net.parameters()] for _ in range(2)]
-    # Derivatives of the unweighted mse and vb of each timestep, [2, T] each, by central differences.
+    # Derivatives of the unweighted mse and vb of each timestep by central differences, [2, T] each.
     slopes = torch.stack([(losses(d, small) - losses(d, -small)) / (2 * small) for d in directions])
     mse, vb = slopes.unbind(1)
 
@@ -250,36 +250,36 @@ def test_gradients_of_draws_estimate_that_of_uni05(net):
     target, error = estimates(UNI05)
 
     def z_scores(scheme: Scheme, match: Scheme | None = None) -> torch.Tensor:
-        """Of mse and vb, [2, 2]."""
+        """Absolute z scores of mse and vb, [2, 2]."""
         mean, own = estimates(scheme, match)
         return ((mean - target) / (own.square() + error.square()).sqrt()).abs()
 
     assert z_scores(UNDER05, UNI05).max() < 4
-    # What differs is seen: both terms of under05, and a bound that is left uncorrected.
+    # Differences are detected: both terms of under05, and an uncorrected vb.
     assert (z_scores(UNDER05).amax(1) > 10).all()
-    of_mse, of_vb = z_scores(Scheme(timesteps=P2, correct_vb=False), UNI05)
-    assert of_mse.max() < 4 and of_vb.max() > 10
+    mse_score, vb_score = z_scores(Scheme(timesteps=P2, correct_vb=False), UNI05)
+    assert mse_score.max() < 4 and vb_score.max() > 10
 
 
-LEARNT = {"loss_second_moment": {"history": 2}}
+LEARNED = {"loss_second_moment": {"history": 2}}
 FOUR = NoiseSchedule(linear_betas(4))
 W, Q, ONE = p2_weight(FOUR.snr, 0.5, 1), scheme_tables(FOUR, UNDER05).probabilities, torch.ones(4, dtype=torch.float64)
-# Of each arm: its scheme, its match, the weights under uniform draws, and which of them are divided by 4 p_t.
+# Name -> (scheme, match, the weights for uniform draws, whether each weight is divided by 4 p_t).
 ARMS = {
     "stratified": (Scheme(timesteps=P2, stratified=True), None, (ONE, ONE), (False, False)),
     "corrected": (Scheme(timesteps=P2, mse_weight=P2, importance_corrected=True), None, (W, ONE), (True, True)),
     "matched": (Scheme(timesteps={"speed": {"tau": 2}}), UNDER05, (4 * Q, 4 * Q), (True, True)),
-    "learnt": (Scheme(timesteps=LEARNT, mse_weight=P2), None, (W, ONE), (True, True)),
-    "learnt, stratified": (Scheme(timesteps=LEARNT, stratified=True, mse_weight=P2), None, (W, ONE), (True, True)),
-    "learnt, matched": (Scheme(timesteps=LEARNT), UNDER05, (4 * Q, 4 * Q), (True, True)),
-    "learnt, vb uncorrected": (
-        Scheme(timesteps=LEARNT, mse_weight=P2, correct_vb=False),
+    "learned": (Scheme(timesteps=LEARNED, mse_weight=P2), None, (W, ONE), (True, True)),
+    "learned, stratified": (Scheme(timesteps=LEARNED, stratified=True, mse_weight=P2), None, (W, ONE), (True, True)),
+    "learned, matched": (Scheme(timesteps=LEARNED), UNDER05, (4 * Q, 4 * Q), (True, True)),
+    "learned, vb uncorrected": (
+        Scheme(timesteps=LEARNED, mse_weight=P2, correct_vb=False),
         None,
         (W, ONE),
         (True, False),
     ),
-    "learnt, uncorrected": (
-        Scheme(timesteps=LEARNT, mse_weight=P2, importance_corrected=False),
+    "learned, uncorrected": (
+        Scheme(timesteps=LEARNED, mse_weight=P2, importance_corrected=False),
         None,
         (W, ONE),
         (False, False),
@@ -288,8 +288,8 @@ ARMS = {
 
 
 @pytest.mark.parametrize(("scheme", "match", "weights", "corrected"), ARMS.values(), ids=ARMS)
-def test_steps_draw_and_weigh_as_their_scheme_says(scheme, match, weights, corrected):
-    """Four timesteps, drawn and weighted by hand from the losses seen so far, beside the steps themselves."""
+def test_training_steps_draw_and_weight_as_their_scheme_states(scheme, match, weights, corrected):
+    """Each step is compared with draws and weights that are computed here from the losses of the steps before."""
     state = TrainState(tiny(scheme, match, timesteps=4, batch_size=10), 0, "cpu")
     kept = [deque(maxlen=2) for _ in range(4)]
     p, seen, logged = state.tables.probabilities, [], 0.0
@@ -310,7 +310,7 @@ def test_steps_draw_and_weigh_as_their_scheme_says(scheme, match, weights, corre
         logged += sum(terms).sum().item()
         assert state.meter.means()["loss"] == pytest.approx(logged / (10 * (step + 1)), rel=1e-4)
 
-        # The history compares timesteps under uniform weighting, whatever they were drawn by.
+        # The history has the losses with the weights for uniform draws, whatever the density.
         for one, loss in zip(t.tolist(), (weights[0][t] * mse + weights[1][t] * vb).tolist(), strict=True):
             kept[one].append(loss)
         if state.history and all(len(losses) == 2 for losses in kept):
@@ -321,8 +321,8 @@ def test_steps_draw_and_weigh_as_their_scheme_says(scheme, match, weights, corre
     assert len({tuple(p.tolist()) for p in seen}) >= 6 if state.history else state.tables_now() is state.tables
 
 
-def test_an_arm_that_learns_its_density_resumes_to_the_bit(tmp_path):
-    run = tiny(Scheme(timesteps=LEARNT, mse_weight=P2), timesteps=4)
+def test_a_run_with_a_learned_density_resumes_bit_for_bit(tmp_path):
+    run = tiny(Scheme(timesteps=LEARNED, mse_weight=P2), timesteps=4)
     whole = train_segment(run, 0, IMAGES, None, tmp_path / "whole", 8, "cpu")
     train_segment(run, 0, IMAGES, None, tmp_path / "step4", 4, "cpu")
     parts = train_segment(run, 0, IMAGES, tmp_path / "step4/state.pt", tmp_path / "step8", 8, "cpu")
@@ -333,8 +333,8 @@ def test_an_arm_that_learns_its_density_resumes_to_the_bit(tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_fixed_average_holds_on_to_its_start():
-    """Without warm-up decay^n of the untrained weights is left after n steps."""
+def test_the_average_without_warmup_keeps_a_share_of_the_initial_weights():
+    """Without warm-up, the share of the untrained weights after n steps is decay^n."""
     state = TrainState(tiny(ema_decay=0.5, ema_warmup=False), 0, "cpu")
     average = [p.detach().clone() for p in state.parameters]
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Densities over timesteps, and draws held against them by chi-square tests at fixed seeds."""
+"""Densities over timesteps, and draws compared with them by chi-square tests at fixed seeds."""
 
 from collections import deque
 
@@ -37,17 +37,17 @@ def test_p2_density_is_the_normalised_weight(gamma, betas):
     np.testing.assert_allclose(p, noise**gamma / np.sum(noise**gamma), rtol=1e-12)
 
 
-def test_p2_density_knows_k():
+def test_p2_density_depends_on_k():
     p = timesteps.p2(LINEAR, 1.0, 3.0)
     np.testing.assert_allclose(p[0] / p[-1], (3 + LINEAR.snr[-1]) / (3 + LINEAR.snr[0]), rtol=1e-12)
 
 
-def test_p2_density_without_gamma_is_uniform():
+def test_p2_density_for_gamma_0_is_uniform():
     torch.testing.assert_close(timesteps.p2(LINEAR, 0.0, 1.0), timesteps.uniform(LINEAR))
 
 
 def log_sigma_edges(schedule: NoiseSchedule) -> np.ndarray:
-    """Midpoints of ln(sigma), and beyond the ends as far again as the last ones lie within. [T + 1]."""
+    """Midpoints between the values of ln(sigma), and the ends, extrapolated by half an interval. [T + 1]."""
     kept = np.cumprod(1 - schedule.betas.numpy())
     x = 0.5 * np.log((1 - kept) / kept)
     middles = (x[1:] + x[:-1]) / 2
@@ -56,7 +56,7 @@ def log_sigma_edges(schedule: NoiseSchedule) -> np.ndarray:
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.7, 0.4), (3.0, 5.0)])
-def test_log_normal_sigma_is_the_normal_mass_around_each_log_sigma(schedule, mean, std):
+def test_log_normal_sigma_is_the_normal_probability_around_each_log_sigma(schedule, mean, std):
     mass = np.diff(stats.norm.cdf(log_sigma_edges(schedule), mean, std))
     np.testing.assert_allclose(
         timesteps.log_normal_sigma(schedule, mean, std), mass / mass.sum(), rtol=1e-9, atol=1e-15
@@ -80,14 +80,14 @@ def test_log_normal_sigma_has_the_moments_of_the_truncated_normal(mean, std):
     middles = (edges[1:] + edges[:-1]) / 2
     expected = stats.truncnorm((edges[0] - mean) / std, (edges[-1] - mean) / std, mean, std)
     first = (p * middles).sum()
-    # Sums over 4,000 intervals stand for integrals.
+    # Sums over 4,000 intervals approximate the integrals.
     assert first == pytest.approx(expected.mean(), abs=1e-3)
     assert (p * (middles - first) ** 2).sum() == pytest.approx(expected.var(), rel=1e-3)
 
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
-def test_logit_normal_is_the_normal_mass_of_the_logit(schedule, mean, std):
+def test_logit_normal_is_the_normal_probability_of_the_logit(schedule, mean, std):
     edges = special.logit(np.arange(schedule.timesteps + 1) / schedule.timesteps)
     expected = np.diff(stats.norm.cdf(edges, mean, std))
     np.testing.assert_allclose(timesteps.logit_normal(schedule, mean, std), expected, rtol=1e-9, atol=1e-15)
@@ -107,7 +107,7 @@ def test_logit_normal_is_the_integral_of_its_published_density(t):
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize(("k", "share"), [(5.0, 0.7), (25.0, 0.5), (0.2, 0.9), (5.0, 1.0)])
-def test_speed_density_is_the_published_one(schedule, k, share):
+def test_speed_density_equals_the_published_formula(schedule, k, share):
     total = schedule.timesteps
     tau = round(share * total)
     expected = [k / (total + tau * (k - 1))] * tau + [1 / (total + tau * (k - 1))] * (total - tau)
@@ -120,7 +120,7 @@ def test_loss_second_moment_starts_uniform(schedule):
     torch.testing.assert_close(p, timesteps.uniform(schedule), rtol=0, atol=0)
 
 
-# Ordinary parameters, and such that most of the mass lies in a few timesteps or far outside the schedule.
+# Usual parameters, and parameters that put most of the probability on few timesteps or outside the schedule.
 PARAMETERS = [
     ("uniform", ()),
     ("loss_second_moment", (10, 0.001)),
@@ -145,7 +145,7 @@ PARAMETERS = [
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS)
-def test_a_density_is_a_probability_of_each_timestep(schedule, name, parameters):
+def test_a_density_gives_probabilities_of_all_timesteps(schedule, name, parameters):
     p = timesteps.DENSITIES[name](schedule, *parameters)
     assert p.shape == (schedule.timesteps,) and p.dtype == torch.float64
     assert (p >= 0).all() and p.sum().item() == pytest.approx(1, abs=1e-12)
@@ -159,14 +159,14 @@ DENSITIES = {
     "log_normal_sigma": timesteps.log_normal_sigma(SMALL, -1.2, 1.2),
     "logit_normal": timesteps.logit_normal(SMALL, 0.5, 0.8),
     "speed": timesteps.speed(SMALL, 5.0, 70),
-    # Mass 0 somewhere, and a shape that P2 cannot have.
+    # Zero at some timesteps, and with a shape that P2 cannot have.
     "two blocks": torch.tensor([0.0] * 20 + [1 / 40] * 20 + [0.0] * 40 + [1 / 40] * 20, dtype=torch.float64),
 }
 EVERY_DENSITY = pytest.mark.parametrize("p", DENSITIES.values(), ids=DENSITIES)
 
 
 def chi_square(drawn: torch.Tensor, p: torch.Tensor) -> float:
-    """p-value of draws against probabilities; timesteps that are expected fewer than 5 times are one cell."""
+    """p-value of draws given probabilities; timesteps expected fewer than 5 times are one cell."""
     counts, expected = np.bincount(drawn, minlength=len(p)), len(drawn) * p.numpy()
     assert counts[expected == 0].sum() == 0
     cells = np.where(expected < 5, 0, np.arange(1, len(p) + 1))
@@ -180,8 +180,8 @@ def test_draws_have_the_density(p):
 
 
 @EVERY_DENSITY
-def test_stratified_draws_have_the_density_at_each_place_of_a_batch(p):
-    # Draws of one batch depend on each other, those of different batches do not.
+def test_stratified_draws_have_the_density_at_each_position_of_a_batch(p):
+    # Draws of one batch are dependent; draws of different batches are independent.
     generator = seeded()
     batches = torch.stack([draw_stratified(p, 4, generator) for _ in range(8_000)])
     for place in range(4):
@@ -191,7 +191,7 @@ def test_stratified_draws_have_the_density_at_each_place_of_a_batch(p):
 @EVERY_DENSITY
 @pytest.mark.parametrize("count", [1, 7, 64, 300])
 def test_stratified_draws_spread_evenly(p, count):
-    """Below every timestep lie the expected number of draws, rounded down or up."""
+    """The number of draws up to any timestep is its expectation, rounded down or up."""
     generator = seeded()
     for _ in range(100):
         below = np.bincount(draw_stratified(p, count, generator), minlength=100).cumsum()
@@ -204,15 +204,15 @@ def test_stratified_batch_means_vary_less(p):
         generator = seeded()
         return np.var([torch.cos(draw(p, 16, generator) / 40).mean().item() for _ in range(500)])
 
-    # It is 1% to 9% of that of independent draws, and 19% where few timesteps hold most of the mass.
+    # Their variance is 1% to 9% of that of independent draws, and 19% if few timesteps have most of the probability.
     assert variance(draw_stratified) < 0.3 * variance(draw_timesteps)
 
 
 @EVERY_DENSITY
-def test_stratified_arms_share_the_offset(p):
-    """The draws of an arm with very many timesteps are u itself, and those of every other arm follow from it."""
+def test_stratified_draws_share_the_offset(p):
+    """For very many timesteps, the draws are u itself; the draws from every other density follow from this u."""
     u = draw_stratified(torch.full((1_000_000,), 1e-6, dtype=torch.float64), 64, seeded(5)).numpy() / 1e6
-    # u_i = (u_0 + i / B) mod 1, known here to a millionth.
+    # u_i = (u_0 + i / B) mod 1, with a precision of 1e-6.
     np.testing.assert_allclose((u - u[0]) % 1, (np.arange(64) / 64) % 1, atol=2e-6)
     drawn = draw_stratified(p, 64, seeded(5)).numpy()
     below, above = (np.searchsorted(p.numpy().cumsum(), u + slack, side="right") for slack in (-2e-6, 2e-6))
@@ -220,7 +220,7 @@ def test_stratified_arms_share_the_offset(p):
 
 
 def test_draws_of_one_batch_are_independent():
-    # Neighbouring draws fill the 10 x 10 table of coarse pairs evenly in proportion.
+    # In a 10 x 10 table of coarse pairs of consecutive draws, rows and columns are independent.
     p = DENSITIES["p2 1"]
     first, second = (draw_timesteps(p, 200_000, seeded()) // 10).view(2, -1)
     table = np.bincount(first * 10 + second, minlength=100).reshape(10, 10)
@@ -228,7 +228,7 @@ def test_draws_of_one_batch_are_independent():
 
 
 @pytest.mark.parametrize(("gamma", "share"), [(0.5, 0.86), (1.0, 0.80)])
-def test_arms_share_as_many_timesteps_as_can_be(gamma, share):
+def test_runs_share_as_many_timesteps_as_possible(gamma, share):
     p, uniform = timesteps.p2(LINEAR, gamma, 1.0), timesteps.uniform(LINEAR)
     equal = draw_timesteps(p, 100_000, seeded()) == draw_timesteps(uniform, 100_000, seeded())
     total_variation = (p - uniform).abs().sum().item() / 2
@@ -241,7 +241,7 @@ BOTH_DRAWS = pytest.mark.parametrize("draw", [draw_timesteps, draw_stratified])
 
 
 @BOTH_DRAWS
-def test_draws_follow_the_generator_alone(draw):
+def test_draws_depend_only_on_the_generator(draw):
     p = timesteps.p2(LINEAR, 0.5, 1.0)
     torch.manual_seed(1)
     one = draw(p, 64, seeded(3))
@@ -260,7 +260,7 @@ def test_draws_are_indices_of_the_timesteps(draw, total, count):
 
 
 def random_batches(total: int, largest: int, batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(timesteps, float32 losses) of batches of 1 to `largest` images; the earlier timesteps come more often."""
+    """(timesteps, float32 losses) of batches of 1 to `largest` images; low timesteps are more frequent."""
     random = np.random.default_rng(0)
     sizes = random.integers(1, largest + 1, batches)
     return [
@@ -273,7 +273,7 @@ def random_batches(total: int, largest: int, batches: int) -> list[tuple[torch.T
 
 
 def by_deques(batches, total, history, uniform) -> np.ndarray:
-    """The density after the batches, by its definition."""
+    """The density after the batches, computed by its definition."""
     kept = [deque(maxlen=history) for _ in range(total)]
     for t, losses in batches:
         for one, loss in zip(t.tolist(), losses.tolist(), strict=True):
@@ -284,19 +284,19 @@ def by_deques(batches, total, history, uniform) -> np.ndarray:
     return (1 - uniform) * rms / rms.sum() + uniform / total
 
 
-def learnt(batches, total, history=10, uniform=0.001) -> torch.Tensor:
+def learned(batches, total, history=10, uniform=0.001) -> torch.Tensor:
     state = LossHistory(total, history, uniform)
     for t, losses in batches:
         state.add(t, losses)
     return state.probabilities()
 
 
-# Batches that repeat a timestep more often than it is remembered, larger and smaller than the number of timesteps.
+# Batches with more losses of a timestep than the history keeps, larger and smaller than the number of timesteps.
 @pytest.mark.parametrize(
     ("total", "largest", "batches", "history", "uniform"),
     [(7, 60, 12, 10, 0.001), (7, 3, 160, 10, 0.001), (30, 8, 200, 3, 0.1), (9, 6, 30, 1, 0.0), (4, 30, 9, 10, 1.0)],
 )
-def test_loss_history_remembers_as_deques_do(total, largest, batches, history, uniform):
+def test_loss_history_keeps_the_same_losses_as_deques(total, largest, batches, history, uniform):
     fed, state, cold = random_batches(total, largest, batches), LossHistory(total, history, uniform), []
     for count, (t, losses) in enumerate(fed, 1):
         state.add(t, losses)
@@ -306,33 +306,33 @@ def test_loss_history_remembers_as_deques_do(total, largest, batches, history, u
         seen = torch.cat([t for t, _ in fed[:count]])
         assert state.counts.tolist() == np.bincount(seen, minlength=total).tolist()
         cold.append(min(state.counts) < history)
-    # Both the uniform start and the learnt density were seen.
+    # Both the uniform and the learned density occurred.
     assert cold[0] and not cold[-1]
 
 
 def test_loss_history_stays_uniform_until_the_last_timestep_is_full():
     t = torch.arange(3).repeat(10)
     losses = torch.arange(30.0) + 1
-    torch.testing.assert_close(learnt([(t[:-1], losses[:-1])], 3), torch.full((3,), 1 / 3, dtype=torch.float64))
-    assert learnt([(t, losses)], 3).diff().min() > 0
+    torch.testing.assert_close(learned([(t[:-1], losses[:-1])], 3), torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert learned([(t, losses)], 3).diff().min() > 0
 
 
-def test_loss_history_knows_the_order_within_a_batch():
-    # Ten losses of timestep 0 follow ten others, which they replace.
+def test_loss_history_keeps_the_last_losses_of_a_batch():
+    # The last ten losses of timestep 0 replace the first ten.
     t = torch.tensor([0] * 20 + [1] * 10)
     losses = torch.tensor([9.0] * 10 + [1.0] * 10 + [1.0] * 10)
-    np.testing.assert_allclose(learnt([(t, losses)], 2), [0.5, 0.5], rtol=1e-12)
-    np.testing.assert_allclose(learnt([(t.flip(0), losses.flip(0))], 2), [0.8996, 0.1004], rtol=1e-12)
+    np.testing.assert_allclose(learned([(t, losses)], 2), [0.5, 0.5], rtol=1e-12)
+    np.testing.assert_allclose(learned([(t.flip(0), losses.flip(0))], 2), [0.8996, 0.1004], rtol=1e-12)
 
 
 def test_loss_history_keeps_the_proportions_of_tiny_losses():
-    # Their squares would vanish in float32.
+    # Their squares underflow in float32.
     fed = random_batches(5, 60, 10)
     tiny = [(t, losses * 1e-30) for t, losses in fed]
-    torch.testing.assert_close(learnt(tiny, 5), learnt(fed, 5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(learned(tiny, 5), learned(fed, 5), rtol=1e-6, atol=0)
 
 
 def test_loss_history_mixes_in_a_thousandth_of_the_uniform_density():
-    # Timestep 0 has no loss at all.
+    # All losses of timestep 0 are zero.
     t, losses = torch.arange(4).repeat(10), torch.tensor([0.0, 1.0, 1.0, 2.0]).repeat(10)
-    np.testing.assert_allclose(learnt([(t, losses)], 4), 0.999 * np.array([0, 1, 1, 2]) / 4 + 0.001 / 4, rtol=1e-12)
+    np.testing.assert_allclose(learned([(t, losses)], 4), 0.999 * np.array([0, 1, 1, 2]) / 4 + 0.001 / 4, rtol=1e-12)

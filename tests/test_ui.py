@@ -1,6 +1,6 @@
-"""MLflow's UI on a finished study, as a person sees it: a real server, a real Chromium.
+"""MLflow's UI for a finished study, with a real server and a real Chromium.
 
-The screenshots lie where pytest keeps its temporary files (`--basetemp`): look at them after a change.
+The screenshots are stored in pytest's temporary directory (`--basetemp`): look at them after a change.
 """
 
 import os
@@ -16,6 +16,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from convergence.analysis.verdict import read_verdict
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -23,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium"),
 ]
 FD = "eval/fd efficientnet-lite0"
-# No sandbox: tests may run as root. No look-ups of its own.
+# No sandbox, because tests may run as root; no network access of the browser itself.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--disable-quic", "--no-first-run"]
 # MLflow opens its assistant on the first visit.
@@ -32,7 +34,7 @@ NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad
 
 @pytest.fixture(scope="module")
 def server(finished):
-    """The address of `make ui` on the store of the finished study."""
+    """The address of a server like that of `make ui`, on the store of the finished study."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,7 +69,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, server, tmp_path):
-    """A first visit."""
+    """A page of a browser without history."""
     context = browser.new_context(base_url=server, viewport={"width": 1600, "height": 1000})
     context.add_init_script(NO_ASSISTANT)
     page = context.new_page()
@@ -77,7 +79,7 @@ def page(browser, server, tmp_path):
 
 
 def open_runs(page):
-    """From the list of experiments to the table of runs, as a person goes."""
+    """Opens the table of runs from the list of experiments, by clicks."""
     page.goto("/")
     page.get_by_text("Model training", exact=True).click()
     page.get_by_role("link", name="Experiments").first.click()
@@ -93,13 +95,13 @@ def open_arms(page):
 
 
 def answer(finished):
-    (text,) = re.findall(r"^\*\*Answer\.\*\* (.*?) in FD", (finished / "reports/verdict.md").read_text(), re.M)
-    return text.replace("*", "").replace("`", "")
+    """The first words of the answer, up to the name of the metric."""
+    return read_verdict(finished / "reports/openmoji/verdict.json").answer.split(" in FD")[0]
 
 
 def means(finished):
-    """Mean over seeds of the newest distance: arm -> value."""
-    table = pd.read_csv(finished / "reports/metrics.csv")
+    """Arm -> mean over seeds of the FD at the last checkpoint."""
+    table = pd.read_csv(finished / "reports/openmoji/metrics.csv")
     newest = table[(table["metric"] == "fd") & (table["images"] == table["images"].max())]
     return newest.groupby("arm")["value"].mean().sort_values()
 
@@ -110,7 +112,7 @@ def test_the_experiments_and_their_answers_are_listed(page, finished):
     assert answer(finished) in row.inner_text()
 
 
-def test_the_table_of_runs_tells_names_dataset_and_which_arm_is_ahead(page, finished, tmp_path):
+def test_the_table_of_runs_shows_names_dataset_and_the_best_arm(page, finished, tmp_path):
     open_runs(page)
     assert page.get_by_text(answer(finished)).first.is_visible()
     page.locator(".ag-row button, .ag-row [role=button]").first.click()
@@ -119,17 +121,17 @@ def test_the_table_of_runs_tells_names_dataset_and_which_arm_is_ahead(page, fini
     assert page.get_by_text(re.compile("^openmoji-[0-9a-f]{8} ")).count() >= 4
     page.screenshot(path=tmp_path / "runs.png")
     open_arms(page)
-    told = {}
+    shown = {}
     for row in page.locator(".ag-row").filter(has_text="Group:").all():
         index = row.get_attribute("row-index")
         mean = page.locator(f".ag-row[row-index='{index}'] [col-id*='{FD}']").inner_text()
-        told[int(index)] = re.search(r"Group: (\w+)", row.inner_text())[1], float(re.match(r"[\d.]+", mean)[0])
-    # The best one first.
-    assert [told[index][0] for index in sorted(told)] == list(means(finished).index)
-    assert dict(told.values()) == pytest.approx(dict(means(finished)), rel=1e-5)
+        shown[int(index)] = re.search(r"Group: (\w+)", row.inner_text())[1], float(re.match(r"[\d.]+", mean)[0])
+    # The best arm is first.
+    assert [shown[index][0] for index in sorted(shown)] == list(means(finished).index)
+    assert dict(shown.values()) == pytest.approx(dict(means(finished)), rel=1e-5)
 
 
-def test_charts_are_against_images_seen_and_compare_arms(page, finished):
+def test_charts_have_training_images_as_x_axis_and_compare_arms(page, finished):
     open_arms(page)
     page.goto(page.url + "&compareRunsMode=CHART")
     card = page.locator("[data-testid=experiment-view-compare-runs-card]").filter(has_text=FD).first
@@ -148,9 +150,9 @@ def test_a_run_shows_its_parameters_its_dataset_and_its_samples(page):
     page.get_by_role("link", name="under05 seed 0", exact=True).click()
     page.get_by_role("heading", name="under05 seed 0").wait_for()
     table = page.get_by_role("table").filter(has_text="dataset.image_size")
-    told = table.first.inner_text()
+    text = table.first.inner_text()
     for parameter in (r"arm\s+under05", r"seed\s+0", r"timesteps\s+p2 \(gamma 0\.5, k 1\)", r"train\.batch_size\s+8"):
-        assert re.search(parameter, told), parameter
+        assert re.search(parameter, text), parameter
     assert page.get_by_text(re.compile("^openmoji-[0-9a-f]{8} ")).first.is_visible()
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("images", exact=True).click()
@@ -163,7 +165,7 @@ def test_figures_and_the_verdict_open(page, finished):
     page.get_by_role("link", name="openmoji").last.click()
     page.get_by_text("Does under05 converge in fewer training images than uni05?").wait_for()
     page.get_by_role("tab", name="Artifacts").click()
-    names = [path.name for path in (finished / "reports").glob("*.png")]
+    names = [path.name for path in (finished / "reports/openmoji").glob("*.png")]
     assert len(names) == 5
     for name in names:
         page.get_by_text(name, exact=True).first.click()
@@ -174,8 +176,8 @@ def test_figures_and_the_verdict_open(page, finished):
 
 
 def shown_width(page):
-    """Pixels across of the picture that is shown."""
-    picture = page.locator(".image-outer-container img, img[src^='blob:'], img[src*='artifact']").first
-    picture.wait_for()
-    page.wait_for_function("picture => picture.complete && picture.naturalWidth > 0", arg=picture.element_handle())
-    return picture.evaluate("picture => picture.naturalWidth")
+    """Width in pixels of the image that is shown."""
+    image = page.locator(".image-outer-container img, img[src^='blob:'], img[src*='artifact']").first
+    image.wait_for()
+    page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=image.element_handle())
+    return image.evaluate("image => image.naturalWidth")

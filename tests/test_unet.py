@@ -1,4 +1,4 @@
-"""The network beyond its golden values: shapes, the start as identity, blocks against plain formulas."""
+"""The U-Net: shapes, initial values, and blocks compared with plain formulas (golden values: test_golden.py)."""
 
 import math
 
@@ -35,7 +35,7 @@ def unet(**changes: object) -> UNet:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """The module with every parameter normal: the zeroed layers hide what lies behind them."""
+    """The module with normal parameters: with zeroed layers, the output does not depend on the layers before them."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -82,7 +82,7 @@ def test_fixed_variance_has_three_channels():
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @torch.no_grad()
-def test_images_of_a_batch_do_not_meet(changes):
+def test_images_of_a_batch_are_independent(changes):
     net = randomised(unet(**changes))
     x, t, order = (
         images(3, changes.get("image_size", 16)),
@@ -96,20 +96,20 @@ def test_images_of_a_batch_do_not_meet(changes):
 
 @pytest.mark.parametrize("scale_shift_norm", [True, False])
 @torch.no_grad()
-def test_timestep_matters(scale_shift_norm):
+def test_output_depends_on_the_timestep(scale_shift_norm):
     net, x = randomised(unet(scale_shift_norm=scale_shift_norm)), images(1, 16)
     ys = torch.cat([net(x, torch.tensor([t])) for t in (0, 1, 500, 999)])
     differences = (ys[:, None] - ys[None]).abs().amax((2, 3, 4))
     assert (differences + torch.eye(4) > 1e-4).all()
 
 
-def test_every_parameter_is_trained():
+def test_every_parameter_has_a_gradient():
     net = randomised(unet(attention_resolutions=(16, 8)))
     net(images(2, 16), torch.tensor([3, 871])).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_initial_blocks_are_their_skips():
+def test_initial_blocks_equal_their_skip_connections():
     net = unet(attention_resolutions=(16, 8))
     weights = ((name, p) for name, p in net.named_parameters() if name.endswith("weight"))
     zero = {name for name, weight in weights if not weight.any()}
@@ -123,7 +123,7 @@ def test_initial_blocks_are_their_skips():
 
 @pytest.mark.parametrize("scale_shift_norm", [True, False])
 @torch.no_grad()
-def test_residual_blocks_start_as_resampling(scale_shift_norm):
+def test_initial_residual_blocks_only_resample(scale_shift_norm):
     x, embedding = images(2, 8, 32), torch.randn(2, 128, generator=torch.Generator().manual_seed(3))
 
     def start(resample: nn.Module | None) -> Tensor:
@@ -136,7 +136,7 @@ def test_residual_blocks_start_as_resampling(scale_shift_norm):
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group normalisation of [B, C, H, W], group by group."""
+    """Group norm of [B, C, H, W], computed group by group."""
     groups = x.view(len(x), norm.num_groups, -1)
     centred = groups - groups.mean(2, keepdim=True)
     whitened = (centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()).view_as(x)
@@ -169,13 +169,13 @@ def test_timestep_is_added_before_the_second_norm():
 @torch.no_grad()
 def test_attention_is_a_softmax_over_pixels(heads):
     block = randomised(AttentionBlock(64, heads)).double()
-    block.qkv.weight.mul_(20)  # otherwise every pixel attends to all alike
+    block.qkv.weight.mul_(20)  # otherwise the attention weights are almost uniform
     x = images(2, 4, 64).double()
     qkv = torch.einsum("oc,bchw->bohw", block.qkv.weight[:, :, 0], normalised(x, block.norm))
     qkv = (qkv + block.qkv.bias.view(-1, 1, 1)).flatten(2)
     attended, width = torch.zeros(2, 64, 16, dtype=torch.float64), 64 // heads
     for head in range(heads):
-        # Heads lie outermost: q, k, v of one head follow each other.
+        # Channels of qkv are ordered by head, then q, k, v.
         q, k, v = qkv[:, 3 * width * head : 3 * width * (head + 1)].split(width, dim=1)
         for image in range(2):
             for pixel in range(16):
@@ -209,26 +209,26 @@ def legacy_attention(block: AttentionBlock, x: Tensor, heads: int) -> Tensor:
     ids=str,
 )
 @torch.no_grad()
-def test_attention_of_every_level_has_the_heads_asked_for(setting, heads):
+def test_attention_of_every_level_has_the_given_heads(setting, heads):
     net = randomised(unet(channel_mult=(1, 2, 4), attention_resolutions=(16, 8), **setting)).double()
-    met = []
+    widths = []
 
     def compare(block: AttentionBlock, arguments: tuple[Tensor], output: Tensor) -> None:
-        met.append((x := arguments[0]).shape[1])
+        widths.append((x := arguments[0]).shape[1])
         torch.testing.assert_close(output, legacy_attention(block, x, heads[x.shape[1]]))
 
     for module in net.modules():
         if isinstance(module, AttentionBlock):
-            module.qkv.weight.mul_(20)  # otherwise every pixel attends to all alike
+            module.qkv.weight.mul_(20)  # otherwise the attention weights are almost uniform
             module.register_forward_hook(compare)
     net(images(2, 16).double(), torch.tensor([3, 871]))
-    assert met == [32, 64, 128, 64, 64, 32, 32]
+    assert widths == [32, 64, 128, 64, 64, 32, 32]
 
 
-def test_attention_is_where_it_is_asked_for():
+def test_attention_is_at_the_given_resolutions():
     net = unet(image_size=32, channel_mult=(1, 1, 2), res_blocks=2, attention_resolutions=(16,), head_channels=32)
     attended = {name for name, module in net.named_modules() if isinstance(module, AttentionBlock)}
-    # Down: 32, 32, 32, halve, then 16, 16 (4 and 5); up: 8, 8, 8 (0 to 2), then 16, 16, 16 (3 to 5).
+    # Input blocks 4 and 5 and output blocks 3 to 5 have 16 x 16 pixels.
     blocks = {f"input_blocks.{i}.1" for i in (4, 5)} | {f"output_blocks.{i}.1" for i in (3, 4, 5)}
     assert attended == blocks | {"middle_block.1"}
     assert {net.get_submodule(name).heads for name in blocks} == {1}
@@ -244,7 +244,7 @@ def test_convolutional_resampling_has_the_published_names():
 @torch.no_grad()
 def test_convolutional_resampling_halves_and_doubles():
     down, up, x = Downsample(32), Upsample(32), images(1, 8, 32)
-    # Stride 2 keeps the even positions of the same convolution without stride.
+    # A convolution of stride 2 gives the even positions of the same convolution with stride 1.
     everywhere = nn.functional.conv2d(x, down.op.weight, down.op.bias, padding=1)
     torch.testing.assert_close(down(x), everywhere[:, :, ::2, ::2], rtol=1e-4, atol=1e-5)
     repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -253,7 +253,7 @@ def test_convolutional_resampling_halves_and_doubles():
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_only_in_training():
     net, x, t = randomised(unet(dropout=0.5)), images(1, 16), torch.tensor([5])
     torch.testing.assert_close(net(x, t), net(x, t), rtol=0, atol=0)
     net.train()

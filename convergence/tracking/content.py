@@ -34,8 +34,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def finite_number(cell: str | None) -> float | None:
     """Returns the number in a cell, or None if the cell is missing, empty, NaN or infinite."""
     try:
-        value = float(cell)
-    except (TypeError, ValueError):
+        value = float(cell or "nan")
+    except ValueError:
         return None
     return value if math.isfinite(value) else None
 
@@ -103,7 +103,8 @@ def provenance_tags(provenance: dict[str, Any], directory: Path) -> dict[str, st
     """
     names = ("git_commit", "git_dirty", "host", "device", "config_hash", "source_hash", "tables_hash", "diverged")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
-    tags = {name: _text(provenance.get(name)) for name in names}
+    values = {name: provenance.get(name) for name in names}
+    tags = {name: None if value is None else _text(value) for name, value in values.items()}
     return tags | {"versions": versions, "checkpoint": (directory / "weights.safetensors").as_posix()}
 
 
@@ -187,5 +188,5 @@ def _describe(choice: Choice) -> str:
     return f"{name} ({inner})" if inner else name
 
 
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

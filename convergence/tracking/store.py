@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -237,7 +238,7 @@ class Study:
         set_status(run.id, status)
         run.status = status
 
-    def _set_tags(self, run: StoredRun, tags: dict[str, str | None]) -> None:
+    def _set_tags(self, run: StoredRun, tags: Mapping[str, str | None]) -> None:
         for name in [name for name, value in tags.items() if value is None and name in run.tags]:
             self.client.delete_tag(run.id, name)
             del run.tags[name]
