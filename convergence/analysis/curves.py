@@ -70,7 +70,12 @@ def time_to_threshold(
 def log_speedup(
     baseline: tuple[np.ndarray, np.ndarray], candidate: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bounds (low, high) of log(time of the baseline / time of the candidate) from the bounds of both times."""
+    """Returns bounds (low, high) of log(time of the baseline / time of the candidate).
+
+    Args:
+        baseline: bounds (low, high) of its times, each [...].
+        candidate: the same for the candidate.
+    """
     with np.errstate(divide="ignore"):
         base_low, base_high, cand_low, cand_high = np.log([*baseline, *candidate])
     return base_low - cand_high, base_high - cand_low
@@ -94,5 +99,5 @@ def to_level(values: Values, metric: str, scale: str) -> Values:
 
 
 def from_level(levels: np.ndarray, metric: str, scale: str) -> np.ndarray:
-    """Converts levels back to values of the metric."""
+    """Converts levels [...] back to values of the metric."""
     return np.exp(levels) if scale == "log" else to_level(levels, metric, scale)
