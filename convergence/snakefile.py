@@ -233,7 +233,7 @@ def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experime
     if not files or not TRACKING[config.get("tracking", "on")]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "convergence.tracking.follow", "follow", "--parent-pid", str(os.getpid()), *files]
+    command = [sys.executable, "-m", "convergence.tracking.follow", "--parent-pid", str(os.getpid()), *files]
     with (layout.RESULTS / "tracking.log").open("a") as log:
         # In a session of its own it does not receive Ctrl-C, so it can report how the jobs ended.
         _tracker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True)

@@ -142,7 +142,7 @@ TABLE = {
     "match to an unknown arm": (
         DRY_RUN,
         study(arms={"a": {"timesteps": P2, "match": "b"}}),
-        ["arms.a.match", "no other arm"],
+        ["arms.a.match", "another arm"],
     ),
     "steps in disorder": (DRY_RUN, study(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
     "size that cannot be halved": (DRY_RUN, study(dataset={"image_size": 15}), ["cannot be halved", "multiple of 2"]),
@@ -180,7 +180,7 @@ TABLE = {
     "published checkpoint of unknown size": ([*SAMPLE, "evil.pt"], pickled, ["--image-size"]),
     # environment
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
-    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["'vgg' is no feature extractor"]),
+    "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["evaluate.features", "'vgg': choose from"]),
     # command line
     "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
