@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from projects import REPORT, copy_project, edit, jobs, reduce, snakemake
 from test_extractors import write_random_inception
 
@@ -17,8 +16,6 @@ from convergence.figures.curves import fid_curves
 from convergence.schema import Evaluate, Experiment
 from convergence.tables import collect, of_checkpoint, read_table, write_table
 from diffusion.config import OpenMoji
-from diffusion.data.arrays import split
-from diffusion.data.batches import Batches
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 
 
@@ -84,14 +81,6 @@ def test_held_out_images_change_runs_and_references_but_not_the_dataset():
         return Experiment(**study, checkpoints=[1], seeds=[0], arms={"uniform": {}}).run("uniform").hash8
 
     assert run_hash(whole) == "78a7466c" != run_hash(part)
-
-
-def test_batches_of_training_contain_no_held_out_image():
-    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
-    indices, held_out = split(50, 20)
-    batch = Batches(images, 30, lambda epoch: torch.randperm(30), "cpu", indices)[0].numpy()
-    assert len(np.unique(batch, axis=0)) == 30
-    assert not (batch[:, None] == images[held_out]).all((2, 3, 4)).any()
 
 
 def test_unequal_numbers_of_samples_are_refused(tmp_path):

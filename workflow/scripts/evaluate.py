@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from convergence.jobs import job, use_torch
 from convergence.schema import Evaluate
 from convergence.tables import of_checkpoint, write_table
@@ -11,7 +9,7 @@ from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
 from diffusion.evaluation.extractors import extract_features, load_extractor
 from diffusion.evaluation.reference import evaluate, load_reference, reference_key
-from diffusion.files import atomic_write, read_json
+from diffusion.files import read_json, save_npy
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
@@ -26,8 +24,7 @@ with job(snakemake):
     del checkpoint  # the extractors need its memory
     preview(samples, Path(output.preview))
     for path in output.samples:
-        with atomic_write(Path(path)) as file:
-            np.save(file, samples)
+        save_npy(Path(path), samples)
 
     rows = []
     for name, path in zip(settings.features, input.references, strict=True):
