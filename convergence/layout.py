@@ -1,11 +1,14 @@
 """Paths of studies and results, relative to the directory in which Snakemake runs."""
 
 import hashlib
+import shlex
 from pathlib import Path
 
 from convergence.schema import Evaluate, Experiment
 from diffusion.config import Dataset, RunConfig
 
+# The clone that this code belongs to.
+ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = Path("experiments")
 RESULTS = Path("results")
 DATASETS = RESULTS / "datasets"
@@ -14,6 +17,7 @@ REPORTS = Path("reports")
 # Shows the curves of the selected studies together.
 FIGURE = REPORTS / "fid_curves.png"
 FRONT_PAGE = REPORTS / "pages/front.rst"
+HTML_REPORT = REPORTS / "report.html"
 # Directories with the wildcards of the Snakemake rules.
 DATASET = DATASETS / "{dataset}"
 STEP = RESULTS / "{study}/{arm}/seed{seed}/step{step}"
@@ -63,6 +67,12 @@ def report_directory(study: str) -> Path:
 def study_file(study: str) -> Path:
     """File with the settings of one study: `experiments/<study>.yaml`."""
     return EXPERIMENTS / f"{study}.yaml"
+
+
+def snakemake_command(*arguments: str) -> str:
+    """Returns a Snakemake command line for the working directory, with the options it needs outside the clone."""
+    outside = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(Path.cwd())]
+    return shlex.join(["snakemake", *(outside if Path.cwd() != ROOT else []), *arguments])
 
 
 def checkpoints(experiment: Experiment) -> list[tuple[str, int, int, Path]]:

@@ -218,7 +218,7 @@ class Experiment(Section):
     """Data-parallel processes per training run, with one GPU each (on a CPU: `train.threads` threads each)."""
 
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
-    RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references"}
+    RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references", "pages", "published"}
 
     @field_validator("seeds")
     @classmethod

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -259,17 +258,14 @@ def stop_tracking(experiments: Iterable[str]) -> list[str]:
         return []
 
 
-def print_results(
-    experiments: Mapping[str, Experiment], outputs: Collection[Path], tracked: list[str], root: Path
-) -> None:
+def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked: list[str]) -> None:
     """Print the last lines of a run: the answer of each study, its files, and the commands that show more.
 
     Args:
-        experiments: the selected studies.
+        experiments: names of the selected studies.
         outputs: files of all jobs of this call, including jobs whose files were up to date. Other files are not named:
             they may be of another call.
         tracked: result of `stop_tracking`.
-        root: directory of the Snakefile.
     """
     from convergence.analysis.verdict import read_verdict  # slow to import, and not needed before the end
 
@@ -282,30 +278,30 @@ def print_results(
     if layout.FIGURE in outputs:
         lines += ["", f"The figure: {layout.FIGURE.resolve()}"]
     if lines:
-        lines += ["", f"All results in one page: `{report_command(experiments, root)}`"]
+        lines += ["", f"All results in one page: `{report_command(experiments)}`"]
     if tracked:
-        lines += [f"In MLflow: {_mlflow_command(root)}open", *(f"  {line}" for line in tracked)]
+        lines += [f"In MLflow: {_mlflow_command()}open", *(f"  {line}" for line in tracked)]
     if lines:
         print("\n" + "\n".join(lines) + "\n", file=sys.stderr)
 
 
-def report_command(experiments: Iterable[str], root: Path) -> str:
+def report_command(experiments: Iterable[str]) -> str:
     """Returns the command that writes `reports/report.html` for these studies: with make where the Makefile is."""
-    studies = f"experiments={','.join(experiments)}"
-    if Path.cwd() == root:
-        return f"make report {studies.replace('experiments', 'EXPERIMENTS')}"
-    snakemake = ["snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(Path.cwd())]
-    stylesheet = str(root / "workflow/report/report.css")
-    run = [*snakemake, "--cores", "all", "--config", studies]
-    report = [*snakemake, "--report", "reports/report.html", "--report-stylesheet", stylesheet, "--config", studies]
-    return f"{shlex.join(run)} && {shlex.join(report)}"
+    studies = ",".join(experiments)
+    if Path.cwd() == layout.ROOT:
+        return f"make report EXPERIMENTS={studies}"
+    config = ["--config", f"experiments={studies}"]
+    stylesheet = str(layout.ROOT / "workflow/report/report.css")
+    run = layout.snakemake_command("--cores", "all", *config)
+    report = layout.snakemake_command("--report", str(layout.HTML_REPORT), "--report-stylesheet", stylesheet, *config)
+    return f"{run} && {report}"
 
 
-def _mlflow_command(root: Path) -> str:
+def _mlflow_command() -> str:
     """The command that serves MLflow's store, if that is a database of this directory."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return ""
-    if Path.cwd() == root:
+    if Path.cwd() == layout.ROOT:
         return "`make ui`, then "
     return f"`mlflow server --backend-store-uri sqlite:///{Path.cwd()}/mlflow.db`, then "
 

@@ -149,6 +149,7 @@ TABLE = {
     "comparison with an unknown arm": (DRY_RUN, study(compare={"baseline": "b"}), ["compare: b is not among the arms"]),
     "more bins than timesteps": (DRY_RUN, study(probe={"bins": 2000}), ["probe.bins", "lower it"]),
     "another name": (DRY_RUN, study(name="good"), ["name is good", "make them equal"]),
+    "the name of another directory": (DRY_RUN, study(name="published"), ["name: ", "choose another"]),
     "a path for a name": (DRY_RUN, study(name="../bad"), ["name: write small letters"]),
     # data
     "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),

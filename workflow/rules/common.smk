@@ -12,7 +12,6 @@ from convergence.provenance import stale_runs
 from convergence.schema import Evaluate
 from diffusion.errors import InputError
 
-ROOT = Path(workflow.basedir)
 snakefile.set_environment(workflow.basedir)
 snakefile.quiet_output()
 try:
@@ -56,7 +55,7 @@ onstart:
 onsuccess:
     tracked = snakefile.stop_tracking(EXPERIMENTS)
     snakefile.print_warnings(EXPERIMENTS.values())
-    snakefile.print_results(EXPERIMENTS, outputs_of_this_call(), tracked, ROOT)
+    snakefile.print_results(EXPERIMENTS, outputs_of_this_call(), tracked)
 
 
 onerror:

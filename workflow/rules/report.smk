@@ -162,6 +162,8 @@ rule fid_curves:
         layout.RESULTS / "fid_curves.log",
     conda:
         "../../environment.yml"
+    params:
+        external={study: str(path) for study in EXPERIMENTS for path in external_curves(study)},
     message:
         "Draw the curves of all selected studies"
     script:
@@ -221,7 +223,7 @@ rule front:
     conda:
         "../../environment.yml"
     params:
-        introduction=(ROOT / "workflow/report/front.rst").read_text(encoding="utf-8"),
+        introduction=(layout.ROOT / "workflow/report/front.rst").read_text(encoding="utf-8"),
     message:
         "Write the front page of the report"
     script:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from convergence.jobs import job, use_torch
 from convergence.schema import Evaluate
 from convergence.tables import of_checkpoint, write_table
@@ -11,26 +9,25 @@ from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
 from diffusion.evaluation.extractors import extract_features, load_extractor
 from diffusion.evaluation.reference import evaluate, load_reference, reference_key
-from diffusion.files import atomic_write, read_json
+from diffusion.files import read_json, save_npy
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
-    input, output = snakemake.input, snakemake.output
+    inputs, output = snakemake.input, snakemake.output
     sample = Sample.model_validate_json(snakemake.params.sample)
     settings = Evaluate.model_validate_json(snakemake.params.evaluate)
-    provenance = read_json(Path(input.provenance))
-    dataset = read_json(Path(input.manifest))
+    provenance = read_json(Path(inputs.provenance))
+    dataset = read_json(Path(inputs.manifest))
 
-    checkpoint = load_checkpoint(Path(input.weights), device, provenance.get("sha256"))
+    checkpoint = load_checkpoint(Path(inputs.weights), device, provenance.get("sha256"))
     samples = sample_checkpoint(checkpoint, sample, device)
     del checkpoint  # the extractors need its memory
     preview(samples, Path(output.preview))
     for path in output.samples:
-        with atomic_write(Path(path)) as file:
-            np.save(file, samples)
+        save_npy(Path(path), samples)
 
     rows = []
-    for name, path in zip(settings.features, input.references, strict=True):
+    for name, path in zip(settings.features, inputs.references, strict=True):
         weights = settings.weights.get(name)
         extractor = load_extractor(name, device, *(weights.path, weights.sha256) if weights else ())
         key = reference_key(
