@@ -1,12 +1,15 @@
+"""`convergence budget`: its numbers against the published study and Snakemake's own count of jobs."""
+
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import main
 from projects import ROOT, copy_project, edit, snakemake
 
-from convergence.command import budget
-from convergence.command.budget import Rates
+from convergence.command.budget import Rates, budget
 from convergence.study_file import load_experiment
 
 # The recipe of the published study on FFHQ at 128 pixels: 98,621,958 parameters, 25.6 million images a run.
@@ -37,65 +40,66 @@ def ffhq(tmp_path, monkeypatch):
 
 
 def test_the_published_study_has_its_known_size(ffhq):
-    found = budget.budget(ffhq, Rates(240.5, 23.6), at_once=2)
-    assert (found.runs, found.checkpoints, found.images, found.samples) == (2, 20, 2 * 25_600_000, 20 * 10_000)
-    assert found.train_hours == pytest.approx(2 * 25.6e6 / 240.5 / 3600) and 59 < found.train_hours < 60
-    assert found.sample_hours == pytest.approx(200_000 / 23.6 / 3600)
-    weights, state, samples = 4 * 98_621_958, 16 * 98_621_958, 10_000 * 3 * 128**2
+    estimate = budget(ffhq, Rates(240.5, 23.6), at_once=2)
+    assert (estimate.runs, estimate.checkpoints) == (2, 20)
+    assert (estimate.images, estimate.samples) == (2 * 25_600_000, 20 * 10_000)
+    assert estimate.train_hours == pytest.approx(2 * 25.6e6 / 240.5 / 3600) and 59 < estimate.train_hours < 60
+    assert estimate.sample_hours == pytest.approx(200_000 / 23.6 / 3600)
+    weights, state = 4 * 98_621_958, 16 * 98_621_958
     dataset = 70 * 3 * 128**2 + 70 * 2048 * 4
-    assert found.kept == 20 * weights + 2 * 2 * state + dataset
-    assert found.peak == found.kept + 2 * (state + samples)
+    assert estimate.kept == 20 * weights + 2 * 2 * state + dataset
+    assert estimate.peak == estimate.kept + 2 * state
 
 
 def test_kept_samples_and_more_seeds_count(ffhq):
-    one = budget.budget(ffhq, Rates(100, 10), at_once=1)
+    one = budget(ffhq, Rates(100, 10), at_once=1)
     kept = ffhq.model_copy(update={"sample": ffhq.sample.model_copy(update={"keep": True})})
-    assert budget.budget(kept, Rates(100, 10), 1).kept - one.kept == 20 * 10_000 * 3 * 128**2
-    three = budget.budget(ffhq.model_copy(update={"seeds": (0, 1, 2)}), Rates(100, 10), 1)
+    assert budget(kept, Rates(100, 10), 1).kept - one.kept == 20 * 10_000 * 3 * 128**2
+    three = budget(ffhq.model_copy(update={"seeds": (0, 1, 2)}), Rates(100, 10), 1)
     assert (three.runs, three.images, three.train_hours) == (6, 3 * one.images, pytest.approx(3 * one.train_hours))
 
 
 @pytest.mark.parametrize(
     "change", [lambda s: None, lambda s: s.update(probe=None, checkpoints=[4, 9], seeds=[0, 1, 2])]
 )
-def test_it_counts_the_jobs_that_snakemake_counts(tmp_path, change):
+def test_the_number_of_jobs_is_that_of_snakemake(tmp_path, change):
     project = copy_project(tmp_path / "study")
     edit(project, change)
     done = snakemake(project, "--dry-run", target="all")
     counts = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M))
-    of_all_studies = ("metrics", "mechanism", "verdict", "figures", "pages", "all")
     experiment = load_experiment(project / "experiments/openmoji.yaml")
-    expected = int(counts["total"]) - sum(int(counts[name]) for name in of_all_studies)
-    assert budget.budget(experiment, Rates(1, 1), 1).jobs == expected
+    # These jobs are shared by the selected studies.
+    expected = int(counts["total"]) - sum(int(counts[name]) for name in ("fid_curves", "front", "all"))
+    assert budget(experiment, Rates(1, 1), 1).jobs == expected
 
 
-def test_the_command_adds_studies_up_and_measures_what_it_is_not_told(ffhq, capsys, caplog):
+def test_the_command_sums_studies_and_measures_missing_rates(ffhq, capsys, caplog):
     given = ["--train-rate", "240.5", "--sample-rate", "23.6"]
-    budget.main(["ffhq", *given])
+    main(["budget", "ffhq", *given])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ffhq"))
-    assert "| 2 | 20 | 51,200,000 | 200,000 | 59.1 | 2.4 | 83 |" in line
-    (budget.Path("experiments") / "openmoji.yaml").write_text((ROOT / "experiments/openmoji.yaml").read_text())
-    budget.main(["openmoji", "ffhq", *given])
+    assert "| 2 | 20 | 51,200,000 | 200,000 | 59.1 | 2.4 | 67 |" in line
+    Path("experiments/openmoji.yaml").write_text((ROOT / "experiments/openmoji.yaml").read_text())
+    main(["budget", "openmoji", "ffhq", *given])
     assert "| all | 6 | 36 |" in capsys.readouterr().out
     with caplog.at_level("INFO"):
-        budget.main(["openmoji"])
-    assert "openmoji: measured here (cpu, 32 at once)" in caplog.text
+        main(["budget", "openmoji"])
+    assert "openmoji: measured on this machine (cpu, batch size 32)" in caplog.text
     hours = float(next(line for line in capsys.readouterr().out.splitlines() if "openmoji" in line).split("|")[6])
     assert 0 <= hours < 10
 
 
 @pytest.mark.parametrize("option", ["--train-rate", "--sample-rate", "--jobs"])
-def test_rates_of_nothing_are_refused(ffhq, option):
-    with pytest.raises(SystemExit, match=f"{option} is 0: give a number above 0"):
-        budget.main(["ffhq", option, "0"])
+def test_rates_must_be_positive(ffhq, option, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["budget", "ffhq", option, "0"])
+    assert end.value.code == 2 and f"Invalid value for '{option}'" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_the_gpu_is_told(ffhq, monkeypatch):
+def test_the_message_for_a_batch_that_does_not_fit_the_gpu_names_the_key(ffhq, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("diffusion.training.state.TrainState", full)
-    with pytest.raises(
-        SystemExit, match=r"^ffhq: a batch of 1 does not fit .* lower train.micro_batch, or give --train-rate"
-    ):
-        budget.main(["ffhq"])
+    message = r"^ffhq: a batch of 1 does not fit .* lower train.micro_batch, or give --train-rate"
+    with pytest.raises(SystemExit, match=message):
+        main(["budget", "ffhq"])

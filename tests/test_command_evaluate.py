@@ -1,12 +1,11 @@
-"""`evaluate`, the verb: folders, zips and arrays of images, as its user meets them."""
+"""`convergence evaluate` on folders, zip files and arrays of images."""
 
-import argparse
 import re
 import zipfile
 
 import numpy as np
 import pytest
-from convergence.command.images import _add_evaluate
+from commands import main
 from made import scenes
 from PIL import Image
 from test_extractors import write_random_inception
@@ -16,13 +15,6 @@ from diffusion.errors import InputError
 from diffusion.evaluation.extractors import extract_features, load_extractor
 from diffusion.evaluation.reference import evaluate, reference_of
 from diffusion.evaluation.weights import INCEPTION, LITE0
-
-
-def run(*words) -> None:
-    parser = argparse.ArgumentParser()
-    _add_evaluate(parser.add_subparsers())
-    arguments = parser.parse_args(["evaluate", *map(str, words)])
-    arguments.verb(arguments)
 
 
 def save_folder(directory, images):
@@ -40,7 +32,7 @@ def sets(tmp_path):
     return save_folder(tmp_path / "generated", scenes(12, seed=0)), tmp_path / "real.npy"
 
 
-def test_folders_zips_and_arrays_are_the_same_images(sets, tmp_path):
+def test_folders_zip_files_and_arrays_give_the_same_images(sets, tmp_path):
     expected = scenes(12, seed=0)
     np.testing.assert_array_equal(read_images(sets[0]), expected)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -50,33 +42,33 @@ def test_folders_zips_and_arrays_are_the_same_images(sets, tmp_path):
     np.testing.assert_array_equal(read_images(sets[1]), scenes(14, seed=1))
 
 
-def test_every_metric_is_printed_as_computed(sets, capsys):
-    run(*sets, "--metrics", "kid", "fd", "fd_infinity", "recall", "--device", "cpu")
-    told = capsys.readouterr().out
+def test_the_printed_metrics_are_those_of_the_library(sets, capsys):
+    main(["evaluate", *sets, "--metrics", "kid,fd,fd_infinity,recall", "--device", "cpu"])
+    printed = capsys.readouterr().out
     extractor = load_extractor(LITE0, "cpu")
     features = [extract_features(read_images(path), extractor) for path in sets]
     rows = evaluate(features[0], reference_of(features[1], {}), ["kid", "fd", "fd_infinity", "recall"])
-    assert "12 images" in told and "14" in told and f"{LITE0}:" in told
-    found = {name: float(value) for name, value in re.findall(r"^  (\w+) +([-\d.e]+|nan)", told, re.M)}
-    assert found["fd"] == pytest.approx(rows[1].value, rel=1e-5)
-    assert found["kid"] == pytest.approx(rows[0].value, rel=1e-5) and f"+- {rows[0].stderr:.3g}" in told
-    assert "needs more than 2,561 images, got 12" in told
+    assert "12 images" in printed and "14" in printed and f"{LITE0}:" in printed
+    values = {name: float(value) for name, value in re.findall(r"^  (\w+) +([-\d.e]+|nan)", printed, re.M)}
+    assert values["fd"] == pytest.approx(rows[1].value, rel=1e-5)
+    assert values["kid"] == pytest.approx(rows[0].value, rel=1e-5) and f"+- {rows[0].stderr:.3g}" in printed
+    assert "needs more than 2,561 images, got 12" in printed
 
 
-def test_inception_runs_from_a_file_of_weights(sets, tmp_path, capsys):
+def test_inception_takes_weights_from_a_file(sets, tmp_path, capsys):
     from hashlib import sha256
 
     write_random_inception(tmp_path / "random.pth")
     digest = sha256((tmp_path / "random.pth").read_bytes()).hexdigest()
     weights = ["--features", INCEPTION, "--metrics", "fd", "--weights", tmp_path / "random.pth"]
-    run(*sets, *weights, "--weights-sha256", digest)
+    main(["evaluate", *sets, *weights, "--weights-sha256", digest])
     assert re.search(rf"{INCEPTION}:\n  fd +\d", capsys.readouterr().out)
-    with pytest.raises(InputError, match="sha256"):
-        run(*sets, *weights)
+    with pytest.raises(SystemExit, match="sha256"):
+        main(["evaluate", *sets, *weights])
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda d: d / "none", "none: does not exist"),
         (lambda d: save_folder(d / "empty", []), "contains no images"),
@@ -87,8 +79,8 @@ def test_inception_runs_from_a_file_of_weights(sets, tmp_path, capsys):
         (lambda d: text(d / "text.npy"), "cannot be read as an array"),
     ],
 )
-def test_what_is_no_set_of_images_is_refused(tmp_path, make, told):
-    with pytest.raises(InputError, match=told):
+def test_an_invalid_set_of_images_is_an_error(tmp_path, make, message):
+    with pytest.raises(InputError, match=message):
         read_images(make(tmp_path))
 
 

@@ -1,8 +1,10 @@
+"""`convergence orphans` on studies whose results are single bytes."""
+
 import pytest
 import yaml
+from commands import main
 
 from convergence import layout
-from convergence.command import orphans
 from convergence.study_file import load_experiment
 
 STUDY = {
@@ -18,14 +20,14 @@ STUDY = {
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A study whose every result is there, a byte each."""
+    """A study with all results, each a file of one byte."""
     monkeypatch.chdir(tmp_path)
     write(STUDY)
     experiment = load_experiment(tmp_path / "experiments/mine.yaml")
     for *_, directory in layout.checkpoints(experiment):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "weights.safetensors").write_bytes(b"w")
-    (layout.RESULTS / "mine/metrics.csv").write_text("a")
+    (layout.RESULTS / "mine/notes.txt").write_text("a")
     layout.dataset_directory(experiment.dataset).mkdir(parents=True)
     layout.REFERENCES.mkdir()
     layout.reference_path(experiment.dataset, "efficientnet-lite0", experiment.evaluate).write_bytes(b"r")
@@ -39,60 +41,60 @@ def write(study):
 
 
 def listed(capsys, *arguments):
-    orphans.main(list(arguments))
+    main(["orphans", *arguments])
     lines = capsys.readouterr().out.splitlines()
     return [line.split("MB  ")[1] for line in lines[:-1]], lines[-1]
 
 
-def test_what_is_asked_for_is_no_orphan(project, capsys):
-    assert listed(capsys) == ([], "       0.0 MB in all, 0 orphans of 1 studies")
+def test_used_results_are_no_orphans(project, capsys):
+    assert listed(capsys) == ([], "       0.0 MB in total, 0 orphans of 1 studies")
 
 
-def test_an_edited_arm_leaves_its_old_directory_alone(project, capsys):
+def test_only_the_old_directory_of_an_edited_arm_is_an_orphan(project, capsys):
     before = {arm.name.split("-")[0]: arm for arm in (project / "results/mine").glob("*-*")}
     write(STUDY | {"arms": STUDY["arms"] | {"uniform": {"train": {"learning_rate": 1e-3}}}})
-    found, _ = listed(capsys, "--remove")
-    assert found == [f"results/mine/{before['uniform'].name}"]
+    paths, _ = listed(capsys, "--remove")
+    assert paths == [f"results/mine/{before['uniform'].name}"]
     assert not before["uniform"].exists() and before["under05"].exists() and before["init"].exists()
 
 
-def test_a_dropped_seed_goes_in_every_arm(project, capsys):
+def test_a_removed_seed_is_an_orphan_in_every_arm(project, capsys):
     write(STUDY | {"seeds": [1]})
-    found, _ = listed(capsys)
-    assert sorted(path.split("/")[2].split("-")[0] for path in found) == ["init", "under05", "uniform"]
-    assert all(path.endswith("/seed0") for path in found) and len(list(project.glob("results/mine/*/seed0"))) == 3
+    paths, _ = listed(capsys)
+    assert sorted(path.split("/")[2].split("-")[0] for path in paths) == ["init", "under05", "uniform"]
+    assert all(path.endswith("/seed0") for path in paths) and len(list(project.glob("results/mine/*/seed0"))) == 3
 
 
-def test_a_deleted_study_leaves_everything_of_its_own(project, capsys):
+def test_all_results_of_a_deleted_study_are_orphans(project, capsys):
     write(STUDY | {"name": "other", "dataset": {"source": "openmoji", "image_size": 32}})
     (project / "experiments/mine.yaml").unlink()
-    found, total = listed(capsys, "--remove")
-    assert len(found) == 3 + 1 + 1 and total.endswith("removed, 5 orphans of 1 studies")
+    paths, total = listed(capsys, "--remove")
+    assert len(paths) == 3 + 1 + 1 and total.endswith("removed, 5 orphans of 1 studies")
     left = sorted(str(path.relative_to(project)) for path in project.glob("results/**/*") if path.is_file())
-    assert left == ["results/mine/metrics.csv"]
+    assert left == ["results/mine/notes.txt"]
 
 
-def test_two_studies_share_a_dataset(project, capsys):
+def test_a_dataset_of_another_study_is_no_orphan(project, capsys):
     write(STUDY | {"name": "other"})
     (project / "experiments/mine.yaml").unlink()
-    found, _ = listed(capsys)
-    assert len(found) == 3 and all(path.startswith("results/mine/") for path in found)
+    paths, _ = listed(capsys)
+    assert len(paths) == 3 and all(path.startswith("results/mine/") for path in paths)
 
 
-def test_nothing_is_removed_while_snakemake_works_or_a_study_cannot_be_read(project):
+def test_nothing_is_removed_while_snakemake_runs_or_if_a_study_is_invalid(project):
     write(STUDY | {"seeds": [1]})
     (project / ".snakemake/locks").mkdir(parents=True)
     (project / ".snakemake/locks/0.input.lock").write_text("")
     with pytest.raises(SystemExit, match="snakemake --unlock"):
-        orphans.main(["--remove"])
+        main(["orphans", "--remove"])
     (project / ".snakemake/locks/0.input.lock").unlink()
     (project / "experiments/broken.yaml").write_text("name: [")
     with pytest.raises(SystemExit, match=r"broken.yaml: not valid YAML"):
-        orphans.main(["--remove"])
+        main(["orphans", "--remove"])
     assert len(list(project.glob("results/mine/*/seed0"))) == 3
 
 
-def test_outside_of_a_project_it_says_where_to_start(tmp_path, monkeypatch):
+def test_outside_of_a_project_the_message_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="where the Snakefile lies"):
-        orphans.main([])
+    with pytest.raises(SystemExit, match="there are no studies in .*experiments"):
+        main(["orphans"])
