@@ -10,19 +10,18 @@ from convergence.analysis.comparison import compare_levels, speedup_table
 from convergence.analysis.results import Comparison, ProbeEffect
 
 
-def compare_probes(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any] | None]) -> pd.DataFrame:
+def compare_probes(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Returns the advantage of each candidate in each quantity of the probes.
 
     The table is that of `speedup_table`, with the column `timesteps` ("0-99", "all") instead of `features`.
 
     Args:
         probes: the long table of probes.
-        comparisons: study -> its `baseline` and `candidates`; None if the study compares nothing.
+        comparisons: study -> its `baseline` and `candidates`.
     """
     compared = [
         comparison
         for study, compare in comparisons.items()
-        if compare
         for comparison in _compare(probes[probes["study"] == study], compare)
     ]
     return speedup_table(compared).rename(columns={"features": "timesteps"})
