@@ -13,6 +13,7 @@ from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
 from diffusion.losses import hybrid_loss, p2_weight
 from diffusion.schemes import Tables, scheme_tables
 from diffusion.streams import generator
+from diffusion.timesteps import DENSITIES as DENSITY_FUNCTIONS
 from diffusion.timesteps import draw_stratified, draw_timesteps
 from diffusion.training.segment import train_segment
 from diffusion.training.state import TrainState, ema_decay, train_step, untrained
@@ -162,6 +163,12 @@ def test_correction_of_a_zero_probability_is_an_error(scheme, match):
 def test_tables_that_are_not_finite_are_errors(timesteps, scheme):
     with pytest.raises(InputError, match=r"is not finite at \d+ timesteps: use less extreme parameters"):
         scheme_tables(NoiseSchedule(linear_betas(timesteps)), scheme)
+
+
+def test_a_name_without_a_function_is_an_error(monkeypatch):
+    monkeypatch.delitem(DENSITY_FUNCTIONS, "speed")
+    with pytest.raises(InputError, match=r"no function is named speed: add it to DENSITIES .* 'uniform'"):
+        scheme_tables(LONG, Scheme(timesteps="speed"))
 
 
 def test_the_history_stays_finite_if_the_target_never_draws_some_timesteps():
