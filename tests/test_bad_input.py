@@ -166,7 +166,7 @@ TABLE = {
     "foreign safetensors": (
         [*SAMPLE, "b.safetensors"],
         lambda p: save_file({"w": torch.zeros(2)}, p / "b.safetensors"),
-        ["b.safetensors", "not a complete checkpoint"],
+        ["b.safetensors", "not a whole checkpoint"],
     ),
     "code in a checkpoint": ([*SAMPLE, "evil.pt", "--image-size", "16"], pickled, ["evil.pt"]),
     "published checkpoint of unknown size": ([*SAMPLE, "evil.pt"], pickled, ["--image-size"]),
