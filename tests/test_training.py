@@ -143,7 +143,7 @@ def test_segments_equal_one_run(tmp_path, variant):
         assert (history["counts"] > 0).all() and (history["losses"][:-1] > 0).all()
 
 
-def test_the_log_has_each_step_once_after_an_added_checkpoint_and_a_rerun(tmp_path):
+def test_the_log_has_each_step_once_after_an_added_checkpoint_and_a_rerun(tmp_path, monkeypatch):
     run, steps = tiny(log_every=1), tmp_path / "run"
     train_segment(run, 0, IMAGES, None, steps / "step2", 2, "cpu")
     train_segment(run, 0, IMAGES, steps / "step2/state.pt", steps / "step6", 6, "cpu")
@@ -153,9 +153,14 @@ def test_the_log_has_each_step_once_after_an_added_checkpoint_and_a_rerun(tmp_pa
     train_segment(run, 0, IMAGES, steps / "step2/state.pt", steps / "step4", 4, "cpu")
     train_segment(run, 0, IMAGES, steps / "step4/state.pt", steps / "step6", 6, "cpu")
     assert timeless_log(steps) == expected
-    # The last segment is repeated; its log was damaged in between.
+    # The last segment is repeated after the log was damaged. The log is complete at its start and at its end.
     (steps / "log.csv").write_text("step\n5\n5\n")
+    logs = []
+    monkeypatch.setattr(
+        segment, "train_step", lambda state, batches: (logs.append(logged_steps(steps)), train_step(state, batches))
+    )
     train_segment(run, 0, IMAGES, steps / "step4/state.pt", steps / "step6", 6, "cpu")
+    assert logs == [[1, 2, 3, 4], [1, 2, 3, 4, 5]]
     assert timeless_log(steps) == expected
 
 
@@ -320,6 +325,25 @@ def test_a_damaged_state_changes_nothing(tmp_path, damage):
 
 
 VALUES = ("step", "seconds", "diverged", "id", "rows", "sources")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_loaded_state_is_used_by_a_captured_graph(tmp_path):
+    run = tiny(precision="fp32")
+    state, indices = TrainState(run, 0, "cuda"), split(len(IMAGES), 4)[0]
+    batches = state.batches(IMAGES, indices)
+    assert batches.resident.is_cuda and len(batches.resident) == 6
+    for step in range(4):
+        if step == 2:
+            save_state(tmp_path / "state.pt", state.state_dict())
+        train_step(state, batches)
+    expected = [p.detach().clone() for p in state.parameters]
+    for target in (state, TrainState(run, 0, "cuda")):
+        target.load(tmp_path / "state.pt")
+        for _ in range(2):
+            train_step(target, batches)
+        for actual, weight in zip(target.parameters, expected, strict=True):
+            torch.testing.assert_close(actual, weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):
