@@ -40,7 +40,7 @@ def test_one_command_makes_all_tables_and_figures(finished):
     speedups = pd.read_csv(reports / "speedup.csv")
     assert set(speedups["quantity"]) == {"average", "final", "images", "seconds"} and speedups["primary"].all()
     verdict = (reports / "verdict.md").read_text()
-    assert "**Two seeds**" in verdict and "`under05` against `uni05`:" in verdict
+    assert re.search(r"two seeds .* more seeds", verdict) and "`under05` against `uni05`:" in verdict
     probes = pd.read_csv(reports / "mechanism.csv")
     assert len(probes) == 4 * 2 * (3 + 1) * 5 and probes["held_out"].all() and (probes["n"] == 8).all()
     assert probes.loc[probes["metric"].isin(["mse", "gradient_variance"]), "value"].gt(0).all()
@@ -132,9 +132,8 @@ def test_a_study_without_compare_has_curves_and_no_verdict(project):
 
 @pytest.mark.slow
 def test_the_last_lines_leave_out_what_is_not_part_of_the_call(project):
-    (project / REPORT / "metrics.csv").unlink()
-    done = snakemake(project, "--config", "tracking=off", "--until", "metrics")
-    assert done.returncode == 0 and (project / REPORT / "metrics.csv").exists(), done.stdout + done.stderr
+    done = snakemake(project, "--config", "tracking=off", "--forcerun", "metrics", "--until", "metrics")
+    assert done.returncode == 0 and "Finished jobid" in done.stderr, done.stdout + done.stderr
     assert "openmoji: " not in done.stderr and "verdict.md" not in done.stderr
     assert "fid_curves.png" not in done.stderr and "make report" not in done.stderr
 
@@ -229,7 +228,7 @@ def test_changed_code_is_reported_with_the_command_that_trains_again(project):
     source.write_text(source.read_text() + "\n\ndef unused():\n    return 1\n")
     dry_run = snakemake(project, "--dry-run").stderr
     (warning,) = {line for line in dry_run.splitlines() if line.startswith("Warning: ") and "under05" in line}
-    assert "--forcerun train" in warning and "openmoji" in warning
+    assert re.search(r"snakemake .*experiments=openmoji --forcerun .*train$", warning)
     assert not [job for job in jobs(project) if job.startswith(("Train", "Evaluate", "Probe"))]
     done = snakemake(project, "--config", "tracking=off")
     assert done.returncode == 0, done.stdout + done.stderr
