@@ -1,7 +1,9 @@
 """The command `convergence` as a whole: its help, exit codes and lazy imports."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -106,3 +108,30 @@ def test_a_wrong_usage_ends_with_code_2(tmp_path, arguments):
 def test_a_mistake_of_the_user_is_one_sentence_and_code_1(tmp_path, arguments):
     done = run_outside_a_project(tmp_path, arguments)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_judge_prints_the_verdict_of_each_study(tmp_path):
+    rows = ["study,arm,seed,images,value"]
+    for study, factor in (("fast", 0.5), ("slow", 2.0)):
+        for seed in (0, 1, 2):
+            for images in (100, 200, 400):
+                rows.append(f"{study},base,{seed},{images},{(1000 + seed) / images}")
+                rows.append(f"{study},new,{seed},{images},{factor * (1000 + seed) / images}")
+    (tmp_path / "curves.csv").write_text("\n".join(rows))
+    done = run("judge", "curves.csv", "--baseline", "base", "--candidate", "new", "--out", "out", cwd=tmp_path,
+               env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line, study in zip(done.stdout.splitlines(), ("fast", "slow"), strict=False):
+        answer = json.loads((tmp_path / f"out/{study}/verdict.json").read_text())["answer"]
+        assert line == f"{study}: {answer}" and "new" in answer and "base" in answer
+    assert done.stdout.splitlines()[-1] == "The verdict and its figures are in out."
+
+
+def test_sync_ends_with_code_1_if_the_store_cannot_be_reached(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments/openmoji.yaml", tmp_path / "experiments/openmoji.yaml")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for uri, code in (("http://127.0.0.1:9", 1), (f"sqlite:///{tmp_path}/mlflow.db", 0)):
+        done = run("sync", "openmoji", "--uri", uri, cwd=tmp_path, env=environment)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert ("openmoji" in done.stderr) == bool(code)

@@ -158,7 +158,8 @@ def test_evaluate_names_the_package_that_it_needs(library, installation, tmp_pat
 def test_sample_and_export_need_the_library_alone(library, installation, tmp_path):
     code = """if True:
         from pathlib import Path
-        from diffusion.checkpoints import build, save_weights
+        from diffusion.build import build
+        from diffusion.checkpoints import save_weights
         from diffusion.config import Diffusion, Initial, Model, OpenMoji
         model = Model(channels=32, channel_mult=(1, 1), res_blocks=1, attention_resolutions=(), head_channels=32)
         dataset = OpenMoji(source="openmoji", image_size=16)

@@ -70,12 +70,11 @@ def main(
     if heads and head_channels:
         raise click.UsageError("--heads and --head-channels exclude each other.")
 
-    import numpy as np
     import torch
 
     from diffusion.checkpoints import preview, sample_checkpoint
     from diffusion.config import Sample, check_sampling_steps
-    from diffusion.files import atomic_write
+    from diffusion.files import save_npy
     from diffusion.validation import first_mistake
 
     if threads:
@@ -100,8 +99,7 @@ def main(
         images = sample_checkpoint(loaded, sample, device)
     except torch.OutOfMemoryError:
         raise StudyError("a batch of images does not fit the GPU memory: use a smaller --batch-size") from None
-    with atomic_write(array) as file:
-        np.save(file, images)
+    save_npy(array, images)
     shown = min(sample.images, GRID_IMAGES)
     columns = math.ceil(math.sqrt(shown))
     preview(images, grid, columns, math.ceil(shown / columns), max(1, GRID_PIXELS // loaded.image_size))
@@ -128,5 +126,5 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
             raise StudyError(f"{path} describes its own network: leave out {given}")
         return load_checkpoint(path, device)
     if "image_size" not in layout:
-        raise StudyError(f"{path}: a published checkpoint does not contain the size of its images: add --image-size")
+        raise StudyError(f"{path}: a published checkpoint does not contain the size of its images: give --image-size")
     return load_published(path, device, **layout)
