@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from convergence.command.images import main
+from commands import main
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
@@ -41,7 +41,7 @@ SHORT = ["--images", "2", "--steps", "4", "--threads", "1", "--device", "cpu"]
 
 
 def det_weights(layout: dict[str, tuple[int, ...]] = LAYOUT) -> dict[str, Tensor]:
-    """Normal weights with standard deviation 0.05. The seed of a tensor is the CRC-32 of its key, as in test_golden.py."""
+    """Normal weights with standard deviation 0.05. The seed of a tensor is the CRC-32 of its key."""
     rngs = {key: np.random.default_rng(zlib.crc32(key.encode())) for key in layout}
     return {
         key: torch.from_numpy((rngs[key].standard_normal(shape) * 0.05).astype(np.float32))
@@ -302,8 +302,8 @@ def test_a_diverged_run_is_told_in_a_sentence(tmp_path):
 def test_export_overwrites_no_safetensors(tmp_path):
     ours = save_ours(tmp_path / "weights.safetensors", det_weights())
     before = ours.read_bytes()
-    assert "from a .safetensors to a .pt" in sentence("export", ours, ours)
-    assert "from a .safetensors to a .pt" in sentence("export", save_pt(tmp_path / "a.pt", {}), tmp_path / "b.pt")
+    assert "reads a .safetensors file and writes a .pt" in sentence("export", ours, ours)
+    assert "reads a .safetensors file and writes a .pt" in sentence("export", save_pt(tmp_path / "a.pt", {}), tmp_path / "b.pt")
     assert ours.read_bytes() == before
 
 
@@ -331,14 +331,14 @@ def test_wrong_arguments_end_with_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as failure:
         main(arguments)
     assert failure.value.code == 2
-    assert re.search(r"error: .+\n$", capsys.readouterr().err)
+    assert re.search(r"Error: .+\n$|^Usage: ", capsys.readouterr().err)
 
 
 # The command as it is run
 
 
 def run(*arguments: str | Path, **how: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "convergence.command.images", *map(str, arguments)]
+    command = [sys.executable, "-m", "convergence", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **how)
 
 
@@ -364,7 +364,7 @@ def test_the_command_from_end_to_end(tmp_path):
 def test_help_needs_no_torch():
     code = """if True:
         import sys
-        from convergence.command.images import main
+        from convergence.command import main
         try:
             main(["sample", "--help"])
         except SystemExit:

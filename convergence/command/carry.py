@@ -59,11 +59,8 @@ def pin_requirements(names: Iterable[str], python: str) -> list[str]:
         names: Names of packages. Those in `LEFT_OUT` are left out.
         python: Python version for which dependencies are selected, such as "3.12".
     """
-    environment: dict[str, str] = default_environment() | {
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "extra": "",
-    }
+    changes = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    environment = {name: str(value) for name, value in {**default_environment(), **changes}.items()}
     pins: dict[str, str] = {}
     queue = list(names)
     while queue:
