@@ -303,7 +303,9 @@ def test_export_overwrites_no_safetensors(tmp_path):
     ours = save_ours(tmp_path / "weights.safetensors", det_weights())
     before = ours.read_bytes()
     assert "reads a .safetensors file and writes a .pt" in sentence("export", ours, ours)
-    assert "reads a .safetensors file and writes a .pt" in sentence("export", save_pt(tmp_path / "a.pt", {}), tmp_path / "b.pt")
+    assert "reads a .safetensors file and writes a .pt" in sentence(
+        "export", save_pt(tmp_path / "a.pt", {}), tmp_path / "b.pt"
+    )
     assert ours.read_bytes() == before
 
 

@@ -76,5 +76,5 @@ def test_links_of_pages_exist():
         *ROOT.glob("*/README.md"),
         *ROOT.glob("reports/*/*/*.md"),
     ]:
-        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", re.sub(r"(?ms)^```.*?^```", "", page.read_text())):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
