@@ -167,7 +167,7 @@ def test_tables_that_are_not_finite_are_errors(timesteps, scheme):
 
 def test_a_name_without_a_function_is_an_error(monkeypatch):
     monkeypatch.delitem(DENSITY_FUNCTIONS, "speed")
-    with pytest.raises(InputError, match=r"no function is named speed: add it to DENSITIES .* 'uniform'"):
+    with pytest.raises(InputError, match=r"no function is named speed: add it to DENSITIES .*'uniform'"):
         scheme_tables(LONG, Scheme(timesteps="speed"))
 
 
