@@ -1,52 +1,26 @@
-"""Checkpoints of this project and published ones, and the command that samples them.
-
-No published checkpoint is small enough for this repository. adm_state_dict_keys.json has keys and shapes of some;
-`det_weights` gives such a state dict with numbers that depend only on the keys.
-"""
+"""Checkpoints of this project and published ones: reading, writing, inference of the net, and sampling."""
 
 import json
 import os
-import re
-import resource
-import subprocess
-import sys
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import main
-from PIL import Image
+from checkpoint_files import KEYS, LAYOUT, TINY32, config, det_weights, save_ours, save_pt
 from pydantic import ValidationError
 from torch import Tensor
 
 from diffusion import progress
-from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
-from diffusion.config import Diffusion, Initial, Model, OpenMoji, Sample, check_image_size
+from diffusion.checkpoints import load_checkpoint, sample_checkpoint
+from diffusion.config import Initial, Model, Sample, check_image_size
 from diffusion.errors import FileError, InputError
 from diffusion.files import sha256
 from diffusion.nets.unet import UNet
 from diffusion.published import infer_model, load_published, write_published
 
-ROOT = Path(__file__).parent.parent
-KEYS = json.loads((Path(__file__).parent / "data/adm_state_dict_keys.json").read_text())
-LAYOUT = {key: tuple(shape) for key, shape in KEYS["unet_tiny32"].items()}
-TINY32 = Model(channels=32, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(16,), head_channels=16)
 FFHQ128 = Model(channels=128, channel_mult=(1, 1, 2, 3, 4), res_blocks=2, attention_resolutions=(16,))
 # The net for 256 pixels of Choi et al. 2022, arXiv 2204.00227.
 P2_FFHQ256 = Model(channels=128, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=1, attention_resolutions=(16,))
-PUBLISHED = ["--image-size", "32", "--head-channels", "16"]
-SHORT = ["--images", "2", "--steps", "4", "--threads", "1", "--device", "cpu"]
-
-
-def det_weights(layout: dict[str, tuple[int, ...]] = LAYOUT) -> dict[str, Tensor]:
-    """Normal weights with standard deviation 0.05. The seed of a tensor is the CRC-32 of its key."""
-    rngs = {key: np.random.default_rng(zlib.crc32(key.encode())) for key in layout}
-    return {
-        key: torch.from_numpy((rngs[key].standard_normal(shape) * 0.05).astype(np.float32))
-        for key, shape in layout.items()
-    }
 
 
 def layout_of(model: Model, image_size: int) -> dict[str, tuple[int, ...]]:
@@ -55,64 +29,7 @@ def layout_of(model: Model, image_size: int) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in net.state_dict().items()}
 
 
-def config(**changes: object) -> Initial:
-    model = Model(**TINY32.model_dump(exclude_unset=True) | changes)
-    return Initial(
-        dataset=OpenMoji(source="openmoji", image_size=32), model=model, diffusion=Diffusion(), train_version=1
-    )
-
-
-def save_ours(path: Path, weights: dict[str, Tensor], diverged: bool = False, **changes: object) -> Path:
-    save_weights(path, weights, config(**changes), seed=3, step=40, diverged=diverged)
-    return path
-
-
-def save_pt(path: Path, content: object, **how: object) -> Path:
-    torch.save(content, path, **how)
-    return path
-
-
-def sampled(file: Path, out: Path, *options: str) -> np.ndarray:
-    """The samples that the command writes."""
-    main(["sample", str(file), "--out", str(out), *SHORT, *options])
-    return np.load(out / "samples.npy")
-
-
-def sentence(*arguments: str | Path) -> str:
-    """The error message of the command, which must be one line."""
-    with pytest.raises(SystemExit) as failure:
-        main([str(argument) for argument in arguments])
-    assert isinstance(failure.value.code, str) and "\n" not in failure.value.code
-    return failure.value.code
-
-
 # Published checkpoints
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_published_checkpoint_gives_the_same_samples_as_one_of_this_project(tmp_path, sampler):
-    weights = det_weights()
-    ours, published = save_ours(tmp_path / "weights.safetensors", weights), save_pt(tmp_path / "model.pt", weights)
-    expected = sampled(ours, tmp_path / "ours", "--sampler", sampler)
-    assert expected.shape == (2, 32, 32, 3) and expected.std() > 10
-    sampled(published, tmp_path / "published", "--sampler", sampler, *PUBLISHED)
-    for name in ("samples.npy", "samples.png"):
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "published" / name).read_bytes()
-
-
-def test_arguments_give_what_no_key_shows(tmp_path):
-    published = save_pt(tmp_path / "model.pt", det_weights())
-    base = sampled(published, tmp_path / "a", *PUBLISHED)
-    for options in (
-        ["--image-size", "32", "--heads", "2"],
-        [*PUBLISHED, "--schedule", "cosine"],
-        [*PUBLISHED, "--timesteps", "100"],
-        [*PUBLISHED, "--seed", "1"],
-    ):
-        assert not np.array_equal(sampled(published, tmp_path / "b", *options), base)
-    # All attention has 64 channels, so 16 channels per head are 4 heads.
-    equal = ["--image-size", "32", "--heads", "4", "--schedule", "linear", "--timesteps", "1000", "--seed", "0"]
-    np.testing.assert_array_equal(sampled(published, tmp_path / "b", *equal), base)
 
 
 def test_float16_is_read_as_float32(tmp_path):
@@ -140,17 +57,6 @@ def test_writing_and_reading_returns_equal_weights(tmp_path):
     for key, value in weights.items():
         torch.testing.assert_close(plain[key], value, rtol=0, atol=0)
         torch.testing.assert_close(loaded[key], value, rtol=0, atol=0)
-
-
-def test_export_writes_the_published_layout(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    main(["export", str(ours), str(tmp_path / "model.pt")])
-    plain = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert {key: tuple(value.shape) for key, value in plain.items()} == LAYOUT
-    for key, value in det_weights().items():
-        torch.testing.assert_close(plain[key], value, rtol=0, atol=0)
-    expected = sampled(ours, tmp_path / "a")
-    np.testing.assert_array_equal(sampled(tmp_path / "model.pt", tmp_path / "b", *PUBLISHED), expected)
 
 
 def test_a_net_of_98_million_parameters_keeps_its_layout(tmp_path):
@@ -259,138 +165,7 @@ def test_truncated_files_are_refused_with_a_one_line_message(tmp_path, kept, zip
     assert error.value.path == path
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "model.pt: .* give --image-size"),
-        (["--image-size", "31"], "image_size 31 cannot be halved 1 times"),
-        (["--image-size", "0"], "image_size 0 cannot be halved 1 times"),
-        (
-            ["--image-size", "32", "--head-channels", "48"],
-            "head_channels: 48 does not divide the 64 channels of attention",
-        ),
-        (["--image-size", "32", "--heads", "3"], "heads: 3 does not divide the 64 channels of attention"),
-        (["--image-size", "32", "--heads", "0"], "heads: input should be greater than 0, but it is 0"),
-        ([*PUBLISHED, "--timesteps", "1"], "timesteps: input should be greater than or equal to 2, but it is 1"),
-        ([*PUBLISHED, "--images", "1"], "images: input should be greater than or equal to 2"),
-        ([*PUBLISHED, "--batch-size", "0"], "batch_size: input should be greater than 0"),
-        ([*PUBLISHED, "--seed", "-1"], "seed: input should be greater than or equal to 0"),
-        ([*PUBLISHED, "--steps", "600"], "steps: no whole stride through 1000 timesteps takes 600 steps: take 500"),
-        ([*PUBLISHED, "--timesteps", "100", "--sampler", "ddpm", "--steps", "101"], "101 do not fit 100 timesteps"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_wrong_options_are_told_in_a_sentence(tmp_path, options, message):
-    path = save_pt(tmp_path / "model.pt", det_weights())
-    assert re.search(message, sentence("sample", path, "--out", tmp_path / "out", *SHORT, *options))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_of_ours_says_itself_what_it_is(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    for options in (["--image-size", "32"], ["--heads", "2"], ["--timesteps", "1000"], ["--schedule", "linear"]):
-        assert f"leave out {options[0]}" in sentence("sample", ours, "--out", tmp_path, *options)
-
-
-def test_a_diverged_run_is_told_in_a_sentence(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights(), diverged=True)
-    assert "this run diverged" in sentence("sample", ours, "--out", tmp_path / "out")
-    assert "this run diverged" in sentence("export", ours, tmp_path / "model.pt")
-    assert list(tmp_path.iterdir()) == [ours]
-
-
-def test_export_overwrites_no_safetensors(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    before = ours.read_bytes()
-    assert "reads a .safetensors file and writes a .pt" in sentence("export", ours, ours)
-    assert "reads a .safetensors file and writes a .pt" in sentence(
-        "export", save_pt(tmp_path / "a.pt", {}), tmp_path / "b.pt"
-    )
-    assert ours.read_bytes() == before
-
-
-def test_places_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    assert f"{ours}: File exists: free space, or correct the path" in sentence("sample", ours, "--out", ours, *SHORT)
-    assert "No such file or directory: free space" in sentence("export", ours, tmp_path / "nowhere/model.pt")
-
-
-def test_a_full_disk_is_told_before_the_work(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    words = sentence("sample", ours, "--out", tmp_path, *SHORT, "--images", str(10**12))
-    assert words.startswith(f"{tmp_path / 'samples.npy'}: No space left on device: free space")
-    assert list(tmp_path.iterdir()) == [ours]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["sampel"], ["sample", "nothing.pt", "--out", "out"], ["sample", __file__], ["export", __file__],
-     ["sample", __file__, "--out", "out", "--threads", "0"], ["sample", __file__, "--out", "out", "--images", "many"],
-     ["sample", __file__, "--out", "out", "--heads", "2", "--head-channels", "16"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_wrong_arguments_end_with_code_2(capsys, arguments):
-    with pytest.raises(SystemExit) as failure:
-        main(arguments)
-    assert failure.value.code == 2
-    assert re.search(r"Error: .+\n$|^Usage: ", capsys.readouterr().err)
-
-
-# The command as it is run
-
-
-def run(*arguments: str | Path, **how: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "convergence", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **how)
-
-
-def limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-
-
-def test_the_command_from_end_to_end(tmp_path):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    done = run("sample", ours, "--out", tmp_path / "deep/out", *SHORT)
-    assert done.returncode == 0 and done.stdout == ""
-    assert str(tmp_path / "deep/out/samples.npy") in done.stderr.splitlines()[-1]
-    expected = sampled(ours, tmp_path / "again")
-    np.testing.assert_array_equal(np.load(tmp_path / "deep/out/samples.npy"), expected)
-
-    # The disk takes one of the two images.
-    done = run("sample", ours, "--out", tmp_path / "small", *SHORT, "--batch-size", 1, preexec_fn=limit_file_size)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "File too large: free space" in done.stderr.splitlines()[-1]
-    assert list((tmp_path / "small").iterdir()) == []
-
-
-def test_help_needs_no_torch():
-    code = """if True:
-        import sys
-        from convergence.command import main
-        try:
-            main(["sample", "--help"])
-        except SystemExit:
-            print(sorted({"torch", "numpy", "pydantic"} & set(sys.modules)))
-    """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 # Sampling
-
-
-@pytest.mark.parametrize(("count", "columns", "rows"), [(2, 2, 1), (5, 3, 2), (65, 8, 8)])
-def test_the_grid_is_nearly_square_and_shows_the_first_64(tmp_path, count, columns, rows):
-    ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    images = sampled(ours, tmp_path, "--images", str(count), "--steps", "2")
-    whole = np.asarray(Image.open(tmp_path / "samples.png"))
-    grid = whole[::2, ::2]
-    np.testing.assert_array_equal(whole, grid.repeat(2, 0).repeat(2, 1))  # each pixel of 32 is two wide
-    assert len(images) == count and grid.shape == (rows * 33 + 1, columns * 33 + 1, 3)
-    for cell in range(columns * rows):
-        top, left = cell // columns * 33 + 1, cell % columns * 33 + 1
-        expected = images[cell] if cell < count else np.full((32, 32, 3), 255)
-        np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], expected)
 
 
 def test_no_more_than_a_batch_is_sampled_at_once(tmp_path):
@@ -445,12 +220,15 @@ def test_fixed_variance_is_the_lower_bound_of_the_learned_variance(tmp_path, sam
     learned = det_weights()
     learned["out.2.weight"][3:], learned["out.2.bias"][3:] = 0, -1
     fixed = learned | {key: learned[key][:3].clone() for key in ("out.2.weight", "out.2.bias")}
-    files = save_pt(tmp_path / "fixed.pt", fixed), save_pt(tmp_path / "learned.pt", learned)
-    images, expected = (sampled(file, tmp_path / "out", "--sampler", sampler, *PUBLISHED) for file in files)
+    settings = Sample(sampler=sampler, images=2, steps=4)
+    files = [save_pt(tmp_path / f"{name}.pt", weights) for name, weights in (("fixed", fixed), ("learned", learned))]
+    images, expected = (
+        sample_checkpoint(load_published(path, "cpu", 32, head_channels=16), settings, "cpu") for path in files
+    )
     assert images.std() > 10
     assert np.abs(images.astype(int) - expected).max() <= 1
-    ours = sampled(save_ours(tmp_path / "w.safetensors", fixed, learn_sigma=False), tmp_path, "--sampler", sampler)
-    np.testing.assert_array_equal(ours, images)
+    path = save_ours(tmp_path / "w.safetensors", fixed, learn_sigma=False)
+    np.testing.assert_array_equal(sample_checkpoint(load_checkpoint(path, "cpu"), settings, "cpu"), images)
 
 
 # Attention heads in the model section
