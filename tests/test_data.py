@@ -327,6 +327,12 @@ def test_new_images_are_never_stored_with_an_old_manifest(tmp_path):
         arrays.load_images(tmp_path)
 
 
+def test_a_failed_drawing_leaves_no_partial_file(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        prepare.write_dataset(tmp_path, SIZE, (np.zeros((SIZE, SIZE, 3), np.uint8) / (1 // 0) for _ in "a"), {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_preparation_resumes(tmp_path, monkeypatch):
     for index in range(6):
         save(tmp_path / f"in/{index}.png", constant(40 * index))

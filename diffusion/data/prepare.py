@@ -187,13 +187,17 @@ def write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray]
             sha256 are added.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "images.partial.npy").open("w+b") as file:
-        write_npy_header(file, (0, image_size, image_size, 3))
-        count = 0
-        for image in images:
-            file.write(image.tobytes())
-            count += 1
-        _finish(directory, file, count, image_size, manifest)
+    partial = directory / "images.partial.npy"
+    try:
+        with partial.open("w+b") as file:
+            write_npy_header(file, (0, image_size, image_size, 3))
+            count = 0
+            for image in images:
+                file.write(image.tobytes())
+                count += 1
+            _finish(directory, file, count, image_size, manifest)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _finish(directory: Path, file: IO[bytes], count: int, image_size: int, manifest: dict[str, Any]) -> None:
