@@ -66,7 +66,7 @@ $(READY): requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))" \
 	  || { echo "Python 3.11 to 3.13 is required: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'Downloading about 4 GB of packages, most of it PyTorch, into $(VENV), which becomes about 7 GB large.'
+	@echo 'Installing packages into $(VENV): about 3.5 GB to download, most of it PyTorch, and 7 GB on disk.'
 	@start=$$(date +%s); minutes() { echo "$$(( ($$(date +%s) - start + 30) / 60 )) min"; }; \
 	while sleep 60 > /dev/null 2>&1 && kill -0 $$$$; do echo "Still installing after $$(minutes)."; done & \
 	trap "kill $$!" EXIT; \
