@@ -252,7 +252,7 @@ class Experiment(Section):
         try:
             check_image_size(dataset.image_size, self.model)
         except InputError as error:
-            raise ValueError(f"model and dataset: {error}") from None
+            raise ValueError(f"model and dataset.image_size: {error}") from None
         try:
             check_sampling_steps(self.sample, self.diffusion.timesteps)
         except InputError as error:

@@ -102,11 +102,15 @@ WRONG = [
     (
         "model.attention_resolutions",
         [8],
-        ["model and dataset: attention_resolutions: no level has 8", "choose from 32, 16"],
+        ["model and dataset.image_size: attention_resolutions: no level has 8", "choose from 32, 16"],
     ),
-    ("model.head_channels", 48, ["model and dataset: head_channels: 48 does not divide", "64", "choose a divisor"]),
+    (
+        "model.head_channels",
+        48,
+        ["model and dataset.image_size: head_channels: 48 does not divide", "64", "choose a divisor"],
+    ),
     ("model.dropout", 1, ["model.dropout", "less than 1"]),
-    ("dataset.image_size", 33, ["model and dataset: image_size 33", "channel_mult", "use a multiple of 2"]),
+    ("dataset.image_size", 33, ["model and dataset.image_size: image_size 33", "channel_mult", "use a multiple of 2"]),
     ("dataset.source", "cifar", ["dataset.source: cifar is unknown: choose from 'openmoji', 'folder'"]),
     ("dataset", {"image_size": 32}, ["dataset.source: missing: add it"]),
     ("dataset", {"source": "folder", "image_size": 32}, ["dataset.path: missing", "add it"]),
