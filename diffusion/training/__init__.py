@@ -1,1 +1,1 @@
-"""Training: the state of a run, one optimiser step, segments between checkpoints, data-parallel processes."""
+"""Training: the state of a run, one optimizer step, segments between checkpoints, data-parallel processes."""
