@@ -102,7 +102,10 @@ def draw_all(
     image_size: int,
     skipped: dict[str, str],
 ) -> Iterator[np.ndarray]:
-    """Yield the emoji that have a glyph, are not blank and differ from all before; add the others to `skipped`."""
+    """Yield the emoji, uint8 [image_size, image_size, 3], that have a glyph, are not blank and differ from all before.
+
+    The others are added to `skipped`.
+    """
     name_by_pixels: dict[bytes, str] = {}
     for name in with_progress(names, "emoji drawn"):
         if name not in characters:
