@@ -205,7 +205,7 @@ TABLE = {
             "2%",
         ],
         metrics,
-        ["Pairs of base and cand", "train more seeds"],
+        ["1 pairs of base and cand", "train more seeds"],
     ),
     "plan for an unknown arm": (
         ["-m", "convergence", "plan", "metrics.csv", "--baseline", "base", "--candidate", "c", "--effect", "2%"],

@@ -48,6 +48,7 @@ def clone(tmp_path_factory):
 def run_section(clone, number):
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     environment["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if sys.prefix not in p)
+    environment["PYTHONPATH"] = str(clone)  # the command of the environment belongs to this checkout, not to the clone
     command = ["bash", "-euo", "pipefail", "-c", as_printed(number)]
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     (clone.parent / f"section{number}.txt").write_text(done.stdout + done.stderr)
