@@ -225,7 +225,7 @@ def test_a_full_disk_in_one_of_several_processes_is_reported_in_one_sentence(seg
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
     message, *raised = stderr.splitlines()
-    assert "No space left on device: make room" in message
+    assert "No space left on device: free space" in message
     # The rest is printed by the process of the test, which does not log.
     assert raised[0].startswith("Traceback") and sum(line.startswith("Traceback") for line in raised) == 1
     assert "process 0 of 2 failed with exit code 1: correct the error above" in raised[-1]
