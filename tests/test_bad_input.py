@@ -150,7 +150,7 @@ TABLE = {
     "more bins than timesteps": (DRY_RUN, study(probe={"bins": 2000}), ["probe.bins", "lower it"]),
     "another name": (DRY_RUN, study(name="good"), ["name is good", "make them equal"]),
     "the name of another directory": (DRY_RUN, study(name="published"), ["name: ", "choose another"]),
-    "a path for a name": (DRY_RUN, study(name="../bad"), ["name: write small letters"]),
+    "a path for a name": (DRY_RUN, study(name="../bad"), ["name: use lower-case letters"]),
     # data
     "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),
     "fewer images than needed": (DRY_RUN, few, ["evaluate.reference_images: 2000", "the 4 images", "lower it"]),
@@ -210,17 +210,17 @@ TABLE = {
     "plan for an unknown arm": (
         ["-m", "convergence", "plan", "metrics.csv", "--baseline", "base", "--candidate", "c", "--effect", "2%"],
         metrics,
-        ["metrics.csv: no arm c: name one of base, cand"],
+        ["metrics.csv: there is no arm c: choose one of base, cand"],
     ),
     "no effect": (
         ["-m", "convergence", "plan", "metrics.csv", "--baseline", "a", "--candidate", "b", "--effect", "0"],
         metrics,
-        ["0 is no size above 0"],
+        ["'--effect': 0 ", "write it as 2% or 0.02"],
     ),
     "budget at no speed": (
         ["-m", "convergence", "budget", "openmoji", "--train-rate", "0"],
         None,
-        ["--train-rate is 0"],
+        ["'--train-rate': 0", "x>0"],
     ),
     "budget of nothing": (
         ["-m", "convergence", "budget", "opnmoji"],
@@ -231,7 +231,11 @@ TABLE = {
     "images of two sizes": (
         ["-m", "convergence", "evaluate", "mixed", "mixed"],
         two_sizes,
+<<<<<<< HEAD
         ["mixed: b.png has 16x16 pixels, but the first image has 8x8", "resize all images to one size"],
+=======
+        ["mixed: b.png has 16x16 pixels", "8x8", "resize all images to one size"],
+>>>>>>> g
     ),
     "unknown metric": (["-m", "convergence", "evaluate", "a", "b", "--metrics", "fid"], None, ["'fid'", "'fd'"]),
 }
