@@ -1,5 +1,6 @@
 """The errors of a study, and how a command reports them."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,4 +21,6 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(str(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{place}{error.strerror or error}: free space, or correct the path or its permission, and try again")
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        remedy = "free space" if full else "correct the path or its permission"
+        sys.exit(f"{place}{error.strerror or error}: {remedy}, and try again")

@@ -119,11 +119,11 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
 
 def dataset(config: Dataset) -> Request:
     """Returns the request of a job that prepares a dataset."""
-    count = pictures(config)
+    count = count_images(config)
     return _request(count * READ_SECONDS, _megabytes(_pixels(count, config)))
 
 
-def pictures(config: Dataset) -> int:
+def count_images(config: Dataset) -> int:
     """Returns the number of images in the source of a dataset: counted for a folder or zip, else an upper bound."""
     if config.source != "folder":
         return OPENMOJI_IMAGES if config.source == "openmoji" else NAMED_IMAGES

@@ -53,16 +53,16 @@ class Arm(Scheme):
         density, weight = self.timesteps.chosen[0], self.mse_weight.chosen[0]
         if density == "p2" and weight != "unweighted" and not (self.corrected or self.weigh_twice):
             raise ValueError(
-                f"draws timesteps by p2 and weights the loss by {weight}, which weights twice: drop mse_weight, "
-                "or set importance_corrected: true, or set weigh_twice: true if this is intended"
+                f"draws timesteps by p2 and weights the loss by {weight}, so the weight is applied twice: remove "
+                "mse_weight, or set importance_corrected: true, or set weigh_twice: true if this is intended"
             )
         if self.match and {"mse_weight", "vb_weight", "importance_corrected"} & self.model_fields_set:
             raise ValueError(
-                "match sets both weights: drop mse_weight, vb_weight and importance_corrected, or drop match"
+                "match sets both weights: remove mse_weight, vb_weight and importance_corrected, or remove match"
             )
         if not (self.correct_vb or self.match or self.corrected):
             raise ValueError(
-                "correct_vb: false has no effect without match or importance_corrected: drop it, or set "
+                "correct_vb: false has no effect without match or importance_corrected: remove it, or set "
                 "importance_corrected: true"
             )
         return self
@@ -122,11 +122,11 @@ class Evaluate(Section):
     def _consistent(self) -> "Evaluate":
         for name in self.weights:
             if name not in self.features:
-                raise ValueError(f"weights: {name} is not one of the features ({', '.join(self.features)}): drop it")
+                raise ValueError(f"weights: {name} is not one of the features ({', '.join(self.features)}): remove it")
         if "fd" not in self.metrics:
-            raise ValueError("metrics: the curves show fd: add it")
+            raise ValueError("metrics: must include fd, which the curves show: add it")
         if self.reference == "held_out" and "memorised" in self.metrics:
-            raise ValueError("metrics: memorised needs training images: set reference: train, or drop memorised")
+            raise ValueError("metrics: memorised needs training images: set reference: train, or remove memorised")
         return self
 
 
@@ -224,7 +224,7 @@ class Experiment(Section):
     @classmethod
     def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed appears twice: drop one")
+            raise ValueError("a seed appears twice: remove one")
         return seeds
 
     @field_validator("checkpoints")
@@ -233,7 +233,9 @@ class Experiment(Section):
         steps = value.steps if isinstance(value, EveryNSteps) else list(value)
         if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
             remedy = "put them in order" if steps else "add some, or raise until"
-            raise ValueError(f"steps must increase from 0 or more to at least 1, but are {steps}: {remedy}")
+            raise ValueError(
+                f"steps must be increasing, start at 0 or more and contain a step above 0, but are {steps}: {remedy}"
+            )
         return value
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from convergence import layout
 from convergence.errors import StudyError
 from convergence.provenance import stale_runs
-from convergence.resources import pictures
+from convergence.resources import count_images
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from diffusion.config import Folder
@@ -92,7 +92,7 @@ def _check_images(experiment: Experiment, file: Path) -> None:
     elif isinstance(dataset, Folder):
         if not dataset.path.exists():
             raise StudyError(f"{file}: dataset.path: {dataset.path} does not exist: create it or correct the path")
-        _check_count(experiment, pictures(dataset), file)
+        _check_count(experiment, count_images(dataset), file)
 
 
 def _check_count(experiment: Experiment, count: int, file: Path) -> None:

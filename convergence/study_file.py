@@ -22,18 +22,18 @@ def load_experiment(path: Path) -> Experiment:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
-            raise StudyError(f"{path}: no such experiment: name one of {known}") from None
+            raise StudyError(f"{path}: no such study: choose from {known}") from None
         raise StudyError(
-            f"{path}: no such experiment: run this in the directory that contains experiments/, and give the name of a "
+            f"{path}: no such study: run this in the directory that contains experiments/, and give the name of a "
             "study without directory and .yaml"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read ({error}): save it as UTF-8 text and check its permissions") from None
     except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: correct it there: {' '.join(str(error).split())}") from None
+        raise StudyError(f"{path}: not valid YAML ({' '.join(str(error).split())}): correct the file") from None
     if not isinstance(content, dict):
         kind = "empty" if content is None else f"a {type(content).__name__}"
-        raise StudyError(f"{path}: must hold keys and values such as `name: {path.stem}`, but is {kind}")
+        raise StudyError(f"{path}: must contain keys with values, such as `name: {path.stem}`, but is {kind}")
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
@@ -60,6 +60,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice: drop one", node.start_mark
+                    None, None, f"key {key!r} is written twice: remove one", node.start_mark
                 )
         return super().construct_mapping(node, deep)

@@ -98,7 +98,7 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
     table = curves.copy()
     missing = [column for column in REQUIRED_COLUMNS if column not in table]
     if missing:
-        raise StudyError(f"{source}: the columns {', '.join(missing)} are missing: add them")
+        raise StudyError(f"{source}: missing columns: {', '.join(missing)}: add them")
     for column, value in ({"study": study} | DEFAULTS).items():
         if column not in table:
             table[column] = value

@@ -234,7 +234,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _heads_or_head_channels(self) -> "Model":
         if self.heads and self.head_channels:
-            raise ValueError("heads and head_channels both set the number of attention heads: drop one of them")
+            raise ValueError("heads and head_channels both set the number of attention heads: remove one of them")
         if not (self.heads or self.head_channels):
             raise ValueError("heads and head_channels are both null: set one of them")
         return self
@@ -395,7 +395,8 @@ def check_sampling_steps(sample: Sample, timesteps: int) -> None:
     if sample.sampler == "ddim" and sample.steps not in possible:
         nearest = min(possible, key=lambda steps: abs(steps - sample.steps))
         raise InputError(
-            f"steps: no whole stride through {timesteps} timesteps takes {sample.steps} steps: take {nearest}"
+            f"steps: DDIM takes every n-th of {timesteps} timesteps, which cannot give {sample.steps} steps: "
+            f"use {nearest}"
         )
     if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
-        raise InputError(f"steps: {sample.steps} do not fit {timesteps} timesteps: take 2 to {timesteps}")
+        raise InputError(f"steps: {sample.steps} is not between 2 and the {timesteps} timesteps: change it")

@@ -138,7 +138,7 @@ TABLE = {
     "code in YAML": (DRY_RUN, text("name: !!python/object/apply:os.system ['touch owned']\n"), ["not valid YAML"]),
     "missing section": (DRY_RUN, study(dataset=None), ["bad.yaml", "dataset"]),
     "unknown density": (DRY_RUN, study(arms={"a": {"timesteps": "p3"}}), ["arms.a.timesteps", "p3"]),
-    "weighting twice": (DRY_RUN, study(arms={"a": {"timesteps": P2, "mse_weight": P2}}), ["weights twice"]),
+    "weighting twice": (DRY_RUN, study(arms={"a": {"timesteps": P2, "mse_weight": P2}}), ["applied twice"]),
     "match to an unknown arm": (
         DRY_RUN,
         study(arms={"a": {"timesteps": P2, "match": "b"}}),
@@ -231,11 +231,7 @@ TABLE = {
     "images of two sizes": (
         ["-m", "convergence", "evaluate", "mixed", "mixed"],
         two_sizes,
-<<<<<<< HEAD
         ["mixed: b.png has 16x16 pixels, but the first image has 8x8", "resize all images to one size"],
-=======
-        ["mixed: b.png has 16x16 pixels", "8x8", "resize all images to one size"],
->>>>>>> g
     ),
     "unknown metric": (["-m", "convergence", "evaluate", "a", "b", "--metrics", "fid"], None, ["'fid'", "'fd'"]),
 }

@@ -235,7 +235,7 @@ def test_fixed_variance_is_the_lower_bound_of_the_learned_variance(tmp_path, sam
 
 
 def test_heads_and_head_channels_are_one_choice():
-    with pytest.raises(ValidationError, match="heads and head_channels both set .*: drop one of them"):
+    with pytest.raises(ValidationError, match="heads and head_channels both set .*: remove one of them"):
         Model(heads=4, head_channels=64)
     assert Model(heads=4).heads == 4 and Model(heads=None, head_channels=32).head_channels == 32
 

@@ -68,9 +68,9 @@ WRONG = [
     ("xyzzy", 1, ["xyzzy: unknown key; known keys: arms, checkpoints"]),
     ("arms.folder", {"timestep": "uniform"}, ["arms.folder.timestep: unknown key", "did you mean timesteps?"]),
     ("dataset.image_size", 4, ["dataset.image_size: input should be greater than or equal to 8", "4"]),
-    ("checkpoints", {"every": 1000, "until": 500}, ["checkpoints: steps must increase", "raise until"]),
+    ("checkpoints", {"every": 1000, "until": 500}, ["checkpoints: steps must be increasing", "raise until"]),
     ("name", "datasets", ["name: results/datasets/ is reserved", "choose another"]),
-    ("evaluate.metrics", ["kid", "precision"], ["evaluate: metrics: the curves show fd", "add it"]),
+    ("evaluate.metrics", ["kid", "precision"], ["evaluate: metrics: must include fd", "add it"]),
     ("dataset.imge_size", 32, ["dataset.imge_size: unknown key", "did you mean image_size?"]),
     ("arms.under05.timestep", "uniform", ["arms.under05.timestep: unknown key", "did you mean timesteps?"]),
     (
@@ -116,13 +116,13 @@ WRONG = [
     ("dataset", {"source": "folder", "image_size": 32}, ["dataset.path: missing", "add it"]),
     ("checkpoints", [20, 10], ["checkpoints", "[20, 10]", "put them in order"]),
     ("checkpoints", [10, 10], ["checkpoints", "[10, 10]", "put them in order"]),
-    ("checkpoints", [], ["checkpoints", "steps must increase"]),
+    ("checkpoints", [], ["checkpoints", "steps must be increasing"]),
     ("checkpoints", [0], ["checkpoints", "at least 1"]),
     ("checkpoints", [-10, 10], ["checkpoints", "[-10, 10]", "from 0 or more"]),
     ("checkpoints", {"every": 50, "until": 40}, ["checkpoints", "are []"]),
     ("checkpoints", {"every": 10}, ["checkpoints.until: missing", "add it"]),
     ("checkpoints", 5, ["checkpoints", "but it is 5"]),
-    ("seeds", [0, 0], ["seeds: a seed appears twice", "drop one"]),
+    ("seeds", [0, 0], ["seeds: a seed appears twice", "remove one"]),
     ("seeds", [], ["seeds", "name at least one"]),
     ("seeds", [-1], ["seeds.0", "greater than or equal to 0"]),
     ("arms", {}, ["arms", "name at least one"]),
@@ -136,7 +136,7 @@ WRONG = [
     (
         "arms.under05.mse_weight",
         P2,
-        ["arms.under05: ", "weights twice", "drop mse_weight", "weigh_twice: true"],
+        ["arms.under05: ", "applied twice", "remove mse_weight", "weigh_twice: true"],
     ),
     ("arms.matched05.vb_weight", P2, ["arms.matched05: match sets both weights", "drop"]),
     (
@@ -159,7 +159,7 @@ WRONG = [
         True,
         [
             "arms.matched05: match sets both weights",
-            "drop mse_weight, vb_weight and importance_corrected, or drop match",
+            "remove mse_weight, vb_weight and importance_corrected, or remove match",
         ],
     ),
     (
@@ -167,7 +167,7 @@ WRONG = [
         "loss_second_moment",
         ["arms.matched05.match: the density of uni05 changes", "match an arm with a constant density"],
     ),
-    ("arms.under05.correct_vb", False, ["arms.under05: correct_vb: false has no effect", "drop it"]),
+    ("arms.under05.correct_vb", False, ["arms.under05: correct_vb: false has no effect", "remove it"]),
     (
         "arms.learned",
         {"timesteps": "loss_second_moment", "importance_corrected": False, "correct_vb": False},
@@ -225,7 +225,7 @@ WRONG = [
     ("evaluate.metrics", ["fid"], ["evaluate.metrics.0", "'fd'", "'fid'"]),
     ("sample.images", 1, ["sample.images", "greater than or equal to 2"]),
     ("model.head_channels", None, ["model: heads and head_channels are both null", "set one of them"]),
-    ("model.heads", 4, ["model: heads and head_channels both set", "drop one of them"]),
+    ("model.heads", 4, ["model: heads and head_channels both set", "remove one of them"]),
     ("arms.timesteps", {"stratifed": True}, ["arms.timesteps.stratifed: unknown key", "did you mean stratified?"]),
     (
         "evaluate.weights",
@@ -274,7 +274,7 @@ def test_file_that_is_not_a_study_is_reported(tmp_path, text, expected):
 def test_missing_file_lists_those_that_exist(tmp_path):
     for name in ("second", "first"):
         (tmp_path / f"{name}.yaml").touch()
-    with pytest.raises(StudyError, match=r"study.yaml: no such experiment: name one of first, second$"):
+    with pytest.raises(StudyError, match=r"study.yaml: no such study: choose from first, second$"):
         load_experiment(tmp_path / "study.yaml")
 
 

@@ -68,7 +68,7 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
 @pytest.mark.parametrize(
     ("content", "baseline", "message"),
     [
-        ("arm,images\na,1\n", "a", "the columns value are missing: add them"),
+        ("arm,images\na,1\n", "a", "missing columns: value: add them"),
         ("", "a", "not a table"),
         ("arm,images,value\na,1,2\nb,1,n.a.?\n", "a", "value has a value that is not a number"),
         ("arm,images,value\n05,1,2\nb,1,2\n", "c", "no row has the arm c: choose from 05, b"),

@@ -243,7 +243,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     train_segment(tiny(), 0, IMAGES, None, tmp_path / "step2", 2, "cpu")
     state = tmp_path / "step2/state.pt"
     for run, seed in ((tiny(learning_rate=1e-2), 0), (tiny(), 1)):
-        with pytest.raises(FileError, match="state.pt: belongs to another run"):
+        with pytest.raises(FileError, match="state.pt: is the state of a run with other settings"):
             train_segment(run, seed, IMAGES, state, tmp_path / "step4", 4, "cpu")
     state.write_bytes(state.read_bytes()[:-100])
     for read in (summary, lambda path: train_segment(tiny(), 0, IMAGES, path, tmp_path / "step4", 4, "cpu")):

@@ -312,7 +312,7 @@ def test_a_killed_snakemake_loses_nothing(finished, tmp_path):
 MISTAKES = [
     (lambda s: s["train"].update(batchsize=3), ["openmoji.yaml", "train.batchsize", "did you mean batch_size?"]),
     (lambda s: s.update(seeds="many"), ["openmoji.yaml", "seeds"]),
-    (lambda s: s["arms"]["under05"].update(mse_weight="p2"), ["arms.under05", "weights twice", "weigh_twice: true"]),
+    (lambda s: s["arms"]["under05"].update(mse_weight="p2"), ["arms.under05", "applied twice", "weigh_twice: true"]),
     (lambda s: s.update(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
     (lambda s: s["dataset"].update(image_size=15), ["dataset.image_size", "cannot be halved", "multiple of 2"]),
     (
@@ -335,7 +335,7 @@ def test_a_mistake_is_one_sentence_at_the_dry_run(tmp_path, mistake, parts):
 @pytest.mark.parametrize(
     ("configuration", "parts"),
     [
-        ("experiments=opnmoji", ["opnmoji.yaml", "no such experiment", "openmoji"]),
+        ("experiments=opnmoji", ["opnmoji.yaml", "no such study", "openmoji"]),
         ("experiment=a", ["experiment:"]),
         ("tracking=maybe", ["tracking=maybe", "tracking=off"]),
     ],

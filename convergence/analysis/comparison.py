@@ -22,7 +22,7 @@ from convergence.errors import StudyError
 from convergence.tables import SHARES, check_curves, diverged
 from diffusion.errors import InputError
 
-# Thresholds, as shares of the baseline's way in level from its first trained checkpoint to its last.
+# Thresholds, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
 
 SPEEDUP_COLUMNS = [
@@ -119,8 +119,8 @@ def compare_pair(
         rows: the long table of one study, extractor and metric.
         baseline: an arm.
         candidate: another arm.
-        thresholds: values of the metric. By default those at 1/4, 1/2 and 3/4 of the way, in level, from the baseline's
-            mean at the first trained checkpoint to its mean at the last. They do not depend on the candidate.
+        thresholds: values of the metric. By default those at 1/4, 1/2 and 3/4 of the progress, in level, from the
+            baseline's mean at the first trained checkpoint to its mean at the last, whatever the candidate does.
         primary: whether this is the primary comparison of the study.
 
     Raises:
@@ -222,7 +222,7 @@ def _pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | No
 
 
 def _default_thresholds(pairs: _Pairs) -> np.ndarray:
-    """Returns values of the metric on the baseline's way; none if every run of the baseline diverged."""
+    """Returns values between the baseline's first and last checkpoint; none if all runs of the baseline diverged."""
     complete = ~pairs.diverged[:, 0]
     if not complete.any():
         return np.array([])

@@ -30,7 +30,7 @@ METHOD = """\
   number.
 - A run reaches a threshold where its metric, smoothed by isotonic regression so that it never gets worse, crosses it.
   Between checkpoints the log of the metric is linear in the log of images. Unless the study declares thresholds, they
-  are at 1/4, 1/2 and 3/4 of the baseline's way, in logs, from its first trained checkpoint to its last, and do not
+  are at 1/4, 1/2 and 3/4 of the baseline's progress in level from its first trained checkpoint to its last, and do not
   depend on the candidate.
 - A run that does not reach a threshold is censored, not dropped: it still bounds the speed-up of its pair. If some
   pairs are unbounded on one side, that end of the interval comes from the sign test (no bound below six seeds). The

@@ -11,7 +11,7 @@ import click
 from convergence import layout
 from convergence.command.options import studies_argument, study_file
 from convergence.errors import StudyError
-from convergence.resources import FEATURES, images_in, pictures, unet_size
+from convergence.resources import FEATURES, count_images, images_in, unet_size
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from convergence.tables import markdown_table
@@ -78,7 +78,7 @@ def _images(experiment: Experiment) -> int:
     prepared = layout.dataset_directory(experiment.dataset) / "images.npy"
     if prepared.exists():
         return images_in(str(prepared), experiment.dataset.image_size)
-    return pictures(experiment.dataset)
+    return count_images(experiment.dataset)
 
 
 def measure(experiment: Experiment) -> Rates:
@@ -175,6 +175,6 @@ def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float 
         budgets[study] = budget(experiment, rates, jobs)
     click.echo(table(budgets) + "\n")
     free = shutil.disk_usage(".").free
-    click.echo(f"Free disk space: {free / GIGA:,.1f} GB. Evaluation and probes add to these hours.")
+    click.echo(f"Free disk space: {free / GIGA:,.1f} GB. These hours do not include evaluation and probes.")
     if free < sum(estimate.peak for estimate in budgets.values()):
-        click.echo("This is not enough: use fewer checkpoints, seeds or samples, or a larger disk.")
+        click.echo("The free space is not enough: use fewer checkpoints, seeds or samples, or a larger disk.")

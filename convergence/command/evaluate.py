@@ -32,9 +32,7 @@ METRICS = ("fd", "fd_infinity", "kid", "precision", "recall")
 )
 @click.option("--weights", type=PATH, metavar="FILE",
               help="Weights of the feature extractor, for a machine without a network.")  # fmt: skip
-@click.option(
-    "--weights-sha256", metavar="HEX", help="SHA-256 of that file, if it has other than the original weights."
-)
+@click.option("--weights-sha256", metavar="HEX", help="SHA-256 of that file, if these are not the published weights.")
 @device_option
 def main(
     generated: Path,

@@ -27,7 +27,7 @@ def main(weights: Path, out: Path) -> None:
     from diffusion.published import write_published
 
     if weights.suffix != ".safetensors" or out.suffix != ".pt":
-        raise StudyError(f"export reads a .safetensors file and writes a .pt file: {weights} and {out} are not these")
+        raise StudyError(f"{weights}, {out}: export reads a .safetensors file and writes a .pt file: change the names")
     checkpoint = load_checkpoint(weights, "cpu")
     if checkpoint.diverged:
         raise StudyError(f"{weights}: this run diverged, so its weights are useless: use a checkpoint of another run")

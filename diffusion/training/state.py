@@ -157,7 +157,7 @@ class TrainState:
         with _reading(path):
             content = torch.load(path, map_location=self.device, weights_only=True)
             if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
-                raise FileError(path, "belongs to another run")
+                raise FileError(path, "is the state of a run with other settings")
             if parent not in (None, content["id"]):
                 raise FileError(path, "does not continue the state that this segment starts from")
             expected = self.state_dict()
