@@ -233,9 +233,7 @@ class Experiment(Section):
         steps = value.steps if isinstance(value, EveryNSteps) else list(value)
         if not steps or steps[-1] < 1 or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
             remedy = "put them in order" if steps else "add some, or raise until"
-            raise ValueError(
-                f"steps must be increasing, start at 0 or more and contain a step above 0, but are {steps}: {remedy}"
-            )
+            raise ValueError(f"steps must be increasing, none below 0 and the last above 0, but are {steps}: {remedy}")
         return value
 
     @model_validator(mode="after")

@@ -399,4 +399,4 @@ def check_sampling_steps(sample: Sample, timesteps: int) -> None:
             f"use {nearest}"
         )
     if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
-        raise InputError(f"steps: {sample.steps} is not between 2 and the {timesteps} timesteps: change it")
+        raise InputError(f"steps: {sample.steps} is not possible with {timesteps} timesteps: use 2 to {timesteps}")

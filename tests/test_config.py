@@ -117,8 +117,8 @@ WRONG = [
     ("checkpoints", [20, 10], ["checkpoints", "[20, 10]", "put them in order"]),
     ("checkpoints", [10, 10], ["checkpoints", "[10, 10]", "put them in order"]),
     ("checkpoints", [], ["checkpoints", "steps must be increasing"]),
-    ("checkpoints", [0], ["checkpoints", "at least 1"]),
-    ("checkpoints", [-10, 10], ["checkpoints", "[-10, 10]", "from 0 or more"]),
+    ("checkpoints", [0], ["checkpoints", "the last above 0"]),
+    ("checkpoints", [-10, 10], ["checkpoints", "[-10, 10]", "none below 0"]),
     ("checkpoints", {"every": 50, "until": 40}, ["checkpoints", "are []"]),
     ("checkpoints", {"every": 10}, ["checkpoints.until: missing", "add it"]),
     ("checkpoints", 5, ["checkpoints", "but it is 5"]),
@@ -138,7 +138,7 @@ WRONG = [
         P2,
         ["arms.under05: ", "applied twice", "remove mse_weight", "weigh_twice: true"],
     ),
-    ("arms.matched05.vb_weight", P2, ["arms.matched05: match sets both weights", "drop"]),
+    ("arms.matched05.vb_weight", P2, ["arms.matched05: match sets both weights", "remove"]),
     (
         "arms.matched05.match",
         "nobody",
@@ -254,9 +254,9 @@ TEXTS = [
     ("\x00", ["not valid YAML"]),
     ("? [a]\n: 1\n", ["not valid YAML"]),
     ("name: !!python/object/apply:os.getcwd []", ["not valid YAML", "python/object"]),
-    ("", ["must hold keys and values", "name: study", "is empty"]),
-    ("- name", ["must hold keys and values", "is a list"]),
-    ("study", ["must hold keys and values", "is a str"]),
+    ("", ["must contain keys with values", "name: study", "is empty"]),
+    ("- name", ["must contain keys with values", "is a list"]),
+    ("study", ["must contain keys with values", "is a str"]),
     ("name: study\n", ["dataset: missing: add it", "arms: missing: add it", "seeds: missing: add it"]),
 ]
 
@@ -671,10 +671,10 @@ def test_batch_size_of_an_arm_must_be_a_multiple_of_the_micro_batch_of_the_study
 @pytest.mark.parametrize(
     ("sample", "remedy"),
     [
-        ({"steps": 333}, "take 334"),
-        ({"steps": 1001}, "take 1000"),
-        ({"sampler": "ddpm", "steps": 1001}, "take 2 to 1000"),
-        ({"sampler": "ddpm", "steps": 1}, "take 2 to 1000"),
+        ({"steps": 333}, "use 334"),
+        ({"steps": 1001}, "use 1000"),
+        ({"sampler": "ddpm", "steps": 1001}, "use 2 to 1000"),
+        ({"sampler": "ddpm", "steps": 1}, "use 2 to 1000"),
     ],
 )
 def test_sampling_steps_fit_the_timesteps(tmp_path, sample, remedy):
