@@ -231,7 +231,7 @@ TABLE = {
     "images of two sizes": (
         ["-m", "convergence", "evaluate", "mixed", "mixed"],
         two_sizes,
-        ["mixed: b.png has 16x16 pixels", "8x8", "resize all images to one size"],
+        ["mixed: b.png has 16x16 pixels, but the first image has 8x8", "resize all images to one size"],
     ),
     "unknown metric": (["-m", "convergence", "evaluate", "a", "b", "--metrics", "fid"], None, ["'fid'", "'fd'"]),
 }
