@@ -109,10 +109,10 @@ def _origin(provenance: Mapping[str, Any]) -> str:
 
 def _sentences(experiment: Experiment, problem: Callable[[RunConfig, Mapping[str, Any]], str | None]) -> list[str]:
     """Returns a sentence for each arm with a problem, with the command that trains the study again."""
-    command = (
-        f"snakemake --cores all reports/fid_curves.png --config experiments={experiment.name} "
-        "--forcerun initialise train"
-    )
+    command = layout.snakemake_command(
+        "--cores", "all", "reports/fid_curves.png", "--config", f"experiments={experiment.name}",
+        "--forcerun", "initialise", "train",
+    )  # fmt: skip
     sentences = []
     for arm in experiment.arms:
         run = experiment.run(arm)
