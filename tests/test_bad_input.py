@@ -133,7 +133,7 @@ TABLE = {
     "infinite number": (DRY_RUN, study(train={"learning_rate": float("inf")}), ["train.learning_rate", "finite"]),
     "key written twice": (DRY_RUN, text("name: bad\nname: bad\n"), ["bad.yaml", "'name' is written twice"]),
     "no YAML": (DRY_RUN, text("name: [bad\n"), ["bad.yaml", "not valid YAML"]),
-    "empty file": (DRY_RUN, text(""), ["bad.yaml", "must hold keys and values"]),
+    "empty file": (DRY_RUN, text(""), ["bad.yaml", "must contain keys with values"]),
     "no text": (DRY_RUN, lambda p: (p / "experiments/bad.yaml").write_bytes(b"\xff\xfe"), ["cannot be read", "UTF-8"]),
     "code in YAML": (DRY_RUN, text("name: !!python/object/apply:os.system ['touch owned']\n"), ["not valid YAML"]),
     "missing section": (DRY_RUN, study(dataset=None), ["bad.yaml", "dataset"]),
@@ -183,7 +183,7 @@ TABLE = {
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
     "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["evaluate.features", "'vgg': choose from"]),
     # command line
-    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "name one of fashion_mnist"]),
+    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "choose from fashion_mnist"]),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
     "tracking half": ([*DRY_RUN, "tracking=half"], study(), ["--config tracking=half", "tracking=off"]),
     "plan from nothing": (
@@ -225,7 +225,7 @@ TABLE = {
     "budget of nothing": (
         ["-m", "convergence", "budget", "opnmoji"],
         None,
-        ["opnmoji.yaml", "name one of fashion_mnist"],
+        ["opnmoji.yaml", "choose from fashion_mnist"],
     ),
     "orphans of a broken study": (["-m", "convergence", "orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
     "images of two sizes": (
