@@ -71,57 +71,63 @@ def tables_hash(run: RunConfig) -> str:
 
 
 def stale_runs(experiment: Experiment) -> list[str]:
-    """Returns a sentence for each arm with results on disk that other code than the present one has trained.
+    """Returns a sentence if other code than the present one has trained results of a study, or else an empty list.
 
-    It reads the provenance of the newest checkpoint of each run. A sentence names the directory of the arm, the commit
-    that trained it, and the command that trains it again. Torch is not imported.
+    It reads the provenance of the newest checkpoint of each run. The sentence names each such arm with the commit that
+    trained it, and the command that trains the study again. Torch is not imported.
     """
-    return _sentences(experiment, lambda run, provenance: _changed_code(provenance))
+
+    def problem(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
+        if provenance.get("source_hash") != source_hash():
+            return "the code that training uses has changed since the training of"
+        if provenance.get("earlier_source_hashes"):
+            return "the code that training uses changed during the training of"
+        return None
+
+    return _warnings(experiment, problem)
 
 
 def changed_tables(experiment: Experiment) -> list[str]:
-    """Returns a sentence for each arm of `stale_runs` whose density or loss weights have changed since its training.
+    """Returns a sentence if the density or the loss weights of arms have changed since their training, as `stale_runs`.
 
-    Torch is imported if there is an arm in `stale_runs`.
+    The tables are always compared, so that a cause that `source_hash` misses is reported, too. Torch is imported.
+
+    Raises:
+        InputError: If the tables of an arm are not finite (`tables_hash`).
     """
 
-    def changed(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
-        if not _changed_code(provenance) or provenance.get("tables_hash") == tables_hash(run):
-            return None
-        return f"its density or loss weights have changed since {_origin(provenance)}"
+    def problem(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
+        unchanged = provenance.get("tables_hash") == tables_hash(run)
+        return None if unchanged else "the density or the loss weights have changed since the training of"
 
-    return _sentences(experiment, changed)
-
-
-def _changed_code(provenance: Mapping[str, Any]) -> str | None:
-    if provenance.get("source_hash") != source_hash():
-        return f"the code that training uses has changed since {_origin(provenance)}"
-    if provenance.get("earlier_source_hashes"):
-        return f"the code that training uses changed during training, which ended with {_origin(provenance)}"
-    return None
+    return _warnings(experiment, problem)
 
 
-def _origin(provenance: Mapping[str, Any]) -> str:
-    finished, commit = provenance.get("finished"), provenance.get("git_commit")
-    changes = " with uncommitted changes" if provenance.get("git_dirty") else ""
-    return f"commit {commit[:12]}{changes} ({finished})" if commit else str(finished)
-
-
-def _sentences(experiment: Experiment, problem: Callable[[RunConfig, Mapping[str, Any]], str | None]) -> list[str]:
-    """Returns a sentence for each arm with a problem, with the command that trains the study again."""
+def _warnings(experiment: Experiment, problem: Callable[[RunConfig, Mapping[str, Any]], str | None]) -> list[str]:
+    """Returns at most one sentence: each problem with its arms, and the command that trains the study again."""
+    arms: dict[str, list[str]] = {}
+    for arm in experiment.arms:
+        run = experiment.run(arm)
+        newest = (_newest_provenance(experiment, arm, run, seed) for seed in experiment.seeds)
+        problems = ((text, facts) for facts in newest if facts and (text := problem(run, facts)))
+        text, facts = next(problems, (None, {}))
+        if text:
+            arms.setdefault(text, []).append(f"{arm} ({_origin(facts)})")
+    if not arms:
+        return []
     command = layout.snakemake_command(
         "--cores", "all", "reports/fid_curves.png", "--config", f"experiments={experiment.name}",
         "--forcerun", "initialise", "train",
     )  # fmt: skip
-    sentences = []
-    for arm in experiment.arms:
-        run = experiment.run(arm)
-        newest = (_newest_provenance(experiment, arm, run, seed) for seed in experiment.seeds)
-        problems = [text for provenance in newest if provenance and (text := problem(run, provenance))]
-        if problems:
-            directory = layout.run_directory(experiment.name, arm, run, experiment.seeds[0]).parent
-            sentences.append(f"{directory}: {problems[0]}: to train it again, run {command}")
-    return sentences
+    text = "; ".join(f"{problem} {', '.join(named)}" for problem, named in arms.items())
+    return [f"{layout.RESULTS / experiment.name}: {text}: to train the study again, run {command}"]
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    """Returns when a checkpoint was trained and, in a git repository, the commit that trained it."""
+    finished, commit = provenance.get("finished"), provenance.get("git_commit")
+    changes = " with uncommitted changes" if provenance.get("git_dirty") else ""
+    return f"commit {commit[:12]}{changes}, {finished}" if commit else str(finished)
 
 
 def _newest_provenance(experiment: Experiment, arm: str, run: RunConfig, seed: int) -> dict[str, Any] | None:

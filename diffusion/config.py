@@ -333,7 +333,8 @@ class Sample(Section):
     seed: int = Field(0, ge=0)
     """Seed of the noise from which all checkpoints are sampled."""
     keep: bool = False
-    """Whether the sampled images are kept on disk after evaluation."""
+    """Whether the sampled images are kept on disk after evaluation. They are not reused: a change of the metrics \
+samples them again."""
 
 
 class Initial(Section):

@@ -1,9 +1,11 @@
 """Atomic writes, locks, and checked reads of files."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,16 @@ def save_npy(path: Path, array: "np.ndarray") -> None:
     with atomic_write(path) as file:
         write_npy_header(file, array.shape)
         file.write(array.tobytes())
+
+
+def check_free_space(path: Path, size: int) -> None:
+    """Checks that a file of `size` bytes fits the disk of `path`, before a long computation of its content.
+
+    Raises:
+        OSError: If it does not.
+    """
+    if shutil.disk_usage(path.parent).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def sha256(path: Path) -> str:

@@ -43,8 +43,9 @@ class Section(BaseModel):
         content = handler(self)
         if not (info.context or {}).get("canonical"):
             return content
-        fields, section = type(self).model_fields, type(self).__name__
-        later = {key for key in fields if f"{section}.{key}" in LATER_KEYS}
+        fields = type(self).model_fields
+        # A subclass inherits the keys of its bases.
+        later = {key for section in type(self).__mro__ for key in fields if f"{section.__name__}.{key}" in LATER_KEYS}
         return {k: v for k, v in content.items() if k not in later or getattr(self, k) != fields[k].default}
 
 

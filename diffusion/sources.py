@@ -4,13 +4,18 @@ import ast
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parent
-# Configuration is not in the list: its values are part of a run's name.
 MODULES = (
     "gaussian", "timesteps", "losses", "schemes", "streams", "devices", "build", "nets/*", "data/arrays",
-    "data/batches", "training/parallel", "training/state",
+    "data/batches", "training/parallel", "training/segment", "training/state",
 )  # fmt: skip
+# The rest of these modules defines keys, whose values are part of a run's name: a new key does not change the hash.
+PARTS = {
+    "config": ("GROUP_NORM_GROUPS", "Density.learned", "Scheme.corrected"),
+    "section": ("Choice.chosen",),
+}
 
 
 @cache
@@ -21,13 +26,30 @@ def source_hash() -> str:
     files are read at the first call of a process.
     """
     paths = sorted(path for module in MODULES for path in PACKAGE.glob(f"{module}.py"))
-    code = "\n".join(f"{path.relative_to(PACKAGE).as_posix()} {normalized(path.read_text('utf-8'))}" for path in paths)
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    code = [f"{path.relative_to(PACKAGE).as_posix()} {normalized(path.read_text('utf-8'))}" for path in paths]
+    for module, names in PARTS.items():
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+        code += [f"{module}.py {name} {_text(_definition(tree, name))}" for name in names]
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
 def normalized(source: str) -> str:
     """Returns the syntax tree of Python source as text, without docstrings and without positions in the file."""
     return _text(ast.parse(source))
+
+
+def _definition(tree: Any, name: str) -> ast.AST:
+    """Returns the definition of a function, class or constant in a syntax tree; `name` is as in "Class.method"."""
+    first, _, rest = name.partition(".")
+    node = next(node for node in tree.body if first in _names(node))
+    return _definition(node, rest) if rest else node
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """Returns the names that a statement defines."""
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
 
 
 def _text(node: object) -> str:

@@ -14,7 +14,7 @@ from convergence.errors import StudyError
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from diffusion import losses, timesteps
-from diffusion.config import TRAIN_VERSION, Dataset, Density, RunConfig, Train, Weight
+from diffusion.config import TRAIN_VERSION, Dataset, Density, Initial, RunConfig, Train, Weight
 
 STUDY = {
     "name": "study",
@@ -606,6 +606,16 @@ class LaterTrain(Train):
     betas: tuple[float, float] = (0.9, 0.999)
 
 
+class LaterBase(Initial):
+    """The section that `RunConfig` inherits from, after a key was added."""
+
+    latent: int = 0
+
+
+class LaterChild(LaterBase):
+    """A section that inherits the added key."""
+
+
 class LaterRun(RunConfig):
     """A run with the added key."""
 
@@ -625,6 +635,15 @@ def test_key_that_is_added_later_renames_no_run(tmp_path, monkeypatch):
     assert default.model_dump()["train"]["betas"] == (0.9, 0.999)
     for run in (default, other):
         assert LaterRun.model_validate_json(run.canonical()) == run
+
+
+def test_later_key_of_a_base_class_renames_no_section_that_inherits_it(tmp_path, monkeypatch):
+    content = dict(load(tmp_path, STUDY).run("under05").initial)
+    default, other = LaterChild(**content), LaterChild(**content, latent=1)
+    assert "latent" in default.canonical()
+    monkeypatch.setattr("diffusion.section.LATER_KEYS", ("LaterBase.latent",))
+    assert default.hash8 == Initial(**content).hash8 != other.hash8
+    assert LaterChild.model_validate_json(other.canonical()) == other
 
 
 DATASETS = [

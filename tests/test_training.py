@@ -290,6 +290,13 @@ DAMAGES = {
     "no rows": without("rows"),
     "no step": without("step"),
     "no id": without("id"),
+    "rows without value": lambda content: content.update(rows=None),
+    "sources as text": lambda content: content.update(sources="5afe"),
+    "step as text": lambda content: content.update(step="5"),
+    "seconds without value": lambda content: content.update(seconds=None),
+    "divergence as text": lambda content: content.update(diverged="5"),
+    "id as number": lambda content: content.update(id=5),
+    "images without value": lambda content: content["meter"].update(images=None),
 }
 
 

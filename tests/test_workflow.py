@@ -92,6 +92,20 @@ def test_samples_are_kept_on_request_and_nothing_is_trained_again(project):
     np.testing.assert_array_equal(preview[1:17, 18:34], samples[1])
     edit(project, lambda study: study["sample"].update(keep=False))
     assert not [job for job in jobs(project) if job.startswith("Evaluate")]
+    # Samples of other settings than those of the metrics are removed.
+    edit(project, lambda study: study["sample"].update(seed=1))
+    done = snakemake(project, "--config", "tracking=off", target=str(metrics.relative_to(project)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics.read_text() != before and not (project / target).exists()
+
+
+@pytest.mark.slow
+def test_kept_samples_that_do_not_fit_the_disk_are_reported_before_sampling(project):
+    metrics = next(project.glob("results/openmoji/uni05-*/seed0/step8")) / "metrics.csv"
+    edit(project, lambda study: study["sample"].update(keep=True, images=10**12, seed=1))
+    done = snakemake(project, "--config", "tracking=off", target=str(metrics.relative_to(project)))
+    output = done.stdout + done.stderr
+    assert done.returncode == 1 and "samples.npy: No space left on device: free space" in output
 
 
 @pytest.mark.slow
@@ -227,7 +241,8 @@ def test_changed_code_is_reported_with_the_command_that_trains_again(project):
     source = project / "diffusion/timesteps.py"
     source.write_text(source.read_text() + "\n\ndef unused():\n    return 1\n")
     dry_run = snakemake(project, "--dry-run").stderr
-    (warning,) = {line for line in dry_run.splitlines() if line.startswith("Warning: ") and "under05" in line}
+    (warning,) = [line for line in dry_run.splitlines() if line.startswith("Warning: ")]
+    assert "uni05 (" in warning and "under05 (" in warning
     assert re.search(r"snakemake .*experiments=openmoji --forcerun .*train$", warning)
     assert not [job for job in jobs(project) if job.startswith(("Train", "Evaluate", "Probe"))]
     done = snakemake(project, "--config", "tracking=off")

@@ -1,10 +1,7 @@
 """`convergence sample`: samples images from a checkpoint."""
 
-import errno
 import logging
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +71,7 @@ def main(
 
     from diffusion.checkpoints import preview, sample_checkpoint
     from diffusion.config import Sample, check_sampling_steps
-    from diffusion.files import save_npy
+    from diffusion.files import check_free_space, save_npy
     from diffusion.validation import first_mistake
 
     if threads:
@@ -93,8 +90,7 @@ def main(
 
     out.mkdir(parents=True, exist_ok=True)
     array, grid = out / "samples.npy", out / "samples.png"
-    if shutil.disk_usage(out).free < sample.images * 3 * loaded.image_size**2:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(array))
+    check_free_space(array, sample.images * 3 * loaded.image_size**2)
     try:
         images = sample_checkpoint(loaded, sample, device)
     except torch.OutOfMemoryError:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_layout(value: Any, expected: Any, name: str = "state") -> None:
-    """Compares the keys of nested dicts, and the shapes and dtypes of the tensors in them.
+    """Compares the keys of nested dicts, the shapes and dtypes of the tensors in them, and the types of other values.
 
     Raises:
         ValueError: If they differ.
@@ -211,6 +212,8 @@ def _check_layout(value: Any, expected: Any, name: str = "state") -> None:
         layouts = [(list(v.shape), v.dtype) if isinstance(v, Tensor) else type(v).__name__ for v in (value, expected)]
         if layouts[0] != layouts[1]:
             raise ValueError(f"{name} is {layouts[0]}, not {layouts[1]}")
+    elif not isinstance(value, (int, NoneType) if name == "state.diverged" else type(expected)):
+        raise ValueError(f"{name} is {type(value).__name__}, not {type(expected).__name__}")
 
 
 def save_state(path: Path, content: dict[str, Any]) -> None:

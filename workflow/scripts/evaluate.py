@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from convergence.jobs import job, use_torch
 from convergence.schema import Evaluate
 from convergence.tables import of_checkpoint, write_table
@@ -9,7 +11,7 @@ from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
 from diffusion.evaluation.extractors import extract_features, load_extractor
 from diffusion.evaluation.reference import evaluate, load_reference, reference_key
-from diffusion.files import read_json, save_npy
+from diffusion.files import check_free_space, read_json, save_npy
 
 with job(snakemake):
     device = use_torch(snakemake.threads, snakemake.resources.gpu)
@@ -20,11 +22,17 @@ with job(snakemake):
     dataset = read_json(Path(inputs.manifest))
 
     checkpoint = load_checkpoint(Path(inputs.weights), device, provenance.get("sha256"))
+    kept = Path(output.metrics).with_name("samples.npy")
+    if output.samples:
+        check_free_space(kept, sample.images * 3 * checkpoint.image_size**2)
     samples = sample_checkpoint(checkpoint, sample, device)
     del checkpoint  # the extractors need its memory
+    torch.cuda.empty_cache()
     preview(samples, Path(output.preview))
-    for path in output.samples:
-        save_npy(Path(path), samples)
+    if output.samples:
+        save_npy(kept, samples)
+    else:
+        kept.unlink(missing_ok=True)  # of earlier settings
 
     rows = []
     for name, path in zip(settings.features, inputs.references, strict=True):
