@@ -5,11 +5,28 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
+
+# How a command, which writes no results, advises to write a file again.
+RUN_AGAIN = "run the study again"
 
 
 class StudyError(InputError):
     """A mistake in a study, or an unusable result. The message states what is wrong, where, and what to do."""
+
+
+def with_remedy(error: InputError, again: str = "run the same command again") -> str:
+    """Returns the message of an error; for a file below `results/`, which a job can write again, with what to do.
+
+    Args:
+        error: The error.
+        again: How to write the file again.
+    """
+    from convergence.layout import RESULTS  # slow to import: `convergence --help` imports this module
+
+    if not isinstance(error, FileError) or not error.path.absolute().is_relative_to(RESULTS.absolute()):
+        return str(error)
+    return f"{error}: {'delete it and ' if error.path.exists() else ''}{again}"
 
 
 @contextmanager
@@ -18,7 +35,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        sys.exit(str(error))
+        sys.exit(with_remedy(error, RUN_AGAIN))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

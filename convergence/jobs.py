@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from convergence import layout
-from convergence.errors import StudyError
+from convergence.errors import StudyError, with_remedy
 from diffusion.errors import FileError, InputError, Stopped
+
+# The section of a study file that has the arguments which errors of the library name, by rule.
+SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 
 
 def job_name(snakemake: Any) -> str:
@@ -37,16 +39,19 @@ def job(snakemake: Any) -> Iterator[None]:
         snakemake: the object that Snakemake puts into every script.
     """
     log_to(snakemake.log[0], job_name(snakemake))
-    with exit_on_job_error():
+    with exit_on_job_error(SECTIONS.get(snakemake.rule)):
         yield
 
 
 @contextmanager
-def exit_on_job_error() -> Iterator[None]:
+def exit_on_job_error(section: str | None = None) -> Iterator[None]:
     """End this process with exit code 1 and one sentence in its log after an error of the user or of the machine.
 
     These are `InputError`, `Stopped`, Ctrl-C, a full GPU, a full disk and a missing permission. Any other exception is
     a bug and keeps its traceback.
+
+    Args:
+        section: section of the study file, which precedes the message of an `InputError` of the library about a value.
 
     Raises:
         RuntimeError: The error is not torch's error for a full GPU.
@@ -54,10 +59,11 @@ def exit_on_job_error() -> Iterator[None]:
     """
     try:
         yield
-    except FileError as error:
-        logging.error("%s%s", error, _remedy(error.path))
+    except InputError as error:
+        of_value = not isinstance(error, (FileError, StudyError))
+        logging.error("%s%s", f"{section}: " if section and of_value else "", with_remedy(error))
         sys.exit(1)
-    except (InputError, Stopped) as error:
+    except Stopped as error:
         logging.error("%s", error)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -77,26 +83,24 @@ def exit_on_job_error() -> Iterator[None]:
         sys.exit(1)
 
 
-def _remedy(path: Path) -> str:
-    """What to do about an unusable file, if a job wrote it: the library does not know that a job can write it again."""
-    if not path.absolute().is_relative_to(layout.RESULTS.absolute()):
-        return ""
-    return f": {'delete it and ' if path.exists() else ''}run the same command again"
-
-
-def use_torch(threads: int, gpus: int) -> str:
+def use_torch(threads: int | None, gpus: int) -> str:
     """Set the number of torch's threads in this process and return the device to compute on, "cuda" or "cpu".
 
+    Args:
+        threads: number of threads; None for torch's choice.
+        gpus: 1 to compute on a GPU, otherwise 0.
+
     Raises:
-        StudyError: The job needs a GPU, and torch finds none.
+        StudyError: A GPU is needed, and torch finds none.
     """
     import torch
 
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     if gpus and not torch.cuda.is_available():
         raise StudyError(
-            f"torch {torch.__version__} finds no GPU on {platform.node()}: set `device: cpu` in the study, "
-            "or install versions of torch and of the driver that match"
+            f"torch {torch.__version__} finds no GPU on {platform.node()}: compute on the CPU (`device: cpu` in "
+            "a study, `--device cpu` in a command), or install versions of torch and of the driver that match"
         )
     # Shapes do not change during a job, so a search for the fastest algorithms pays.
     torch.backends.cudnn.benchmark = bool(gpus)

@@ -14,6 +14,8 @@ RESULTS = Path("results")
 DATASETS = RESULTS / "datasets"
 REFERENCES = RESULTS / "references"
 REPORTS = Path("reports")
+# Downloads of torchvision.
+DOWNLOADS = Path("data")
 # Shows the curves of the selected studies together.
 FIGURE = REPORTS / "fid_curves.png"
 FRONT_PAGE = REPORTS / "pages/front.rst"

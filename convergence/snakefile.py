@@ -226,13 +226,13 @@ def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
 
 
 def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:
-    """Start the process that forwards the results of the jobs to MLflow: `convergence.tracking.follow`."""
+    """Start the process that forwards the results of the jobs to MLflow."""
     global _tracker
-    files = [str(layout.study_file(name)) for name, experiment in experiments.items() if experiment.tracking]
-    if not files or not TRACKING[config.get("tracking", "on")]:
+    studies = [name for name, experiment in experiments.items() if experiment.tracking]
+    if not studies or not TRACKING[config.get("tracking", "on")]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "convergence.tracking.follow", "--parent-pid", str(os.getpid()), *files]
+    command = [sys.executable, "-m", "convergence", "sync", "--follow", str(os.getpid()), *studies]
     with (layout.RESULTS / "tracking.log").open("a") as log:
         # In a session of its own it does not receive Ctrl-C, so it can report how the jobs ended.
         _tracker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True)

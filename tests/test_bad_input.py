@@ -15,6 +15,9 @@ from PIL import Image
 from projects import ROOT, copy_project
 from safetensors.torch import save_file
 
+from convergence import layout
+from convergence.study_file import load_experiment
+
 DRY_RUN = ["snakemake", "--cores", "1", "--dry-run", "--config", "experiments=bad"]
 DATASET = ["snakemake", "--cores", "1", "--config", "experiments=bad", "tracking=off", "--", "reports/bad/metrics.csv"]
 STUDY = yaml.safe_load((ROOT / "experiments/openmoji.yaml").read_text()) | {"name": "bad"}
@@ -106,6 +109,19 @@ def pickled(project):
     torch.save({"weight": Code()}, project / "evil.pt")
 
 
+def damaged_manifest(project):
+    study()(project)
+    experiment = load_experiment(project / "experiments/bad.yaml")
+    manifest = project / layout.dataset_directory(experiment.dataset) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{")
+
+
+def damaged_weights(project):
+    (project / "results").mkdir()
+    (project / "results/a.safetensors").write_bytes(b"\x08")
+
+
 def metrics(project):
     header = "study,arm,seed,step,images,seconds,features,metric,value,stderr,n,reason\n"
     rows = [f"small,{arm},0,100,3200,50,lite0,fd,10.0,,500,\n" for arm in ("base", "cand")]
@@ -157,7 +173,7 @@ TABLE = {
     "no such class of torchvision": (
         DATASET,
         study(dataset={"source": "torchvision", "name": "Flower", "held_out": 0}),
-        ["torchvision has no dataset Flower", "name: "],
+        ["dataset: name: torchvision has no dataset Flower"],
     ),
     "external curves that do not exist": (
         DRY_RUN,
@@ -169,9 +185,28 @@ TABLE = {
     "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
     "truncated zip": (DATASET, broken_zip, ["there are no images in", "a complete zip"]),
     "zip that leaves its folder": (DATASET, evil_zip, ["pictures: contains no images"]),
+    "damaged dataset": (
+        DRY_RUN,
+        damaged_manifest,
+        ["manifest.json: is damaged", ": delete it and run the same command"],
+    ),
+    "damaged dataset to carry": (
+        ["-m", "convergence", "carry", "collect", "bad"],
+        damaged_manifest,
+        ["manifest.json: is damaged", ": delete it and run the study again"],
+    ),
     # checkpoints
     "no such checkpoint": ([*SAMPLE, "no.safetensors"], None, ["no.safetensors"]),
-    "truncated checkpoint": ([*SAMPLE, "a.safetensors"], checkpoint("a.safetensors", b"\x08"), ["a.safetensors"]),
+    "truncated checkpoint": (
+        [*SAMPLE, "a.safetensors"],
+        checkpoint("a.safetensors", b"\x08"),
+        ["a.safetensors: ", "name another"],
+    ),
+    "damaged checkpoint of a study": (
+        [*SAMPLE, "results/a.safetensors"],
+        damaged_weights,
+        ["results/a.safetensors: ", ": delete it and run the study again"],
+    ),
     "foreign safetensors": (
         [*SAMPLE, "b.safetensors"],
         lambda p: save_file({"w": torch.zeros(2)}, p / "b.safetensors"),

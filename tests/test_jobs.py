@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from snakemake.exceptions import WorkflowError
 from convergence import jobs, layout, resources, snakefile
 from convergence.errors import StudyError
 from convergence.study_file import load_experiment
-from diffusion.errors import FileError, Stopped
+from diffusion.errors import FileError, InputError, Stopped
 
 
 def study(folder, held_out):
@@ -112,6 +113,23 @@ def test_an_unusable_file_of_the_results_is_to_be_made_again(tmp_path, monkeypat
     with pytest.raises(SystemExit), jobs.exit_on_job_error():
         raise FileError(path, "is damaged")
     assert caplog.messages == [f"{path}: is damaged{remedy}"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        ("probe", InputError("lower batch_size"), "probe: lower batch_size"),
+        ("reference", InputError("lower it"), "evaluate: lower it"),
+        ("probe", StudyError("probe.bins: lower it"), "probe.bins: lower it"),
+        ("dataset", FileError("a.zip", "is damaged"), "a.zip: is damaged"),
+        ("train", InputError("another process is training"), "another process is training"),
+    ],
+)
+def test_an_error_about_an_argument_names_the_section_of_the_rule(tmp_path, caplog, rule, error, message):
+    snakemake = SimpleNamespace(rule=rule, wildcards=["mine"], log=[str(tmp_path / "job.log")])
+    with pytest.raises(SystemExit), jobs.job(snakemake):
+        raise error
+    assert caplog.messages == [message]
 
 
 def test_the_last_lines_name_only_files_of_this_call(tmp_path, monkeypatch, capsys):

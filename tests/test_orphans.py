@@ -85,7 +85,9 @@ def test_nothing_is_removed_while_snakemake_runs_or_if_a_study_is_invalid(projec
     write(STUDY | {"seeds": [1]})
     (project / ".snakemake/locks").mkdir(parents=True)
     (project / ".snakemake/locks/0.input.lock").write_text("")
-    with pytest.raises(SystemExit, match="snakemake --unlock"):
+    with pytest.raises(
+        SystemExit, match=f"`snakemake --snakefile {layout.ROOT}/Snakefile --directory {project} --unlock`"
+    ):
         main(["orphans", "--remove"])
     (project / ".snakemake/locks/0.input.lock").unlink()
     (project / "experiments/broken.yaml").write_text("name: [")

@@ -26,6 +26,7 @@ from convergence.tables import COLUMNS, PROBE_COLUMNS
 from convergence.tracking import content, follow
 
 ROOT = Path(__file__).parents[1]
+FILE = layout.study_file("toy")
 STUDY = """
 name: toy
 dataset: {source: openmoji, image_size: 16}
@@ -52,8 +53,9 @@ COMPARE = {
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("toy.yaml").write_text(STUDY)
-    return study_file.load_experiment(Path("toy.yaml"))
+    FILE.parent.mkdir()
+    FILE.write_text(STUDY)
+    return study_file.load_experiment(FILE)
 
 
 @pytest.fixture
@@ -100,27 +102,19 @@ def write_checkpoint(path, step, fd, diverged=None):
     (path / "provenance.json").write_text(json.dumps(facts | {"versions": {"torch": "2.9"}}))
 
 
-SYNC = """
-import sys
-from pathlib import Path
-from convergence.errors import exit_on_user_error
-from convergence.tracking.follow import sync
-with exit_on_user_error():
-    sys.exit(not sync(sys.argv[1], [Path(path) for path in sys.argv[2:]]))
-"""
-COMMANDS = {"follow": ["-m", "convergence.tracking.follow", "--uri"], "sync": ["-c", SYNC]}
+COMMANDS = {"follow": ["sync", "--follow", str(os.getpid())], "sync": ["sync"]}
 
 
-def start(command, uri=None, study_file="toy.yaml", **options):
+def start(command, uri=None, name="toy", **options):
     """Starts a process that forwards a study, as the Snakefile (`follow`) or `convergence sync` (`sync`) does."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     environment |= options.pop("env", {})
-    arguments = [sys.executable, *COMMANDS[command], uri or store(), study_file]
+    arguments = [sys.executable, "-m", "convergence", *COMMANDS[command], "--uri", uri or store(), name]
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
 def sync():
-    assert follow.sync(store(), [Path("toy.yaml")])
+    assert follow.sync(store(), [FILE])
 
 
 def store():
@@ -340,10 +334,10 @@ def test_an_edited_arm_gets_a_new_run(study):
     sync()
     before = runs()
     client().update_run(before["uni05 seed 0"].info.run_id, "RUNNING")
-    Path("toy.yaml").write_text(
+    FILE.write_text(
         STUDY.replace("uni05: {mse_weight: {p2: {gamma: 0.5, k: 1}}}", "uni05: {mse_weight: {p2: {gamma: 1, k: 1}}}")
     )
-    study = study_file.load_experiment(Path("toy.yaml"))
+    study = study_file.load_experiment(FILE)
     write_log(run_directory(study, "uni05"), range(1, 6))
     sync()
     experiment = client().get_experiment_by_name("toy").experiment_id
@@ -351,6 +345,36 @@ def test_an_edited_arm_gets_a_new_run(study):
     assert sorted(len(steps_of(run)) for run in named) == [5, 10]
     assert {run.info.status for run in named} == {"KILLED"}
     assert runs()["toy"].info.run_id == before["toy"].info.run_id
+
+
+def points_of(run, metric="train/loss"):
+    return [(point.step, point.value) for point in client().get_metric_history(run.info.run_id, metric)]
+
+
+def test_rows_after_the_last_checkpoint_are_ignored(study):
+    write_log(run_directory(study), range(1, 251))
+    sync()
+    run = runs()["uniform seed 0"]
+    assert steps_of(run) == list(range(10, 2001, 10)) and run.data.metrics["progress"] == 1.0
+
+
+def test_a_run_that_is_trained_again_is_logged_again_and_has_a_tag(study):
+    path = run_directory(study)
+    write_log(path, range(1, 21))
+    sync()
+    sync()
+    run = runs()["uniform seed 0"]
+    first = points_of(run)
+    assert len(first) == 20 and "trained_again" not in run.data.tags
+    # The second training differs from the fifth row on, and its last row is not finite.
+    rows = [log_row(step, **({"loss": 2.0} if step > 4 else {})) for step in range(1, 20)] + [log_row(20, loss="nan")]
+    (path / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n" + "".join(rows))
+    for _ in range(2):  # another process repeats nothing
+        sync()
+        run = runs()["uniform seed 0"]
+        assert sorted(points_of(run)) == sorted(first + [(10 * step, 2.0) for step in range(5, 20)])
+        assert run.data.tags["trained_again"] == "true"
+        assert run.data.metrics["train/loss"] == first[-1][1] and len(runs()) == 2
 
 
 # The process
@@ -375,6 +399,7 @@ def test_follow_until_stopped(study, processes):
 
 @pytest.mark.slow
 def test_a_killed_follower_repeats_nothing(study, processes):
+    FILE.write_text(STUDY.replace("200]", "2010]"))
     path = run_directory(study)
     write_log(path, range(1, 2001))
     write_checkpoint(directory(study, 0), 0, 90.0)
@@ -396,8 +421,8 @@ def test_a_killed_follower_repeats_nothing(study, processes):
 
 @pytest.mark.slow
 def test_a_follower_whose_parent_dies_closes_the_runs(study, processes):
-    code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(99)"
-    command = [sys.executable, "-c", code, sys.executable, "-m", "convergence.tracking.follow", "toy.yaml"]
+    code = "import os, subprocess, sys, time; subprocess.Popen([*sys.argv[1:], str(os.getpid())]); time.sleep(99)"
+    command = [sys.executable, "-c", code, sys.executable, "-m", "convergence", "sync", "toy", "--follow"]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     processes.append(parent)
     wait_for_follower()
@@ -441,7 +466,7 @@ def test_an_unreachable_store_is_a_failure_of_sync(study):
     process = start("sync", "http://127.0.0.1:1")
     assert process.wait(timeout=60) == 1
     message = process.stderr.read()
-    assert message.count("\n") == 1 and "toy.yaml is not tracked in http://127.0.0.1:1 (" in message
+    assert message.count("\n") == 1 and "experiments/toy.yaml is not tracked in http://127.0.0.1:1 (" in message
     assert "MLFLOW_TRACKING_URI" in message and "convergence sync toy" in message
     process = start("sync")
     assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
@@ -449,7 +474,7 @@ def test_an_unreachable_store_is_a_failure_of_sync(study):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistake_in_the_study_file_is_one_sentence(study, command):
-    Path("toy.yaml").write_text(STUDY + "colour: red\n")
+    FILE.write_text(STUDY + "colour: red\n")
     process = start(command)
     assert process.wait(timeout=60) == 1
     message = process.stderr.read()
@@ -492,10 +517,11 @@ def test_studies_share_a_postgresql_store_and_an_artifact_directory(postgresql, 
     shared = tmp_path / "shared artifacts"
     for name in ("toy", "other"):
         project = tmp_path / name
-        project.mkdir()
+        file = project / layout.study_file(name)
+        file.parent.mkdir(parents=True)
         text = STUDY.replace("name: toy", f"name: {name}")
-        (project / f"{name}.yaml").write_text(text)
-        experiment = study_file.load_experiment(project / f"{name}.yaml")
+        file.write_text(text)
+        experiment = study_file.load_experiment(file)
         path = project / layout.step_directory(name, "uniform", experiment.run("uniform"), 0, 100)
         path.mkdir(parents=True)
         write_log(path.parent, range(1, 101))
@@ -503,9 +529,7 @@ def test_studies_share_a_postgresql_store_and_an_artifact_directory(postgresql, 
     environment = {"MLFLOW_ARTIFACTS_DESTINATION": shared.as_uri()}
 
     def sync_all(names):
-        processes.extend(
-            start("sync", postgresql, f"{name}.yaml", cwd=tmp_path / name, env=environment) for name in names
-        )
+        processes.extend(start("sync", postgresql, name, cwd=tmp_path / name, env=environment) for name in names)
         for process in processes[-len(names) :]:
             assert process.communicate()[1] == "" and process.returncode == 0
 

@@ -70,7 +70,7 @@ def _explain_missing_packages() -> Iterator[None]:
 def main() -> None:
     """Plan, judge and maintain studies of how fast diffusion models converge.
 
-    Studies are read from experiments/ in the working directory. Snakemake runs them: see `make help`.
+    Studies are read from experiments/ in the working directory. Snakemake runs them: see `make help` in the clone.
     `convergence COMMAND --help` shows the options of a command.
     """
     logging.basicConfig(format="%(message)s")

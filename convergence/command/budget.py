@@ -9,7 +9,7 @@ from typing import NamedTuple
 import click
 
 from convergence import layout
-from convergence.command.options import studies_argument, study_file
+from convergence.command.options import studies_argument
 from convergence.errors import StudyError
 from convergence.resources import FEATURES, count_images, images_in, unet_size
 from convergence.schema import Experiment
@@ -169,7 +169,7 @@ def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float 
     """
     budgets = {}
     for study in studies:
-        experiment = load_experiment(study_file(study))
+        experiment = load_experiment(layout.study_file(study))
         rates = Rates(train_rate, sample_rate) if train_rate and sample_rate else measure(experiment)
         rates = Rates(train_rate or rates.train, sample_rate or rates.sample)
         budgets[study] = budget(experiment, rates, jobs)

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from convergence import layout
-from convergence.command.options import PATH, studies_argument, study_file
+from convergence.command.options import PATH, studies_argument
 from convergence.errors import StudyError
 from convergence.schema import Experiment
 from convergence.snakefile import load_experiments
@@ -30,7 +30,6 @@ from diffusion.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 # Packages that the other machine has, and packages that only a machine with a network needs.
 LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plugin-slurm"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
@@ -78,7 +77,7 @@ def pin_requirements(names: Iterable[str], python: str) -> list[str]:
 
 
 def _required_packages() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((layout.ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["study"]
     return [Requirement(text).name for text in requirements]
 
@@ -137,16 +136,16 @@ def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) ->
     experiments = load_experiments({"experiments": names})
     datasets = {layout.dataset_directory(experiment.dataset) for experiment in experiments.values()}
     images = [path / name for path in datasets for name in ("images.npy", "manifest.json")]
-    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(["git", "ls-files"], cwd=layout.ROOT, capture_output=True, text=True)
     if git.returncode:
-        raise StudyError(f"{ROOT} is not a git clone: run this command in a clone of the project")
+        raise StudyError(f"{layout.ROOT} is not a git clone: run this command in a clone of the project")
     _run(
-        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "all", "--config",
+        [sys.executable, "-m", "snakemake", "--snakefile", str(layout.ROOT / "Snakefile"), "--cores", "all", "--config",
          f"experiments={names}", "tracking=off", "--", *map(str, images)],
         "the datasets cannot be prepared: correct what Snakemake reports above, then try again",
     )  # fmt: skip
-    files = {path: ROOT / path for path in git.stdout.splitlines() if (ROOT / path).exists()}
-    files |= {str(path): path for path in [*images, *map(study_file, experiments)]}
+    files = {path: layout.ROOT / path for path in git.stdout.splitlines() if (layout.ROOT / path).exists()}
+    files |= {str(path): path for path in [*images, *map(layout.study_file, experiments)]}
     files |= {f"torch/hub/{path}": file for path, file in _weights(experiments).items()}
     with (
         tempfile.TemporaryDirectory() as directory,

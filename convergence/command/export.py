@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from convergence.command.options import FILE, PATH
+from convergence.command.options import FILE, PATH, load_run
 from convergence.errors import StudyError
 
 logger = logging.getLogger(__name__)
@@ -21,15 +21,12 @@ def main(weights: Path, out: Path) -> None:
     \f
 
     Raises:
-        StudyError: If the files have other suffixes, or the run diverged.
+        StudyError: If the files have other suffixes.
     """
-    from diffusion.checkpoints import load_checkpoint
     from diffusion.published import write_published
 
     if weights.suffix != ".safetensors" or out.suffix != ".pt":
         raise StudyError(f"{weights}, {out}: export reads a .safetensors file and writes a .pt file: change the names")
-    checkpoint = load_checkpoint(weights, "cpu")
-    if checkpoint.diverged:
-        raise StudyError(f"{weights}: this run diverged, so its weights are useless: use a checkpoint of another run")
+    checkpoint = load_run(weights, "cpu")
     write_published(out, checkpoint.model.state_dict())
     logger.info("%s: images of %d pixels, %d timesteps", out, checkpoint.image_size, checkpoint.schedule.timesteps)

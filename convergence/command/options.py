@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from convergence.errors import StudyError
+from convergence.errors import RUN_AGAIN, StudyError, with_remedy
+from diffusion.errors import FileError
+
+if TYPE_CHECKING:
+    from diffusion.checkpoints import Checkpoint
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
@@ -22,13 +26,6 @@ def _study_names(context: click.Context, parameter: click.Parameter, values: Ite
 
     names = [name for value in values for name in value.split(",") if name]
     return tuple(name.removeprefix(f"{EXPERIMENTS}/").removesuffix(".yaml") for name in names)
-
-
-def study_file(name: str) -> Path:
-    """Returns the path of the file of a study, relative to the working directory."""
-    from convergence.layout import EXPERIMENTS
-
-    return EXPERIMENTS / f"{name}.yaml"
 
 
 class Names(click.ParamType):
@@ -58,15 +55,28 @@ def device_option(function: Callable) -> Callable:
     return click.option("--device", type=choice, default="auto", help="auto: the GPU if there is one.")(function)
 
 
-def find_device(name: str) -> str:
-    """Returns the torch device, "cpu" or "cuda", for the value of `--device`.
-
-    Raises:
-        StudyError: If the name is "cuda" and torch finds no GPU.
-    """
+def find_device(name: str, threads: int | None = None) -> str:
+    """Returns the torch device, "cpu" or "cuda", for the value of `--device`, after `convergence.jobs.use_torch`."""
     import torch
 
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise StudyError(f"torch {torch.__version__} finds no GPU on this machine: use --device cpu")
-    return "cuda" if available and name != "cpu" else "cpu"
+    from convergence.jobs import use_torch
+
+    return use_torch(threads, int(name == "cuda" or (name == "auto" and torch.cuda.is_available())))
+
+
+def load_run(path: Path, device: str) -> "Checkpoint":
+    """Returns the checkpoint of a run.
+
+    Raises:
+        StudyError: If the file is damaged or is not a checkpoint of a run, or the run diverged.
+    """
+    from diffusion.checkpoints import load_checkpoint
+
+    try:
+        checkpoint = load_checkpoint(path, device)
+    except FileError as error:
+        message = with_remedy(error, RUN_AGAIN)
+        raise StudyError(message if message != str(error) else f"{message}: name another file") from None
+    if checkpoint.diverged:
+        raise StudyError(f"{path}: this run diverged, so its weights are useless: use a checkpoint of another run")
+    return checkpoint

@@ -58,8 +58,8 @@ def remove(paths: Sequence[Path]) -> None:
     """
     if any(LOCKS.glob("*")):
         raise StudyError(
-            "Snakemake is running in this directory, or was killed: wait until it ends, or run `snakemake --unlock`, "
-            "then try again"
+            "Snakemake is running in this directory, or was killed: wait until it ends, or run "
+            f"`{layout.snakemake_command('--unlock')}`, then try again"
         )
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

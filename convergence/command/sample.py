@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convergence.command.options import FILE, PATH, device_option, find_device
+from convergence.command.options import FILE, PATH, device_option, find_device, load_run
 from convergence.errors import StudyError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main(
 
     Raises:
         UsageError: If both `--heads` and `--head-channels` are given.
-        StudyError: If the options do not fit the checkpoint, the run diverged, or the GPU memory is too small.
+        StudyError: If the options do not fit the checkpoint, or the GPU memory is too small.
         OSError: If the samples do not fit the disk.
     """
     if heads and head_channels:
@@ -74,14 +74,10 @@ def main(
     from diffusion.files import check_free_space, save_npy
     from diffusion.validation import first_mistake
 
-    if threads:
-        torch.set_num_threads(threads)
-    device = find_device(device)
+    device = find_device(device, threads)
     layout = {"image_size": image_size, "head_channels": head_channels, "heads": heads, "schedule": schedule,
               "timesteps": timesteps}  # fmt: skip
     loaded = _load(checkpoint, device, {name: value for name, value in layout.items() if value is not None})
-    if loaded.diverged:
-        raise StudyError(f"{checkpoint}: this run diverged, so it has no images: use a checkpoint of another run")
     try:
         sample = Sample(**settings)
         check_sampling_steps(sample, loaded.schedule.timesteps)
@@ -113,14 +109,13 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
     Raises:
         StudyError: If these options are given for a file of this project, or the image size is missing for another.
     """
-    from diffusion.checkpoints import load_checkpoint
     from diffusion.published import load_published
 
     if path.suffix == ".safetensors":
         if layout:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in layout)
             raise StudyError(f"{path} describes its own network: leave out {given}")
-        return load_checkpoint(path, device)
+        return load_run(path, device)
     if "image_size" not in layout:
         raise StudyError(f"{path}: a published checkpoint does not contain the size of its images: give --image-size")
     return load_published(path, device, **layout)

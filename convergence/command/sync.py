@@ -4,8 +4,9 @@ import sys
 
 import click
 
-from convergence.command.options import studies_argument, study_file
-from convergence.tracking.follow import sync
+from convergence import layout
+from convergence.command.options import studies_argument
+from convergence.tracking.follow import follow, sync
 
 
 @click.command("sync")
@@ -14,10 +15,15 @@ from convergence.tracking.follow import sync
     "--uri", envvar="MLFLOW_TRACKING_URI", show_envvar=True, default="sqlite:///mlflow.db", metavar="URI",
     help="Address of the MLflow server or store.",
 )  # fmt: skip
-def main(studies: tuple[str, ...], uri: str) -> None:
+@click.option("--follow", "parent", type=int, hidden=True, metavar="PID",
+              help="Forward repeatedly until this parent process ends: a running study starts this.")  # fmt: skip
+def main(studies: tuple[str, ...], uri: str, parent: int | None) -> None:
     """Forward the results of studies to MLflow.
 
     A running study does this itself. This command forwards what it could not, for instance because the server was down.
     """
-    if not sync(uri, [study_file(name) for name in studies]):
+    paths = [layout.study_file(name) for name in studies]
+    if parent is not None:
+        follow(uri, paths, parent)
+    elif not sync(uri, paths):
         sys.exit(1)

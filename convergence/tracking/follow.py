@@ -1,13 +1,8 @@
-"""Forwarding of results to MLflow: a process next to a running study, and the command `convergence sync`.
+"""Forwarding of results to MLflow: once, or repeatedly in a process next to a running study."""
 
-`python -m convergence.tracking.follow STUDY_FILE...` runs until it receives SIGTERM or its parent process ends.
-"""
-
-import argparse
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,45 +15,42 @@ from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from convergence.tracking.content import logger
 from convergence.tracking.store import Study
-from diffusion.errors import InputError
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 PASS_SECONDS = 10
 LOCK_SECONDS = 10  # a tracking process whose parent was killed ends within this time
 FOLLOW_ADVICE = "the next run of the study, or `convergence sync {name}`, forwards the rest"
 SYNC_ADVICE = "start that server or correct MLFLOW_TRACKING_URI, then run `convergence sync {name}` again"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Forwards studies until the process is stopped, and returns its exit code: 1 after a mistake in a study file.
+def follow(uri: str, paths: Iterable[Path], parent: int) -> None:
+    """Forwards studies to MLflow until this process receives SIGTERM or its parent process ends.
 
     Errors of the store are only logged: a study must not fail because of them.
+
+    Args:
+        uri: address of MLflow's store or server.
+        paths: study files.
+        parent: number of the process that started this one.
+
+    Raises:
+        InputError: if a study file has a mistake.
     """
-    parser = argparse.ArgumentParser(prog="python -m convergence.tracking.follow", description=__doc__)
-    parser.add_argument("experiments", nargs="+", type=Path, help="study files")
-    parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI, help="MLflow's store")
-    parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="end when the parent is another process")
-    options = parser.parse_args(arguments)
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: received.append(number))
 
     def stopped() -> bool:
         # The system gives an orphaned process another parent.
-        return bool(received) or os.getppid() != options.parent_pid
+        return bool(received) or os.getppid() != parent
 
     os.nice(10)  # training has priority
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracking: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracking: %(message)s", force=True)
+    experiments = {path: load_experiment(path) for path in paths}
     try:
-        experiments = {path: load_experiment(path) for path in options.experiments}
         with _lock():
-            follow(options.uri, experiments, stopped, FOLLOW_ADVICE)
-    except InputError as error:
-        logger.error("%s", error)
-        return 1
+            _forward(uri, experiments, stopped, FOLLOW_ADVICE)
     except Timeout:
         logger.warning("another process already forwards the studies of %s: this process ends", Path.cwd())
-    return 0
 
 
 def sync(uri: str, paths: Iterable[Path]) -> bool:
@@ -77,7 +69,7 @@ def sync(uri: str, paths: Iterable[Path]) -> bool:
     experiments = {path: load_experiment(path) for path in paths}
     try:
         with _lock():
-            return not follow(uri, experiments, lambda: True, SYNC_ADVICE)
+            return not _forward(uri, experiments, lambda: True, SYNC_ADVICE)
     except Timeout:
         logger.warning(
             "another process already forwards the studies of %s: run `convergence sync %s` again after it has ended",
@@ -92,7 +84,7 @@ def _lock() -> FileLock:
     return FileLock(layout.RESULTS / ".tracking.lock", timeout=LOCK_SECONDS)
 
 
-def follow(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str) -> set[Path]:
+def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str) -> set[Path]:
     """Forwards the studies repeatedly until stopped, with one last pass after that.
 
     An error ends only the present pass of its study. It is logged once; the next pass connects to the store again.
@@ -143,7 +135,3 @@ def _configure_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

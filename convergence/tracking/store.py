@@ -34,6 +34,9 @@ from diffusion.files import read_json
 if TYPE_CHECKING:
     from convergence.analysis.verdict import StudyVerdict
 
+# Metrics that show which rows of the log are stored: every row has `progress`.
+TRAIN_NAMES = ("progress", "train/loss")
+
 
 @dataclass
 class StoredRun:
@@ -43,7 +46,7 @@ class StoredRun:
     status: str
     tags: dict[str, str]
     has_dataset: bool
-    images: int  # training images of the newest stored row of the log; -1 without rows
+    losses: dict[int, float | None]  # training images -> loss of each stored row of the log; None if it is not finite
     evaluated: dict[tuple[str, int], float]  # (metric, training images) -> value
     sampled: set[int]  # training images of the stored samples
     files: dict[Path, tuple[float, int]] = field(default_factory=dict)  # path -> (modification time, size)
@@ -66,7 +69,9 @@ class Study:
     """One study in the store.
 
     The tag `run` identifies a run: `<arm>-<hash8>/seed<k>`, or `study-<hash8>` for the parent run. Therefore, an edited
-    arm gets new runs, and the old runs remain. After an error of the store, a new `Study` reads the stored state again.
+    arm gets new runs, and the old runs remain. A run that is trained again gets second points with a newer time where
+    its log or its evaluations differ, and the tag `trained_again` if its log differs. After an error of the store, a
+    new `Study` reads the stored state again.
 
     Args:
         uri: address of the store or server.
@@ -160,12 +165,18 @@ class Study:
             return
         rows = []
         for row in read_rows(path):
-            images = finite_number(row.get("images"))
+            images = round(finite_number(row.get("images")) or 0)
+            if not 0 < images <= last_images:  # `checkpoints` may end earlier than when the run was trained
+                continue
             # The file contains the rows of the whole run, and a resumed run writes its last rows again.
-            if images is not None and images > run.images:
-                run.images = round(images)
-                values = train_metrics(row, run.images, last_images)
-                rows.append(self._metrics(path, {(name, run.images): value for name, value in values.items()}))
+            loss = finite_number(row.get("loss"))
+            if images in run.losses and run.losses[images] == loss:
+                continue
+            if images in run.losses:  # as with evaluations, a changed row becomes a second point
+                self._set_tags(run, {"trained_again": "true"})
+            run.losses[images] = loss
+            values = train_metrics(row, images, last_images)
+            rows.append(self._metrics(path, {(name, images): value for name, value in values.items()}))
         for batch in batches(rows):
             self.client.log_batch(run.id, metrics=batch)
 
@@ -217,17 +228,23 @@ class Study:
         run = self.client.get_run(run_id)
         missing = [self.entities.Param(*item) for item in params.items() if item[0] not in run.data.params]
         self.client.log_batch(run_id, params=missing)
-        names = [name for name in run.data.metrics if name == "progress" or name.startswith("eval/")]
+        names = [name for name in run.data.metrics if name in TRAIN_NAMES or name.startswith("eval/")]
         points = [point for name in names for point in self.client.get_metric_history(run_id, name)]
         points.sort(key=lambda point: point.timestamp)
+        written = {point.step: point.timestamp for point in points if point.key == "progress"}
+        losses: dict[int, float | None] = dict.fromkeys(written)
+        for point in points:
+            # An older point belongs to a row that was replaced by one without a finite loss.
+            if point.key == "train/loss" and point.timestamp == written.get(point.step):
+                losses[point.step] = point.value
         samples = " ".join(file.path for file in self.client.list_artifacts(run_id, "images"))
         return StoredRun(
             id=run_id,
             status=run.info.status,
             tags=dict(run.data.tags),
             has_dataset=bool(run.inputs and run.inputs.dataset_inputs),
-            images=max((point.step for point in points if point.key == "progress"), default=-1),
-            evaluated={(point.key, point.step): point.value for point in points if point.key != "progress"},
+            losses=losses,
+            evaluated={(point.key, point.step): point.value for point in points if point.key not in TRAIN_NAMES},
             sampled={int(images) for images in re.findall(r"samples.step.(\d+)", samples)},
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile
+from convergence.errors import with_remedy
 from convergence.provenance import stale_runs
 from convergence.schema import Evaluate
 from diffusion.errors import InputError
@@ -21,7 +22,7 @@ try:
         snakefile.check_extractors(EXPERIMENTS)
         snakefile.print_warnings(EXPERIMENTS.values())
 except InputError as error:
-    sys.exit(str(error))  # Snakemake would add the line of this file to any other exception
+    sys.exit(with_remedy(error))  # Snakemake would add the line of this file to any other exception
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {

@@ -4,13 +4,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from convergence import layout
 from convergence.jobs import job
 from diffusion.config import Dataset, Folder, OpenMoji, Torchvision
 from diffusion.data.folder import prepare_folder
 from diffusion.data.named import prepare_huggingface, prepare_torchvision
 from diffusion.data.openmoji import prepare_openmoji
-
-TORCHVISION_ROOT = Path("data")
 
 with job(snakemake):
     dataset = TypeAdapter(Dataset).validate_json(snakemake.params.dataset)
@@ -20,7 +19,7 @@ with job(snakemake):
     elif isinstance(dataset, Folder):
         prepare_folder(directory, dataset.path, dataset.image_size, dataset.pad)
     elif isinstance(dataset, Torchvision):
-        prepare_torchvision(directory, dataset.name, dataset.splits, TORCHVISION_ROOT, dataset.image_size, dataset.pad)
+        prepare_torchvision(directory, dataset.name, dataset.splits, layout.DOWNLOADS, dataset.image_size, dataset.pad)
     else:
         prepare_huggingface(
             directory, dataset.name, dataset.split, dataset.column, dataset.image_size, dataset.pad, dataset.revision
