@@ -12,9 +12,8 @@ from convergence.study_file import load_experiment
 from convergence.tables import read_table
 
 with job(snakemake):
-    study, warnings = snakemake.wildcards.study, list(snakemake.params.warnings)
-    if warnings:  # only then can tables have changed
-        warnings += changed_tables(load_experiment(layout.study_file(study)))
+    study = snakemake.wildcards.study
+    warnings = [*snakemake.params.warnings, *changed_tables(load_experiment(layout.study_file(study)))]
     verdict = write_verdict(
         read_table(snakemake.input.metrics),
         read_table(snakemake.input.mechanism),
