@@ -110,10 +110,11 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
     assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
     compare = {"baseline": "1", "candidates": [arm], "thresholds": None, "features": LITE0}
     compare["primary"] = {"candidate": arm, "metric": "fd"}
-    speedup_table(compare_study(table, compare)).to_csv(tmp_path / "speedup.csv", index=False)
+    comparisons = compare_study(table, compare)
+    speedup_table(comparisons).to_csv(tmp_path / "speedup.csv", index=False)
     speedups = read_table(tmp_path / "speedup.csv")
     assert len(speedups) and speedups["baseline"].eq("1").all() and speedups["candidate"].eq(arm).all()
-    fid_curves(table, [tmp_path / "curves.png"], speedups=speedups)
+    fid_curves(table, [tmp_path / "curves.png"], comparisons=comparisons)
 
 
 @pytest.mark.slow

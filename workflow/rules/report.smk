@@ -103,7 +103,7 @@ rule verdict:
 rule figures:
     input:
         metrics=layout.REPORT / "metrics.csv",
-        speedups=layout.REPORT / "speedup.csv",
+        verdict=layout.REPORT / "verdict.json",
         previews=lambda wildcards: checkpoint_files(wildcards.study, "preview.png"),
         external=lambda wildcards: external_curves(wildcards.study),
         samples=lambda wildcards: kept_samples(wildcards.study),
@@ -146,7 +146,7 @@ rule figures:
 rule fid_curves:
     input:
         metrics=expand(rules.metrics.output, study=EXPERIMENTS),
-        speedups=expand(rules.verdict.output.speedups, study=EXPERIMENTS),
+        verdicts=expand(rules.verdict.output.verdict, study=EXPERIMENTS),
         external=[path for study in EXPERIMENTS for path in external_curves(study)],
         # Not read: they make this target draw all figures and the mechanism.
         figures=expand([*rules.figures.output, *rules.mechanism.output], study=EXPERIMENTS),
