@@ -12,5 +12,4 @@ with job(snakemake):
     probes = [read_table(path) for path in snakemake.input]
     table = pd.concat(probes, ignore_index=True) if probes else pd.DataFrame(columns=PROBE_COLUMNS)
     write_table(table, Path(snakemake.output.table), PROBE_COLUMNS)
-    comparisons = {snakemake.wildcards.study: snakemake.params.compare}
-    draw_mechanism(table, comparisons, [Path(snakemake.output.figure)])
+    draw_mechanism(table, snakemake.params.compare, [Path(snakemake.output.figure)])
