@@ -1,4 +1,4 @@
-"""Draw the curves, the sample previews and the schedules of one study."""
+"""Draw the curves, sample previews, schedules, comparisons and probes of one study."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import pandas as pd
 
 from convergence.analysis.verdict import read_verdict
 from convergence.figures.curves import fid_curves
+from convergence.figures.forest import draw_forest
+from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
 from convergence.figures.schedules import draw_schedules
 from convergence.jobs import job
@@ -23,4 +25,6 @@ with job(snakemake):
     grids, steps = preview_grid(params.cells, metrics)
     samples_grid(grids, Path(output.samples), steps)
     runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
+    draw_forest(verdict.comparisons, [Path(output.forest)])
+    draw_mechanism(read_table(snakemake.input.mechanism), params.compare, [Path(output.mechanism)])
     draw_schedules(study, runs, [Path(output.schedules), Path(output.schedules_svg)])
