@@ -25,7 +25,7 @@ from convergence.figures.style import (
     set_image_axis,
     set_log_axis,
 )
-from convergence.tables import HIGHER_IS_BETTER, SHARES, diverged, metric_name
+from convergence.tables import HIGHER_IS_BETTER, SHARES, check_sample_counts, diverged, metric_name
 
 EXTERNAL: Style = {"color": "0.72", "linewidth": 1, "markersize": 4}
 CROSS: Style = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
@@ -86,6 +86,7 @@ def _draw_curves(
         raise StudyError(
             f"The table of metrics has no row of '{metric}': add it to evaluate.metrics and run the same command again"
         )
+    check_sample_counts(rows)
     panels = list(rows.groupby(["study", "features"], sort=False))
     styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
     external = metrics.iloc[:0] if external_curves is None else external_curves
@@ -121,19 +122,8 @@ def _draw_panel(
     comparisons: Sequence[Comparison],
     external: pd.DataFrame,
 ) -> int:
-    """Draws one study in one kind of features. Returns the number of lines of its caption.
-
-    Raises:
-        StudyError: the values are of different numbers of samples.
-    """
+    """Draws one study in one kind of features. Returns the number of lines of its caption."""
     measured = panel[panel["value"].notna()]
-    counts = sorted({int(n) for n in measured["n"]})
-    if len(counts) > 1:
-        raise StudyError(
-            f"Study '{study}' has {metric} of {counts[0]:,} and of {counts[-1]:,} samples, and its bias depends on "
-            "that number: delete the metrics.csv of the checkpoints with the wrong number and run the same command "
-            "again; in a table of your own, use one n per study"
-        )
     values = {
         arm: rows.pivot(index="images", columns="seed", values="value")
         for arm, rows in panel.groupby("arm", sort=False)
@@ -154,7 +144,8 @@ def _draw_panel(
 
     ax.set_title(study)
     direction = "higher is better →" if metric in HIGHER_IS_BETTER else "← lower is better"  # rotated: down, up
-    ax.set_ylabel(f"{metric_label(features, metric, max(counts, default=0))}\n{direction}")
+    label = metric_label(features, metric, int(measured["n"].max()) if len(measured) else 0)
+    ax.set_ylabel(f"{label}\n{direction}")
     if ratios and len(measured) and measured["value"].max() > LOG_AXIS_FROM_RATIO * measured["value"].min():
         set_log_axis(ax)
     ax.grid(color="0.9", linewidth=0.6)
