@@ -26,6 +26,5 @@ localrules:
 rule all:
     default_target: True
     input:
-        rules.fid_curves.output,
-        rules.front.output,
+        rules.overview.output,
         expand(rules.pages.output, study=EXPERIMENTS),

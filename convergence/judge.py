@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from convergence.analysis.comparison import speedup_table
 from convergence.analysis.results import StudyVerdict
 from convergence.analysis.verdict import write_verdict
 from convergence.errors import StudyError
@@ -45,9 +44,9 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
         }  # fmt: skip
         verdict = write_verdict(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, compare, target)
         draw_forest(verdict.comparisons, [target / "speedups.png"])
-        fid_curves(rows, [target / "fid_curves.png"], metric, speedup_table(verdict.comparisons))
+        fid_curves(rows, [target / "fid_curves.png"], metric, verdict.comparisons)
         verdicts.append(verdict)
     if len(studies) > 1:
-        speedups = speedup_table([comparison for verdict in verdicts for comparison in verdict.comparisons])
-        fid_curves(metrics, [directory / "fid_curves.png"], metrics["metric"].iloc[0], speedups)
+        comparisons = [comparison for verdict in verdicts for comparison in verdict.comparisons]
+        fid_curves(metrics, [directory / "fid_curves.png"], metrics["metric"].iloc[0], comparisons)
     return verdicts

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from convergence.schema import Evaluate, Experiment, Probe
-from diffusion.config import IMAGE_SUFFIXES, Dataset, Model, RunConfig, Sample
+from diffusion.config import IMAGE_SUFFIXES, Dataset, Model, RunConfig
 
 # Multiply-adds per second of one CPU thread and of one GPU (bf16; fp32): about a quarter of an A100.
 CPU_SPEED, GPU_SPEED, GPU_SPEED_FP32 = 5e9, 2e13, 5e12
@@ -149,35 +149,25 @@ def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) ->
     return _request(steps * seconds, processes * _megabytes(memory))
 
 
-def sample(run: RunConfig, settings: Sample, gpus: int) -> Request:
-    """Returns the request of sampling one checkpoint."""
-    size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
-    seconds = _seconds(size, settings.images, batch, run.train.threads, gpus, settings.precision == "fp32")
-    memory = 8 * size.parameters + _activations(size, batch, gpus)
-    return _request(settings.steps * seconds, _megabytes(memory))
-
-
 def reference(settings: Evaluate, images: int, threads: int, gpus: int) -> Request:
     """Returns the request of a job that computes reference features of a dataset of `images` images."""
     count = min(settings.reference_images or images, images)
     return _request(_feature_seconds(count, threads, gpus) + PAIR_SECONDS * count**2, _megabytes(_features(count)))
 
 
-def evaluate(experiment: Experiment, images: int, threads: int, gpus: int) -> Request:
-    """Returns the request of evaluating one checkpoint with every extractor, on a dataset of `images` images."""
-    settings, count = experiment.evaluate, experiment.sample.images
-    total = count + min(settings.reference_images or images, images)
-    seconds = _feature_seconds(count, threads, gpus) + PAIR_SECONDS * total**2
-    return _request(len(settings.features) * seconds, _megabytes(_features(total)))
+def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> Request:
+    """Returns the request of sampling one checkpoint and evaluating the samples with every extractor, in one job.
 
-
-def sample_and_evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> Request:
-    """Sample one checkpoint and evaluate the samples, which stay in memory, in one job."""
-    sampling = sample(run, experiment.sample, gpus)
-    evaluation = evaluate(experiment, images, run.train.threads, gpus)
-    minutes = min(sampling.minutes + evaluation.minutes - START_MINUTES, LONGEST_MINUTES)
-    samples = _pixels(experiment.sample.images, run.dataset)
-    return Request(minutes, max(sampling.megabytes, evaluation.megabytes) + math.ceil(FACTOR * samples / 1e6))
+    The samples, which are compared with a dataset of `images` images, stay in memory.
+    """
+    settings, threads = experiment.sample, run.train.threads
+    size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
+    sampling = settings.steps * _seconds(size, settings.images, batch, threads, gpus, settings.precision == "fp32")
+    total = settings.images + min(experiment.evaluate.reference_images or images, images)
+    per_extractor = _feature_seconds(settings.images, threads, gpus) + PAIR_SECONDS * total**2
+    memory = max(8 * size.parameters + _activations(size, batch, gpus), _features(total))
+    seconds = sampling + len(experiment.evaluate.features) * per_extractor
+    return _request(seconds, _megabytes(memory + _pixels(settings.images, run.dataset)))
 
 
 def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:

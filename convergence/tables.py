@@ -152,17 +152,27 @@ def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
         arms: the arm of each path.
 
     Raises:
-        StudyError: values of one metric come from different numbers of samples, on which its bias depends.
+        StudyError: as `check_sample_counts`.
     """
     tables = [read_table(path).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
     table = pd.concat(tables, ignore_index=True)
-    for (features, metric), rows in table[table["value"].notna()].groupby(["features", "metric"]):
+    check_sample_counts(table)
+    return table
+
+
+def check_sample_counts(table: pd.DataFrame) -> None:
+    """Checks that all values of a metric of one study are of equally many samples, on which its bias depends.
+
+    Raises:
+        StudyError: they are not.
+    """
+    for (study, features, metric), rows in table[table["value"].notna()].groupby(["study", "features", "metric"]):
         if rows["n"].nunique() > 1:
             raise StudyError(
-                f"{metric} ({features}) was measured with {rows['n'].min():,} samples at one checkpoint and "
-                f"{rows['n'].max():,} at another: delete the metrics.csv of the former and run the same command again"
+                f"Study '{study}' has {metric} ({features}) of {rows['n'].min():,} and of {rows['n'].max():,} samples, "
+                "and its bias depends on that number: delete the metrics.csv of the checkpoints with the wrong number "
+                "and run the same command again; in a table of your own, use one n per study"
             )
-    return table
 
 
 def diverged(rows: pd.DataFrame) -> pd.Series:

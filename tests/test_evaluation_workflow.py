@@ -84,13 +84,13 @@ def test_held_out_images_change_runs_and_references_but_not_the_dataset():
 
 
 def test_unequal_numbers_of_samples_are_refused(tmp_path):
-    row = {"features": LITE0, "metric": "fd", "value": 1.0, "n": 100}
+    row = {"study": "small", "features": LITE0, "metric": "fd", "value": 1.0, "n": 100}
     for name, n in (("a", 100), ("b", 200)):
         pd.DataFrame([row | {"n": n}]).to_csv(tmp_path / f"{name}.csv")
     pd.DataFrame([row | {"n": 0, "value": np.nan}]).to_csv(tmp_path / "diverged.csv")
     a, b, diverged = (tmp_path / f"{name}.csv" for name in ("a", "b", "diverged"))
     assert len(collect([a, diverged], ["x", "x"])) == 2
-    with pytest.raises(StudyError, match="100 samples at one checkpoint and 200"):
+    with pytest.raises(StudyError, match="of 100 and of 200 samples"):
         collect([a, b], ["x", "x"])
 
 
@@ -110,10 +110,11 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
     assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
     compare = {"baseline": "1", "candidates": [arm], "thresholds": None, "features": LITE0}
     compare["primary"] = {"candidate": arm, "metric": "fd"}
-    speedup_table(compare_study(table, compare)).to_csv(tmp_path / "speedup.csv", index=False)
+    comparisons = compare_study(table, compare)
+    speedup_table(comparisons).to_csv(tmp_path / "speedup.csv", index=False)
     speedups = read_table(tmp_path / "speedup.csv")
     assert len(speedups) and speedups["baseline"].eq("1").all() and speedups["candidate"].eq(arm).all()
-    fid_curves(table, [tmp_path / "curves.png"], speedups=speedups)
+    fid_curves(table, [tmp_path / "curves.png"], comparisons=comparisons)
 
 
 @pytest.mark.slow

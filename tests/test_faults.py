@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "snakemake", "--cores", "2", "--", "reports/fid
 PHASES = {"dataset", "reference", "initialise", "train", "evaluate", "probe", "figures"}
 KILLS = 20
 SNAKEMAKE = "snakemake"
-METRICS = {"target": str(REPORT / "metrics.csv")}  # without probes and figures
+METRICS = {"target": str(REPORT / "metrics.csv")}  # without figures
 
 
 def jobs_of(project):

@@ -8,7 +8,7 @@ from metric_tables import COMPARE, curves, study
 from PIL import Image
 from scipy import stats
 
-from convergence.analysis.mechanism import compare_probes, probe_effects
+from convergence.analysis.mechanism import probe_effects
 from convergence.analysis.verdict import judge, to_markdown
 from convergence.figures.mechanism import _draw, draw_mechanism
 from convergence.tables import PROBE_COLUMNS
@@ -38,8 +38,11 @@ def probes(factor, seeds=4, noise=0.01, name="small"):
 
 
 def average_of(table, timesteps, metric):
-    rows = table[(table["timesteps"] == timesteps) & (table["metric"] == metric) & (table["quantity"] == "average")]
-    return rows[rows["seed"].isna()].iloc[0]
+    """The advantage of the candidate in one quantity."""
+    (probe,) = [
+        probe for probe in probe_effects(table, COMPARE) if (probe.timesteps, probe.metric) == (timesteps, metric)
+    ]
+    return probe.average
 
 
 def mechanism_of(table, matched=()):
@@ -51,33 +54,30 @@ def mechanism_of(table, matched=()):
 
 def test_changes_are_paired_t_intervals_of_logs():
     table = probes({("0-49", "mse"): 0.9})
-    change = average_of(compare_probes(table, {"small": COMPARE}), "0-49", "mse")
+    change = average_of(table, "0-49", "mse")
     logs = np.log(table.query("timesteps == '0-49' and metric == 'mse'").pivot_table(
         index="seed", columns=["arm", "images"], values="value"))  # fmt: skip
     weights = np.array([0.25, 0.5, 0.25])
     expected = stats.ttest_rel(logs["base"] @ weights, logs["cand"] @ weights).confidence_interval(0.95)
-    np.testing.assert_allclose((change["low"], change["high"]), (expected.low, expected.high))
-    np.testing.assert_allclose(change["effect"], -np.log(0.9))
-    assert change["pairs"] == 4
+    np.testing.assert_allclose((change.low, change.high), (expected.low, expected.high))
+    np.testing.assert_allclose(change.estimate, -np.log(0.9))
+    assert change.pairs == 4 and change.seed is None and change.per_seed == ()
 
 
 def test_an_unknown_noise_scale_is_left_out_and_the_rest_is_compared():
     table = probes({})
     unknown = (table["metric"] == "noise_scale") & (table["timesteps"] == "all") & (table["seed"] == 2)
     table.loc[unknown, ["value", "reason"]] = [np.nan, "the mean gradient is too small compared with its noise"]
-    changes = compare_probes(table, {"small": COMPARE})
-    assert average_of(changes, "all", "noise_scale")["pairs"] == 3
-    assert average_of(changes, "all", "mse")["pairs"] == 4
+    assert average_of(table, "all", "noise_scale").pairs == 3
+    assert average_of(table, "all", "mse").pairs == 4
 
 
 def test_the_verdict_has_the_average_of_every_probe_over_all_seeds():
     table = probes({("0-49", "mse"): 0.9})
-    effects = probe_effects(table, COMPARE)
-    assert [(probe.timesteps, probe.metric) for probe in effects] == list(itertools.product(BINS, METRICS))
-    (change,) = [probe.average for probe in effects if (probe.timesteps, probe.metric) == ("0-49", "mse")]
-    expected = average_of(compare_probes(table, {"small": COMPARE}), "0-49", "mse")
-    assert (change.estimate, change.low, change.high) == (expected["effect"], expected["low"], expected["high"])
-    assert change.seed is None and change.per_seed == ()
+    verdict = judge(study(curves(4, 1.0), curves(4, 0.9, seed=1)), table, "small", COMPARE)
+    effects = [(probe.timesteps, probe.metric) for probe in verdict.mechanism]
+    assert effects == list(itertools.product(BINS, METRICS))
+    assert verdict.mechanism[0].average == average_of(table, "0-49", "mse")
 
 
 def test_the_text_says_which_timesteps_profit_and_whether_the_gradient_is_less_noisy():
@@ -102,18 +102,16 @@ def test_a_study_without_probes_says_so():
     assert "Not measured" in mechanism_of(probes({}, name="other"))
 
 
-def test_the_figure_has_a_block_for_each_study_and_equal_bytes(tmp_path):
-    comparisons = {name: {"baseline": "base", "candidates": ["cand"]} for name in ("small", "large")}
-    table = pd.concat([probes({("0-49", "mse"): 0.9}), probes({}, seeds=1, name="large")])
-    figure = _draw(table, comparisons)
-    axes = figure.get_axes()
-    assert len(axes) == 8
+def test_the_figure_has_four_panels_and_equal_bytes(tmp_path):
+    table = probes({("0-49", "mse"): 0.9})
+    axes = _draw(table, COMPARE).get_axes()
+    assert len(axes) == 4
     change, *_ = axes
     (line,) = [line for line in change.lines if line.get_linestyle() == "None"]
-    expected = 100 * np.expm1(-average_of(compare_probes(table, comparisons), "0-49", "mse")["effect"])
+    expected = 100 * np.expm1(-average_of(table, "0-49", "mse").estimate)
     np.testing.assert_allclose(line.get_ydata()[0], expected)
     for path in (tmp_path / "a.png", tmp_path / "b.png"):
-        draw_mechanism(table, comparisons, [path])
+        draw_mechanism(table, COMPARE, [path])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -123,7 +121,7 @@ def test_figures_of_incomplete_probes(tmp_path, candidates):
     table.loc[table["metric"] == "noise_scale", "value"] = np.nan
     table = table if candidates else table[table["arm"] == "base"]
     for rows in (table, table.iloc[:0]):
-        draw_mechanism(rows, {"small": {"baseline": "base", "candidates": candidates}}, [tmp_path / "a.png"])
+        draw_mechanism(rows, {"baseline": "base", "candidates": candidates}, [tmp_path / "a.png"])
         assert min(Image.open(tmp_path / "a.png").size) > 100
 
 
@@ -132,6 +130,5 @@ def test_quantities_without_common_checkpoints_are_unknown():
     table = probes({})
     unknown = (table["metric"] == "noise_scale") & (table["arm"].eq("base") == table["step"].eq(100))
     table.loc[unknown, ["value", "reason"]] = np.nan, "the mean gradient is too small compared with its noise"
-    changes = compare_probes(table, {"small": COMPARE})
-    assert set(changes["metric"]) == set(METRICS) - {"noise_scale"}
+    assert {probe.metric for probe in probe_effects(table, COMPARE)} == set(METRICS) - {"noise_scale"}
     assert "Gradient noise: unknown" in mechanism_of(table)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convergence import resources
 from convergence.schema import Evaluate, Experiment, Probe
-from diffusion.config import Folder, Model, Sample
+from diffusion.config import Folder, Model
 from diffusion.nets.unet import UNet
 
 NETS = [
@@ -95,16 +95,17 @@ def test_training_request_exceeds_a_measured_time():
 def test_other_requests_grow_with_their_images():
     study = experiment()
     run = study.run("uniform")
-    few, many = Sample(images=1_000), Sample(images=50_000)
-    assert resources.sample(run, few, 1).minutes < resources.sample(run, many, 1).minutes
-    assert resources.sample(run, few, 1).minutes < resources.sample(run, few, 0).minutes
+    few, many = (experiment(sample={"images": images}) for images in (1_000, 50_000))
+    assert resources.evaluate(few, run, 50_000, 1).minutes < resources.evaluate(many, run, 50_000, 1).minutes
+    assert resources.evaluate(few, run, 50_000, 1).megabytes < resources.evaluate(many, run, 50_000, 1).megabytes
+    assert resources.evaluate(few, run, 50_000, 1).minutes < resources.evaluate(few, run, 50_000, 0).minutes
     few, many = Probe(images=256), Probe(images=4096)
     assert resources.probe(run, few, 0).minutes < resources.probe(run, many, 0).minutes
     few, all_images = Evaluate(reference_images=1_000), Evaluate()
     smaller, larger = (resources.reference(settings, 50_000, 1, 1) for settings in (few, all_images))
     assert smaller.minutes < larger.minutes and smaller.megabytes < larger.megabytes
     one, two = (
-        resources.evaluate(experiment(evaluate={"features": features}), 50_000, 1, 1)
+        resources.evaluate(experiment(evaluate={"features": features}), run, 50_000, 1)
         for features in (["efficientnet-lite0"], ["efficientnet-lite0", "inception-v3-compat"])
     )
     assert one.minutes < two.minutes

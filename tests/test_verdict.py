@@ -179,15 +179,26 @@ def test_forest_keeps_its_panels_if_every_seed_is_censored(tmp_path):
 def test_curves_mark_the_middle_threshold_and_its_crossings(tmp_path):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
     (comparison,) = compare_study(metrics, COMPARE)
-    table, middle = speedup_table([comparison]), comparison.middle_threshold
-    (ax, *_) = _draw_curves(metrics, "fd", table).axes
+    middle = comparison.middle_threshold
+    (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     ticks = [line for line in ax.lines if line.get_marker() == "|"]
     seeds = comparison.effect("images").per_seed
     times = [[seed.baseline for seed in seeds], [seed.candidate for seed in seeds]]
     np.testing.assert_allclose([line.get_xdata() for line in ticks], times)
     np.testing.assert_allclose([line.get_ydata() for line in ticks], middle)
     assert f"threshold {middle:.4g}" in " ".join(text.get_text() for text in ax.texts).replace("\n", " ")
-    table.to_csv(tmp_path / "speedup.csv", index=False)
-    fid_curves(metrics, [tmp_path / "curves.png"], speedups=pd.read_csv(tmp_path / "speedup.csv"))
-    fid_curves(metrics, [tmp_path / "plain.png"], speedups=pd.read_csv(tmp_path / "speedup.csv").iloc[:0])
-    assert (tmp_path / "curves.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+    write_verdict(metrics, NO_PROBES, "small", COMPARE, tmp_path)
+    written = read_verdict(tmp_path / "verdict.json").comparisons
+    for name, comparisons in (("a.png", [comparison]), ("b.png", written), ("plain.png", [])):
+        fid_curves(metrics, [tmp_path / name], comparisons=comparisons)
+    curves_png = (tmp_path / "a.png").read_bytes()
+    assert curves_png == (tmp_path / "b.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+def test_a_comparison_without_thresholds_marks_none():
+    base = curves(3, 1.0)
+    base[:, 2:] = np.nan  # every run of the baseline diverges
+    metrics = study(base, curves(3, 0.9))
+    (comparison,) = compare_study(metrics, COMPARE)
+    (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
+    assert not comparison.thresholds and "threshold" not in " ".join(text.get_text() for text in ax.texts)

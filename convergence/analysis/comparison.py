@@ -17,7 +17,7 @@ from convergence.analysis.curves import from_level, log_speedup, mean_over_image
 from convergence.analysis.effects import Effect, Quantity, Scale, decide
 from convergence.analysis.intervals import Interval, censored_interval, t_interval
 from convergence.analysis.power import noise_over_seeds
-from convergence.analysis.results import Comparison, middle
+from convergence.analysis.results import Comparison
 from convergence.errors import StudyError
 from convergence.tables import SHARES, check_curves, diverged
 from diffusion.errors import InputError
@@ -168,11 +168,6 @@ def speedup_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
         for effect in (*total.per_seed, total)
     ]
     return pd.DataFrame(rows, columns=SPEEDUP_COLUMNS).astype({"seed": "Int64"})
-
-
-def middle_threshold(rows: pd.DataFrame) -> float:
-    """Returns the middle threshold, the easier of two, in the rows of one comparison in `speedup.csv`; or NaN."""
-    return float(middle(rows["threshold"].dropna().unique()))
 
 
 class _Pairs(NamedTuple):

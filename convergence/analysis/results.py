@@ -1,6 +1,5 @@
 """What the analysis of a study finds, as data: comparisons of arms, effects on the probes, the verdict."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +61,8 @@ class Comparison:
     @property
     def middle_threshold(self) -> float:
         """The middle threshold, the easier of two; NaN if there is none."""
-        return middle(self.thresholds)
+        thresholds = self.thresholds
+        return thresholds[(len(thresholds) - 1) // 2] if thresholds else np.nan
 
     @property
     def average(self) -> Effect:
@@ -117,11 +117,6 @@ class Comparison:
             if count:
                 text += f" {count_text(count, 'run')} of {arm} diverged."
         return text
-
-
-def middle(thresholds: Sequence[float]) -> float:
-    """Returns the middle one of thresholds that are sorted from easy to hard, the easier of two; NaN without any."""
-    return thresholds[(len(thresholds) - 1) // 2] if len(thresholds) else np.nan
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The figure of metric curves over training images."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from convergence.analysis.comparison import middle_threshold
 from convergence.analysis.intervals import t_interval
+from convergence.analysis.results import Comparison
 from convergence.errors import StudyError
 from convergence.figures.style import (
     LOG_AXIS_FROM_RATIO,
@@ -25,7 +25,7 @@ from convergence.figures.style import (
     set_image_axis,
     set_log_axis,
 )
-from convergence.tables import HIGHER_IS_BETTER, SHARES, diverged, metric_name
+from convergence.tables import HIGHER_IS_BETTER, SHARES, check_sample_counts, diverged, metric_name
 
 EXTERNAL: Style = {"color": "0.72", "linewidth": 1, "markersize": 4}
 CROSS: Style = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
@@ -47,7 +47,7 @@ def fid_curves(
     metrics: pd.DataFrame,
     paths: list[Path],
     metric: str = "fd",
-    speedups: pd.DataFrame | None = None,
+    comparisons: Sequence[Comparison] = (),
     external_curves: pd.DataFrame | None = None,
 ) -> None:
     """Draws one metric over training images, one panel per study and features, and saves the figure to each path.
@@ -63,8 +63,7 @@ def fid_curves(
             that starts from it. If a value is missing, reason says why: "diverged at step N" for a diverged run.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
-        speedups: table of `convergence.analysis.comparison.speedup_table`. If given, the middle threshold of each
-            comparison and the places where runs reach it are marked.
+        comparisons: those of the verdicts. The middle threshold of each and the places where runs reach it are marked.
         external_curves: table like `metrics` with curves from other people. They are drawn in grey in the panel of
             the same study and features.
 
@@ -72,13 +71,13 @@ def fid_curves(
         StudyError: no row has this metric, or the values of one panel are of different numbers of samples.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric, speedups, external_curves), paths)
+        save_figure(_draw_curves(metrics, metric, comparisons, external_curves), paths)
 
 
 def _draw_curves(
     metrics: pd.DataFrame,
     metric: str,
-    speedups: pd.DataFrame | None = None,
+    comparisons: Sequence[Comparison] = (),
     external_curves: pd.DataFrame | None = None,
 ) -> Figure:
     rows = metrics[metrics["metric"] == metric]
@@ -87,6 +86,7 @@ def _draw_curves(
         raise StudyError(
             f"The table of metrics has no row of '{metric}': add it to evaluate.metrics and run the same command again"
         )
+    check_sample_counts(rows)
     panels = list(rows.groupby(["study", "features"], sort=False))
     styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
     external = metrics.iloc[:0] if external_curves is None else external_curves
@@ -99,7 +99,7 @@ def _draw_curves(
     for ax in axes[len(panels) :]:
         ax.remove()
     caption_lines = max(
-        _draw_panel(ax, panel, study, features, metric, styles, speedups, external)
+        _draw_panel(ax, panel, study, features, metric, styles, comparisons, external)
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
     handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
@@ -119,22 +119,11 @@ def _draw_panel(
     features: str,
     metric: str,
     styles: Mapping[str, Style],
-    speedups: pd.DataFrame | None,
+    comparisons: Sequence[Comparison],
     external: pd.DataFrame,
 ) -> int:
-    """Draws one study in one kind of features. Returns the number of lines of its caption.
-
-    Raises:
-        StudyError: the values are of different numbers of samples.
-    """
+    """Draws one study in one kind of features. Returns the number of lines of its caption."""
     measured = panel[panel["value"].notna()]
-    counts = sorted({int(n) for n in measured["n"]})
-    if len(counts) > 1:
-        raise StudyError(
-            f"Study '{study}' has {metric} of {counts[0]:,} and of {counts[-1]:,} samples, and its bias depends on "
-            "that number: delete the metrics.csv of the checkpoints with the wrong number and run the same command "
-            "again; in a table of your own, use one n per study"
-        )
     values = {
         arm: rows.pivot(index="images", columns="seed", values="value")
         for arm, rows in panel.groupby("arm", sort=False)
@@ -155,7 +144,8 @@ def _draw_panel(
 
     ax.set_title(study)
     direction = "higher is better →" if metric in HIGHER_IS_BETTER else "← lower is better"  # rotated: down, up
-    ax.set_ylabel(f"{metric_label(features, metric, max(counts, default=0))}\n{direction}")
+    label = metric_label(features, metric, int(measured["n"].max()) if len(measured) else 0)
+    ax.set_ylabel(f"{label}\n{direction}")
     if ratios and len(measured) and measured["value"].max() > LOG_AXIS_FROM_RATIO * measured["value"].min():
         set_log_axis(ax)
     ax.grid(color="0.9", linewidth=0.6)
@@ -173,8 +163,8 @@ def _draw_panel(
     if len(external):
         n = external["n"].max()
         sentences.append(f"Grey: external curves{f' ({n:,} samples)' if n else ''}, with the markers of their arms.")
-    if speedups is not None:
-        sentences += _mark_crossings(ax, speedups.query("study == @study and features == @features"), metric, styles)
+    shown = [c for c in comparisons if (c.study, c.features, c.metric) == (study, features, metric) and c.thresholds]
+    sentences += _mark_crossings(ax, shown, styles)
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
         caption,
@@ -220,19 +210,19 @@ def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -
     ax.vlines(rows["images"], low, high, color=style["color"], linewidth=1, alpha=1 if single else 0.5)
 
 
-def _mark_crossings(ax: Axes, speedups: pd.DataFrame, metric: str, styles: Mapping[str, Style]) -> list[str]:
+def _mark_crossings(ax: Axes, comparisons: Sequence[Comparison], styles: Mapping[str, Style]) -> list[str]:
     """Marks the middle threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
-    marked: dict[str, None] = {}
-    for (baseline, candidate), rows in speedups[speedups["metric"] == metric].groupby(["baseline", "candidate"]):
-        threshold = middle_threshold(rows)
-        runs = rows[(rows["quantity"] == "images") & (rows["threshold"] == threshold) & rows["seed"].notna()]
-        for arm, times in ((baseline, runs["of_baseline"]), (candidate, runs["of_candidate"])):
-            marked[f"{threshold:.4g}"] = None
-            reached = times[np.isfinite(times)]
-            ax.plot(reached, np.full(len(reached), threshold), "|", markersize=13, color=styles[arm]["color"], zorder=5)
+    for comparison in comparisons:
+        threshold, runs = comparison.middle_threshold, comparison.effect("images").per_seed
+        for arm, times in (
+            (comparison.baseline, [run.baseline for run in runs]),
+            (comparison.candidate, [run.candidate for run in runs]),
+        ):
+            reached = [time for time in times if np.isfinite(time)]
+            ax.plot(reached, [threshold] * len(reached), "|", markersize=13, color=styles[arm]["color"], zorder=5)
         ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
-    thresholds = ", ".join(marked)
-    return [f"Dotted: threshold {thresholds}. Ticks: smoothed runs reach it."] if marked else []
+    thresholds = ", ".join(dict.fromkeys(f"{comparison.middle_threshold:.4g}" for comparison in comparisons))
+    return [f"Dotted: threshold {thresholds}. Ticks: smoothed runs reach it."] if comparisons else []
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """The figure of the mechanism: where arms differ in their loss over timesteps, and how noisy their gradients are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,18 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from scipy.stats import gmean
 
-from convergence.analysis.mechanism import compare_probes
+from convergence.analysis.mechanism import probe_effects
+from convergence.analysis.results import ProbeEffect
 from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure, set_image_axis, set_log_axis
 from convergence.tables import ALL
 
 WIDTH_INCHES = 10.0
-BLOCK_INCHES = 7.6
+HEIGHT_INCHES = 7.6
 SPREAD = 0.5  # width of the arms of a bin, side by side, over the width of the bin
 NOISE_SCALE = "noise scale tr(Σ)/|g|², images"
 TERMS = {"mse": "MSE", "vb": "Variational bound"}
@@ -28,59 +29,49 @@ CAPTION = (
 )
 
 
-def draw_mechanism(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]], paths: list[Path]) -> None:
-    """Draws the probes of each study and saves the figure to each path.
+def draw_mechanism(probes: pd.DataFrame, compare: Mapping[str, Any], paths: list[Path]) -> None:
+    """Draws the probes of one study and saves the figure to each path.
 
-    Each study has four panels. The upper two show how much each candidate changes the two terms of the loss, in bins
-    of timesteps, averaged over training images, with 95% t-intervals over seeds. The lower two show the noise scale of
-    each arm's gradient: in bins of timesteps (averaged over checkpoints and seeds), and of the whole gradient over
-    training images. Averages of noise scales are geometric; thin lines are single seeds. Equal tables give equal bytes.
+    The upper two panels show how much each candidate changes the two terms of the loss, in bins of timesteps, averaged
+    over training images, with 95% t-intervals over seeds. The lower two show the noise scale of each arm's gradient: in
+    bins of timesteps (averaged over checkpoints and seeds), and of the whole gradient over training images. Averages of
+    noise scales are geometric; thin lines are single seeds. Equal tables give equal bytes.
 
     Args:
         probes: long table of probes (`convergence.tables.PROBE_COLUMNS`), which may be empty.
-        comparisons: study -> `baseline` and `candidates`; it has an entry even if the study compares nothing.
+        compare: `baseline` and `candidates`, also of a study that compares nothing.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw(probes, comparisons), paths)
+        save_figure(_draw(probes, compare), paths)
 
 
-def _draw(probes: pd.DataFrame, comparisons: Mapping[str, Mapping[str, Any]]) -> Figure:
-    studies = list(probes["study"].unique())
-    if not studies:
+def _draw(probes: pd.DataFrame, compare: Mapping[str, Any]) -> Figure:
+    if probes.empty:
         figure = Figure((WIDTH_INCHES, 1))
         figure.text(0.5, 0.5, "The study has no probes.", ha="center", va="center")
         return figure
     styles = {arm: line_style(index) for index, arm in enumerate(probes["arm"].unique())}
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure((WIDTH_INCHES, BLOCK_INCHES * len(studies)), layout=layout)
-    for block, study in zip(figure.subfigures(len(studies), squeeze=False)[:, 0], studies, strict=True):
-        _draw_block(block, probes[probes["study"] == study], comparisons[study], styles)
-    return figure
-
-
-def _draw_block(
-    block: SubFigure, probes: pd.DataFrame, compare: Mapping[str, Any], styles: Mapping[str, Style]
-) -> None:
-    study, baseline = probes["study"].iloc[0], compare["baseline"]
-    styles = {arm: style for arm, style in styles.items() if arm in set(probes["arm"])}
     binned = probes[probes["timesteps"] != ALL]
     bins = {name: place for place, name in enumerate(binned["timesteps"].unique())}
-    changes = compare_probes(binned, {study: compare})
+    changes = probe_effects(binned, compare)
     subset = "held-out" if probes["held_out"].all() else "training"
-    block.suptitle(f"{study}: probes on {probes['n'].max():,} {subset} images", fontsize=12, weight="bold")
-    block.supxlabel(CAPTION, x=0.02, ha="left", fontsize=9, color="0.25")
-    panels = block.subfigures(1, squeeze=False)[0, 0]  # keeps the legend clear of the title
+    figure = Figure((WIDTH_INCHES, HEIGHT_INCHES), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    title = f"{probes['study'].iloc[0]}: probes on {probes['n'].max():,} {subset} images"
+    figure.suptitle(title, fontsize=12, weight="bold")
+    figure.supxlabel(CAPTION, x=0.02, ha="left", fontsize=9, color="0.25")
+    panels = figure.subfigures(1, squeeze=False)[0, 0]  # keeps the legend clear of the title
     axes = panels.subplots(2, 2)
     for ax, (term, name) in zip(axes[0], TERMS.items(), strict=True):
-        _draw_changes(ax, changes[changes["metric"] == term], bins, styles)
+        _draw_changes(ax, [change for change in changes if change.metric == term], bins, styles)
         ax.set_title(f"{name} on {subset} images")
-        ax.set_ylabel(f"change from {baseline}, %\n← lower is better")
+        ax.set_ylabel(f"change from {compare['baseline']}, %\n← lower is better")
     noise = probes[(probes["metric"] == "noise_scale") & probes["value"].notna()]
     _draw_noise_in_bins(axes[1, 0], noise[noise["timesteps"] != ALL], bins, styles)
     _draw_noise_over_images(axes[1, 1], noise[noise["timesteps"] == ALL], probes, styles)
     handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
     draw_legend(panels, handles, WIDTH_INCHES, "outside upper center")
+    return figure
 
 
 def _set_bins(ax: Axes, bins: Mapping[str, int]) -> None:
@@ -92,20 +83,24 @@ def _set_bins(ax: Axes, bins: Mapping[str, int]) -> None:
     ax.spines["top"].set_visible(False)
 
 
-def _draw_changes(ax: Axes, changes: pd.DataFrame, bins: Mapping[str, int], styles: Mapping[str, Style]) -> None:
+def _draw_changes(
+    ax: Axes, changes: Sequence[ProbeEffect], bins: Mapping[str, int], styles: Mapping[str, Style]
+) -> None:
     """Draws the changes of one term of the loss in percent, the candidates side by side in each bin."""
     _set_bins(ax, bins)
     ax.axhline(0, color="0.3", linewidth=0.8)
-    logs = changes[(changes["quantity"] == "average") & changes["seed"].isna() & (changes["scale"] == "log")]
-    if logs.empty:
+    logs = [change for change in changes if change.scale == "log"]
+    if not logs:
         ax.set_yticks([])
         ax.text(0.5, 0.6, "nothing to compare", transform=ax.transAxes, ha="center", color="0.3")
         return
-    candidates = list(logs["candidate"].unique())
+    candidates = list(dict.fromkeys(change.candidate for change in logs))
     for index, candidate in enumerate(candidates):
-        rows = logs[logs["candidate"] == candidate]
-        place = rows["timesteps"].map(bins) + SPREAD * ((index + 0.5) / len(candidates) - 0.5)
-        value, upper, lower = (100 * np.expm1(-rows[name].to_numpy(float)) for name in ("effect", "low", "high"))
+        shown = [change for change in logs if change.candidate == candidate]
+        shift = SPREAD * ((index + 0.5) / len(candidates) - 0.5)
+        place = np.array([bins[change.timesteps] + shift for change in shown])
+        advantages = np.array([[change.average.estimate, change.average.low, change.average.high] for change in shown])
+        value, upper, lower = 100 * np.expm1(-advantages.T)
         style = {**styles[candidate], "linestyle": ""}
         known = np.isfinite(upper) & np.isfinite(lower)
         ax.vlines(place[known], lower[known], upper[known], color=style["color"], linewidth=1.2)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure
-from diffusion.checkpoints import noise_schedule
+from diffusion.build import noise_schedule
 from diffusion.config import RunConfig
 from diffusion.gaussian import NoiseSchedule
 from diffusion.schemes import Tables, scheme_tables

@@ -196,7 +196,7 @@ def train_request(wildcards, input):
 def evaluate_request(wildcards, input):
     experiment = experiment_of(wildcards)
     images = images_of(experiment, input)
-    return resources.sample_and_evaluate(experiment, run_of(wildcards), images, gpus_of(wildcards))
+    return resources.evaluate(experiment, run_of(wildcards), images, gpus_of(wildcards))
 
 
 def probe_request(wildcards, input):

@@ -1,77 +1,34 @@
 # The tables, figures, verdict and pages of each study, and the figure and front page of all selected studies.
 
 
-# Written by the rule `front` from workflow/report/front.rst and the verdicts.
+# Written by the rule `overview` from workflow/report/front.rst and the verdicts.
 report: layout.FRONT_PAGE.resolve()
 
 
 localrules:
-    metrics,
-    mechanism,
     verdict,
     figures,
-    fid_curves,
     pages,
-    front,
+    overview,
 
 
-rule metrics:
+rule verdict:
     input:
-        lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
+        metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
+        probes=lambda wildcards: probe_files(wildcards.study),
     output:
-        report(
+        metrics=report(
             layout.REPORT / "metrics.csv",
             caption="../report/metrics.rst",
             category="2. Curves",
             labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
-    log:
-        layout.RESULTS / "{study}/metrics.log",
-    conda:
-        "../../environment.yml"
-    params:
-        arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
-    message:
-        "Collect the metrics of {wildcards.study}"
-    script:
-        "../scripts/metrics.py"
-
-
-rule mechanism:
-    input:
-        lambda wildcards: probe_files(wildcards.study),
-    output:
-        table=report(
+        mechanism=report(
             layout.REPORT / "mechanism.csv",
             caption="../report/mechanism_table.rst",
             category="5. Mechanism",
             labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
-        figure=report(
-            layout.REPORT / "mechanism.png",
-            caption="../report/mechanism.rst",
-            category="5. Mechanism",
-            labels={"study": "{study}", "content": "Loss and gradient noise"},
-        ),
-    log:
-        layout.RESULTS / "{study}/mechanism.log",
-    conda:
-        "../../environment.yml"
-    params:
-        compare=lambda wildcards: {
-            key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
-        },
-    message:
-        "Collect and draw the probes of {wildcards.study}"
-    script:
-        "../scripts/mechanism.py"
-
-
-rule verdict:
-    input:
-        metrics=layout.REPORT / "metrics.csv",
-        mechanism=layout.REPORT / "mechanism.csv",
-    output:
         verdict=layout.REPORT / "verdict.json",
         markdown=layout.REPORT / "verdict.md",
         speedups=report(
@@ -80,17 +37,12 @@ rule verdict:
             category="1. Verdict",
             labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
-        forest=report(
-            layout.REPORT / "speedups.png",
-            caption="../report/forest.rst",
-            category="1. Verdict",
-            labels={"study": "{study}", "content": "Forest plot"},
-        ),
     log:
         layout.RESULTS / "{study}/verdict.log",
     conda:
         "../../environment.yml"
     params:
+        arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
         compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
         # Snakemake computes params again right before a job, so runs that were just trained again are not among them.
         warnings=lambda wildcards: stale_runs(EXPERIMENTS[wildcards.study]),
@@ -103,11 +55,18 @@ rule verdict:
 rule figures:
     input:
         metrics=layout.REPORT / "metrics.csv",
-        speedups=layout.REPORT / "speedup.csv",
+        mechanism=layout.REPORT / "mechanism.csv",
+        verdict=layout.REPORT / "verdict.json",
         previews=lambda wildcards: checkpoint_files(wildcards.study, "preview.png"),
         external=lambda wildcards: external_curves(wildcards.study),
         samples=lambda wildcards: kept_samples(wildcards.study),
     output:
+        forest=report(
+            layout.REPORT / "speedups.png",
+            caption="../report/forest.rst",
+            category="1. Verdict",
+            labels={"study": "{study}", "content": "Forest plot"},
+        ),
         curves=report(
             layout.REPORT / "fid_curves.png",
             caption="../report/curves.rst",
@@ -128,12 +87,21 @@ rule figures:
             labels={"study": "{study}", "content": "Schedules"},
         ),
         schedules_svg=layout.REPORT / "schedules.svg",
+        mechanism=report(
+            layout.REPORT / "mechanism.png",
+            caption="../report/mechanism.rst",
+            category="5. Mechanism",
+            labels={"study": "{study}", "content": "Loss and gradient noise"},
+        ),
     log:
         layout.RESULTS / "{study}/figures.log",
     conda:
         "../../environment.yml"
     params:
         cells=lambda wildcards: preview_cells(EXPERIMENTS[wildcards.study]),
+        compare=lambda wildcards: {
+            key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
+        },
         runs=lambda wildcards: [
             (arm, EXPERIMENTS[wildcards.study].run(arm).canonical()) for arm in EXPERIMENTS[wildcards.study].arms
         ],
@@ -141,33 +109,6 @@ rule figures:
         "Draw the figures of {wildcards.study}"
     script:
         "../scripts/figures.py"
-
-
-rule fid_curves:
-    input:
-        metrics=expand(rules.metrics.output, study=EXPERIMENTS),
-        speedups=expand(rules.verdict.output.speedups, study=EXPERIMENTS),
-        external=[path for study in EXPERIMENTS for path in external_curves(study)],
-        # Not read: they make this target draw all figures and the mechanism.
-        figures=expand([*rules.figures.output, *rules.mechanism.output], study=EXPERIMENTS),
-    output:
-        curves=report(
-            layout.FIGURE,
-            caption="../report/curves.rst",
-            category="2. Curves",
-            labels={"study": "all", "content": "Curves"},
-        ),
-        curves_svg=layout.FIGURE.with_suffix(".svg"),
-    log:
-        layout.RESULTS / "fid_curves.log",
-    conda:
-        "../../environment.yml"
-    params:
-        external={study: str(path) for study in EXPERIMENTS for path in external_curves(study)},
-    message:
-        "Draw the curves of all selected studies"
-    script:
-        "../scripts/fid_curves.py"
 
 
 rule pages:
@@ -213,18 +154,30 @@ rule pages:
         "../scripts/pages.py"
 
 
-rule front:
+rule overview:
     input:
-        expand(rules.verdict.output.verdict, study=EXPERIMENTS),
+        metrics=expand(rules.verdict.output.metrics, study=EXPERIMENTS),
+        verdicts=expand(rules.verdict.output.verdict, study=EXPERIMENTS),
+        external=[path for study in EXPERIMENTS for path in external_curves(study)],
+        # Not read: they make this target draw all figures.
+        figures=expand(rules.figures.output, study=EXPERIMENTS),
     output:
-        layout.FRONT_PAGE,
+        curves=report(
+            layout.FIGURE,
+            caption="../report/curves.rst",
+            category="2. Curves",
+            labels={"study": "all", "content": "Curves"},
+        ),
+        curves_svg=layout.FIGURE.with_suffix(".svg"),
+        front=layout.FRONT_PAGE,
     log:
-        layout.RESULTS / "front.log",
+        layout.RESULTS / "overview.log",
     conda:
         "../../environment.yml"
     params:
+        external={study: str(path) for study in EXPERIMENTS for path in external_curves(study)},
         introduction=(layout.ROOT / "workflow/report/front.rst").read_text(encoding="utf-8"),
     message:
-        "Write the front page of the report"
+        "Draw the curves of all selected studies"
     script:
-        "../scripts/front.py"
+        "../scripts/overview.py"

@@ -1,10 +1,13 @@
-"""Draw the curves, the sample previews and the schedules of one study."""
+"""Draw the curves, sample previews, schedules, comparisons and probes of one study."""
 
 from pathlib import Path
 
 import pandas as pd
 
+from convergence.analysis.verdict import read_verdict
 from convergence.figures.curves import fid_curves
+from convergence.figures.forest import draw_forest
+from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
 from convergence.figures.schedules import draw_schedules
 from convergence.jobs import job
@@ -13,11 +16,15 @@ from diffusion.config import RunConfig
 
 with job(snakemake):
     study, output, params = snakemake.wildcards.study, snakemake.output, snakemake.params
-    metrics, speedups = read_table(snakemake.input.metrics), read_table(snakemake.input.speedups)
+    metrics, verdict = read_table(snakemake.input.metrics), read_verdict(snakemake.input.verdict)
     external = [read_curves(Path(path), study) for path in snakemake.input.external]
     paths = [Path(output.curves), Path(output.curves_svg)]
-    fid_curves(metrics, paths, speedups=speedups, external_curves=pd.concat(external) if external else None)
+    fid_curves(
+        metrics, paths, comparisons=verdict.comparisons, external_curves=pd.concat(external) if external else None
+    )
     grids, steps = preview_grid(params.cells, metrics)
     samples_grid(grids, Path(output.samples), steps)
     runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
+    draw_forest(verdict.comparisons, [Path(output.forest)])
+    draw_mechanism(read_table(snakemake.input.mechanism), params.compare, [Path(output.mechanism)])
     draw_schedules(study, runs, [Path(output.schedules), Path(output.schedules_svg)])

@@ -1,0 +1,26 @@
+"""Draw the curves of all selected studies in one figure, and write the front page of the report."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from convergence.analysis.verdict import read_verdict
+from convergence.figures.curves import fid_curves
+from convergence.jobs import job
+from convergence.pages import front_page
+from convergence.tables import read_curves, read_table
+from diffusion.files import atomic_write
+
+with job(snakemake):
+    output, params = snakemake.output, snakemake.params
+    metrics = pd.concat([read_table(path) for path in snakemake.input.metrics])
+    verdicts = [read_verdict(path) for path in snakemake.input.verdicts]
+    comparisons = [comparison for verdict in verdicts for comparison in verdict.comparisons]
+    # A file of external curves may hold several studies; a panel shows only the file that its study names.
+    external = [read_curves(Path(path), study).query("study == @study") for study, path in params.external.items()]
+    external_curves = pd.concat(external) if external else None
+    paths = [Path(output.curves), Path(output.curves_svg)]
+    fid_curves(metrics, paths, comparisons=comparisons, external_curves=external_curves)
+    answers = {verdict.study: verdict.answer for verdict in verdicts}
+    with atomic_write(Path(output.front)) as file:
+        file.write(front_page(params.introduction, answers).encode())
