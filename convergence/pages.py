@@ -86,7 +86,7 @@ def provenance_page(
     ]  # fmt: skip
     note = (
         "The source hash is that of the code that training uses. The tables hash is that of an arm's timestep density "
-        "and loss weights. The untrained network has no tables."
+        "and loss weights. The untrained net has no tables."
     )
     parts = [f"# Provenance of {study}", *(f"**Warning.** {warning}" for warning in warnings)]
     parts += [markdown_table(head, rows), note, "## Study file", f"```yaml\n{experiment.strip()}\n```"]

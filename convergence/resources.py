@@ -1,4 +1,4 @@
-"""Time and memory that each job requests from a cluster, estimated from its network and its number of images.
+"""Time and memory that each job requests from a cluster, estimated from its net and its number of images.
 
 The estimates are for slow hardware and generous. A training job that reaches its time limit is not lost: it saves its
 state and resumes from it in the next attempt.
@@ -18,7 +18,7 @@ from diffusion.config import IMAGE_SUFFIXES, Dataset, Model, RunConfig
 
 # Multiply-adds per second of one CPU thread and of one GPU (bf16; fp32): about a quarter of an A100.
 CPU_SPEED, GPU_SPEED, GPU_SPEED_FP32 = 5e9, 2e13, 5e12
-# Overhead of one call of the network.
+# Overhead of one call of the net.
 CALL_SECONDS = 0.1
 # Seconds per image: reading and resizing, features on one CPU thread, features on a GPU.
 READ_SECONDS, CPU_FEATURE_SECONDS, GPU_FEATURE_SECONDS = 0.2, 0.25, 0.01

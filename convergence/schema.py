@@ -76,7 +76,7 @@ class EveryNSteps(Section):
     until: PositiveInt
     """Last step (inclusive)."""
     start: int | None = Field(None, ge=0)
-    """First step; 0 is the untrained network; unset: `every`."""
+    """First step; 0 is the untrained net; unset: `every`."""
 
     @property
     def steps(self) -> list[int]:
@@ -103,7 +103,7 @@ class WeightsFile(Section):
 
 
 class Evaluate(Section):
-    """How sampled images are compared with images of the dataset, using features of pretrained networks."""
+    """How sampled images are compared with images of the dataset, using features of pretrained nets."""
 
     features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
     """Feature extractors. The primary comparison uses the first one."""
@@ -189,7 +189,7 @@ class Experiment(Section):
     dataset: Dataset
     """Training images."""
     model: Model = Model()
-    """The network."""
+    """The net."""
     diffusion: Diffusion = Diffusion()
     """The forward process, which adds noise."""
     train: Train = Train()
@@ -213,7 +213,7 @@ class Experiment(Section):
     tracking: bool = True
     """Whether the study is recorded in MLflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the networks; auto: a GPU if there is one."""
+    """Device of the nets; auto: a GPU if there is one."""
     processes: PositiveInt = 1
     """Data-parallel processes per training run, with one GPU each (on a CPU: `train.threads` threads each)."""
 
@@ -275,7 +275,7 @@ class Experiment(Section):
     def _check_arm(self, name: str) -> None:
         arm = self.arms[name]
         if name in self.RESERVED_ARMS:
-            raise ValueError(f"arms.{name}: this name is reserved for the untrained network: choose another name")
+            raise ValueError(f"arms.{name}: this name is reserved for the untrained net: choose another name")
         if arm.match:
             target = self.arms.get(arm.match)
             if target is None or target.match:
@@ -320,7 +320,7 @@ class Experiment(Section):
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints in ascending order; 0 is the untrained network."""
+        """Steps of all checkpoints in ascending order; 0 is the untrained net."""
         return self.checkpoints.steps if isinstance(self.checkpoints, EveryNSteps) else list(self.checkpoints)
 
     @property

@@ -220,7 +220,7 @@ class Model(Section):
     resblock_updown: bool = True
     """Whether residual blocks change the resolution; false: convolutions do."""
     learn_sigma: bool = True
-    """Whether the network predicts the variance; false: the loss has no vb term."""
+    """Whether the net predicts the variance; false: the loss has no vb term."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability in residual blocks."""
 
@@ -279,7 +279,7 @@ class Train(Section):
     random_flip: bool = False
     """Whether each image is mirrored horizontally with probability 1/2."""
     precision: Precision = "auto"
-    """Precision of the network; auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
     threads: PositiveInt = 1
     """CPU threads per process."""
     log_every: PositiveInt = 50
@@ -323,13 +323,13 @@ class Sample(Section):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
     steps: PositiveInt = 25
-    """Network evaluations per image."""
+    """Net evaluations per image."""
     images: int = Field(10_000, ge=2)
     """Number of sampled images per checkpoint, the N of its FD."""
     batch_size: PositiveInt | None = None
     """Images sampled at once; unset: as many as the memory of the device allows."""
     precision: Precision = "auto"
-    """Precision of the network; auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
     seed: int = Field(0, ge=0)
     """Seed of the noise from which all checkpoints are sampled."""
     keep: bool = False

@@ -178,7 +178,7 @@ def test_log_axis_from_a_range_of_three(lowest, scale):
 def test_images_below_and_steps_above():
     (ax,) = axes_of(table(steps=(0, 100, 1000)))
     (steps,) = ax.child_axes
-    assert steps.get_xlabel() == "optimiser steps"
+    assert steps.get_xlabel() == "optimizer steps"
     FigureCanvasAgg(ax.figure).draw()
     np.testing.assert_allclose(np.array(steps.get_xlim()) * 32, ax.get_xlim())
     seen = [label.get_text() for label in ax.get_xticklabels() if label.get_position()[0] >= 0]

@@ -82,10 +82,10 @@ def _images(experiment: Experiment) -> int:
 
 
 def measure(experiment: Experiment) -> Rates:
-    """Measures the rates of the study's network on this machine, which takes about half a minute.
+    """Measures the rates of the study's net on this machine, which takes about half a minute.
 
     Raises:
-        StudyError: If the network does not fit the GPU memory, or the study needs a GPU and there is none.
+        StudyError: If the net does not fit the GPU memory, or the study needs a GPU and there is none.
     """
     import numpy as np
     import torch

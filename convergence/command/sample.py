@@ -114,7 +114,7 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
     if path.suffix == ".safetensors":
         if layout:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in layout)
-            raise StudyError(f"{path} describes its own network: leave out {given}")
+            raise StudyError(f"{path} describes its own net: leave out {given}")
         return load_run(path, device)
     if "image_size" not in layout:
         raise StudyError(f"{path}: a published checkpoint does not contain the size of its images: give --image-size")

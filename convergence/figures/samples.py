@@ -52,7 +52,7 @@ def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], path: Path, ste
     Args:
         grids: arm -> training images -> path of the preview; None if there is none, for instance after a divergence.
         path: where to save; the suffix chooses the format ("png", "svg", "pdf").
-        steps: training images -> optimiser step, for the headings. A column without a step shows its images alone.
+        steps: training images -> optimizer step, for the headings. A column without a step shows its images alone.
 
     Raises:
         FileError: a preview cannot be read.

@@ -65,7 +65,7 @@ def set_log_axis(ax: Axes) -> None:
 
 
 def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
-    """Labels the x axis with training images and, if all rows have one batch size, the top axis with optimiser steps.
+    """Labels the x axis with training images and, if all rows have one batch size, the top axis with optimizer steps.
 
     Args:
         ax: the axes, with training images as x.
@@ -80,7 +80,7 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
     if len(batch_sizes) == 1 and batch_sizes[0] > 1:  # tables without a column step have step = images
         (batch_size,) = batch_sizes
         steps = ax.secondary_xaxis("top", functions=(lambda x: x / batch_size, lambda step: step * batch_size))
-        steps.set_xlabel("optimiser steps")
+        steps.set_xlabel("optimizer steps")
         shown.append(steps)
     else:
         ax.spines["top"].set_visible(False)

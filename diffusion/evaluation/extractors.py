@@ -1,4 +1,4 @@
-"""Feature extractors: pretrained networks that map images to the features from which all metrics are computed."""
+"""Feature extractors: pretrained nets that map images to the features from which all metrics are computed."""
 
 import contextlib
 import hashlib
@@ -200,12 +200,12 @@ def load_extractor(
 
     Args:
         name: The extractor.
-        device: Device of the network.
+        device: Device of the net.
         path: File with the weights.
         sha256: sha256 of that file, if it contains other weights than the published ones.
 
     Returns:
-        The network in eval mode, without gradients.
+        The net in eval mode, without gradients.
 
     Raises:
         FileError: The weights are missing at `path`, or damaged.
@@ -239,7 +239,7 @@ def extract_features(
 
     Args:
         images: uint8 [N, H, W, 3]. A memory map stays on disk; the pages that were read are released.
-        extractor: The network.
+        extractor: The net.
         batch_size: Images per batch; None uses 16 on a CPU and 256 on a GPU.
         indices: int64 [M], which images to use and in which order; None uses all.
 
