@@ -86,7 +86,7 @@ def test_a_new_density_on_new_images(clone):
 @pytest.mark.slow
 def test_the_ffhq_study_says_what_is_missing(clone):
     code, output = run_section(clone, 3)
-    assert code != 0 and "dataset.path: data/thumbnails128x128 is not there: put images there" in output
+    assert code != 0 and "dataset.path: data/thumbnails128x128 does not exist: put images there" in output
 
 
 @pytest.mark.slow

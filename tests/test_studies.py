@@ -162,11 +162,11 @@ def test_every_study_can_be_planned(tmp_path, study):
     stats = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", output, re.M)}
     trained = len([step for step in experiment.steps if step])
     assert stats["train"] == len(experiment.arms) * len(experiment.seeds) * trained
-    assert stats["evaluate"] == stats["sample"] >= stats["train"] and stats["figures"] == 1
+    assert stats["evaluate"] >= stats["train"] and stats["figures"] == 1
 
 
 def test_study_without_its_images_says_where_they_belong(tmp_path):
     project = copy_project(tmp_path)
     done = snakemake(project, "--dry-run", "--config", "experiments=ffhq128", "tracking=off")
     output = done.stdout + done.stderr
-    assert done.returncode == 1 and "data/thumbnails128x128 is not there: put images there" in output
+    assert done.returncode == 1 and "data/thumbnails128x128 does not exist: put images there" in output
