@@ -91,7 +91,7 @@ def _check_images(experiment: Experiment, file: Path) -> None:
         _check_count(experiment, read_json(manifest)["count"], file)
     elif isinstance(dataset, Folder):
         if not dataset.path.exists():
-            raise StudyError(f"{file}: dataset.path: {dataset.path} does not exist: put images there or correct the path")
+            raise StudyError(f"{file}: dataset.path: {dataset.path} does not exist: put images there or correct it")
         _check_count(experiment, count_images(dataset), file)
 
 
