@@ -65,7 +65,7 @@ def train(segment: Segment, processes: int) -> None:
         Stopped: If training was asked to stop. Its state is saved.
         StudyError: If `processes` does not divide the batch size, there are fewer GPUs than processes, or a process
             failed.
-        InputError: If `diffusion.training.segment.train_segment` raises it.
+        InputError: If a state file is damaged, no image is left for training, or another process trains this run.
     """
     if processes == 1:
         return _train_here(segment)

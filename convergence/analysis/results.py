@@ -15,7 +15,10 @@ from diffusion.files import atomic_write
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations over seeds of the average of the metric, on the comparison's scale; NaN below two pairs."""
+    """Standard deviations over seeds of the metric averaged over training images, on the scale of the comparison.
+
+    They are NaN with fewer than two pairs.
+    """
 
     __pydantic_config__ = JSON_CONFIG
 
