@@ -162,7 +162,7 @@ def note(verdict: "StudyVerdict | None", means: str) -> str:
 
 
 def run_status(complete: bool, running: bool, diverged: bool = False) -> str:
-    """Returns MLflow's status of a run: FAILED if it diverged, FINISHED if complete, RUNNING if running, else KILLED."""
+    """Returns MLflow's status of a run: FAILED (it diverged), FINISHED, RUNNING, or else KILLED."""
     if diverged:
         return "FAILED"
     if complete:
