@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 EXPERIMENTS ?= openmoji
 PORT ?= 5000
+# Two processes; each runs whole files, so that the fixtures of a file are made once.
+PYTEST := pytest --numprocesses 2 --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help env figure dry-run report ui track test test-all lint format clean clean-all
@@ -36,10 +38,10 @@ track: $(READY)  ## forward to MLflow what an earlier run could not
 	convergence sync $(EXPERIMENTS)
 
 test: $(READY)  ## run the fast tests (minutes)
-	pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## run all tests (half an hour)
-	pytest
+	$(PYTEST)
 
 lint: $(READY)  ## check style, docstrings, types and dependencies
 	ruff check .
