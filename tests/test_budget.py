@@ -83,7 +83,8 @@ def test_the_command_sums_studies_and_measures_missing_rates(ffhq, capsys, caplo
     assert "| all | 6 | 36 |" in capsys.readouterr().out
     with caplog.at_level("INFO"):
         main(["budget", "openmoji"])
-    assert "openmoji: measured on this machine (cpu, batch size 32)" in caplog.text
+    # A slow machine measures a smaller batch than that of the study.
+    assert re.search(r"openmoji: measured on this machine \(cpu, batch size \d+\)", caplog.text)
     hours = float(next(line for line in capsys.readouterr().out.splitlines() if "openmoji" in line).split("|")[6])
     assert 0 <= hours < 10
 
