@@ -289,34 +289,26 @@ def _effect(
     """
     low, high = bounds
     used, censored = ~np.isnan(low), low < high
-    per_seed = tuple(
-        Effect(
+
+    def effect(
+        values: np.ndarray, interval: Interval, used: int, censored: int, diverged: np.ndarray, **of_seeds: Any
+    ) -> Effect:
+        return Effect(
             quantity=quantity,
             threshold=threshold,
-            baseline=float(values[index, 0]),
-            candidate=float(values[index, 1]),
-            estimate=np.nan if censored[index] else float(low[index]),
-            low=float(low[index]),
-            high=float(high[index]),
-            pairs=int(used[index]),
-            censored=int(censored[index]),
-            diverged_baseline=int(pairs.diverged[index, 0]),
-            diverged_candidate=int(pairs.diverged[index, 1]),
-            seed=int(seed),
+            baseline=float(values[0]),
+            candidate=float(values[1]),
+            estimate=float(interval.estimate),
+            low=float(interval.low),
+            high=float(interval.high),
+            pairs=int(used),
+            censored=int(censored),
+            diverged_baseline=int(diverged[0]),
+            diverged_candidate=int(diverged[1]),
+            **of_seeds,
         )
-        for index, seed in enumerate(pairs.seeds)
-    )
-    return Effect(
-        quantity=quantity,
-        threshold=threshold,
-        baseline=float(values[-1, 0]),
-        candidate=float(values[-1, 1]),
-        estimate=float(interval.estimate),
-        low=float(interval.low),
-        high=float(interval.high),
-        pairs=int(used.sum()),
-        censored=int(censored.sum()),
-        diverged_baseline=int(pairs.diverged[:, 0].sum()),
-        diverged_candidate=int(pairs.diverged[:, 1].sum()),
-        per_seed=per_seed,
-    )
+
+    intervals = map(Interval, np.where(censored, np.nan, low), low, high)
+    columns = zip(values[:-1], intervals, used, censored, pairs.diverged, pairs.seeds, strict=True)
+    per_seed = tuple(effect(*row, seed=int(seed)) for *row, seed in columns)
+    return effect(values[-1], interval, used.sum(), censored.sum(), pairs.diverged.sum(axis=0), per_seed=per_seed)
