@@ -153,16 +153,10 @@ def speedup_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     estimate; `convergence.analysis.effects.Effect` describes the columns.
     """
     rows = [
-        {
-            **{name: getattr(comparison, name) for name in SPEEDUP_COLUMNS[:7]},
-            **{name: getattr(effect, name) for name in ("quantity", "threshold", "seed", "low", "high", "pairs")},
-            **{name: getattr(effect, name) for name in ("censored", "diverged_baseline", "diverged_candidate")},
-            "of_baseline": effect.baseline,
-            "of_candidate": effect.candidate,
-            "effect": effect.estimate,
-            "first_images": comparison.first_images,
-            "last_images": comparison.last_images,
-        }
+        # Both have a baseline and a candidate: arms, and values.
+        vars(effect)
+        | vars(comparison)
+        | {"of_baseline": effect.baseline, "of_candidate": effect.candidate, "effect": effect.estimate}
         for comparison in comparisons
         for total in comparison.effects
         for effect in (*total.per_seed, total)
