@@ -84,9 +84,17 @@ def dataset_files(experiment):
 
 def threads_of(wildcards):
     return run_of(wildcards).train.threads
+    """CPU threads of a process. Snakemake lowers `threads` to --cores, which would change the last digits of results.
+
+    So jobs compute with the resource `torch_threads`. Neither is a param: it is part of the settings of a run.
+    """
 
 
 def gpus_for(experiment):
+def threads_of_reference(wildcards):
+    return REFERENCES[wildcards.reference][0].train.threads
+
+
     return snakefile.gpus(experiment, elsewhere=workflow.non_local_exec or workflow.remote_exec)
 
 
