@@ -18,7 +18,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
 from convergence.errors import StudyError
-from convergence.provenance import stale_runs
+from convergence.provenance import newest_provenances, stale_runs
 from convergence.resources import count_images
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
@@ -163,7 +163,7 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
 def print_warnings(experiments: Iterable[Experiment]) -> None:
     """Print which results on disk were trained with other code than the present."""
     for experiment in experiments:
-        for warning in stale_runs(experiment):
+        for warning in stale_runs(experiment.name, newest_provenances(experiment)):
             print(f"Warning: {warning}", file=sys.stderr)
 
 
@@ -259,7 +259,7 @@ def stop_tracking(experiments: Iterable[str]) -> list[str]:
 
 
 def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked: list[str]) -> None:
-    """Print the last lines of a run: the answer of each study, its files, and the commands that show more.
+    """Print the last lines of a run: the warnings and the answer of each study, its files, commands that show more.
 
     Args:
         experiments: names of the selected studies.
@@ -273,7 +273,9 @@ def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked
     for name in experiments:
         verdict = layout.report_directory(name) / "verdict.json"
         if verdict in outputs:
-            answer = read_verdict(verdict).answer or "compares nothing, because the study has no section `compare`."
+            result = read_verdict(verdict)
+            answer = result.answer or "compares nothing, because the study has no section `compare`."
+            lines += [f"Warning: {warning}" for warning in result.warnings]
             lines += [f"{name}: {answer}", f"  The verdict: {verdict.with_suffix('.md').resolve()}"]
     if layout.FIGURE in outputs:
         lines += ["", f"The figure: {layout.FIGURE.resolve()}"]

@@ -9,9 +9,9 @@ sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile
 from convergence.errors import with_remedy
-from convergence.provenance import stale_runs
 from convergence.schema import Evaluate
 from diffusion.errors import InputError
+from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
 snakefile.quiet_output()
@@ -55,7 +55,6 @@ onstart:
 
 onsuccess:
     tracked = snakefile.stop_tracking(EXPERIMENTS)
-    snakefile.print_warnings(EXPERIMENTS.values())
     snakefile.print_results(EXPERIMENTS, outputs_of_this_call(), tracked)
 
 
@@ -159,6 +158,17 @@ def kept_samples(study):
 
 def comparison_settings(experiment):
     """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
+def last_checkpoints(study):
+    """(arm, directory) of the last checkpoint of each run."""
+    experiment = EXPERIMENTS[study]
+    return [(arm, path) for arm, _, step, path in layout.checkpoints(experiment) if step == experiment.steps[-1]]
+
+
+def run_settings(study):
+    """(arm, settings of its runs as JSON) of each arm."""
+    return [(arm, EXPERIMENTS[study].run(arm).canonical()) for arm in EXPERIMENTS[study].arms]
+
+
     return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
 
 
