@@ -25,7 +25,7 @@ from convergence.study_file import load_experiment
 from diffusion.config import Folder
 from diffusion.errors import InputError
 from diffusion.evaluation.weights import check_weights
-from diffusion.files import read_json
+from diffusion.files import atomic_write, read_json
 
 # First words of Snakemake's messages about its own scheduling, which are not shown.
 HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
@@ -223,6 +223,14 @@ def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
                 "scancel, or ask the administrators of the cluster, then start again"
             )
         time.sleep(2)
+
+
+def save_study_files(experiments: Mapping[str, Experiment]) -> None:
+    """Write the study files as they were read: other processes of this study must use the same settings."""
+    layout.STUDIES.mkdir(parents=True, exist_ok=True)
+    for name, experiment in experiments.items():
+        with atomic_write(layout.STUDIES / f"{name}.yaml") as file:
+            file.write(experiment.text.encode())
 
 
 def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:

@@ -16,7 +16,8 @@ from diffusion.sources import source_hash
 snakefile.set_environment(workflow.basedir)
 snakefile.quiet_output()
 try:
-    EXPERIMENTS = snakefile.load_experiments(config)
+    # Jobs on other machines read the files with which Snakemake started.
+    EXPERIMENTS = snakefile.load_experiments(config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES)
     if workflow.is_main_process:
         snakefile.check_writable()
         snakefile.check_extractors(EXPERIMENTS)
@@ -50,6 +51,7 @@ onstart:
     snakefile.date_back()
     if workflow.executor_plugin.name == "slurm":
         snakefile.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
+    snakefile.save_study_files(EXPERIMENTS)
     snakefile.start_tracking(config, EXPERIMENTS)
 
 
@@ -82,18 +84,18 @@ def dataset_files(experiment):
 
 
 def threads_of(wildcards):
-    return run_of(wildcards).train.threads
     """CPU threads of a process. Snakemake lowers `threads` to --cores, which would change the last digits of results.
 
     So jobs compute with the resource `torch_threads`. Neither is a param: it is part of the settings of a run.
     """
+    return run_of(wildcards).train.threads
 
 
-def gpus_for(experiment):
 def threads_of_reference(wildcards):
     return REFERENCES[wildcards.reference][0].train.threads
 
 
+def gpus_for(experiment):
     return snakefile.gpus(experiment, elsewhere=workflow.non_local_exec or workflow.remote_exec)
 
 
@@ -156,8 +158,6 @@ def kept_samples(study):
     return checkpoint_files(study, "samples.npy") if EXPERIMENTS[study].sample.keep else []
 
 
-def comparison_settings(experiment):
-    """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
 def last_checkpoints(study):
     """(arm, directory) of the last checkpoint of each run."""
     experiment = EXPERIMENTS[study]
@@ -169,6 +169,8 @@ def run_settings(study):
     return [(arm, EXPERIMENTS[study].run(arm).canonical()) for arm in EXPERIMENTS[study].arms]
 
 
+def comparison_settings(experiment):
+    """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
     return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
 
 

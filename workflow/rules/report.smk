@@ -148,7 +148,7 @@ rule pages:
     conda:
         "../../environment.yml"
     params:
-        experiment=lambda wildcards: layout.study_file(wildcards.study).read_text(encoding="utf-8"),
+        experiment=lambda wildcards: EXPERIMENTS[wildcards.study].text,
     message:
         "Write the report pages of {wildcards.study}"
     script:
