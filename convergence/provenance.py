@@ -23,28 +23,27 @@ PACKAGES = ["torch", "torchvision", "torch-fidelity", "snakemake", "numpy", "sci
 Newest = Iterable[tuple[str, Mapping[str, Any]]]  # arm and provenance of the newest checkpoint of each run
 
 
-def write_provenance(path: Path, device: str, **facts: Any) -> None:
-    """Writes facts of a result as JSON, with host, device, versions and time."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    content = facts | {
-        "host": platform.node(),
-        "device": device,
-        "versions": versions | {name: _version(name) for name in PACKAGES},
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def write_provenance(path: Path, **facts: Any) -> None:
+    """Writes facts of a result as JSON, with the time."""
+    content = facts | {"finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
-def git_state() -> dict[str, Any]:
-    """Returns the commit of this code, and whether tracked files differ from it; both are None without such a commit.
+def environment() -> dict[str, Any]:
+    """Returns the commit of this code, whether tracked files differ from it, the host, and the versions of packages.
 
-    A job calls this before it computes, because the files may change later. A repository whose commit does not contain
-    this file is not that of the code: the project was unpacked in it.
+    A job calls this before it computes, because all of them may change later. There is no commit (None) if the commit
+    of the repository does not contain this file: then the project was only unpacked in that repository.
     """
     hashes = _git("rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", str(layout.ROOT)) if hashes else None
-    return {"git_commit": hashes and hashes.split()[0], "git_dirty": None if changes is None else bool(changes)}
+    return {
+        "git_commit": hashes and hashes.split()[0],
+        "git_dirty": None if changes is None else bool(changes),
+        "host": platform.node(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
 
 
 def _git(*arguments: str) -> str | None:

@@ -268,12 +268,14 @@ def repository(path, message="one"):
 
 
 def state_of(project, **environment):
-    code = "import json; from convergence.provenance import git_state; print(json.dumps(git_state()))"
+    """The commit that a job in this project records, and whether files differ from it."""
+    code = "import json; from convergence.provenance import environment; print(json.dumps(environment()))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project, env=os.environ | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return tuple(json.loads(done.stdout).values())
+    facts = json.loads(done.stdout)
+    return facts["git_commit"], facts["git_dirty"]
 
 
 def test_the_commit_is_that_of_the_repository_that_contains_the_code(tmp_path):
@@ -335,7 +337,7 @@ def test_what_changes_while_a_study_runs_is_not_used(tmp_path, monkeypatch):
     study.write_text(text := "# As it ran\n" + yaml.safe_dump(content, sort_keys=False))
     commit = repository(project)
     configuration = ["--config", "experiments=tiny"]
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", *configuration, "--", "reports/fid_curves.png"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *configuration, "--", "all"]
     with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         while run.poll() is None and not list(project.glob("results/tiny/a-*/seed0/log.csv")):
             time.sleep(0.01)
