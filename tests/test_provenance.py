@@ -363,6 +363,10 @@ def test_what_changes_while_a_study_runs_is_not_used(tmp_path, monkeypatch):
     (artifact,) = project.glob("mlartifacts/tiny/**/tiny.yaml")
     assert artifact.read_text() == (project / "results/studies/tiny.yaml").read_text() == text
     assert text in (project / "reports/tiny/pages/provenance.html").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "convergence", "sync", "tiny"], cwd=project, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
     study.write_text(text)
     tables = [directory / name for name in ("metrics.csv", "probe.csv")]
