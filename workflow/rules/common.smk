@@ -84,9 +84,10 @@ def dataset_files(experiment):
 
 
 def threads_of(wildcards):
-    """CPU threads of a process. Snakemake lowers `threads` to --cores, which would change the last digits of results.
+    """CPU threads of a process.
 
-    So jobs compute with the resource `torch_threads`. Neither is a param: it is part of the settings of a run.
+    Jobs compute with the resource `torch_threads`: Snakemake lowers `threads` to --cores, and another number of threads
+    changes the last digits of a result.
     """
     return run_of(wildcards).train.threads
 
