@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from convergence.analysis.results import StudyVerdict
-from convergence.analysis.verdict import write_verdict
+from convergence.analysis.verdict import judge, write_verdict
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.figures.forest import draw_forest
@@ -42,7 +42,8 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
             "baseline": baseline, "candidates": [candidate], "primary": {"candidate": candidate, "metric": metric},
             "thresholds": None, "features": rows["features"].iloc[0], "matched": [],
         }  # fmt: skip
-        verdict = write_verdict(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, compare, target)
+        verdict = judge(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, compare)
+        write_verdict(verdict, target)
         draw_forest(verdict.comparisons, [target / "speedups.png"])
         fid_curves(rows, [target / "fid_curves.png"], metric, verdict.comparisons)
         verdicts.append(verdict)

@@ -13,6 +13,8 @@ EXPERIMENTS = Path("experiments")
 RESULTS = Path("results")
 DATASETS = RESULTS / "datasets"
 REFERENCES = RESULTS / "references"
+# The study files as they were when Snakemake last started: a file may be edited while its study runs.
+STUDIES = RESULTS / "studies"
 REPORTS = Path("reports")
 # Downloads of torchvision.
 DOWNLOADS = Path("data")

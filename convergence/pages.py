@@ -72,7 +72,7 @@ def provenance_page(
         dirty = " with uncommitted changes" if facts["git_dirty"] else ""
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
         origin = (
-            f"`{facts['git_commit'] or 'outside git'}`{dirty}",
+            f"`{facts['git_commit'] or 'none: no git repository contains this code'}`{dirty}",
             *(f"`{facts[key]}`" if facts.get(key) else "–" for key in ("source_hash", "tables_hash")),
             facts["host"],
             facts["device"],

@@ -3,9 +3,10 @@
 import datetime
 import hashlib
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,28 +20,39 @@ from diffusion.files import atomic_write, read_json
 from diffusion.sources import source_hash
 
 PACKAGES = ["torch", "torchvision", "torch-fidelity", "snakemake", "numpy", "scipy"]
+Newest = Iterable[tuple[str, Mapping[str, Any]]]  # arm and provenance of the newest checkpoint of each run
 
 
-def write_provenance(path: Path, device: str, **facts: Any) -> None:
-    """Writes facts of a result as JSON, with the git commit (null outside git), host, device and versions."""
-    root = Path(__file__).resolve().parents[1]
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    content = facts | {
-        "git_commit": _git(root, "rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
-        "host": platform.node(),
-        "device": device,
-        "versions": versions | {name: _version(name) for name in PACKAGES},
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def write_provenance(path: Path, **facts: Any) -> None:
+    """Writes facts of a result as JSON, with the time."""
+    content = facts | {"finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def environment() -> dict[str, Any]:
+    """Returns the commit of this code, whether tracked files differ from it, the host, and the versions of packages.
+
+    A job calls this before it computes, because all of them may change later. There is no commit (None) if the commit
+    of the repository does not contain this file: then the project was only unpacked in that repository.
+    """
+    hashes = _git("rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", str(layout.ROOT)) if hashes else None
+    return {
+        "git_commit": hashes and hashes.split()[0],
+        "git_dirty": None if changes is None else bool(changes),
+        "host": platform.node(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    # A lock of the index would make the user's own git commands fail.
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    # A git hook names its own repository in these.
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
     try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -70,57 +82,79 @@ def tables_hash(run: RunConfig) -> str:
     return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
 
-def stale_runs(experiment: Experiment) -> list[str]:
+def newest_provenances(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the arm and the provenance of the newest checkpoint of each run of a study that has one after step 0.
+
+    Damaged files are left out: the jobs that use them report the damage.
+    """
+    found = []
+    for arm in experiment.arms:
+        run = experiment.run(arm)
+        for seed in experiment.seeds:
+            directories = (
+                layout.step_directory(experiment.name, arm, run, seed, step)
+                for step in reversed(experiment.steps)
+                if step
+            )
+            paths = (path for directory in directories if (path := directory / "provenance.json").exists())
+            with suppress(InputError, StopIteration):
+                found.append((arm, read_json(next(paths))))
+    return found
+
+
+def stale_runs(study: str, newest: Newest) -> list[str]:
     """Returns a sentence if other code than the present one has trained results of a study, or else an empty list.
 
-    It reads the provenance of the newest checkpoint of each run. The sentence names each such arm with the commit that
-    trained it, and the command that trains the study again. Torch is not imported.
+    The sentence names each such arm with the commit that trained it, and the command that trains the study again. Torch
+    is not imported.
+
+    Args:
+        study: its name.
+        newest: the arm and the provenance of the newest checkpoint of each run.
     """
-
-    def problem(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
+    problems = []
+    for arm, provenance in newest:
         if provenance.get("source_hash") != source_hash():
-            return "the code that training uses has changed since the training of"
-        if provenance.get("earlier_source_hashes"):
-            return "the code that training uses changed during the training of"
-        return None
-
-    return _warnings(experiment, problem)
+            problems.append(("the code that training uses has changed since the training of", arm, provenance))
+        elif provenance.get("earlier_source_hashes"):
+            problems.append(("the code that training uses changed during the training of", arm, provenance))
+    return _warnings(study, problems)
 
 
-def changed_tables(experiment: Experiment) -> list[str]:
+def changed_tables(study: str, newest: Newest, runs: Mapping[str, RunConfig]) -> list[str]:
     """Returns a sentence if the density or the loss weights of arms have changed since their training, as `stale_runs`.
 
     The tables are always compared, so that a cause that `source_hash` misses is reported, too. Torch is imported.
 
+    Args:
+        study: its name.
+        newest: as for `stale_runs`.
+        runs: the settings of each arm.
+
     Raises:
         InputError: If the tables of an arm are not finite (`tables_hash`).
     """
-
-    def problem(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
-        unchanged = provenance.get("tables_hash") == tables_hash(run)
-        return None if unchanged else "the density or the loss weights have changed since the training of"
-
-    return _warnings(experiment, problem)
+    hashes = {arm: tables_hash(run) for arm, run in runs.items()}
+    problem = "the density or the loss weights have changed since the training of"
+    return _warnings(study, [(problem, arm, facts) for arm, facts in newest if facts.get("tables_hash") != hashes[arm]])
 
 
-def _warnings(experiment: Experiment, problem: Callable[[RunConfig, Mapping[str, Any]], str | None]) -> list[str]:
+def _warnings(study: str, problems: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
     """Returns at most one sentence: each problem with its arms, and the command that trains the study again."""
-    arms: dict[str, list[str]] = {}
-    for arm in experiment.arms:
-        run = experiment.run(arm)
-        newest = (_newest_provenance(experiment, arm, run, seed) for seed in experiment.seeds)
-        problems = ((text, facts) for facts in newest if facts and (text := problem(run, facts)))
-        text, facts = next(problems, (None, {}))
-        if text:
-            arms.setdefault(text, []).append(f"{arm} ({_origin(facts)})")
-    if not arms:
+    first: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for problem, arm, provenance in problems:
+        first.setdefault(arm, (problem, provenance))
+    if not first:
         return []
+    arms: dict[str, list[str]] = {}
+    for arm, (problem, provenance) in first.items():
+        arms.setdefault(problem, []).append(f"{arm} ({_origin(provenance)})")
     command = layout.snakemake_command(
-        "--cores", "all", "reports/fid_curves.png", "--config", f"experiments={experiment.name}",
+        "--cores", "all", "reports/fid_curves.png", "--config", f"experiments={study}",
         "--forcerun", "initialise", "train",
     )  # fmt: skip
     text = "; ".join(f"{problem} {', '.join(named)}" for problem, named in arms.items())
-    return [f"{layout.RESULTS / experiment.name}: {text}: to train the study again, run {command}"]
+    return [f"{layout.RESULTS / study}: {text}: to train the study again, run {command}"]
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
@@ -128,17 +162,3 @@ def _origin(provenance: Mapping[str, Any]) -> str:
     finished, commit = provenance.get("finished"), provenance.get("git_commit")
     changes = " with uncommitted changes" if provenance.get("git_dirty") else ""
     return f"commit {commit[:12]}{changes}, {finished}" if commit else str(finished)
-
-
-def _newest_provenance(experiment: Experiment, arm: str, run: RunConfig, seed: int) -> dict[str, Any] | None:
-    """Returns the provenance of a run's newest checkpoint after step 0, if it is readable.
-
-    The job that uses a damaged file reports the damage.
-    """
-    directories = (
-        layout.step_directory(experiment.name, arm, run, seed, step) for step in reversed(experiment.steps) if step
-    )
-    path = next((path for directory in directories if (path := directory / "provenance.json").exists()), None)
-    with suppress(InputError):
-        return read_json(path) if path else None
-    return None

@@ -7,7 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -217,8 +225,9 @@ class Experiment(Section):
     processes: PositiveInt = 1
     """Data-parallel processes per training run, with one GPU each (on a CPU: `train.threads` threads each)."""
 
+    _text: str = PrivateAttr("")
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
-    RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references", "pages", "published"}
+    RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references", "studies", "pages", "published"}
 
     @field_validator("seeds")
     @classmethod
@@ -317,6 +326,11 @@ class Experiment(Section):
             raise ValueError(
                 f"compare.primary.metric: {compare.primary.metric} is not evaluated: add it to evaluate.metrics"
             )
+
+    @property
+    def text(self) -> str:
+        """The content of the file that the study was read from; the file may change later."""
+        return self._text
 
     @property
     def steps(self) -> list[int]:

@@ -18,14 +18,14 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
 from convergence.errors import StudyError
-from convergence.provenance import stale_runs
+from convergence.provenance import newest_provenances, stale_runs
 from convergence.resources import count_images
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from diffusion.config import Folder
 from diffusion.errors import InputError
 from diffusion.evaluation.weights import check_weights
-from diffusion.files import read_json
+from diffusion.files import atomic_write, read_json
 
 # First words of Snakemake's messages about its own scheduling, which are not shown.
 HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
@@ -163,7 +163,7 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
 def print_warnings(experiments: Iterable[Experiment]) -> None:
     """Print which results on disk were trained with other code than the present."""
     for experiment in experiments:
-        for warning in stale_runs(experiment):
+        for warning in stale_runs(experiment.name, newest_provenances(experiment)):
             print(f"Warning: {warning}", file=sys.stderr)
 
 
@@ -225,6 +225,14 @@ def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
         time.sleep(2)
 
 
+def save_study_files(experiments: Mapping[str, Experiment]) -> None:
+    """Write the study files as they were read: other processes of this study must use the same settings."""
+    layout.STUDIES.mkdir(parents=True, exist_ok=True)
+    for name, experiment in experiments.items():
+        with atomic_write(layout.STUDIES / f"{name}.yaml") as file:
+            file.write(experiment.text.encode())
+
+
 def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:
     """Start the process that forwards the results of the jobs to MLflow."""
     global _tracker
@@ -259,7 +267,7 @@ def stop_tracking(experiments: Iterable[str]) -> list[str]:
 
 
 def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked: list[str]) -> None:
-    """Print the last lines of a run: the answer of each study, its files, and the commands that show more.
+    """Print the last lines of a run: the warnings and the answer of each study, its files, commands that show more.
 
     Args:
         experiments: names of the selected studies.
@@ -273,7 +281,9 @@ def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked
     for name in experiments:
         verdict = layout.report_directory(name) / "verdict.json"
         if verdict in outputs:
-            answer = read_verdict(verdict).answer or "compares nothing, because the study has no section `compare`."
+            result = read_verdict(verdict)
+            answer = result.answer or "compares nothing, because the study has no section `compare`."
+            lines += [f"Warning: {warning}" for warning in result.warnings]
             lines += [f"{name}: {answer}", f"  The verdict: {verdict.with_suffix('.md').resolve()}"]
     if layout.FIGURE in outputs:
         lines += ["", f"The figure: {layout.FIGURE.resolve()}"]

@@ -19,7 +19,8 @@ def load_experiment(path: Path) -> Experiment:
             line per mistake, with the file, the key, and what to do.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
             raise StudyError(f"{path}: no such study: choose from {known}") from None
@@ -41,6 +42,7 @@ def load_experiment(path: Path) -> Experiment:
         raise StudyError("\n".join(f"{path}: {in_one_sentence(e, Experiment)}" for e in mistakes)) from None
     if experiment.name != path.stem:
         raise StudyError(f"{path}: name is {experiment.name}, but the file is called {path.stem}: make them equal")
+    experiment._text = text
     return experiment
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from projects import ROOT, edit, jobs, reduce
 
-from convergence.command.carry import pin_requirements
+from convergence import layout
+from convergence.command.carry import pack, pin_requirements
+from convergence.errors import StudyError
 
 
 def test_requirements_are_pinned_to_the_installed_versions_without_torch():
@@ -23,6 +25,15 @@ def test_requirements_are_pinned_to_the_installed_versions_without_torch():
     assert {pin.lower().replace("_", "-") for pin in pins} <= {
         line.lower().replace("_", "-") for line in installed.stdout.splitlines()
     }
+
+
+def test_a_project_in_a_repository_that_does_not_track_it_is_no_clone(tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    monkeypatch.setattr(layout, "ROOT", tmp_path / "project")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(StudyError, match="is not a git clone"):
+        pack(["openmoji"], "3.12", [], tmp_path / "carry.tar")
 
 
 # torch, its dependencies, and torchvision.

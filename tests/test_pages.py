@@ -45,7 +45,8 @@ def test_provenance_counts_checkpoints_of_equal_origin():
     page = provenance_page("one", facts, "name: one\n", [])
     assert "| `c0ffee` | `5afe` | `7ab1e` | here | cpu | torch 2.9 | 3 | 2026-01-01 | 2026-01-03 |" in page
     assert "| `c0ffee` | `5afe` | `07e4` | here | cpu | torch 2.9 | 1 | 2026-01-06 | 2026-01-06 |" in page
-    assert "| `outside git` | – | – |" in page and "| `c0ffee` with uncommitted changes | – | – |" in page
+    assert "| `none: no git repository contains this code` | – | – |" in page
+    assert "| `c0ffee` with uncommitted changes | – | – |" in page
     assert "```yaml\nname: one\n```" in page and "Warning" not in page
 
 

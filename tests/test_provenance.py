@@ -1,17 +1,23 @@
 """Provenance: hashes of code and tables, and the runs that other code has trained."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
+import yaml
+from made import scenes
 from PIL import Image
 from projects import copy_project, edit, reduce
 
 from convergence import layout
+from convergence.analysis.verdict import read_verdict
 from convergence.provenance import tables_hash
 from convergence.study_file import load_experiment
 from diffusion import config, sources
@@ -143,12 +149,14 @@ def reports(project):
     code = """if True:
         import json, sys
         from pathlib import Path
-        from convergence.provenance import changed_tables, stale_runs
+        from convergence.provenance import changed_tables, newest_provenances, stale_runs
         from convergence.study_file import load_experiment
         experiment = load_experiment(Path("experiments/openmoji.yaml"))
-        stale = stale_runs(experiment)
+        newest = newest_provenances(experiment)
+        stale = stale_runs("openmoji", newest)
         assert "torch" not in sys.modules
-        print(json.dumps([stale, changed_tables(experiment)]))
+        runs = {arm: experiment.run(arm) for arm in experiment.arms}
+        print(json.dumps([stale, changed_tables("openmoji", newest, runs)]))
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -243,3 +251,130 @@ def test_a_damaged_provenance_is_left_to_the_job_that_reads_it(trained, tmp_path
     path.write_text(path.read_text()[:-20])
     (sentence,) = reports(project)[0]
     assert "under05 (" in sentence and "uni05" not in sentence
+
+
+def git(repository, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", repository, *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def repository(path, message="one"):
+    """A new repository with one commit of all files in a directory; returns the commit."""
+    git(path, "init", "--quiet")
+    git(path, "add", "--all")
+    git(path, "commit", "--quiet", "--allow-empty", "--message", message)
+    return git(path, "rev-parse", "HEAD")
+
+
+def state_of(project, **environment):
+    """The commit that a job in this project records, and whether files differ from it."""
+    code = "import json; from convergence.provenance import environment; print(json.dumps(environment()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    return facts["git_commit"], facts["git_dirty"]
+
+
+def test_the_commit_is_that_of_the_repository_that_contains_the_code(tmp_path):
+    """Not that of a repository in which the project was only unpacked."""
+    outer = tmp_path / "outer"
+    project = outer / "project"
+    project.mkdir(parents=True)
+    for part in ("convergence", "diffusion"):
+        shutil.copytree(layout.ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
+    assert state_of(project) == (None, None)
+    (outer / ".gitignore").write_text("project\n__pycache__\n")
+    other = repository(outer)
+    assert state_of(project) == (None, None)
+
+    (outer / ".gitignore").write_text("__pycache__\n")
+    git(outer, "add", "--all")
+    assert state_of(project) == (None, None)  # the commit does not contain it yet
+    git(outer, "commit", "--quiet", "--message", "two")
+    (outer / ".gitignore").write_text("")  # outside the project
+    assert state_of(project) == (git(outer, "rev-parse", "HEAD"), False) != (other, False)
+
+    own = repository(project)
+    assert state_of(project) == state_of(project, GIT_DIR=str(outer / ".git")) == (own, False)
+    (project / "results").mkdir()
+    (project / "results/new.py").write_text("new\n")
+    assert state_of(project) == (own, False)
+    with (project / "diffusion/config.py").open("a") as file:
+        file.write("# edited\n")
+    assert state_of(project) == (own, True)
+
+
+@pytest.mark.slow
+def test_what_changes_while_a_study_runs_is_not_used(tmp_path, monkeypatch):
+    """Neither a commit, nor an edit of the code or of the study file. Nor does `--cores` change a result."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other tests
+    project = copy_project(tmp_path / "project")
+    (project / "images").mkdir()
+    for index, pixels in enumerate(scenes(8, seed=0, size=16)):
+        Image.fromarray(pixels).save(project / f"images/{index}.png")
+    content = {
+        "name": "tiny",
+        "dataset": {"source": "folder", "path": "images", "image_size": 16},
+        "model": {
+            "channels": 32,
+            "channel_mult": [1],
+            "res_blocks": 1,
+            "attention_resolutions": [],
+            "head_channels": 32,
+        },
+        "train": {"batch_size": 8, "log_every": 1, "threads": 2},
+        "checkpoints": [20],
+        "seeds": [0],
+        "arms": {"a": {}},
+        "sample": {"images": 8, "steps": 2},
+        "evaluate": {"features": ["efficientnet-lite0"], "metrics": ["fd", "kid"]},
+        "probe": {"images": 8, "batch_size": 4, "bins": 2},
+    }
+    study = project / "experiments/tiny.yaml"
+    study.write_text(text := "# As it ran\n" + yaml.safe_dump(content, sort_keys=False))
+    commit = repository(project)
+    configuration = ["--config", "experiments=tiny"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *configuration, "--", "all"]
+    with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        while run.poll() is None and not list(project.glob("results/tiny/a-*/seed0/log.csv")):
+            time.sleep(0.01)
+        trainers = psutil.Process(run.pid).children(recursive=True)
+        for trainer in trainers:
+            trainer.suspend()
+        study.write_text("edited: [\n")
+        with (project / "diffusion/timesteps.py").open("a") as file:
+            file.write("\n\ndef unused():\n    return 1\n")
+        git(project, "commit", "--quiet", "--all", "--message", "two")
+        directory = next(project.glob("results/tiny/a-*/seed0/step20"))
+        assert not (directory / "provenance.json").exists()
+        for trainer in trainers:
+            trainer.resume()
+        output = run.communicate()[0]
+    assert run.returncode == 0, output
+
+    facts = json.loads((directory / "provenance.json").read_text())
+    assert (facts["git_commit"], facts["git_dirty"], facts["source_hash"]) == (commit, False, sources.source_hash())
+    (warning,) = read_verdict(project / "reports/tiny/verdict.json").warnings
+    assert f"has changed since the training of a (commit {commit[:12]}, 20" in warning
+    assert output.count(f"Warning: {warning}") == 1  # there were no results at the start
+    (artifact,) = project.glob("mlartifacts/tiny/**/tiny.yaml")
+    assert artifact.read_text() == (project / "results/studies/tiny.yaml").read_text() == text
+    assert text in (project / "reports/tiny/pages/provenance.html").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "convergence", "sync", "tiny"], cwd=project, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+    study.write_text(text)
+    tables = [directory / name for name in ("metrics.csv", "probe.csv")]
+    before = [table.read_bytes() for table in tables]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", *configuration, "tracking=off",
+         "--forcerun", "reference", "evaluate", "probe", "--", *(path.relative_to(project) for path in tables)],
+        cwd=project, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [table.read_bytes() for table in tables] == before

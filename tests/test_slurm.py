@@ -213,9 +213,11 @@ def test_the_study_goes_through_slurm_to_the_figure(finished, undisturbed):
 
 
 def test_a_job_over_its_time_limit_resumes_by_itself(project, undisturbed):
+    """With the settings with which Snakemake started."""
     target = weights(undisturbed)[0]
     with running(project, targets=[target]) as process:
         job, log = hold_trainer(project)
+        (project / "experiments/openmoji.yaml").write_text("edited: [\n")
         assert queue("%l", f"--jobs={job}") == ["14:00"]
         subprocess.run(["scontrol", "update", f"JobId={job}", "EndTime=now"], check=True)
         wait_for(lambda: queue("%T", "--states=all", f"--jobs={job}") == ["TIMEOUT"])

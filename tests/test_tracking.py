@@ -21,7 +21,7 @@ from filelock import FileLock
 from PIL import Image
 
 from convergence import layout, study_file
-from convergence.analysis.verdict import StudyVerdict, write_verdict
+from convergence.analysis.verdict import StudyVerdict, judge, write_verdict
 from convergence.tables import COLUMNS, PROBE_COLUMNS
 from convergence.tracking import content, follow
 
@@ -298,9 +298,8 @@ def test_a_finished_run_is_forwarded_completely(study):
     (reports / "metrics.csv").write_text("study,value\ntoy,1\n")
     (reports / "fid_curves.png").write_bytes(b"figure of this study")
     table = pd.DataFrame(columns=COLUMNS)
-    written = write_verdict(
-        table, pd.DataFrame(columns=PROBE_COLUMNS), "toy", COMPARE, reports, ["The code has changed."]
-    )
+    written = judge(table, pd.DataFrame(columns=PROBE_COLUMNS), "toy", COMPARE, ["The code has changed."])
+    write_verdict(written, reports)
     os.utime(directory(study, 100) / "metrics.csv")
     sync()
     assert steps_of(runs()["uniform seed 0"]) == list(range(10, 2001, 10))

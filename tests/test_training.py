@@ -355,7 +355,7 @@ def test_a_loaded_state_is_used_by_a_captured_graph(tmp_path):
 
 def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):
     for until, code in ((2, "a"), (4, "b"), (6, "a")):
-        monkeypatch.setattr(segment, "source_hash", lambda code=code: code)
+        monkeypatch.setattr(segment, "CODE", code)
         previous = tmp_path / f"step{until - 2}/state.pt" if until > 2 else None
         train_segment(tiny(), 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
     sources = [summary(tmp_path / f"step{until}/state.pt")["sources"] for until in (2, 4, 6)]

@@ -120,7 +120,8 @@ def test_a_verdict_survives_its_file(tmp_path, compare):
     cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
     metrics = study(base, cand)
     compare = compare and compare | {"matched": ["cand"]}
-    verdict = write_verdict(metrics, probes({}), "small", compare, tmp_path, ["The code has changed: train again."])
+    verdict = judge(metrics, probes({}), "small", compare, ["The code has changed: train again."])
+    write_verdict(verdict, tmp_path)
     written = read_verdict(tmp_path / "verdict.json")
     assert to_markdown(written) == to_markdown(verdict) == (tmp_path / "verdict.md").read_text()
     assert repr(written) == repr(verdict)
@@ -187,7 +188,7 @@ def test_curves_mark_the_middle_threshold_and_its_crossings(tmp_path):
     np.testing.assert_allclose([line.get_xdata() for line in ticks], times)
     np.testing.assert_allclose([line.get_ydata() for line in ticks], middle)
     assert f"threshold {middle:.4g}" in " ".join(text.get_text() for text in ax.texts).replace("\n", " ")
-    write_verdict(metrics, NO_PROBES, "small", COMPARE, tmp_path)
+    write_verdict(verdict_on(metrics), tmp_path)
     written = read_verdict(tmp_path / "verdict.json").comparisons
     for name, comparisons in (("a.png", [comparison]), ("b.png", written), ("plain.png", [])):
         fid_curves(metrics, [tmp_path / name], comparisons=comparisons)

@@ -153,16 +153,10 @@ def speedup_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     estimate; `convergence.analysis.effects.Effect` describes the columns.
     """
     rows = [
-        {
-            **{name: getattr(comparison, name) for name in SPEEDUP_COLUMNS[:7]},
-            **{name: getattr(effect, name) for name in ("quantity", "threshold", "seed", "low", "high", "pairs")},
-            **{name: getattr(effect, name) for name in ("censored", "diverged_baseline", "diverged_candidate")},
-            "of_baseline": effect.baseline,
-            "of_candidate": effect.candidate,
-            "effect": effect.estimate,
-            "first_images": comparison.first_images,
-            "last_images": comparison.last_images,
-        }
+        # Both have a baseline and a candidate: arms, and values.
+        vars(effect)
+        | vars(comparison)
+        | {"of_baseline": effect.baseline, "of_candidate": effect.candidate, "effect": effect.estimate}
         for comparison in comparisons
         for total in comparison.effects
         for effect in (*total.per_seed, total)
@@ -289,34 +283,26 @@ def _effect(
     """
     low, high = bounds
     used, censored = ~np.isnan(low), low < high
-    per_seed = tuple(
-        Effect(
+
+    def effect(
+        values: np.ndarray, interval: Interval, used: int, censored: int, diverged: np.ndarray, **of_seeds: Any
+    ) -> Effect:
+        return Effect(
             quantity=quantity,
             threshold=threshold,
-            baseline=float(values[index, 0]),
-            candidate=float(values[index, 1]),
-            estimate=np.nan if censored[index] else float(low[index]),
-            low=float(low[index]),
-            high=float(high[index]),
-            pairs=int(used[index]),
-            censored=int(censored[index]),
-            diverged_baseline=int(pairs.diverged[index, 0]),
-            diverged_candidate=int(pairs.diverged[index, 1]),
-            seed=int(seed),
+            baseline=float(values[0]),
+            candidate=float(values[1]),
+            estimate=float(interval.estimate),
+            low=float(interval.low),
+            high=float(interval.high),
+            pairs=int(used),
+            censored=int(censored),
+            diverged_baseline=int(diverged[0]),
+            diverged_candidate=int(diverged[1]),
+            **of_seeds,
         )
-        for index, seed in enumerate(pairs.seeds)
-    )
-    return Effect(
-        quantity=quantity,
-        threshold=threshold,
-        baseline=float(values[-1, 0]),
-        candidate=float(values[-1, 1]),
-        estimate=float(interval.estimate),
-        low=float(interval.low),
-        high=float(interval.high),
-        pairs=int(used.sum()),
-        censored=int(censored.sum()),
-        diverged_baseline=int(pairs.diverged[:, 0].sum()),
-        diverged_candidate=int(pairs.diverged[:, 1].sum()),
-        per_seed=per_seed,
-    )
+
+    intervals = map(Interval, np.where(censored, np.nan, low), low, high)
+    columns = zip(values[:-1], intervals, used, censored, pairs.diverged, pairs.seeds, strict=True)
+    per_seed = tuple(effect(*row, seed=int(seed)) for *row, seed in columns)
+    return effect(values[-1], interval, used.sum(), censored.sum(), pairs.diverged.sum(axis=0), per_seed=per_seed)

@@ -18,30 +18,12 @@ from diffusion.files import atomic_write
 __all__ = ["StudyVerdict", "judge", "read_verdict", "to_markdown", "write_verdict"]
 
 
-def write_verdict(
-    metrics: pd.DataFrame,
-    probes: pd.DataFrame,
-    study: str,
-    compare: Mapping[str, Any] | None,
-    directory: Path,
-    warnings: Sequence[str] = (),
-) -> StudyVerdict:
-    """Writes verdict.json, verdict.md and speedup.csv of one study into a directory, and returns the verdict.
-
-    Args:
-        metrics: as for `judge`.
-        probes: as for `judge`.
-        study: as for `judge`.
-        compare: as for `judge`.
-        directory: an existing directory.
-        warnings: as for `judge`.
-    """
-    verdict = judge(metrics, probes, study, compare, warnings)
+def write_verdict(verdict: StudyVerdict, directory: Path) -> None:
+    """Writes verdict.json, verdict.md and speedup.csv of one study into an existing directory."""
     write_table(speedup_table(verdict.comparisons), directory / "speedup.csv", SPEEDUP_COLUMNS)
     save_verdict(verdict, directory / "verdict.json")
     with atomic_write(directory / "verdict.md") as file:
         file.write(to_markdown(verdict).encode())
-    return verdict
 
 
 def judge(

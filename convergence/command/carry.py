@@ -137,7 +137,7 @@ def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) ->
     datasets = {layout.dataset_directory(experiment.dataset) for experiment in experiments.values()}
     images = [path / name for path in datasets for name in ("images.npy", "manifest.json")]
     git = subprocess.run(["git", "ls-files"], cwd=layout.ROOT, capture_output=True, text=True)
-    if git.returncode:
+    if not git.stdout:  # also if the repository is another one, in which this project was unpacked
         raise StudyError(f"{layout.ROOT} is not a git clone: run this command in a clone of the project")
     _run(
         [sys.executable, "-m", "snakemake", "--snakefile", str(layout.ROOT / "Snakefile"), "--cores", "all", "--config",
@@ -165,7 +165,7 @@ def collect(experiments: Mapping[str, Experiment], out: Path) -> None:
     """Write an archive of the reports and the small files of the results: all but datasets, weights and states."""
     files = [path for path in layout.REPORTS.glob("*") if path.is_file()]
     for study, experiment in experiments.items():
-        files.append(layout.dataset_directory(experiment.dataset) / "manifest.json")
+        files += [layout.STUDIES / f"{study}.yaml", layout.dataset_directory(experiment.dataset) / "manifest.json"]
         files += [path for path in sorted((layout.RESULTS / study).rglob("*")) if path.name in SMALL_FILES]
         files += [path for path in sorted(layout.report_directory(study).rglob("*")) if path.is_file()]
     files = [path for path in files if path.exists()]

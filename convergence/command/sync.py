@@ -20,9 +20,11 @@ from convergence.tracking.follow import follow, sync
 def main(studies: tuple[str, ...], uri: str, parent: int | None) -> None:
     """Forward the results of studies to MLflow.
 
-    A running study does this itself. This command forwards what it could not, for instance because the server was down.
+    A running study does this itself. This command forwards what it could not, for instance because the server was down,
+    with the settings that ran last.
     """
-    paths = [layout.study_file(name) for name in studies]
+    started = {name: layout.STUDIES / f"{name}.yaml" for name in studies}
+    paths = [path if path.exists() else layout.study_file(name) for name, path in started.items()]
     if parent is not None:
         follow(uri, paths, parent)
     elif not sync(uri, paths):

@@ -38,6 +38,7 @@ LOG_COLUMNS = [
     "step", "images", "seconds", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3",
     "grad_norm", "learning_rate", "images_per_second",
 ]  # fmt: skip
+CODE = source_hash()  # of the code that this process has loaded: the files may change later
 SAVE_SECONDS = 300  # between two partial states
 REPORT_SECONDS = 10  # least time between two progress reports
 
@@ -81,7 +82,7 @@ def train_segment(
         if previous is not None:
             state.load(previous)
         _resume(state, directory / "state.partial.pt")
-        state.sources = [*(code for code in state.sources if code != source_hash()), source_hash()]
+        state.sources = [*(code for code in state.sources if code != CODE), CODE]
         _train(state, state.batches(images, indices), directory, until)
     return state
 

@@ -9,14 +9,15 @@ sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile
 from convergence.errors import with_remedy
-from convergence.provenance import stale_runs
 from convergence.schema import Evaluate
 from diffusion.errors import InputError
+from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
 snakefile.quiet_output()
 try:
-    EXPERIMENTS = snakefile.load_experiments(config)
+    # Jobs on other machines read the files with which Snakemake started.
+    EXPERIMENTS = snakefile.load_experiments(config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES)
     if workflow.is_main_process:
         snakefile.check_writable()
         snakefile.check_extractors(EXPERIMENTS)
@@ -50,12 +51,12 @@ onstart:
     snakefile.date_back()
     if workflow.executor_plugin.name == "slurm":
         snakefile.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
+    snakefile.save_study_files(EXPERIMENTS)
     snakefile.start_tracking(config, EXPERIMENTS)
 
 
 onsuccess:
     tracked = snakefile.stop_tracking(EXPERIMENTS)
-    snakefile.print_warnings(EXPERIMENTS.values())
     snakefile.print_results(EXPERIMENTS, outputs_of_this_call(), tracked)
 
 
@@ -83,7 +84,16 @@ def dataset_files(experiment):
 
 
 def threads_of(wildcards):
+    """CPU threads of a process.
+
+    Jobs compute with the resource `torch_threads`: Snakemake lowers `threads` to --cores, and another number of threads
+    changes the last digits of a result.
+    """
     return run_of(wildcards).train.threads
+
+
+def threads_of_reference(wildcards):
+    return REFERENCES[wildcards.reference][0].train.threads
 
 
 def gpus_for(experiment):
@@ -147,6 +157,17 @@ def external_curves(study):
 def kept_samples(study):
     """The samples of all checkpoints, if the study keeps them."""
     return checkpoint_files(study, "samples.npy") if EXPERIMENTS[study].sample.keep else []
+
+
+def last_checkpoints(study):
+    """(arm, directory) of the last checkpoint of each run."""
+    experiment = EXPERIMENTS[study]
+    return [(arm, path) for arm, _, step, path in layout.checkpoints(experiment) if step == experiment.steps[-1]]
+
+
+def run_settings(study):
+    """(arm, settings of its runs as JSON) of each arm."""
+    return [(arm, EXPERIMENTS[study].run(arm).canonical()) for arm in EXPERIMENTS[study].arms]
 
 
 def comparison_settings(experiment):

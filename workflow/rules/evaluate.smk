@@ -10,9 +10,10 @@ rule reference:
         layout.REFERENCES / "{reference}.log",
     conda:
         "../../environment.yml"
-    threads: lambda wildcards: REFERENCES[wildcards.reference][0].train.threads
+    threads: threads_of_reference
     resources:
         gpu=lambda wildcards: gpus_for(REFERENCES[wildcards.reference][0]),
+        torch_threads=threads_of_reference,
         runtime=minutes(reference_request),
         mem_mb=megabytes(reference_request),
     params:
@@ -43,6 +44,7 @@ rule evaluate:
     threads: threads_of
     resources:
         gpu=gpus_of,
+        torch_threads=threads_of,
         runtime=minutes(evaluate_request),
         mem_mb=megabytes(evaluate_request),
     params:

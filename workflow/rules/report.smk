@@ -16,6 +16,7 @@ rule verdict:
     input:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
         probes=lambda wildcards: probe_files(wildcards.study),
+        provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
     output:
         metrics=report(
             layout.REPORT / "metrics.csv",
@@ -44,8 +45,10 @@ rule verdict:
     params:
         arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
         compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
-        # Snakemake computes params again right before a job, so runs that were just trained again are not among them.
-        warnings=lambda wildcards: stale_runs(EXPERIMENTS[wildcards.study]),
+        trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
+        runs=lambda wildcards: run_settings(wildcards.study),
+        # Not read: after a change of the code, the verdict is written again, with a warning.
+        code=source_hash(),
     message:
         "Compare the arms of {wildcards.study}"
     script:
@@ -102,9 +105,7 @@ rule figures:
         compare=lambda wildcards: {
             key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
         },
-        runs=lambda wildcards: [
-            (arm, EXPERIMENTS[wildcards.study].run(arm).canonical()) for arm in EXPERIMENTS[wildcards.study].arms
-        ],
+        runs=lambda wildcards: run_settings(wildcards.study),
     message:
         "Draw the figures of {wildcards.study}"
     script:
@@ -147,7 +148,7 @@ rule pages:
     conda:
         "../../environment.yml"
     params:
-        experiment=lambda wildcards: layout.study_file(wildcards.study).read_text(encoding="utf-8"),
+        experiment=lambda wildcards: EXPERIMENTS[wildcards.study].text,
     message:
         "Write the report pages of {wildcards.study}"
     script:

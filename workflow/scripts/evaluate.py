@@ -14,7 +14,7 @@ from diffusion.evaluation.reference import evaluate, load_reference, reference_k
 from diffusion.files import check_free_space, read_json, save_npy
 
 with job(snakemake):
-    device = use_torch(snakemake.threads, snakemake.resources.gpu)
+    device = use_torch(snakemake.resources.torch_threads, snakemake.resources.gpu)
     inputs, output = snakemake.input, snakemake.output
     sample = Sample.model_validate_json(snakemake.params.sample)
     settings = Evaluate.model_validate_json(snakemake.params.evaluate)

@@ -12,8 +12,8 @@ from diffusion.files import read_json
 from diffusion.schemes import scheme_tables
 
 with job(snakemake):
-    device = use_torch(snakemake.threads, snakemake.resources.gpu)
     run = RunConfig.model_validate_json(snakemake.params.run)
+    device = use_torch(run.train.threads, snakemake.resources.gpu)
     settings = Probe.model_validate_json(snakemake.params.probe)
     seed, held_out = int(snakemake.wildcards.seed), run.dataset.held_out
     directory = Path(snakemake.input.images).parent

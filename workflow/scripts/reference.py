@@ -10,7 +10,7 @@ from diffusion.evaluation.reference import make_reference, reference_key
 from diffusion.files import read_json
 
 with job(snakemake):
-    device = use_torch(snakemake.threads, snakemake.resources.gpu)
+    device = use_torch(snakemake.resources.torch_threads, snakemake.resources.gpu)
     settings = Evaluate.model_validate_json(snakemake.params.evaluate)
     features, held_out = snakemake.params.features, snakemake.params.held_out
     images = load_images(Path(snakemake.input.images).parent, verify=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from convergence.jobs import job, job_name
-from convergence.provenance import tables_hash, write_provenance
+from convergence.provenance import environment, tables_hash, write_provenance
 from convergence.train_job import Segment, drop_older_states, train
 from diffusion.config import RunConfig
 from diffusion.files import sha256
@@ -11,7 +11,7 @@ from diffusion.training.state import summary
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
-    tables = tables_hash(run)  # before training: the files of the code may change later
+    origin, tables = environment(), tables_hash(run)  # before training: code and packages may change later
     state = Path(snakemake.output.state)
     if snakemake.input.previous:
         drop_older_states(Path(snakemake.input.previous))
@@ -32,8 +32,9 @@ with job(snakemake):
     *earlier, source = facts.pop("sources")
     write_provenance(
         Path(snakemake.output.provenance),
-        "cuda" if segment.gpus else "cpu",
         **facts,
+        **origin,
+        device="cuda" if segment.gpus else "cpu",
         images=facts["step"] * run.train.batch_size,
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
