@@ -28,13 +28,15 @@ with job(snakemake):
         name=job_name(snakemake),
     )
     train(segment, snakemake.resources.processes)
-    facts = summary(state)
+    since = int(segment.previous.parent.name.removeprefix("step")) if segment.previous else 0
+    facts = summary(state, since)
     *earlier, source = facts.pop("sources")
     write_provenance(
         Path(snakemake.output.provenance),
         "cuda" if segment.gpus else "cpu",
         **facts,
         images=facts["step"] * run.train.batch_size,
+        mse_images=(facts["step"] - since) * run.train.batch_size,
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,
