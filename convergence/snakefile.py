@@ -273,8 +273,10 @@ def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked
     for name in experiments:
         verdict = layout.report_directory(name) / "verdict.json"
         if verdict in outputs:
-            answer = read_verdict(verdict).answer or "compares nothing, because the study has no section `compare`."
-            lines += [f"{name}: {answer}", f"  The verdict: {verdict.with_suffix('.md').resolve()}"]
+            content = read_verdict(verdict)
+            answer = content.answer or "compares nothing, because the study has no section `compare`."
+            lines += [f"{name}: {answer}", *(f"  {run.arm} seed {run.seed} {run.reason}" for run in content.failed)]
+            lines.append(f"  The verdict: {verdict.with_suffix('.md').resolve()}")
     if layout.FIGURE in outputs:
         lines += ["", f"The figure: {layout.FIGURE.resolve()}"]
     if lines:

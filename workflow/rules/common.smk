@@ -154,6 +154,16 @@ def comparison_settings(experiment):
     return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
 
 
+def evaluated(experiment):
+    """The pairs of features and metric that are computed for each checkpoint."""
+    return [(name, metric) for name in experiment.evaluate.features for metric in experiment.evaluate.metrics]
+
+
+def probed_bins(experiment):
+    """The timesteps, and the bins of them that are probed for each checkpoint."""
+    return (experiment.diffusion.timesteps, experiment.probe.bins if experiment.probe else 0)
+
+
 def preview_cells(experiment):
     """(arm, seed, step, training images, preview) of each checkpoint of the first seed."""
     return [

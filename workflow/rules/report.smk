@@ -44,6 +44,8 @@ rule verdict:
     params:
         arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
         compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
+        rows=lambda wildcards: evaluated(EXPERIMENTS[wildcards.study]),
+        bins=lambda wildcards: probed_bins(EXPERIMENTS[wildcards.study]),
         # Snakemake computes params again right before a job, so runs that were just trained again are not among them.
         warnings=lambda wildcards: stale_runs(EXPERIMENTS[wildcards.study]),
     message:

@@ -7,23 +7,30 @@ import pandas as pd
 
 from convergence import layout
 from convergence.analysis.verdict import write_verdict
+from convergence.failures import without_failed_runs
 from convergence.jobs import job
 from convergence.provenance import changed_tables
 from convergence.study_file import load_experiment
-from convergence.tables import PROBE_COLUMNS, collect, read_table, write_table
+from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
+from diffusion.evaluation.probe import diverged_rows
 
 with job(snakemake):
     source, output, params = snakemake.input, snakemake.output, snakemake.params
     study = snakemake.wildcards.study
-    write_table(collect([Path(path) for path in source.metrics], params.arms), Path(output.metrics))
-    probes = [read_table(path) for path in source.probes]
-    table = pd.concat(probes, ignore_index=True) if probes else pd.DataFrame(columns=PROBE_COLUMNS)
-    write_table(table, Path(output.mechanism), PROBE_COLUMNS)
-    warnings = [*params.warnings, *changed_tables(load_experiment(layout.study_file(study)))]
+    metrics = collect([Path(path) for path in source.metrics], params.arms, params.rows)
+    write_table(metrics, Path(output.metrics))
+    probes = pd.DataFrame(columns=PROBE_COLUMNS)
+    if source.probes:
+        rows = [(row["timesteps"], row["metric"]) for row in diverged_rows(*params.bins, step=0)]
+        tables = [read_checkpoint(path, PROBE_COLUMNS, rows) for path in source.probes]
+        probes = without_failed_runs(pd.concat(tables, ignore_index=True), metrics)
+    write_table(probes, Path(output.mechanism), PROBE_COLUMNS)
+    experiment = load_experiment(layout.study_file(study))
+    warnings = [*params.warnings, *changed_tables(experiment)]
     # From the tables as they are written, so that everybody can compute the verdict again.
     write_verdict(
         read_table(output.metrics),
-        read_table(output.mechanism),
+        read_table(output.mechanism, PROBE_COLUMNS),
         study,
         json.loads(params.compare),
         Path(output.verdict).parent,
