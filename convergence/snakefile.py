@@ -21,6 +21,7 @@ from convergence.errors import StudyError
 from convergence.provenance import stale_runs
 from convergence.resources import count_images
 from convergence.schema import Experiment
+from convergence.sizes import few_images
 from convergence.study_file import load_experiment
 from diffusion.config import Folder
 from diffusion.errors import InputError
@@ -161,9 +162,9 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
 
 
 def print_warnings(experiments: Iterable[Experiment]) -> None:
-    """Print which results on disk were trained with other code than the present."""
+    """Print which results on disk were trained with other code than the present, and which studies have few images."""
     for experiment in experiments:
-        for warning in stale_runs(experiment):
+        for warning in [*stale_runs(experiment), *few_images(experiment)]:
             print(f"Warning: {warning}", file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from convergence.analysis.verdict import write_verdict
 from convergence.failures import without_failed_runs
 from convergence.jobs import job
 from convergence.provenance import changed_tables
+from convergence.sizes import few_images
 from convergence.study_file import load_experiment
 from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
 from diffusion.evaluation.probe import diverged_rows
@@ -26,7 +27,7 @@ with job(snakemake):
         probes = without_failed_runs(pd.concat(tables, ignore_index=True), metrics)
     write_table(probes, Path(output.mechanism), PROBE_COLUMNS)
     experiment = load_experiment(layout.study_file(study))
-    warnings = [*params.warnings, *changed_tables(experiment)]
+    warnings = [*params.warnings, *changed_tables(experiment), *few_images(experiment)]
     # From the tables as they are written, so that everybody can compute the verdict again.
     write_verdict(
         read_table(output.metrics),
