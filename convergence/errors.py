@@ -16,15 +16,16 @@ class StudyError(InputError):
 
 
 def with_remedy(error: InputError, again: str = "run the same command again") -> str:
-    """Returns the message of an error; for a file below `results/`, which a job can write again, with what to do.
+    """Returns the message of an error; for a file of a job, which it can write again, with what to do.
 
     Args:
         error: The error.
         again: How to write the file again.
     """
-    from convergence.layout import RESULTS  # slow to import: `convergence --help` imports this module
+    from convergence.layout import REPORTS, RESULTS  # slow to import: `convergence --help` imports this module
 
-    if not isinstance(error, FileError) or not error.path.absolute().is_relative_to(RESULTS.absolute()):
+    written = [folder.absolute() for folder in (RESULTS, REPORTS)]
+    if not isinstance(error, FileError) or not any(map(error.path.absolute().is_relative_to, written)):
         return str(error)
     return f"{error}: {'delete it and ' if error.path.exists() else ''}{again}"
 

@@ -21,6 +21,7 @@ from convergence.errors import StudyError
 from convergence.provenance import newest_provenances, stale_runs
 from convergence.resources import count_images
 from convergence.schema import Experiment
+from convergence.sizes import few_images
 from convergence.study_file import load_experiment
 from diffusion.config import Folder
 from diffusion.errors import InputError
@@ -161,9 +162,9 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
 
 
 def print_warnings(experiments: Iterable[Experiment]) -> None:
-    """Print which results on disk were trained with other code than the present."""
+    """Print which results on disk were trained with other code than the present, and which studies have few images."""
     for experiment in experiments:
-        for warning in stale_runs(experiment.name, newest_provenances(experiment)):
+        for warning in [*stale_runs(experiment.name, newest_provenances(experiment)), *few_images(experiment)]:
             print(f"Warning: {warning}", file=sys.stderr)
 
 
@@ -284,7 +285,8 @@ def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked
             result = read_verdict(verdict)
             answer = result.answer or "compares nothing, because the study has no section `compare`."
             lines += [f"Warning: {warning}" for warning in result.warnings]
-            lines += [f"{name}: {answer}", f"  The verdict: {verdict.with_suffix('.md').resolve()}"]
+            lines += [f"{name}: {answer}", *(f"  {run.arm} seed {run.seed} {run.reason}" for run in result.failed)]
+            lines.append(f"  The verdict: {verdict.with_suffix('.md').resolve()}")
     if layout.FIGURE in outputs:
         lines += ["", f"The figure: {layout.FIGURE.resolve()}"]
     if lines:

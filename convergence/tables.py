@@ -1,12 +1,16 @@
 """The long table of metrics: a row per checkpoint, feature extractor and metric."""
 
-from collections.abc import Mapping
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from convergence.errors import StudyError
+from convergence.failures import without_failures
+from diffusion.errors import FileError
 from diffusion.evaluation.weights import INCEPTION, LITE0
 from diffusion.files import atomic_write
 
@@ -60,9 +64,47 @@ def write_table(table: pd.DataFrame, path: Path, columns: list[str] = COLUMNS) -
         table[columns].to_csv(file, index=False)
 
 
-def read_table(path: Path | str) -> pd.DataFrame:
-    """Reads a table that `write_table` wrote. Names such as `2024` and `nan` stay text."""
-    return pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=[""])
+def read_table(path: Path | str, columns: list[str] = COLUMNS) -> pd.DataFrame:
+    """Reads a table that `write_table` wrote. Names such as `2024` and `nan` stay text.
+
+    Raises:
+        FileError: the file is missing or damaged, or has other columns; or it is a table of metrics without a row.
+    """
+    try:
+        content = Path(path).read_bytes()
+        types = dict.fromkeys(TEXT_COLUMNS, str)
+        table = pd.read_csv(io.BytesIO(content), dtype=types, keep_default_na=False, na_values=[""])
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise FileError(path, f"is damaged ({error})") from None
+    if not content.endswith(b"\n"):
+        raise FileError(path, "is damaged (its last line is incomplete)")
+    if list(table) != columns:
+        raise FileError(path, f"is damaged (its columns are {', '.join(table)}, not {', '.join(columns)})")
+    if table.empty and columns == COLUMNS:  # the other tables of a study may be empty
+        raise FileError(path, "is damaged (it has no rows)")
+    return table
+
+
+def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequence[str]]) -> pd.DataFrame:
+    """Reads the table of one checkpoint.
+
+    Args:
+        path: its metrics.csv or probe.csv.
+        columns: `COLUMNS` or `PROBE_COLUMNS`.
+        rows: the pairs that the table must have in its columns `features` (a probe: `timesteps`) and `metric`.
+
+    Raises:
+        FileError: as `read_table`, or the table has other rows.
+    """
+    table = read_table(path, columns)
+    pairs = table[["features" if columns == COLUMNS else "timesteps", "metric"]]
+    found, expected = Counter(pairs.itertuples(index=False, name=None)), Counter(map(tuple, rows))
+    for pairs_of, problem in ((expected - found, "it lacks the row"), (found - expected, "it should not have the row")):
+        if pairs_of:
+            raise FileError(path, f"is damaged ({problem} {', '.join(map(str, next(iter(pairs_of))))})")
+    return table
 
 
 def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
@@ -144,20 +186,24 @@ def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mappin
     )
 
 
-def collect(paths: list[Path], arms: list[str]) -> pd.DataFrame:
-    """Returns the rows of all checkpoints of a study; the untrained net, which arms share, appears in every arm.
+def collect(paths: list[Path], arms: list[str], rows: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """Returns the rows of all checkpoints of a study, without the values of failed runs.
+
+    The untrained net, which arms share, appears in every arm.
 
     Args:
         paths: `metrics.csv` of each checkpoint of each arm.
         arms: the arm of each path.
+        rows: the pairs of features and metric that each of these tables has.
 
     Raises:
+        FileError: as `read_checkpoint`.
         StudyError: as `check_sample_counts`.
     """
-    tables = [read_table(path).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
+    tables = [read_checkpoint(path, COLUMNS, rows).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
     table = pd.concat(tables, ignore_index=True)
     check_sample_counts(table)
-    return table
+    return without_failures(table)
 
 
 def check_sample_counts(table: pd.DataFrame) -> None:
@@ -173,11 +219,6 @@ def check_sample_counts(table: pd.DataFrame) -> None:
                 "and its bias depends on that number: delete the metrics.csv of the checkpoints with the wrong number "
                 "and run the same command again; in a table of your own, use one n per study"
             )
-
-
-def diverged(rows: pd.DataFrame) -> pd.Series:
-    """Returns for each row of the long table whether it has no value because its run diverged."""
-    return rows["value"].isna() & rows["reason"].astype(str).str.startswith("diverged")
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> str:

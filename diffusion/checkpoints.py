@@ -116,7 +116,8 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
         device: Device of the net.
 
     Returns:
-        Images, uint8 [N, H, W, 3] in 0..255. N is `settings.images`, or 0 if the run diverged.
+        Images, uint8 [N, H, W, 3] in 0..255. N is `settings.images`, or 0 if the run diverged or a value of a sample is
+        not finite.
     """
     count = 0 if checkpoint.diverged else settings.images
     image = (3, checkpoint.image_size, checkpoint.image_size)
@@ -132,6 +133,8 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
         if following:
             # Drawn on the CPU while a GPU still computes x.
             start = latents(settings.seed, following, image)
+        if not x.isfinite().all():
+            return images[:0]
         images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
     return images
 

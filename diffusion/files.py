@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file that replaces `path` if the block succeeds, and is removed otherwise.
 
+    The content is on the disk before the file has its name, so a power failure leaves the old file or the new one.
+
     Temporary files that a killed process left for the same path are removed first. If such a process is still
     running, its write fails.
 
@@ -35,7 +37,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("wb") as file:
             yield file
+        # Without this, a crash of the machine can leave the new name with the content missing.
+        _sync(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # some network file systems cannot do this for a directory
+            _sync(path.parent)
     except OSError as error:
         # The error of a full disk has no file name. The error of another file keeps its own.
         if error.filename is None or Path(error.filename) == temporary:
@@ -43,6 +49,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Writes the cached content of a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:

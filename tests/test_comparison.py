@@ -82,11 +82,26 @@ def test_diverged_runs_are_counted_and_never_reach_a_threshold():
     comparison = compared(base, cand)
     for quantity in ("average", "final"):
         effect = comparison.effect(quantity)
-        assert (effect.pairs, effect.diverged_candidate, effect.diverged_baseline) == (2, 1, 0)
+        assert (effect.pairs, effect.failed_candidate, effect.failed_baseline) == (2, 1, 0)
         assert [bool(np.isnan(seed.estimate)) for seed in effect.per_seed] == [False, False, True]
     assert comparison.average.estimate == compared(base[:2], cand[:2]).average.estimate
     for threshold in comparison.thresholds:
         assert comparison.effect("images", threshold).per_seed[2].candidate == np.inf
+
+
+@pytest.mark.parametrize(
+    ("threshold", "reason"),
+    [
+        (310.0, "all runs reach it before their first checkpoint"),
+        (50.0, "no run reaches it"),
+        (105.0, "too few runs cross it between their checkpoints"),
+    ],
+)
+def test_an_unknown_speedup_has_its_reason(threshold, reason):
+    base, cand = curves(2, 1.0, noise=0), curves(2, 0.9, noise=0)
+    base[0, 1:], cand[1, 1:] = 110, 110
+    text = str(compared(base, cand, [threshold]))
+    assert f"Speed-up in images to FD (lite0) {threshold:.4g}: unknown, because {reason}." in text
 
 
 def test_studies_of_which_every_run_diverged_have_no_result():
@@ -97,7 +112,7 @@ def test_studies_of_which_every_run_diverged_have_no_result():
     assert "at least one diverged" in str(comparison)
     base[:] = np.nan
     comparison = compared(base, cand)
-    assert comparison.effect("final").diverged_baseline == 2 and comparison.thresholds == []
+    assert comparison.effect("final").failed_baseline == 2 and comparison.thresholds == []
     assert "nan" not in str(comparison) and np.isnan(comparison.middle_threshold)
 
 
@@ -132,7 +147,7 @@ def test_values_missing_for_another_reason_are_left_out_one_by_one():
     table = study(curves(2, 1.0), curves(2, 0.9))
     table.loc[[2, 12], ["value", "reason"]] = np.nan, "needs 4 images"
     average = compare_pair(table, "base", "cand").average
-    assert (average.pairs, average.diverged_baseline) == (2, 0)
+    assert (average.pairs, average.failed_baseline) == (2, 0)
     assert compare_pair(table.assign(value=np.nan, reason="needs 4 images"), "base", "cand") is None
 
 

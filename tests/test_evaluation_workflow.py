@@ -10,13 +10,15 @@ from projects import REPORT, copy_project, edit, jobs, reduce, snakemake
 from test_extractors import write_random_inception
 
 from convergence import layout
-from convergence.analysis.comparison import compare_study, speedup_table
+from convergence.analysis.comparison import SPEEDUP_COLUMNS, compare_study, speedup_table
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.schema import Evaluate, Experiment
-from convergence.tables import collect, of_checkpoint, read_table, write_table
+from convergence.tables import COLUMNS, collect, of_checkpoint, read_table, write_table
 from diffusion.config import OpenMoji
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
+
+ROWS = [(LITE0, "fd")]  # of the table of each checkpoint
 
 
 @pytest.fixture
@@ -84,14 +86,13 @@ def test_held_out_images_change_runs_and_references_but_not_the_dataset():
 
 
 def test_unequal_numbers_of_samples_are_refused(tmp_path):
-    row = {"study": "small", "features": LITE0, "metric": "fd", "value": 1.0, "n": 100}
-    for name, n in (("a", 100), ("b", 200)):
-        pd.DataFrame([row | {"n": n}]).to_csv(tmp_path / f"{name}.csv")
-    pd.DataFrame([row | {"n": 0, "value": np.nan}]).to_csv(tmp_path / "diverged.csv")
+    row = dict.fromkeys(COLUMNS, 0) | {"study": "small", "arm": "x", "features": LITE0, "metric": "fd", "reason": ""}
     a, b, diverged = (tmp_path / f"{name}.csv" for name in ("a", "b", "diverged"))
-    assert len(collect([a, diverged], ["x", "x"])) == 2
+    for path, value, n in ((a, 1.0, 100), (b, 1.0, 200), (diverged, np.nan, 0)):
+        write_table(pd.DataFrame([row | {"value": value, "n": n}]), path)
+    assert len(collect([a, diverged], ["x", "x"], ROWS)) == 2
     with pytest.raises(StudyError, match="of 100 and of 200 samples"):
-        collect([a, b], ["x", "x"])
+        collect([a, b], ["x", "x"], ROWS)
 
 
 @pytest.mark.parametrize("arm", ["05", "nan", "na"])
@@ -105,14 +106,14 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
         arms.append(name)
         write_table(of_checkpoint([row], wildcards, provenance), paths[-1])
     assert read_table(paths[-1])["arm"].tolist() == [arm]
-    write_table(collect(paths, arms), tmp_path / "metrics.csv")
+    write_table(collect(paths, arms, ROWS), tmp_path / "metrics.csv")
     table = read_table(tmp_path / "metrics.csv")
     assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
     compare = {"baseline": "1", "candidates": [arm], "thresholds": None, "features": LITE0}
     compare["primary"] = {"candidate": arm, "metric": "fd"}
     comparisons = compare_study(table, compare)
     speedup_table(comparisons).to_csv(tmp_path / "speedup.csv", index=False)
-    speedups = read_table(tmp_path / "speedup.csv")
+    speedups = read_table(tmp_path / "speedup.csv", SPEEDUP_COLUMNS)
     assert len(speedups) and speedups["baseline"].eq("1").all() and speedups["candidate"].eq(arm).all()
     fid_curves(table, [tmp_path / "curves.png"], comparisons=comparisons)
 

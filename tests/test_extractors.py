@@ -18,7 +18,15 @@ from diffusion import progress
 from diffusion.errors import InputError
 from diffusion.evaluation import extractors as features
 from diffusion.evaluation.extractors import EfficientNetLite0, extract_features, fold_batch_norms, load_extractor
-from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES, check_weights, hub_directory, weights_file
+from diffusion.evaluation.weights import (
+    DIMENSIONS,
+    INCEPTION,
+    LITE0,
+    SOURCES,
+    check_weights,
+    hub_directory,
+    weights_file,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,7 +260,7 @@ def test_sources_equal_those_of_torch_fidelity():
     from torchvision.models import VGG16_Weights
 
     builtin = {"vgg16", INCEPTION, *feature_extractor_clip.MODEL_METADATA, *feature_extractor_dinov2.MODEL_METADATA}
-    assert set(SOURCES) == builtin
+    assert set(SOURCES) == builtin and set(DIMENSIONS) == {LITE0, *SOURCES}
     assert SOURCES[INCEPTION].url == feature_extractor_inceptionv3.URL_INCEPTION_V3
     assert SOURCES["vgg16"].url == VGG16_Weights.IMAGENET1K_V1.url
     for name, url in feature_extractor_clip.MODEL_URLS.items():

@@ -281,6 +281,24 @@ def test_two_at_once_do_the_work_once(finished, tmp_path):
     assert_tracked_once(project)
 
 
+def test_a_file_is_on_the_disk_before_and_after_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+
+    def recorded(name, function, describe):
+        def call(*arguments):
+            calls.append((name, describe(arguments[0])))
+            return function(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    recorded("fsync", os.fsync, lambda descriptor: Path(f"/proc/self/fd/{descriptor}").resolve())
+    recorded("replace", os.replace, Path)
+    with atomic_write(tmp_path / "table.csv") as file:
+        file.write(b"a\n")
+    temporary = tmp_path / f".table.csv.{os.getpid()}"
+    assert calls == [("fsync", temporary), ("replace", temporary), ("fsync", tmp_path)]
+
+
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
     script = f"""
 import os, signal

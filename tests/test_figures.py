@@ -223,6 +223,20 @@ def test_a_diverged_run_ends_in_a_cross_and_the_mean_at_the_last_complete_checkp
     assert not crosses(axes_of(table())[0])
 
 
+def test_a_collapsed_run_is_marked_and_its_samples_are_shown():
+    collapsed = diverge(table(seeds=1), "under05", 0, 400).replace({"reason": {"diverged": "collapsed"}}, regex=True)
+    metrics = collapsed.assign(n=500)
+    (ax,) = axes_of(metrics)
+    assert len(crosses(ax)) == 1 and "No value, collapsed at step 400: under05 seed 0." in caption(ax)
+    assert ax.figure.legends[0].get_texts()[-1].get_text() == "run collapsed"
+    grids, _ = preview_grid([("under05", 0, 400, 12800, "preview.png")], metrics)
+    assert grids["under05"][12800].name == "preview.png"
+    both = axes_of(
+        pd.concat([metrics, diverge(table(arms=3, seeds=1), "matched05", 0, 400).query("arm == 'matched05'")])
+    )
+    assert both[0].figure.legends[0].get_texts()[-1].get_text() == "run collapsed or diverged"
+
+
 def test_a_table_read_from_csv_gives_the_same_figure(tmp_path):
     metrics = diverge(table(seeds=3), "under05", 1, 400)
     metrics.to_csv(tmp_path / "metrics.csv", index=False)

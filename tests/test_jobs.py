@@ -13,7 +13,10 @@ from projects import ROOT
 from snakemake.exceptions import WorkflowError
 
 from convergence import jobs, layout, resources, snakefile
+from convergence.analysis.results import FailedRun, StudyVerdict, save_verdict
 from convergence.errors import StudyError
+from convergence.schema import Experiment
+from convergence.sizes import few_images
 from convergence.study_file import load_experiment
 from diffusion.errors import FileError, InputError, Stopped
 
@@ -97,6 +100,7 @@ def test_errors_of_the_user_are_reported_in_a_sentence(caplog, error, message):
     [
         ("results/a/state.pt", True, ": delete it and run the same command again"),
         ("results/a/state.pt", False, ": run the same command again"),
+        ("reports/a/metrics.csv", True, ": delete it and run the same command again"),
         ("downloads/a.pt", True, ""),
     ],
 )
@@ -138,6 +142,58 @@ def test_the_last_lines_name_only_files_of_this_call(tmp_path, monkeypatch, caps
     lines = capsys.readouterr().err
     assert str(layout.FIGURE.resolve()) in lines and "verdict" not in lines
     assert "`make report EXPERIMENTS=mine`" in lines and "`make ui`" in lines and "  mine: http://host/1" in lines
+
+
+def test_the_last_lines_name_the_runs_that_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = layout.report_directory("mine") / "verdict.json"
+    path.parent.mkdir(parents=True)
+    save_verdict(StudyVerdict("mine", failed=(FailedRun("b", 3, "collapsed at step 8 (mse 4)"),)), path)
+    snakefile.print_results(["mine"], {path}, [])
+    assert "\n  b seed 3 collapsed at step 8 (mse 4)\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out", "batch_size", "evaluate", "expected"),
+    [
+        (
+            80,
+            64,
+            32,
+            {},
+            [
+                "experiments/mine.yaml: training has 16 images (80 images, dataset.held_out 64), fewer than its "
+                "batch_size 32",
+                "compare with 16 reference images (80 images, dataset.held_out 64), but the features have 1,280",
+            ],
+        ),
+        (80, 64, 16, {"reference": "held_out"}, ["compare with 64 reference images"]),
+        (80, 0, 80, {"features": ["clip-rn101"]}, ["with 80 reference images (80 images, dataset.held_out 0), but"]),
+        (5000, 0, 32, {"reference_images": 1280}, ["with 1,280 reference images (5,000 images"]),
+        (5000, 0, 32, {"reference_images": 1281}, []),
+        (None, 64, 32, {}, []),  # not known before the download
+    ],
+)
+def test_few_images_are_reported_with_their_numbers(
+    tmp_path, monkeypatch, count, held_out, batch_size, evaluate, expected
+):
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load((ROOT / "experiments/openmoji.yaml").read_text()) | {"name": "mine", "probe": None}
+    content["dataset"] = {"source": "folder", "path": "pictures"} if count else {"source": "openmoji"}
+    content["dataset"] |= {"image_size": 16, "held_out": held_out}
+    content["evaluate"] = {"features": ["efficientnet-lite0"]} | evaluate
+    content["train"]["batch_size"] = batch_size
+    experiment = Experiment(**content)
+    if count == 80:  # the folder is counted
+        (tmp_path / "pictures").mkdir()
+        for index in range(count):
+            (tmp_path / f"pictures/{index}.png").touch()
+    elif count:  # the dataset is prepared
+        manifest = layout.dataset_directory(experiment.dataset) / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(f'{{"count": {count}}}')
+    found = few_images(experiment)
+    assert len(found) == len(expected) and all(part in text for part, text in zip(expected, found, strict=True)), found
 
 
 def test_the_report_command_holds_the_options_that_it_needs(tmp_path, monkeypatch):

@@ -93,12 +93,12 @@ def write_log(path, steps):
     (path / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n" + "".join(log_row(step) for step in steps))
 
 
-def write_checkpoint(path, step, fd, diverged=None):
-    row = ["toy", "uniform", 0, step, 10 * step, 1.5, "efficientnet-lite0", "fd", fd, "", 500, ""]
+def write_checkpoint(path, step, fd, reason=""):
+    row = ["toy", "uniform", 0, step, 10 * step, 1.5, "efficientnet-lite0", "fd", fd, "", 500, reason]
     with (path / "metrics.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, row])
     Image.fromarray(np.full((8, 16, 3), step % 256, np.uint8)).save(path / "preview.png")
-    facts = {"step": step, "diverged": diverged, "git_commit": "abc", "git_dirty": True, "host": "here"}
+    facts = {"step": step, "git_commit": "abc", "git_dirty": True, "host": "here"}
     (path / "provenance.json").write_text(json.dumps(facts | {"versions": {"torch": "2.9"}}))
 
 
@@ -274,7 +274,7 @@ def test_a_finished_run_is_forwarded_completely(study):
     assert run.info.status == "FINISHED"
     assert stored["matched05 seed 0"].info.status == parent.info.status == "KILLED"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id and parent.data.tags["role"] == "study"
-    assert run.data.tags["git_dirty"] == "true" and "diverged" not in run.data.tags
+    assert run.data.tags["git_dirty"] == "true" and "failed" not in run.data.tags
     assert run.data.tags["versions"] == "torch 2.9"
     assert run.data.tags["checkpoint"] == (directory(study, 200) / "weights.safetensors").as_posix()
     expected = {"arm": "uniform", "seed": "0", "timesteps": "uniform", "model.channel_mult": "[1, 2]"}
@@ -319,12 +319,32 @@ def test_a_diverged_run_failed(study):
     with (run_directory(study) / "log.csv").open("a") as log:
         log.write(log_row(50, loss=math.nan))
     for step in (0, 100, 200):
-        write_checkpoint(directory(study, step), step, "" if step else 90.0, diverged=50 if step else None)
+        write_checkpoint(directory(study, step), step, "" if step else 90.0, "diverged at step 50" if step else "")
     sync()
     run = runs()["uniform seed 0"]
-    assert run.info.status == "FAILED" and run.data.tags["diverged"] == "50"
+    assert run.info.status == "FAILED" and run.data.tags["failed"] == "diverged at step 50"
     assert steps_of(run) == list(range(10, 500, 10))
     assert max(steps_of(run, "progress")) == 500
+
+
+def test_a_run_that_collapsed_at_its_last_checkpoint_failed_and_has_no_value_there(study):
+    fd = "eval/fd efficientnet-lite0"
+    for step, value, reason in ((0, 90.0, ""), (100, 2.0, "collapsed at step 100 (mse 9)")):
+        write_checkpoint(directory(study, step), step, value, reason)
+    write_log(run_directory(study), [100])
+    sync()
+    run = runs()["uniform seed 0"]
+    assert run.info.status == "KILLED" and "failed" not in run.data.tags and steps_of(run, fd) == [0]
+    write_checkpoint(directory(study, 200), 200, 1.0, "collapsed at step 200 (mse 8)")
+    sync()
+    run = runs()["uniform seed 0"]
+    assert run.info.status == "FAILED" and run.data.tags["failed"] == "collapsed at step 200 (mse 8)"
+    assert steps_of(run, fd) == [0]
+    write_checkpoint(directory(study, 200), 200, 50.0)
+    sync()
+    run = runs()["uniform seed 0"]
+    assert run.info.status == "FINISHED" and "failed" not in run.data.tags
+    assert sorted(steps_of(run, fd)) == [0, 1000, 2000]
 
 
 def test_an_edited_arm_gets_a_new_run(study):

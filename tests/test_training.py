@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion.checkpoints import load_checkpoint, sample_checkpoint
+from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, RunConfig, Sample, Scheme, Train
 from diffusion.data.arrays import split
 from diffusion.errors import FileError, InputError, Stopped
@@ -526,13 +526,39 @@ def test_a_diverged_run_ends_and_reports_it(tmp_path, caplog):
     run = tiny(learning_rate=1e30)
     state = train_segment(run, 0, IMAGES, None, tmp_path / "step20", 20, "cpu")
     assert 0 < state.diverged < 20
-    assert f"the loss at step {state.diverged} is not finite" in caplog.text
+    assert f"the loss or a weight at step {state.diverged} is not finite" in caplog.text
     rows = timeless_log(tmp_path)
     later = train_segment(run, 0, IMAGES, tmp_path / "step20/state.pt", tmp_path / "step40", 40, "cpu")
     assert later.diverged == state.diverged and timeless_log(tmp_path) == rows
     checkpoint = load_checkpoint(tmp_path / "step40/weights.safetensors", "cpu")
     assert checkpoint.diverged
     assert sample_checkpoint(checkpoint, Sample(images=4, steps=2), "cpu").shape == (0, 8, 8, 3)
+
+
+def test_a_run_diverges_if_only_its_weights_are_not_finite(tmp_path):
+    """The gradient of the last step before a checkpoint is not finite, and no loss is computed after it."""
+    state = train_segment(tiny(learning_rate=1e11, log_every=1), 0, IMAGES, None, tmp_path / "step3", 3, "cpu")
+    assert all(np.isfinite(row["loss"]) for row in state.rows) and state.diverged == 3
+    assert summary(tmp_path / "step3/state.pt")["diverged"] == 3
+    assert load_checkpoint(tmp_path / "step3/weights.safetensors", "cpu").diverged
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_that_are_not_finite_are_no_samples(tmp_path, sampler):
+    state = TrainState(tiny(), 0, "cpu")
+    weights = {name: torch.full_like(value, 1e30) for name, value in state.ema_weights().items()}
+    save_weights(tmp_path / "weights.safetensors", weights, tiny().initial, 0, 3, diverged=False)
+    checkpoint = load_checkpoint(tmp_path / "weights.safetensors", "cpu")
+    settings = Sample(images=4, steps=2, batch_size=2, sampler=sampler)
+    assert sample_checkpoint(checkpoint, settings, "cpu").shape == (0, 8, 8, 3)
+
+
+def test_the_mse_of_a_state_is_the_mean_since_a_checkpoint(tmp_path):
+    state = train_segment(tiny(log_every=2), 0, IMAGES, None, tmp_path / "step5", 5, "cpu")
+    (first, second, last), path = [row["mse"] for row in state.rows], tmp_path / "step5/state.pt"
+    assert summary(path)["mse"] == pytest.approx((2 * first + 2 * second + last) / 5)
+    assert summary(path, since=2)["mse"] == pytest.approx((2 * second + last) / 3)
+    assert summary(path, since=5)["mse"] is None
 
 
 def test_training_lowers_the_loss(tmp_path):

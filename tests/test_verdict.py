@@ -68,7 +68,7 @@ def test_diverged_runs_are_listed_and_unbounded_intervals_say_so():
     cand[3, 2:] = np.nan
     verdict = verdict_on(study(base, cand))
     text = to_markdown(verdict)
-    assert "- `cand` seed 3: diverged at step 7" in text and "1 run of cand diverged." in verdict.answer
+    assert "- `cand` seed 3: diverged at step 7" in text and "1 run of cand diverged or collapsed." in verdict.answer
     assert verdict.outcome == "no difference shown" and "or less" in verdict.answer
     assert "| 1 of 4 |" in text and "| 3 seeds of 4 |" in text
 

@@ -241,18 +241,20 @@ def test_changed_code_is_reported_with_the_command_that_trains_again(project):
     source = project / "diffusion/timesteps.py"
     source.write_text(source.read_text() + "\n\ndef unused():\n    return 1\n")
     dry_run = snakemake(project, "--dry-run").stderr
-    (warning,) = [line for line in dry_run.splitlines() if line.startswith("Warning: ")]
+    warning, few = [line for line in dry_run.splitlines() if line.startswith("Warning: ")]
+    assert "with 40 reference images" in few and "1,280 dimensions" in few
     assert "uni05 (" in warning and "under05 (" in warning
     assert re.search(r"snakemake .*experiments=openmoji --forcerun .*train$", warning)
     assert not [job for job in jobs(project) if job.startswith(("Train", "Evaluate", "Probe"))]
     done = snakemake(project, "--config", "tracking=off")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count(warning) == 2  # at the start and at the end
-    assert any("under05" in line for line in read_verdict(project / REPORT / "verdict.json").warnings)
+    stale, few_images = read_verdict(project / REPORT / "verdict.json").warnings
+    assert "under05" in stale and few == f"Warning: {few_images}"
     shutil.copy(ROOT / "diffusion/timesteps.py", source)
     done = snakemake(project, "--config", "tracking=off")
-    assert done.returncode == 0 and "Warning: " not in done.stderr
-    assert not read_verdict(project / REPORT / "verdict.json").warnings
+    assert done.returncode == 0 and "under05 (" not in done.stderr
+    assert read_verdict(project / REPORT / "verdict.json").warnings == (few_images,)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from convergence.analysis.intervals import Interval, censored_interval, t_interv
 from convergence.analysis.power import noise_over_seeds
 from convergence.analysis.results import Comparison
 from convergence.errors import StudyError
-from convergence.tables import SHARES, check_curves, diverged
+from convergence.failures import failed
+from convergence.tables import SHARES, check_curves
 from diffusion.errors import InputError
 
 # Thresholds, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
@@ -27,8 +28,8 @@ THRESHOLD_SHARES = (0.25, 0.5, 0.75)
 
 SPEEDUP_COLUMNS = [
     "study", "features", "metric", "baseline", "candidate", "primary", "scale", "quantity", "threshold", "seed",
-    "of_baseline", "of_candidate", "effect", "low", "high", "pairs", "censored", "diverged_baseline",
-    "diverged_candidate", "first_images", "last_images",
+    "of_baseline", "of_candidate", "effect", "low", "high", "pairs", "censored", "failed_baseline",
+    "failed_candidate", "first_images", "last_images",
 ]  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def compare(
     Args:
         curves: a row per run and checkpoint, with the columns `arm`, `images` (training images seen) and `value`.
             Optional columns are `seed`, `metric`, `features`, `study`, `seconds`, `n` (generated images) and `reason`
-            ("diverged ..." where a run has no value because it diverged).
+            ("diverged ..." or "collapsed ..." where a run has no value for this reason).
         baseline: an arm.
         candidate: the arm that is compared with it.
         metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall` or `memorised`.
@@ -112,7 +113,7 @@ def compare_pair(
 ) -> Comparison | None:
     """Compares two arms in one metric; returns None if no seed has values of both.
 
-    If a run of a seed diverged, the seed is left out of `average` and `final`, and counted; for times the run is one
+    If a run of a seed failed, the seed is left out of `average` and `final`, and counted; for times the run is one
     that never reaches a threshold. Values that are missing for another reason are left out one by one.
 
     Args:
@@ -176,8 +177,8 @@ class _Pairs(NamedTuple):
     """[K] training images of the trained checkpoints of any run."""
     levels: np.ndarray
     """[S, 2, K], linear in images between the checkpoints of a run."""
-    diverged: np.ndarray
-    """[S, 2] whether a run diverged."""
+    failed: np.ndarray
+    """[S, 2] whether a run diverged or collapsed."""
 
 
 def _pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
@@ -186,7 +187,7 @@ def _pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | No
     Raises:
         StudyError: the runs share no range of training images.
     """
-    rows = rows[rows["arm"].isin([baseline, candidate]) & (rows["value"].notna() | diverged(rows))]
+    rows = rows[rows["arm"].isin([baseline, candidate]) & (rows["value"].notna() | failed(rows))]
     metric = "".join(rows["metric"].unique())
     scale: Scale = "plain" if metric in SHARES or (rows["value"] <= 0).any() else "log"
     rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
@@ -206,13 +207,13 @@ def _pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | No
     pairs = [(base[base["images"] <= last], cand[cand["images"] <= last]) for base, cand in pairs]
     grid = np.unique(np.concatenate([[first, last], *(images[images.between(first, last)] for images in checkpoints)]))
     levels = np.array([[np.interp(grid, run["images"], run["level"]) for run in pair] for pair in pairs])
-    has_diverged = np.array([[run["level"].isna().any() for run in pair] for pair in pairs])
-    return _Pairs(metric, scale, seeds, pairs, grid, levels, has_diverged)
+    has_failed = np.array([[run["level"].isna().any() for run in pair] for pair in pairs])
+    return _Pairs(metric, scale, seeds, pairs, grid, levels, has_failed)
 
 
 def _default_thresholds(pairs: _Pairs) -> np.ndarray:
-    """Returns values between the baseline's first and last checkpoint; none if all runs of the baseline diverged."""
-    complete = ~pairs.diverged[:, 0]
+    """Returns values between the baseline's first and last checkpoint; none if all runs of the baseline failed."""
+    complete = ~pairs.failed[:, 0]
     if not complete.any():
         return np.array([])
     start, end = pairs.levels[complete, 0][:, [0, -1]].mean(axis=0)
@@ -239,12 +240,12 @@ def _comparison(
         seeds=tuple(map(int, pairs.seeds)),
         effects=(average, final, *times),
         noise=noise_over_seeds(means),
-        outcome=decide(average.low, average.high, average.diverged_baseline, average.diverged_candidate),
+        outcome=decide(average.low, average.high, average.failed_baseline, average.failed_candidate),
     )
 
 
 def _level_effect(pairs: _Pairs, quantity: Quantity, levels: np.ndarray) -> Effect:
-    """Returns an advantage in level, from levels [S, 2] that are NaN for runs that diverged."""
+    """Returns an advantage in level, from levels [S, 2] that are NaN for runs that failed."""
     advantage = levels[:, 0] - levels[:, 1]
     used = ~np.isnan(advantage)
     mean = levels[used].mean(axis=0) if used.any() else np.full(2, np.nan)
@@ -285,7 +286,7 @@ def _effect(
     used, censored = ~np.isnan(low), low < high
 
     def effect(
-        values: np.ndarray, interval: Interval, used: int, censored: int, diverged: np.ndarray, **of_seeds: Any
+        values: np.ndarray, interval: Interval, used: int, censored: int, failed: np.ndarray, **of_seeds: Any
     ) -> Effect:
         return Effect(
             quantity=quantity,
@@ -297,12 +298,12 @@ def _effect(
             high=float(interval.high),
             pairs=int(used),
             censored=int(censored),
-            diverged_baseline=int(diverged[0]),
-            diverged_candidate=int(diverged[1]),
+            failed_baseline=int(failed[0]),
+            failed_candidate=int(failed[1]),
             **of_seeds,
         )
 
     intervals = map(Interval, np.where(censored, np.nan, low), low, high)
-    columns = zip(values[:-1], intervals, used, censored, pairs.diverged, pairs.seeds, strict=True)
+    columns = zip(values[:-1], intervals, used, censored, pairs.failed, pairs.seeds, strict=True)
     per_seed = tuple(effect(*row, seed=int(seed)) for *row, seed in columns)
-    return effect(values[-1], interval, used.sum(), censored.sum(), pairs.diverged.sum(axis=0), per_seed=per_seed)
+    return effect(values[-1], interval, used.sum(), censored.sum(), pairs.failed.sum(axis=0), per_seed=per_seed)

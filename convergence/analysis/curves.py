@@ -45,7 +45,7 @@ def time_to_threshold(
       (0, first trained checkpoint).
 
     Args:
-        level: [..., K], lower is better; NaN after a divergence, which never reaches a threshold.
+        level: [..., K], lower is better; NaN where a run failed, which never reaches a threshold.
         axis: [..., K] training images or seconds, increasing.
         threshold: one level, or one level per curve that broadcasts with [...].
     """

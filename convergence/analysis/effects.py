@@ -46,23 +46,23 @@ class Effect:
     """Pairs of runs that the effect uses."""
     censored: int
     """Pairs of which only bounds are known."""
-    diverged_baseline: int
-    """Diverged runs of the baseline."""
-    diverged_candidate: int
+    failed_baseline: int
+    """Runs of the baseline that diverged or collapsed."""
+    failed_candidate: int
     seed: int | None = None
     """None: over all seeds."""
     per_seed: tuple["Effect", ...] = ()
     """The effect of each seed, in the order of the comparison's seeds."""
 
 
-def decide(low: float, high: float, diverged_baseline: int = 0, diverged_candidate: int = 0) -> Outcome:
+def decide(low: float, high: float, failed_baseline: int = 0, failed_candidate: int = 0) -> Outcome:
     """Returns the outcome of a comparison from the 95% interval of its average advantage.
 
-    The outcome never favours the arm with more diverged runs.
+    The outcome never favours the arm with more failed runs.
     """
-    if low > 0 and diverged_candidate <= diverged_baseline:
+    if low > 0 and failed_candidate <= failed_baseline:
         return "faster"
-    if high < 0 and diverged_baseline <= diverged_candidate:
+    if high < 0 and failed_baseline <= failed_candidate:
         return "slower"
     return NO_DIFFERENCE
 

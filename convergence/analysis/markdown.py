@@ -35,8 +35,9 @@ METHOD = """\
 - A run that does not reach a threshold is censored, not dropped: it still bounds the speed-up of its pair. If some
   pairs are unbounded on one side, that end of the interval comes from the sign test (no bound below six seeds). The
   other end comes from the known pairs and the worst values that the unbounded pairs can have.
-- A diverged run reaches no threshold, and its pair is left out of averages. No verdict favours the arm with more
-  diverged runs.
+- A run diverged if its loss, a weight or a sample is not finite. It collapsed if, at its last checkpoint, its mse is
+  above that of an untrained net or its samples are nearly equal. Such a run reaches no threshold, and its pair is left
+  out of averages. No verdict favours the arm with more of them.
 - Seconds are measured training time, without sampling and evaluation. They are only roughly comparable if jobs shared
   cores or a GPU.
 """
@@ -53,8 +54,8 @@ def to_markdown(verdict: StudyVerdict) -> str:
         parts.append(f"**Answer.** {_escape(verdict.answer or '')}")
     if verdict.comparisons:
         parts += [LEGEND, *_comparisons(verdict.comparisons), *_mechanism(verdict)]
-    runs = [f"- `{run.arm}` seed {run.seed}: {run.reason}" for run in verdict.diverged]
-    parts += ["## Diverged runs", "\n".join(runs) or "None."]
+    runs = [f"- `{run.arm}` seed {run.seed}: {run.reason}" for run in verdict.failed]
+    parts += ["## Diverged and collapsed runs", "\n".join(runs) or "None."]
     if verdict.comparisons:
         parts += ["## How this was computed", METHOD.rstrip()]
     return "\n\n".join(parts) + "\n"

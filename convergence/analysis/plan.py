@@ -25,8 +25,8 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
     pairs = comparison.average.pairs if comparison else 0
     if comparison is None or pairs < 2:
         raise StudyError(
-            f"The pilot has {pairs} pairs of {baseline} and {candidate} that did not diverge, and a standard deviation "
-            "needs at least two: train more seeds."
+            f"The pilot has {pairs} pairs of {baseline} and {candidate} that did not diverge or collapse, and a "
+            "standard deviation needs at least two: train more seeds."
         )
     scale, sd = comparison.scale, comparison.noise.paired
     target = float(np.log1p(effect)) if scale == "log" else effect

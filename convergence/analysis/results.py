@@ -101,25 +101,36 @@ class Comparison:
             change = change_text(average, self.metric, self.scale)
             text += f": {change} on average over {images}, {count_text(average.pairs, 'paired seed')}."
         else:
-            text += f": in every pair of runs over {images} at least one diverged."
+            text += f": in every pair of runs over {images} at least one diverged or collapsed."
         if self.thresholds:
-            speedup = speedup_text(self.effect("images"))
-            reason = ", because too few runs cross it between their checkpoints" if speedup == "unknown" else ""
+            effect = self.effect("images")
+            speedup = speedup_text(effect)
+            reason = f", because {_why_unknown(effect)}" if speedup == "unknown" else ""
             text += f" Speed-up in images to {name} {self.middle_threshold:.4g}: {speedup}{reason}."
         return text + self._cautions()
 
     def _cautions(self) -> str:
-        """What the number of seeds and the divergences do not allow to conclude."""
+        """What the number of seeds and the failed runs do not allow to conclude."""
         average, text = self.average, ""
         if average.pairs == 1:
             text += " With one seed there is no interval, and nothing can be concluded."
         if average.pairs == 2:
             text += " With two seeds the interval extends 12.7 standard errors to each side"
             text += "." if self.outcome == NO_DIFFERENCE else ": confirm this result with more seeds."
-        for arm, count in ((self.baseline, average.diverged_baseline), (self.candidate, average.diverged_candidate)):
+        for arm, count in ((self.baseline, average.failed_baseline), (self.candidate, average.failed_candidate)):
             if count:
-                text += f" {count_text(count, 'run')} of {arm} diverged."
+                text += f" {count_text(count, 'run')} of {arm} diverged or collapsed."
         return text
+
+
+def _why_unknown(effect: Effect) -> str:
+    """Why the pairs of runs give no speed-up at a threshold."""
+    times = np.array([(seed.baseline, seed.candidate) for seed in effect.per_seed])
+    if np.isnan(times).all():
+        return "all runs reach it before their first checkpoint"
+    if np.isposinf(times).all():
+        return "no run reaches it"
+    return "too few runs cross it between their checkpoints"
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,8 @@ class ProbeEffect:
 
 
 @dataclass(frozen=True)
-class DivergedRun:
-    """A run that diverged, and where."""
+class FailedRun:
+    """A run that diverged or collapsed, and where."""
 
     __pydantic_config__ = JSON_CONFIG
 
@@ -165,7 +176,7 @@ class StudyVerdict:
     mechanism: tuple[ProbeEffect, ...] = ()
     matched: tuple[str, ...] = ()
     """Candidates with the same expected gradient as the baseline."""
-    diverged: tuple[DivergedRun, ...] = ()
+    failed: tuple[FailedRun, ...] = ()
     warnings: tuple[str, ...] = ()
     """Sentences that restrict the verdict, such as that the code has changed since training."""
 

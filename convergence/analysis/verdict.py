@@ -10,9 +10,10 @@ from convergence.analysis.comparison import SPEEDUP_COLUMNS, compare_study, spee
 from convergence.analysis.markdown import to_markdown
 from convergence.analysis.mechanism import probe_effects
 from convergence.analysis.power import POWER, detectable
-from convergence.analysis.results import Comparison, DivergedRun, StudyVerdict, read_verdict, save_verdict
+from convergence.analysis.results import Comparison, FailedRun, StudyVerdict, read_verdict, save_verdict
 from convergence.analysis.wording import count_text, size_text
-from convergence.tables import diverged, write_table
+from convergence.failures import failed
+from convergence.tables import write_table
 from diffusion.files import atomic_write
 
 __all__ = ["StudyVerdict", "judge", "read_verdict", "to_markdown", "write_verdict"]
@@ -43,10 +44,10 @@ def judge(
         warnings: sentences that restrict the verdict.
     """
     metrics = metrics[metrics["study"] == study]
-    runs = metrics[diverged(metrics)][["arm", "seed", "reason"]].drop_duplicates()
-    diverged_runs = tuple(DivergedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
+    runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
+    failed_runs = tuple(FailedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
     if compare is None:
-        return StudyVerdict(study, diverged=diverged_runs, warnings=tuple(warnings))
+        return StudyVerdict(study, failed=failed_runs, warnings=tuple(warnings))
     comparisons = compare_study(metrics, compare)
     primary = next((comparison for comparison in comparisons if comparison.primary), None)
     candidate = compare["primary"]["candidate"]
@@ -58,7 +59,7 @@ def judge(
         comparisons=tuple(comparisons),
         mechanism=tuple(probe_effects(probes[probes["study"] == study], compare)),
         matched=tuple(compare["matched"]),
-        diverged=diverged_runs,
+        failed=failed_runs,
         warnings=tuple(warnings),
     )
 

@@ -91,6 +91,8 @@ def main(
         images = sample_checkpoint(loaded, sample, device)
     except torch.OutOfMemoryError:
         raise StudyError("a batch of images does not fit the GPU memory: use a smaller --batch-size") from None
+    if not len(images):
+        raise StudyError(f"{checkpoint}: its samples are not finite: use another checkpoint, or --precision fp32")
     save_npy(array, images)
     shown = min(sample.images, GRID_IMAGES)
     columns = math.ceil(math.sqrt(shown))

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.results import Comparison
 from convergence.errors import StudyError
+from convergence.failures import failed
 from convergence.figures.style import (
     LOG_AXIS_FROM_RATIO,
     STYLE,
@@ -25,7 +26,7 @@ from convergence.figures.style import (
     set_image_axis,
     set_log_axis,
 )
-from convergence.tables import HIGHER_IS_BETTER, SHARES, check_sample_counts, diverged, metric_name
+from convergence.tables import HIGHER_IS_BETTER, SHARES, check_sample_counts, metric_name
 
 EXTERNAL: Style = {"color": "0.72", "linewidth": 1, "markersize": 4}
 CROSS: Style = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
@@ -55,12 +56,13 @@ def fid_curves(
     Each arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) at the
     checkpoints where all of its seeds have a value. Thin lines are single seeds. The band is the range of two seeds;
     for three and more it is the 95% t-interval of the mean (of the log for distances). Error bars are standard errors
-    of single values. A cross marks the last value of a run that diverged. Equal tables give equal bytes.
+    of single values. A cross marks the last value of a run that diverged or collapsed. Equal tables give equal bytes.
 
     Args:
         metrics: long table with the columns study, arm, seed, step, images, features, metric, value, stderr, n and
             reason, and one row per arm, seed and step. The untrained net (step 0) is in the table once for each arm
-            that starts from it. If a value is missing, reason says why: "diverged at step N" for a diverged run.
+            that starts from it. If a value is missing, reason says why: "diverged at step N" or "collapsed at step N"
+            for a failed run.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
         comparisons: those of the verdicts. The middle threshold of each and the places where runs reach it are marked.
@@ -103,8 +105,8 @@ def _draw_curves(
         for ax, ((study, features), panel) in zip(axes, panels, strict=False)
     )
     handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
-    if diverged(rows).any():
-        handles.append(Line2D([], [], color="0.3", linestyle="", **CROSS, label="run diverged"))
+    if kinds := sorted({reason.split()[0] for reason in rows.loc[failed(rows), "reason"]}):
+        handles.append(Line2D([], [], color="0.3", linestyle="", **CROSS, label=f"run {' or '.join(kinds)}"))
     width = PANEL_INCHES[0] * columns
     legend_rows = draw_legend(figure, handles, width, "outside lower center")
     height = (PANEL_INCHES[1] + CAPTION_LINE_INCHES * caption_lines) * lines + LEGEND_ROW_INCHES * (legend_rows - 1)
@@ -138,7 +140,7 @@ def _draw_panel(
     known = measured[measured["stderr"].notna()]
     for arm, rows in known.groupby("arm"):
         _draw_error_bars(ax, rows, styles[arm], single=values[arm].shape[1] == 1)
-    for (arm, seed), _ in panel[diverged(panel)].groupby(["arm", "seed"]):
+    for (arm, seed), _ in panel[failed(panel)].groupby(["arm", "seed"]):
         last = values[arm][seed].dropna().tail(1)
         ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
 

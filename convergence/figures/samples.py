@@ -12,7 +12,6 @@ from matplotlib.textpath import TextPath
 from PIL import Image
 
 from convergence.figures.style import DPI, STYLE, save_figure, short_count
-from convergence.tables import diverged
 from diffusion.errors import FileError
 
 MOST_COLUMNS = 6
@@ -26,16 +25,16 @@ EMPTY_CELL = "0.93"
 def preview_grid(
     cells: Iterable[tuple[str, int, int, int, str]], metrics: pd.DataFrame
 ) -> tuple[dict[str, dict[int, Path | None]], dict[int, int]]:
-    """Sorts the previews of one study into a row per arm, without those of diverged runs.
+    """Sorts the previews of one study into a row per arm, without those of checkpoints without samples.
 
     Args:
         cells: (arm, seed, step, training images, path of the preview) of every checkpoint to show.
-        metrics: long table of metrics of the study, which says what diverged.
+        metrics: long table of metrics of the study; `n` is 0 where there are no samples.
 
     Returns:
         The arguments `grids` and `steps` of `samples_grid`.
     """
-    without_samples = set(metrics.loc[diverged(metrics), ["arm", "seed", "step"]].itertuples(index=False, name=None))
+    without_samples = set(metrics.loc[metrics["n"] == 0, ["arm", "seed", "step"]].itertuples(index=False, name=None))
     grids: dict[str, dict[int, Path | None]] = {}
     steps: dict[int, set[int]] = {}
     for arm, seed, step, images, preview in cells:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convergence.schema import Experiment
 from convergence.tables import HIGHER_IS_BETTER, markdown_table
 from diffusion.config import TRAIN_VERSION, Choice, RunConfig, Scheme
+from diffusion.evaluation.failure import FAILURES
 from diffusion.evaluation.weights import INCEPTION
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]
     }
 
 
+def failure(rows: Iterable[dict[str, str]]) -> str | None:
+    """Returns why the run of a checkpoint failed, from its metrics.csv; None if it did not."""
+    reasons = (row.get("reason") or "" for row in rows)
+    return next((reason for reason in reasons if reason.startswith(FAILURES)), None)
+
+
 def metric_key(metric: str, features: str) -> str:
     """Returns the name of a metric in the store. `eval/fid` and `eval/kid` are reserved for Inception features."""
     names = {"fd": "fid"} if features == INCEPTION else {"kid": "kd"}
@@ -101,7 +108,7 @@ def provenance_tags(provenance: dict[str, Any], directory: Path) -> dict[str, st
     Returns:
         Name -> value; None means that the run must not have this tag.
     """
-    names = ("git_commit", "git_dirty", "host", "device", "config_hash", "source_hash", "tables_hash", "diverged")
+    names = ("git_commit", "git_dirty", "host", "device", "config_hash", "source_hash", "tables_hash")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
     values = {name: provenance.get(name) for name in names}
     tags = {name: None if value is None else _text(value) for name, value in values.items()}
@@ -161,9 +168,9 @@ def note(verdict: "StudyVerdict | None", means: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def run_status(complete: bool, running: bool, diverged: bool = False) -> str:
-    """Returns MLflow's status of a run: FAILED (it diverged), FINISHED, RUNNING, or else KILLED."""
-    if diverged:
+def run_status(complete: bool, running: bool, failed: bool = False) -> str:
+    """Returns MLflow's status of a run: FAILED (it diverged or collapsed), FINISHED, RUNNING, or else KILLED."""
+    if failed:
         return "FAILED"
     if complete:
         return "FINISHED"

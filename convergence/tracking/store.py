@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from convergence.tracking.content import (
     common_config,
     common_params,
     eval_metrics,
+    failure,
     finite_number,
     means_table,
     note,
@@ -152,12 +154,13 @@ class Study:
         directories, batch_size = self.directories[arm, seed], self.experiment.run(arm).train.batch_size
         self._forward_log(run, self._directory(arm, seed) / "log.csv", max(directories) * batch_size)
         for step, directory in directories.items():
-            self._forward_evaluation(run, directory / "metrics.csv")
             self._forward_samples(run, directory / "preview.png", step * batch_size)
             if run.is_new(path := directory / "provenance.json"):
                 self._set_tags(run, provenance_tags(read_json(path), directory))
-        complete = all((directory / "metrics.csv").exists() for directory in directories.values())
-        self._set_status(run, run_status(complete, run.modified_since(since), "diverged" in run.tags))
+        evaluations = [directory / "metrics.csv" for directory in directories.values()]
+        self._forward_evaluations(run, evaluations)
+        complete = all(path.exists() for path in evaluations)
+        self._set_status(run, run_status(complete, run.modified_since(since), "failed" in run.tags))
         return run
 
     def _forward_log(self, run: StoredRun, path: Path, last_images: int) -> None:
@@ -180,13 +183,18 @@ class Study:
         for batch in batches(rows):
             self.client.log_batch(run.id, metrics=batch)
 
-    def _forward_evaluation(self, run: StoredRun, path: Path) -> None:
-        if run.is_new(path):
-            values = eval_metrics(read_rows(path))
+    def _forward_evaluations(self, run: StoredRun, paths: list[Path]) -> None:
+        """Forwards the values of all checkpoints but those at the end of a run that failed (`convergence.failures`)."""
+        if not any([run.is_new(path) for path in paths]):  # a list: `is_new` must see every path
+            return
+        tables = {path: read_rows(path) for path in paths if path.exists()}
+        self._set_tags(run, {"failed": failure(tables.get(paths[-1], []))})
+        for path, rows in dropwhile(lambda table: failure(table[1]), reversed(tables.items())):
+            values = eval_metrics(rows)
             # A changed value of a checkpoint becomes a second point; the table of runs shows the newest one.
-            new = {point: value for point, value in values.items() if run.evaluated.get(point) != value}
-            self.client.log_batch(run.id, metrics=self._metrics(path, new))
-            run.evaluated |= new
+            if new := {point: value for point, value in values.items() if run.evaluated.get(point) != value}:
+                self.client.log_batch(run.id, metrics=self._metrics(path, new))
+                run.evaluated |= new
 
     def _forward_samples(self, run: StoredRun, path: Path, images: int) -> None:
         if run.is_new(path) and images not in run.sampled:

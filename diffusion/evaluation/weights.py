@@ -61,6 +61,14 @@ SOURCES = {
     "vgg16": Source("https://download.pytorch.org/models/vgg16-397923af.pth", "checkpoints/vgg16-397923af.pth", None),
 }
 
+# Of the features of each extractor.
+DIMENSIONS = {
+    LITE0: 1280, INCEPTION: 2048, "vgg16": 4096,
+    "dinov2-vit-s-14": 384, "dinov2-vit-b-14": 768, "dinov2-vit-l-14": 1024, "dinov2-vit-g-14": 1536,
+    "clip-rn50": 1024, "clip-rn101": 512, "clip-rn50x4": 640, "clip-rn50x16": 768, "clip-rn50x64": 1024,
+    "clip-vit-b-32": 512, "clip-vit-b-16": 512, "clip-vit-l-14": 768, "clip-vit-l-14-336px": 768,
+}  # fmt: skip
+
 
 def hub_directory() -> Path:
     """The directory of torch's downloads, as `torch.hub.get_dir()` returns it."""

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -131,9 +132,11 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int) -> 
                 if stopping:
                     saver.wait()
                     raise Stopped(f"stopped at step {state.step} of {until}: training resumes from this step")
+    if state.diverged is None and not _finite([*state.parameters, *state.ema]):
+        state.diverged = state.step  # the gradient of the last step was not finite
     if state.diverged is not None:
         logger.warning(
-            "the loss at step %d is not finite: the run diverged and ends here; lower its learning rate",
+            "the loss or a weight at step %d is not finite: the run diverged and ends here; lower its learning rate",
             state.diverged,
         )
         state.step = until
@@ -145,6 +148,10 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int) -> 
         save_state(directory / "state.pt", state.state_dict())
         saver.wait()
         partial.unlink(missing_ok=True)
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class _Saver:

@@ -53,7 +53,7 @@ class TrainState:
     Attributes:
         step: Optimizer steps so far.
         seconds: Seconds of training so far.
-        diverged: Step at which the loss was not finite, or None.
+        diverged: Step at which the loss or a weight was not finite, or None.
         rows: Rows of the log since the start of the run.
         sources: `source_hash` of all code that trained the run; the present one is last.
         id: Identifies the state at the last checkpoint, from which the present segment started.
@@ -230,8 +230,16 @@ def save_state(path: Path, content: dict[str, Any]) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def summary(path: Path) -> dict[str, Any]:
-    """Returns step, seconds, diverged and sources of a state file (see `TrainState`), without reading its tensors.
+def summary(path: Path, since: int = 0) -> dict[str, Any]:
+    """Returns facts of a state file without reading its tensors.
+
+    Args:
+        path: A file that `save_state` wrote.
+        since: Step of the checkpoint before; 0 is the untrained net.
+
+    Returns:
+        `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`: the mean of the unweighted mse after
+        step `since`; None if it is not finite.
 
     Raises:
         FileError: If the file is damaged.
@@ -239,7 +247,10 @@ def summary(path: Path) -> dict[str, Any]:
     with _reading(path):
         content = torch.load(path, weights_only=True, mmap=True)
         facts = {name: content[name] for name in ("step", "diverged", "sources")}
-        return facts | {"seconds": round(content["seconds"], 3)}
+        rows = [row for row in content["rows"] if row["step"] > since]
+        steps = np.diff([since, *(row["step"] for row in rows)])
+        mse = np.average([row["mse"] for row in rows], weights=steps) if rows else np.nan
+        return facts | {"seconds": round(content["seconds"], 3), "mse": float(mse) if np.isfinite(mse) else None}
 
 
 class Meter:

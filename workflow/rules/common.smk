@@ -10,6 +10,7 @@ sys.path.insert(0, workflow.basedir)
 from convergence import layout, resources, snakefile
 from convergence.errors import with_remedy
 from convergence.schema import Evaluate
+from convergence.sizes import few_images
 from diffusion.errors import InputError
 from diffusion.sources import source_hash
 
@@ -173,6 +174,16 @@ def run_settings(study):
 def comparison_settings(experiment):
     """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
     return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
+
+
+def evaluated(experiment):
+    """The pairs of features and metric that are computed for each checkpoint."""
+    return [(name, metric) for name in experiment.evaluate.features for metric in experiment.evaluate.metrics]
+
+
+def probed_bins(experiment):
+    """The timesteps, and the bins of them that are probed for each checkpoint."""
+    return (experiment.diffusion.timesteps, experiment.probe.bins if experiment.probe else 0)
 
 
 def preview_cells(experiment):

@@ -47,6 +47,9 @@ rule verdict:
         compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
         trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
         runs=lambda wildcards: run_settings(wildcards.study),
+        rows=lambda wildcards: evaluated(EXPERIMENTS[wildcards.study]),
+        bins=lambda wildcards: probed_bins(EXPERIMENTS[wildcards.study]),
+        few_images=lambda wildcards: few_images(EXPERIMENTS[wildcards.study]),
         # Not read: after a change of the code, the verdict is written again, with a warning.
         code=source_hash(),
     message:

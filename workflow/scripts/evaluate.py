@@ -10,6 +10,7 @@ from convergence.tables import of_checkpoint, write_table
 from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
 from diffusion.evaluation.extractors import extract_features, load_extractor
+from diffusion.evaluation.failure import failure
 from diffusion.evaluation.reference import evaluate, load_reference, reference_key
 from diffusion.files import check_free_space, read_json, save_npy
 
@@ -44,6 +45,6 @@ with job(snakemake):
         estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics)
         rows += [row._asdict() | {"features": name} for row in estimates]
     table = of_checkpoint(rows, snakemake.wildcards, provenance)
-    if provenance["diverged"] is not None:
-        table["reason"] = f"diverged at step {provenance['diverged']}"
+    if reason := failure(provenance, samples):
+        table["reason"] = reason
     write_table(table, Path(output.metrics))

@@ -28,7 +28,8 @@ with job(snakemake):
         name=job_name(snakemake),
     )
     train(segment, snakemake.resources.processes)
-    facts = summary(state)
+    since = int(segment.previous.parent.name.removeprefix("step")) if segment.previous else 0
+    facts = summary(state, since)
     *earlier, source = facts.pop("sources")
     write_provenance(
         Path(snakemake.output.provenance),
@@ -36,6 +37,7 @@ with job(snakemake):
         **origin,
         device="cuda" if segment.gpus else "cpu",
         images=facts["step"] * run.train.batch_size,
+        mse_images=(facts["step"] - since) * run.train.batch_size,
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,

@@ -6,22 +6,28 @@ from pathlib import Path
 import pandas as pd
 
 from convergence.analysis.verdict import judge, write_verdict
+from convergence.failures import without_failed_runs
 from convergence.jobs import job
 from convergence.provenance import changed_tables, stale_runs
-from convergence.tables import PROBE_COLUMNS, collect, read_table, write_table
+from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
 from diffusion.config import RunConfig
+from diffusion.evaluation.probe import diverged_rows
 from diffusion.files import read_json
 
 with job(snakemake):
     source, output, params = snakemake.input, snakemake.output, snakemake.params
     study = snakemake.wildcards.study
-    write_table(collect([Path(path) for path in source.metrics], params.arms), Path(output.metrics))
-    tables = [read_table(path) for path in source.probes]
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=PROBE_COLUMNS)
-    write_table(table, Path(output.mechanism), PROBE_COLUMNS)
+    metrics = collect([Path(path) for path in source.metrics], params.arms, params.rows)
+    write_table(metrics, Path(output.metrics))
+    probes = pd.DataFrame(columns=PROBE_COLUMNS)
+    if source.probes:
+        rows = [(row["timesteps"], row["metric"]) for row in diverged_rows(*params.bins, step=0)]
+        tables = [read_checkpoint(path, PROBE_COLUMNS, rows) for path in source.probes]
+        probes = without_failed_runs(pd.concat(tables, ignore_index=True), metrics)
+    write_table(probes, Path(output.mechanism), PROBE_COLUMNS)
     newest = [(arm, read_json(Path(path))) for arm, path in zip(params.trained, source.provenances, strict=True)]
     runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
-    warnings = [*stale_runs(study, newest), *changed_tables(study, newest, runs)]
+    warnings = [*stale_runs(study, newest), *changed_tables(study, newest, runs), *params.few_images]
     # From the tables as they are written, so that everybody can compute the verdict again.
-    metrics, probes = read_table(output.metrics), read_table(output.mechanism)
+    metrics, probes = read_table(output.metrics), read_table(output.mechanism, PROBE_COLUMNS)
     write_verdict(judge(metrics, probes, study, json.loads(params.compare), warnings), Path(output.verdict).parent)

@@ -1,0 +1,40 @@
+"""Whether a run failed: it diverged (numbers are not finite) or collapsed (it is worse than an untrained net)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+FAILURES = ("diverged", "collapsed")
+"""The first word of each reason that `failure` returns."""
+UNTRAINED_MSE = 1.0  # the untrained net predicts 0, and the mean square of epsilon is 1
+STANDARD_ERRORS = 5  # of the mse of an untrained net, which a short segment measures with noise
+GREY_LEVELS = 1.0
+
+
+def failure(facts: Mapping[str, Any], samples: np.ndarray) -> str:
+    """Returns why a run failed if this checkpoint is its last, or "".
+
+    A run diverged if its loss, a weight or a sample is not finite. It collapsed if its unweighted mse since the
+    checkpoint before is above that of an untrained net, or if its samples are all nearly equal.
+
+    Args:
+        facts: Of the checkpoint: `step`, `diverged` and, if it was trained, `mse` and `mse_images` (the images that
+            `mse` is the mean of).
+        samples: uint8 [N, H, W, 3], as `diffusion.checkpoints.sample_checkpoint` returns them.
+    """
+    step, mse = facts["step"], facts.get("mse")
+    if facts["diverged"] is not None:
+        return f"diverged at step {facts['diverged']}"
+    if not len(samples):
+        return f"diverged at step {step} (samples are not finite)"
+    if mse is not None:
+        standard_error = math.sqrt(2 / (facts["mse_images"] * samples[0].size))
+        if mse > UNTRAINED_MSE + STANDARD_ERRORS * standard_error:
+            return f"collapsed at step {step} (mse {mse:.3g}, an untrained net has {UNTRAINED_MSE:g})"
+    # Row by row: the standard deviation needs eight times the memory of the images.
+    deviation = np.mean([samples[:, row].std(axis=0).mean() for row in range(samples.shape[1])])
+    if len(samples) > 1 and deviation < GREY_LEVELS:
+        return f"collapsed at step {step} (samples differ by {deviation:.2g} grey levels)"
+    return ""
