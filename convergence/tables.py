@@ -1,5 +1,6 @@
 """The long table of metrics: a row per checkpoint, feature extractor and metric."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -181,5 +182,18 @@ def diverged(rows: pd.DataFrame) -> pd.Series:
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
-    """Returns a table in Markdown; cells are converted to text."""
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
+    """Returns a table in Markdown. Cells are converted to text; names in them need `markdown_text`."""
+    lines = [[str(cell).replace("|", r"\|") for cell in cells] for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Returns text that Markdown shows as it is: no emphasis, link, image, code, HTML or heading, on one line."""
+    # An underscore between two letters or digits does not start emphasis.
+    special = r"[\\`*\[\]<&~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-]"
+    return re.sub(special, r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown_code(name: str) -> str:
+    """Returns a name as code in Markdown, or as text if it has a backtick."""
+    return markdown_text(name) if "`" in name else f"`{' '.join(name.split())}`"
