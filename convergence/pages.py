@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from convergence.tables import markdown_table
+from convergence.tables import markdown_table, markdown_text
 
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; color: #1a1a1a; }
@@ -48,12 +48,12 @@ def _escape(text: str) -> str:
 def data_page(study: str, manifest: Mapping[str, Any]) -> str:
     """Returns what a study was trained on and compared with, in Markdown, from the manifest of its dataset."""
     row = [
-        manifest["source"], f"{manifest['count']:,}", manifest["image_size"], manifest.get("licence") or "–",
-        f"`{manifest['sha256']}`",
+        markdown_text(manifest["source"]), f"{manifest['count']:,}", manifest["image_size"],
+        markdown_text(manifest.get("licence") or "–"), f"`{manifest['sha256']}`",
     ]  # fmt: skip
     head = ["source", "images", "size", "licence", "SHA-256 of the pixels"]
     parts = [f"# Data of {study}", markdown_table(head, [row])]
-    return "\n\n".join([*parts, manifest["attribution"]] if manifest.get("attribution") else parts)
+    return "\n\n".join([*parts, markdown_text(manifest["attribution"])] if manifest.get("attribution") else parts)
 
 
 def provenance_page(
@@ -74,9 +74,7 @@ def provenance_page(
         origin = (
             f"`{facts['git_commit'] or 'none: no git repository contains this code'}`{dirty}",
             *(f"`{facts[key]}`" if facts.get(key) else "–" for key in ("source_hash", "tables_hash")),
-            facts["host"],
-            facts["device"],
-            versions,
+            *map(markdown_text, (facts["host"], facts["device"], versions)),
         )
         origins.setdefault(origin, []).append(facts["finished"])
     rows = [[*origin, len(times), min(times), max(times)] for origin, times in origins.items()]
@@ -88,8 +86,9 @@ def provenance_page(
         "The source hash is that of the code that training uses. The tables hash is that of an arm's timestep density "
         "and loss weights. The untrained net has no tables."
     )
-    parts = [f"# Provenance of {study}", *(f"**Warning.** {warning}" for warning in warnings)]
-    parts += [markdown_table(head, rows), note, "## Study file", f"```yaml\n{experiment.strip()}\n```"]
+    parts = [f"# Provenance of {study}", *(f"**Warning.** {markdown_text(warning)}" for warning in warnings)]
+    fence = max(["```", *(f"{run}`" for run in re.findall("`+", experiment))], key=len)
+    parts += [markdown_table(head, rows), note, "## Study file", f"{fence}yaml\n{experiment.strip()}\n{fence}"]
     return "\n\n".join(parts)
 
 

@@ -9,12 +9,12 @@ In all functions, `gpus` is the number of GPUs per process, 0 or 1. With 0, a pr
 
 import math
 import os
-import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from convergence.schema import Evaluate, Experiment, Probe
-from diffusion.config import IMAGE_SUFFIXES, Dataset, Model, RunConfig
+from diffusion.config import Dataset, Model, RunConfig
+from diffusion.errors import InputError
 
 # Multiply-adds per second of one CPU thread and of one GPU (bf16; fp32): about a quarter of an A100.
 CPU_SPEED, GPU_SPEED, GPU_SPEED_FP32 = 5e9, 2e13, 5e12
@@ -127,12 +127,13 @@ def count_images(config: Dataset) -> int:
     """Returns the number of images in the source of a dataset: counted for a folder or zip, else an upper bound."""
     if config.source != "folder":
         return OPENMOJI_IMAGES if config.source == "openmoji" else NAMED_IMAGES
-    if zipfile.is_zipfile(config.path):
-        with zipfile.ZipFile(config.path) as archive:
-            names = archive.namelist()
-    else:
-        names = [name for *_, files in os.walk(config.path) for name in files]
-    return sum(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in names)
+    from diffusion.data.files import is_image, open_source  # imports Pillow, which is slow
+
+    try:
+        with open_source(config.path) as files:
+            return sum(map(is_image, files))
+    except InputError:
+        return 0
 
 
 def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) -> Request:

@@ -17,6 +17,7 @@ from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
+from convergence.changed_folders import changed_folders
 from convergence.errors import StudyError
 from convergence.provenance import newest_provenances, stale_runs
 from convergence.resources import count_images
@@ -111,11 +112,18 @@ def _check_count(experiment: Experiment, count: int, file: Path) -> None:
             f"{file}: dataset.held_out: {dataset.held_out} of {count} images leaves none to train on: lower it"
         )
     available = dataset.held_out if evaluate.reference == "held_out" else count - dataset.held_out
-    needed = evaluate.reference_images or 1
-    if available < needed:
+    part = f"part `{evaluate.reference}` ({count} images, dataset.held_out {dataset.held_out})"
+    if available < 2:
+        raise StudyError(f"{file}: dataset: the {part} needs at least 2 images, but has {available}: add images")
+    if available < (evaluate.reference_images or 0):
         raise StudyError(
-            f"{file}: evaluate.reference_images: {needed} is more than the {available} images of the part "
-            f"`{evaluate.reference}` ({count} images, dataset.held_out {dataset.held_out}): lower it"
+            f"{file}: evaluate.reference_images: {evaluate.reference_images} is more than the {available} images of "
+            f"the {part}: lower it"
+        )
+    probe = experiment.probe
+    if probe and not dataset.held_out and count < 2 * probe.batch_size:
+        raise StudyError(
+            f"{file}: probe.batch_size: {count} images are fewer than two batches of {probe.batch_size}: lower it"
         )
 
 
@@ -161,11 +169,13 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
                 raise StudyError(f"{layout.study_file(name)}: evaluate.features: {error}") from None
 
 
-def print_warnings(experiments: Iterable[Experiment]) -> None:
-    """Print which results on disk were trained with other code than the present, and which studies have few images."""
+def print_warnings(experiments: Collection[Experiment]) -> None:
+    """Print what restricts results: other code or images than those on disk, and few images."""
     for experiment in experiments:
         for warning in [*stale_runs(experiment.name, newest_provenances(experiment)), *few_images(experiment)]:
             print(f"Warning: {warning}", file=sys.stderr)
+    for warning in changed_folders(experiments):
+        print(f"Warning: {warning}", file=sys.stderr)
 
 
 def gpus(experiment: Experiment, elsewhere: bool) -> int:

@@ -1,6 +1,7 @@
 """The long table of metrics: a row per checkpoint, feature extractor and metric."""
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -222,5 +223,18 @@ def check_sample_counts(table: pd.DataFrame) -> None:
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
-    """Returns a table in Markdown; cells are converted to text."""
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
+    """Returns a table in Markdown. Cells are converted to text; names in them need `markdown_text`."""
+    lines = [[str(cell).replace("|", r"\|") for cell in cells] for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Returns text that Markdown shows as it is: no emphasis, link, image, code, HTML or heading, on one line."""
+    # An underscore between two letters or digits does not start emphasis.
+    special = r"[\\`*\[\]<&~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-]"
+    return re.sub(special, r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown_code(name: str) -> str:
+    """Returns a name as code in Markdown, or as text if it has a backtick."""
+    return markdown_text(name) if "`" in name else f"`{' '.join(name.split())}`"

@@ -15,8 +15,6 @@ from diffusion.section import Choice, Section
 TRAIN_VERSION = 2
 
 GROUP_NORM_GROUPS = 32
-# Files with these suffixes are images of a folder or zip file.
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_]*$"
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

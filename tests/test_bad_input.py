@@ -51,6 +51,7 @@ def folder(write):
         study(dataset=None)(project)
         content = yaml.safe_load((project / "experiments/bad.yaml").read_text())
         content["dataset"] = {"source": "folder", "path": "pictures", "image_size": 16}
+        content["probe"] = None
         del content["evaluate"]["reference_images"]
         (project / "experiments/bad.yaml").write_text(yaml.safe_dump(content))
 
@@ -170,6 +171,7 @@ TABLE = {
     # data
     "no such folder": (DRY_RUN, study(dataset={"source": "folder", "path": "no"}), ["dataset", "no"]),
     "fewer images than needed": (DRY_RUN, few, ["evaluate.reference_images: 2000", "the 4 images", "lower it"]),
+    "one image": (DRY_RUN, folder(lambda place: images(place, 1)), ["bad.yaml: dataset: ", "at least 2 images"]),
     "no such class of torchvision": (
         DATASET,
         study(dataset={"source": "torchvision", "name": "Flower", "held_out": 0}),
@@ -184,7 +186,7 @@ TABLE = {
     "unreadable images": (DATASET, folder(half_readable), ["1 of the 5 images", "cannot be used"]),
     "decompression bomb": (DATASET, folder(bomb), ["bomb.png", "DecompressionBomb"]),
     "truncated zip": (DATASET, broken_zip, ["there are no images in", "a complete zip"]),
-    "zip that leaves its folder": (DATASET, evil_zip, ["pictures: contains no images"]),
+    "zip that leaves its folder": (DRY_RUN, evil_zip, ["dataset: there are no images in pictures"]),
     "damaged dataset": (
         DRY_RUN,
         damaged_manifest,

@@ -355,7 +355,8 @@ def test_an_interrupted_preparation_resumes(tmp_path, monkeypatch):
     assert read == [0, 40, 80, 120, 120, 160, 200]
     np.testing.assert_array_equal(arrays.load_images(tmp_path / "again", verify=True), expected)
     assert manifest(tmp_path / "again")["sha256"] == sha256
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["images.npy", "manifest.json"]
+    files = ["files.json", "images.npy", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == files
 
 
 @pytest.mark.parametrize("change", ["additional image", "other pixels", "truncated"])

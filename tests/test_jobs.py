@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,6 +39,33 @@ def test_held_out_images_must_leave_some_to_train_on(tmp_path, monkeypatch, held
     study(tmp_path, held_out)
     with pytest.raises(StudyError, match=rf"mine.yaml: dataset.held_out: {held_out} of 4 .*: lower it"):
         snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "held_out", "message"),
+    [
+        (1, 0, r"the part `train` \(1 images, dataset.held_out 0\) needs at least 2 images, but has 1"),
+        (4, 3, r"the part `train` \(4 images, dataset.held_out 3\) needs at least 2 images, but has 1"),
+    ],
+)
+def test_the_reference_needs_two_images(tmp_path, monkeypatch, kept, held_out, message):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path, held_out)
+    for index in range(kept, 4):
+        (tmp_path / f"pictures/{index}.png").unlink()
+    with pytest.raises(StudyError, match=f"mine.yaml: dataset: {message}: add images"):
+        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+
+
+def test_a_probe_needs_two_batches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study(tmp_path, 0)
+    path = tmp_path / "mine.yaml"
+    for batch_size, fits in ((2, True), (4, False)):
+        content = yaml.safe_load(path.read_text()) | {"probe": {"images": 16, "batch_size": batch_size}}
+        path.write_text(yaml.safe_dump(content))
+        with nullcontext() if fits else pytest.raises(StudyError, match="probe.batch_size: 4 images .* lower it"):
+            snakefile.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 def test_images_are_counted_by_their_names_or_in_the_prepared_dataset(tmp_path, monkeypatch):

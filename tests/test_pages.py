@@ -1,6 +1,8 @@
+import html
 import re
 
 import pandas as pd
+import pytest
 from docutils.core import publish_parts
 
 from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
@@ -35,6 +37,28 @@ def test_data_page_has_source_licence_and_hash():
     assert page.endswith("By all.")
     page = data_page("two", manifest | {"attribution": None})
     assert page.endswith("| drawn | 4,328 | 16 | – | `ab12` |")
+
+
+HOSTILE = [
+    "a|b ![i](http://x.org/i.png) [l](http://x.org) <img src=x> <http://x.org> &lt;",
+    "`code` *b* **b** _i_ __i__ ~~s~~ a\\|b \\` `|`",
+    "# no heading",
+    "> no quote",
+    "- no item",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_shown_as_text_in_every_page(name):
+    manifest = {"source": name, "licence": name, "attribution": name, "count": 1, "image_size": 8, "sha256": "ab"}
+    page = to_html(data_page("one", manifest), "Data")
+    escaped = html.escape(name)
+    assert page.count(f"<td>{escaped}</td>") == 2 and f"<p>{escaped}</p>" in page and page.count("<td>") == 5
+    facts = FACTS | {"host": name, "device": name, "finished": "2026-01-01"}
+    study_file = f"question: {name}\n```\n# end\n````\n"
+    page = to_html(provenance_page("one", [facts], study_file, [name]), "Provenance")
+    assert page.count(f"<td>{escaped}</td>") == 2 and f"<strong>Warning.</strong> {escaped}</p>" in page
+    assert f'<pre><code class="language-yaml">{html.escape(study_file)}</code></pre>' in page
 
 
 def test_provenance_counts_checkpoints_of_equal_origin():

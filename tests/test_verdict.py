@@ -1,4 +1,6 @@
+import html
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from convergence.analysis.comparison import compare_study, speedup_table
 from convergence.analysis.verdict import judge, read_verdict, to_markdown, write_verdict
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.figures.forest import _draw, draw_forest
+from convergence.pages import to_html
 from convergence.tables import PROBE_COLUMNS
 from diffusion.errors import FileError
 
@@ -108,6 +111,19 @@ def test_every_row_of_a_markdown_table_has_equal_cells():
     assert len(tables) == 3
     for block in tables:
         assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("arm", ["a|b", "![i](http://x.org/i.png)", "`c`", "<img src=x>", "*_a_*"])
+def test_names_are_shown_as_text(arm):
+    metrics = study(curves(3, 1.0), curves(3, 0.9))
+    metrics.loc[metrics["arm"] == "cand", "arm"] = arm
+    metrics["features"] = f"{arm}features"
+    compare = COMPARE | {"candidates": [arm], "primary": {"candidate": arm, "metric": "fd"}}
+    page = to_html(markdown_of(metrics, compare | {"features": f"{arm}features"}), "Verdict")
+    cells = re.findall(r"<td>(?:<code>)?(.*?)(?:</code>)?</td>", page)
+    assert cells.count(html.escape(arm)) == 5 and cells.count(f"FD ({html.escape(arm)}features)") == 5
+    assert f"</strong> {html.escape(arm)} is faster than base in FD ({html.escape(arm)}features)" in page
+    assert not re.search("<(img|a|em)[ >]", page)
 
 
 # Files

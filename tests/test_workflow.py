@@ -371,7 +371,8 @@ def test_unreadable_images_of_a_folder_are_reported_before_training(tmp_path):
     for i in range(4):
         Image.fromarray(np.full((20, 20, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
     (folder / "broken.png").write_bytes(b"no image")
-    edit(project, lambda s: s.update(dataset={"source": "folder", "path": str(folder), "image_size": 16}))
+    dataset = {"source": "folder", "path": str(folder), "image_size": 16}
+    edit(project, lambda s: s.update(dataset=dataset, probe=None))
     edit(project, lambda s: s["evaluate"].pop("reference_images"))
     done = snakemake(project, "--config", "tracking=off")
     output = done.stdout + done.stderr

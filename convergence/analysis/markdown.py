@@ -1,6 +1,5 @@
 """A verdict in Markdown: `verdict.md`."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ from convergence.analysis.power import POWER, cautious_sd, detectable, seeds_nee
 from convergence.analysis.results import Comparison, ProbeEffect, StudyVerdict
 from convergence.analysis.wording import change_text, count_text, ratio_text, size_text, speedup_text
 from convergence.errors import StudyError
-from convergence.tables import ALL, markdown_table
+from convergence.tables import ALL, markdown_code, markdown_table, markdown_text
 
 PLANNED_EFFECTS = (0.01, 0.02, 0.05)
 LEGEND = """\
@@ -45,32 +44,27 @@ METHOD = """\
 
 def to_markdown(verdict: StudyVerdict) -> str:
     """Returns the verdict on a study in Markdown."""
-    parts = [f"# Verdict: {verdict.study}"]
-    parts += [f"> **Warning.** {_escape(warning)}" for warning in verdict.warnings]
+    parts = [f"# Verdict: {markdown_text(verdict.study)}"]
+    parts += [f"> **Warning.** {markdown_text(warning)}" for warning in verdict.warnings]
     if verdict.question is None:
         parts.append("This study compares nothing: it has no section `compare`.")
     else:
-        parts.append(f"**Question.** {_escape(verdict.question)}")
-        parts.append(f"**Answer.** {_escape(verdict.answer or '')}")
+        parts.append(f"**Question.** {markdown_text(verdict.question)}")
+        parts.append(f"**Answer.** {markdown_text(verdict.answer or '')}")
     if verdict.comparisons:
         parts += [LEGEND, *_comparisons(verdict.comparisons), *_mechanism(verdict)]
-    runs = [f"- `{run.arm}` seed {run.seed}: {run.reason}" for run in verdict.failed]
+    runs = [f"- {markdown_code(run.arm)} seed {run.seed}: {markdown_text(run.reason)}" for run in verdict.failed]
     parts += ["## Diverged and collapsed runs", "\n".join(runs) or "None."]
     if verdict.comparisons:
         parts += ["## How this was computed", METHOD.rstrip()]
     return "\n\n".join(parts) + "\n"
 
 
-def _escape(text: str) -> str:
-    """Plain text in Markdown: a name that begins or ends with an underscore must not start emphasis."""
-    return re.sub(r"\b_|_\b|\*", r"\\\g<0>", text)
-
-
 def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
     ordered = sorted(comparisons, key=lambda comparison: not comparison.primary)
     secondary = [comparison for comparison in ordered if not comparison.primary]
     parts = [
-        f"## Compared with `{ordered[0].baseline}`",
+        f"## Compared with {markdown_code(ordered[0].baseline)}",
         "Speed-ups are those at the middle threshold.",
         _overview(ordered),
         "## Speed-up at each threshold",
@@ -83,7 +77,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
         _noise(ordered),
     ]
     if secondary:
-        sentences = "\n".join(f"- {_escape(str(comparison))}" for comparison in secondary)
+        sentences = "\n".join(f"- {markdown_text(str(comparison))}" for comparison in secondary)
         parts += ["## Secondary comparisons", "Not corrected for their number: treat them as hints.", sentences]
     return parts
 
@@ -160,7 +154,7 @@ def _mechanism(verdict: StudyVerdict) -> list[str]:
         probes = {(probe.timesteps, probe.metric): probe for probe in verdict.mechanism if probe.candidate == candidate}
         timesteps = [name for name in dict.fromkeys(name for name, _ in probes) if name != ALL]
         baseline = next(iter(probes.values())).baseline
-        sentences = [f"`{candidate}` against `{baseline}`:\n"]
+        sentences = [f"{markdown_code(candidate)} against {markdown_code(baseline)}:\n"]
         if candidate in verdict.matched:
             sentences.append("- Both have the same expected gradient; only its variance differs.")
         sentences += [f"- {_loss(probes, timesteps, term)}" for term in ("mse", "vb")]
@@ -203,7 +197,7 @@ def _cell(probe: ProbeEffect | None) -> str:
 
 
 def _names(comparison: Comparison) -> list[str]:
-    return [f"`{comparison.candidate}`", comparison.metric_name]
+    return [markdown_code(comparison.candidate), markdown_text(comparison.metric_name)]
 
 
 def _change(comparison: Comparison, effect: Effect) -> str:

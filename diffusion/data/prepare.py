@@ -5,15 +5,17 @@ import io
 import json
 import logging
 import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
+from diffusion.data.files import FILES
 from diffusion.errors import InputError
 from diffusion.files import atomic_write, read_json, write_npy_header
 from diffusion.progress import with_progress
@@ -23,6 +25,17 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_FRACTION = 0.01
 SECONDS_BETWEEN_SAVES = 5
 LICENCE_UNKNOWN = "not stated"
+LOGGED_NAMES = 5  # skipped images that the log names
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how to show the image upright."""
 
 
 class ImageSource(NamedTuple):
@@ -36,8 +49,10 @@ class ImageSource(NamedTuple):
     """Where the images come from, for the manifest."""
     licence: str
     """Their licence, for the manifest."""
-    fingerprint: str = ""
-    """Changes if the images change under the same names."""
+    files: Mapping[str, list[int]] = {}
+    """Size and time of each file, if the images are files."""
+    other_files: Mapping[str, int] = {}
+    """Number of files that are no images, by suffix."""
 
 
 # Decode and resize
@@ -58,19 +73,41 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB: EXIF orientation applied, transparency blended over white.
 
+    If the image has 16 bits per value, the `info` of the result has `range`, its least and largest value; otherwise it
+    is empty.
+
     Raises:
         ValueError: The range of the pixel values is not known (modes I and F).
     """
-    image = ImageOps.exif_transpose(image)
+    # Pillow keeps 16 bits of grey values, but only the upper 8 of colours: then the decoder's raw mode names the bits.
+    has_16_bits = re.search("I;16|;16[BLN]", f"{image.mode} {getattr(image, 'tile', '')}")
+    image = _upright(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range")
+    info: dict[str | tuple[int, int], Any] = {}
+    if has_16_bits:
+        values = np.asarray(image)
+        scale, rest = (1, 0) if values.itemsize == 2 else (256, 255)
+        info["range"] = int(values.min()) * scale, int(values.max()) * scale + rest
     if image.mode.startswith("I;16"):
         # Pillow's conversion clips 16-bit values to 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = info
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply EXIF orientation. `ImageOps.exif_transpose` also rewrites the EXIF data, and fails if they are unusual."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises exceptions of many types on unusual data.
+        return image
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
 def resize_and_crop(image: Image.Image, image_size: int, pad: int = 0) -> np.ndarray:
@@ -109,9 +146,9 @@ def resize_and_crop(image: Image.Image, image_size: int, pad: int = 0) -> np.nda
 def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: int = 0) -> None:
     """Resize the images of a source and write them to `directory` as `images.npy` with `manifest.json`.
 
-    Images that cannot be read are skipped; the log and the manifest name them. While the work is in progress,
-    `images.partial.npy` holds the images written so far and `images.partial.json` their number. If the work is
-    interrupted, the next call with equal arguments resumes there, and the result is the same.
+    Images that cannot be read are skipped; the manifest names them, and the log the first ones. While the work is in
+    progress, `images.partial.npy` holds the images written so far and `images.partial.json` their number. If the work
+    is interrupted, the next call with equal arguments resumes there, and the result is the same.
 
     Args:
         directory: Receives the files; created if missing.
@@ -122,10 +159,10 @@ def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: i
     Raises:
         InputError: More than 1% of the images cannot be read.
     """
-    versions = library_versions("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")
+    versions = library_versions("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "webp", "avif", "libtiff")
     manifest = {"source": source.description, "licence": source.licence, "versions": versions}
     names = source.names
-    call = json.dumps([manifest, list(names), source.fingerprint, image_size, pad])
+    call = json.dumps([manifest, list(names), source.files, image_size, pad])
     key = hashlib.sha256(call.encode()).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     partial, state = directory / "images.partial.npy", directory / "images.partial.json"
@@ -141,6 +178,7 @@ def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: i
         file.truncate(file.tell() + bytes_per_image * (done - len(skipped)))
         file.seek(0, io.SEEK_END)
         last_save = time.monotonic()
+        ranges: list[tuple[int, int]] = []
         for index in with_progress(range(done, len(names)), "images read"):
             if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
                 file.flush()
@@ -149,12 +187,15 @@ def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: i
                     state_file.write(json.dumps({"key": key, "done": index, "skipped": skipped}).encode())
                 last_save = time.monotonic()
             try:
-                pixels = resize_and_crop(source.read(index), image_size, pad)
+                image = source.read(index)
+                pixels = resize_and_crop(image, image_size, pad)
             except Exception as error:  # Decoders raise exceptions of any type on damaged files.
                 skipped[names[index]] = f"{type(error).__name__}: {error}"
-                logger.warning("skipped %s: %s", names[index], skipped[names[index]])
+                if len(skipped) <= LOGGED_NAMES:
+                    logger.warning("skipped %s: %s", names[index], skipped[names[index]])
             else:
                 file.write(pixels.tobytes())
+                ranges += image.info.values()
         if len(skipped) > MAX_SKIPPED_FRACTION * len(names):
             for path in (partial, state):
                 path.unlink(missing_ok=True)
@@ -163,8 +204,26 @@ def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: i
                 f"{source.description}: {len(skipped)} of the {len(names)} images cannot be used, which is more than "
                 f"{MAX_SKIPPED_FRACTION:.0%}: replace or remove them, first {first}"
             )
-        _finish(directory, file, len(names) - len(skipped), image_size, manifest | {"skipped": skipped})
+        if len(skipped) > LOGGED_NAMES:
+            logger.warning("skipped %d of the %d images; the manifest names all of them", len(skipped), len(names))
+        _warn_of_dark_images(ranges)
+        if source.files:
+            with atomic_write(directory / FILES) as files:
+                files.write(json.dumps(source.files).encode())
+        entries = manifest | {"other_files": source.other_files, "skipped": skipped}
+        _finish(directory, file, len(names) - len(skipped), image_size, entries)
     state.unlink(missing_ok=True)
+
+
+def _warn_of_dark_images(ranges: Sequence[tuple[int, int]]) -> None:
+    """Log the range of images of 16 bits per value if they use less than half of it: they may hold 12-bit values."""
+    if ranges and (highest := max(high for _, high in ranges)) < 2**15:
+        lowest = min(low for low, _ in ranges)
+        logger.warning(
+            "the values of %d images of 16 bits range from %d to %d, and 65535 is white, so these images are dark: "
+            "if %d should be white, multiply their values by %d",
+            len(ranges), lowest, highest, highest, 65535 // max(highest, 1),
+        )  # fmt: skip
 
 
 def _read_state(path: Path, key: str) -> tuple[int, dict[str, str]]:
@@ -211,7 +270,7 @@ def _finish(directory: Path, file: IO[bytes], count: int, image_size: int, manif
     Path(file.name).replace(directory / "images.npy")
     entries = manifest | {"count": count, "image_size": image_size, "sha256": digest}
     with atomic_write(directory / "manifest.json") as manifest_file:
-        manifest_file.write(json.dumps(entries, indent=2, ensure_ascii=False).encode() + b"\n")
+        manifest_file.write(json.dumps(entries, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
     logger.info("%d images of %d pixels written to %s", count, image_size, directory)
 
 
