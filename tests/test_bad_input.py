@@ -160,6 +160,17 @@ TABLE = {
         study(arms={"a": {"timesteps": P2, "match": "b"}}),
         ["arms.a.match", "another arm"],
     ),
+    "nested too deeply": (DRY_RUN, text("a: " + "[" * 3000 + "]" * 3000), ["bad.yaml", "nested too deeply"]),
+    "a path that is too long": (
+        DRY_RUN,
+        study(dataset={"source": "folder", "path": "x" * 5000}),
+        ["File name too long: correct the path"],
+    ),
+    "results that are a link to nothing": (
+        DRY_RUN,
+        lambda p: (study()(p), (p / "results").symlink_to("/nowhere/else")),
+        ["results is a link to /nowhere/else, which does not exist"],
+    ),
     "steps in disorder": (DRY_RUN, study(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
     "size that cannot be halved": (DRY_RUN, study(dataset={"image_size": 15}), ["cannot be halved", "multiple of 2"]),
     "comparison with an unknown arm": (DRY_RUN, study(compare={"baseline": "b"}), ["compare: b is not among the arms"]),
