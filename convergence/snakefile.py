@@ -32,7 +32,7 @@ from diffusion.files import read_json
 # First words of Snakemake's messages about its own scheduling, which are not shown.
 HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
 # Snakemake passes `off` as text, YAML as a truth value.
-TRACKING = {"on": True, "off": False, True: True, False: False}
+TRACKING = {"on": True, "off": False, "True": True, "False": False}
 # Densities and weights whose tables can be useless, such as a normal density without overlap with the timesteps.
 DELICATE = {"log_normal_sigma", "logit_normal", "speed"}
 BRACES = re.compile("[{}]")
@@ -70,33 +70,33 @@ def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENT
     unknown = set(config) - {"experiments", "tracking"}
     if unknown:
         raise StudyError(f"--config {unknown.pop()}: unknown key: use experiments=NAME,NAME or tracking=off")
-    if config.get("tracking", "on") not in TRACKING:
+    if str(config.get("tracking", "on")) not in TRACKING:
         raise StudyError(f"--config tracking={config['tracking']}: unknown value: use tracking=on or tracking=off")
     names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
     experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
     for name, experiment in experiments.items():
         _check_images(experiment, folder / f"{name}.yaml")
-        if experiment.external_curves:
-            _check_curves(experiment.external_curves, folder / f"{name}.yaml")
     return experiments
 
 
-def _check_curves(curves: Path, file: Path) -> None:
-    """Check the table of curves from other people.
+def check_curves(experiments: Mapping[str, Experiment]) -> None:
+    """Check the tables of curves from other people.
 
     Raises:
-        StudyError: The table is missing or unusable.
+        StudyError: A table is missing or unusable.
     """
-    from convergence.tables import read_curves  # imports pandas, which is slow
+    for name, curves in [(name, e.external_curves) for name, e in experiments.items() if e.external_curves]:
+        from convergence.tables import read_curves  # imports pandas, which is slow
 
-    if not curves.exists():
-        raise StudyError(f"{file}: external_curves: {curves} does not exist: correct the path or remove the key")
-    if BRACES.search(str(curves)):
-        raise StudyError(f"{file}: external_curves: {curves}: braces are wildcards of Snakemake: rename the file")
-    try:
-        read_curves(curves)
-    except StudyError as error:
-        raise StudyError(f"{file}: external_curves: {error}") from None
+        key = f"{layout.study_file(name)}: external_curves"
+        if not curves.exists():
+            raise StudyError(f"{key}: {curves} does not exist: correct the path or remove the key")
+        if BRACES.search(str(curves)):
+            raise StudyError(f"{key}: {curves}: braces are wildcards of Snakemake: rename the file")
+        try:
+            read_curves(curves)
+        except StudyError as error:
+            raise StudyError(f"{key}: {error}") from None
 
 
 def _check_images(experiment: Experiment, file: Path) -> None:
@@ -292,7 +292,7 @@ def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experime
     """Start the process that forwards the results of the jobs to MLflow."""
     global _tracker
     studies = [name for name, experiment in experiments.items() if experiment.tracking]
-    if not studies or not TRACKING[config.get("tracking", "on")]:
+    if not studies or not TRACKING[str(config.get("tracking", "on"))]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "convergence", "sync", "--follow", str(os.getpid()), *studies]

@@ -8,7 +8,7 @@ import yaml
 from projects import ROOT
 
 from convergence import layout, snakefile
-from convergence.errors import exit_on_user_error
+from convergence.errors import StudyError, exit_on_user_error
 
 STUDY = {
     "name": "bad",
@@ -32,6 +32,7 @@ def load(tmp_path, monkeypatch):
         with exit_on_user_error():
             experiments = snakefile.load_experiments({"experiments": "bad"})
             snakefile.check_directories(experiments)
+            snakefile.check_curves(experiments)
             snakefile.check_extractors(experiments)
             snakefile.check_schemes(experiments)
 
@@ -60,6 +61,12 @@ def test_unusable_external_curves(load, tmp_path, content, parts):
     with pytest.raises(SystemExit) as error:
         load(external_curves="curves.csv")
     assert all(part in error.value.code for part in ["experiments/bad.yaml: external_curves: ", *parts])
+
+
+@pytest.mark.parametrize("value", ["half", ["on"], {"on": 1}, None, 1])
+def test_unknown_value_of_tracking(value):
+    with pytest.raises(StudyError, match="--config tracking=.*: unknown value: use tracking=on or tracking=off"):
+        snakefile.load_experiments({"tracking": value})
 
 
 def test_external_curves_with_braces_in_their_path(load, tmp_path):

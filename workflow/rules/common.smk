@@ -19,6 +19,7 @@ with exit_on_user_error(SAME_COMMAND):
     EXPERIMENTS = snakefile.load_experiments(config)
     if workflow.is_main_process:
         snakefile.check_directories(EXPERIMENTS)
+        snakefile.check_curves(EXPERIMENTS)
         snakefile.check_extractors(EXPERIMENTS)
         snakefile.check_schemes(EXPERIMENTS)
         snakefile.print_warnings(EXPERIMENTS.values())
