@@ -23,7 +23,7 @@ REMEDIES = {
     "bool_parsing": "write a boolean, true or false",
 }
 SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 200
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 NAME_REMEDY = "use lower-case letters, digits and _, as in my_arm2"
 
 
