@@ -9,6 +9,10 @@ PORT ?= 5000
 # Two processes; each runs whole files, so that the fixtures of a file are made once.
 PYTEST := pytest --numprocesses 2 --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
+# Snakemake needs a cache outside the project. Without a writable home directory it is here.
+ifneq ($(shell test -w "$$HOME" && echo yes),yes)
+export XDG_CACHE_HOME ?= $(CURDIR)/.cache
+endif
 
 .PHONY: help env figure dry-run report ui track test test-all lint format clean clean-all
 

@@ -62,7 +62,7 @@ def compare(options: argparse.Namespace) -> None:
     """Measure both networks alternately and print the medians as a table."""
     import pandas as pd
 
-    from convergence.resources import unet_size
+    from diffusion.nets.size import unet_size
 
     set_environment(str(ROOT))
     run = settings(options)

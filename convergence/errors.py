@@ -9,13 +9,14 @@ from diffusion.errors import FileError, InputError
 
 # How a command, which writes no results, advises to write a file again.
 RUN_AGAIN = "run the study again"
+SAME_COMMAND = "run the same command again"
 
 
 class StudyError(InputError):
     """A mistake in a study, or an unusable result. The message states what is wrong, where, and what to do."""
 
 
-def with_remedy(error: InputError, again: str = "run the same command again") -> str:
+def with_remedy(error: InputError, again: str = SAME_COMMAND) -> str:
     """Returns the message of an error; for a file of a job, which it can write again, with what to do.
 
     Args:
@@ -31,12 +32,16 @@ def with_remedy(error: InputError, again: str = "run the same command again") ->
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the command with exit code 1 and one sentence on stderr after an `InputError` or an `OSError`."""
+def exit_on_user_error(again: str = RUN_AGAIN) -> Iterator[None]:
+    """End the command with exit code 1 and one sentence on stderr after an `InputError` or an `OSError`.
+
+    Args:
+        again: As for `with_remedy`.
+    """
     try:
         yield
     except InputError as error:
-        sys.exit(with_remedy(error, RUN_AGAIN))
+        sys.exit(with_remedy(error, again))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -15,6 +15,11 @@ from diffusion.errors import FileError, InputError, Stopped
 # The section of a study file that has the arguments which errors of the library name, by rule.
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 
+FULL_MEMORY = (
+    "the memory of the %s is full: run fewer jobs on it at once (%s), or lower train.micro_batch, sample.batch_size or "
+    "probe.batch_size"
+)
+
 
 def job_name(snakemake: Any) -> str:
     """Returns the rule and the wildcards of a job, such as `train openmoji uni05-1a2b3c4d 0 128`."""
@@ -47,14 +52,14 @@ def job(snakemake: Any) -> Iterator[None]:
 def exit_on_job_error(section: str | None = None) -> Iterator[None]:
     """End this process with exit code 1 and one sentence in its log after an error of the user or of the machine.
 
-    These are `InputError`, `Stopped`, Ctrl-C, a full GPU, a full disk and a missing permission. Any other exception is
+    These are `InputError`, `Stopped`, Ctrl-C, full memory, a full disk and a missing permission. Any other exception is
     a bug and keeps its traceback.
 
     Args:
         section: section of the study file, which precedes the message of an `InputError` of the library about a value.
 
     Raises:
-        RuntimeError: The error is not torch's error for a full GPU.
+        RuntimeError: The error is not torch's error for full memory.
         OSError: The error is not a full disk or a missing permission.
     """
     try:
@@ -69,11 +74,16 @@ def exit_on_job_error(section: str | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         logging.error("stopped: run the same command again to continue")
         sys.exit(1)
+    except MemoryError:
+        logging.error(FULL_MEMORY, "machine", "--cores 1")
+        sys.exit(1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not every job imports torch
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not every job imports torch
+            logging.error(FULL_MEMORY, "GPU", "--resources gpu=1")
+        elif "can't allocate memory" in str(error):  # torch's, on a CPU
+            logging.error(FULL_MEMORY, "machine", "--cores 1")
+        else:
             raise
-        logging.error("the memory of the GPU is full: run fewer jobs on it at once (--resources gpu=1), or lower "
-                      "train.micro_batch, sample.batch_size or probe.batch_size")  # fmt: skip
         sys.exit(1)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:

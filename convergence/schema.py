@@ -4,13 +4,12 @@
 """
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     GetJsonSchemaHandler,
-    PositiveInt,
     PrivateAttr,
     ValidationError,
     field_validator,
@@ -20,22 +19,41 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from diffusion.config import (
+    LARGEST,
     TRAIN_VERSION,
+    BatchSize,
     Dataset,
     Diffusion,
     Model,
     Name,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     RunConfig,
     Sample,
     Scheme,
+    Seed,
     Train,
+    UserPath,
     check_image_size,
     check_sampling_steps,
 )
 from diffusion.errors import InputError
+from diffusion.nets.size import check_net_size
 from diffusion.section import Section
 from diffusion.validation import first_mistake
+
+MAX_CHECKPOINTS = 100_000  # each is three jobs, which Snakemake plans at once
+MAX_SAMPLE_BYTES = 10**12  # the samples of a checkpoint are in memory together
+
+
+def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    if values and len(set(values)) < len(values):
+        raise ValueError(f"{max(values, key=values.count)} appears twice: remove one")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 
 
 class TrainKeys:
@@ -83,19 +101,29 @@ class EveryNSteps(Section):
     """Steps between two checkpoints."""
     until: PositiveInt
     """Last step (inclusive)."""
-    start: int | None = Field(None, ge=0)
+    start: NonNegativeInt | None = None
     """First step; 0 is the untrained net; unset: `every`."""
+
+    @model_validator(mode="after")
+    def _few(self) -> "EveryNSteps":
+        if len(self._range) > MAX_CHECKPOINTS:
+            raise ValueError(f"these are {len(self._range):,} checkpoints: raise every, or lower until")
+        return self
+
+    @property
+    def _range(self) -> range:
+        return range(self.every if self.start is None else self.start, self.until + 1, self.every)
 
     @property
     def steps(self) -> list[int]:
         """All steps in ascending order."""
-        return list(range(self.every if self.start is None else self.start, self.until + 1, self.every))
+        return list(self._range)
 
 
 class WeightsFile(Section):
     """Weights of a feature extractor in a local file: a path, or a path with a SHA-256."""
 
-    path: Path
+    path: UserPath
     """File with the weights."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the file; unset: that of the published weights."""
@@ -113,15 +141,15 @@ class WeightsFile(Section):
 class Evaluate(Section):
     """How sampled images are compared with images of the dataset, using features of pretrained nets."""
 
-    features: tuple[str, ...] = Field(("inception-v3-compat",), min_length=1)
+    features: Annotated[tuple[str, ...], Distinct] = Field(("inception-v3-compat",), min_length=1)
     """Feature extractors. The primary comparison uses the first one."""
-    metrics: tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...] = Field(
-        ("fd",), min_length=1
-    )
+    metrics: Annotated[
+        tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...], Distinct
+    ] = Field(("fd",), min_length=1)
     """Metrics; must include `fd`, which the curves show."""
     reference: Literal["train", "held_out"] = "train"
     """Images of the dataset that samples are compared with: training images or held-out images."""
-    reference_images: int | None = Field(None, ge=2)
+    reference_images: int | None = Field(None, ge=2, le=LARGEST)
     """Number of these images; unset: all of them."""
     weights: dict[str, WeightsFile] = {}
     """Feature extractor -> local file with its weights, for machines without a network connection."""
@@ -141,9 +169,9 @@ class Evaluate(Section):
 class Probe(Section):
     """How loss and gradient noise of checkpoints are measured per bin of timesteps (`diffusion.evaluation.probe`)."""
 
-    images: PositiveInt = 256
+    images: BatchSize = 256
     """Number of images; held-out images if the dataset has any, otherwise training images."""
-    batch_size: PositiveInt = 16
+    batch_size: BatchSize = 16
     """Images per batch. The gradients of different batches are compared."""
     bins: PositiveInt = 10
     """Number of bins of timesteps, all of the same width."""
@@ -176,7 +204,7 @@ class Compare(Section):
     """Arms that are compared with the baseline."""
     primary: Primary
     """The comparison that the study is made for; declare it before the first result."""
-    thresholds: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
+    thresholds: Annotated[tuple[PositiveFloat, ...] | None, Distinct] = Field(None, min_length=1)
     """Values of the primary metric at which speed-ups are measured; \
 unset: at 1/4, 1/2 and 3/4 of the improvement of the baseline."""
 
@@ -204,7 +232,7 @@ class Experiment(Section):
     """Optimisation settings of all arms."""
     checkpoints: EveryNSteps | tuple[int, ...]
     """Steps at which checkpoints are saved, sampled and evaluated: at regular intervals, or a list of steps."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: Annotated[tuple[Seed, ...], Distinct] = Field(min_length=1)
     """Seeds. Each arm is trained once per seed; arms with the same seed share all random numbers."""
     arms: dict[Name, Arm] = Field(min_length=1, json_schema_extra={"additionalProperties": False})
     """Name of an arm -> its training scheme."""
@@ -216,25 +244,18 @@ class Experiment(Section):
     """How loss and gradient noise are measured; null: not at all."""
     compare: Compare | None = None
     """The comparisons of the verdict; unset: the study has no verdict."""
-    external_curves: Path | None = None
+    external_curves: UserPath | None = None
     """CSV of curves from other people, drawn in grey; it enters no verdict."""
     tracking: bool = True
     """Whether the study is recorded in MLflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the nets; auto: a GPU if there is one."""
-    processes: PositiveInt = 1
+    processes: int = Field(1, gt=0, le=1024)
     """Data-parallel processes per training run, with one GPU each (on a CPU: `train.threads` threads each)."""
 
     _text: str = PrivateAttr("")
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
     RESERVED_NAMES: ClassVar[set[str]] = {"datasets", "references", "studies", "pages", "published"}
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed appears twice: remove one")
-        return seeds
 
     @field_validator("checkpoints")
     @classmethod
@@ -249,6 +270,12 @@ class Experiment(Section):
     def _consistent(self) -> "Experiment":
         if self.name in self.RESERVED_NAMES:
             raise ValueError(f"name: results/{self.name}/ is reserved: choose another name")
+        checkpoints = len(self.arms) * len(self.seeds) * len(self.steps)
+        if checkpoints > MAX_CHECKPOINTS:
+            raise ValueError(
+                f"arms x seeds x checkpoints: {checkpoints:,} are more than the {MAX_CHECKPOINTS:,} that Snakemake can "
+                "plan: use fewer"
+            )
         self._check_sizes()
         for name in self.arms:
             self._check_arm(name)
@@ -260,12 +287,16 @@ class Experiment(Section):
         dataset, probe = self.dataset, self.probe
         try:
             check_image_size(dataset.image_size, self.model)
+            check_net_size(self.model, dataset.image_size)
         except InputError as error:
             raise ValueError(f"model and dataset.image_size: {error}") from None
         try:
             check_sampling_steps(self.sample, self.diffusion.timesteps)
         except InputError as error:
             raise ValueError(f"sample: {error}") from None
+        sample_bytes = 3 * self.sample.images * dataset.image_size**2
+        if sample_bytes > MAX_SAMPLE_BYTES:
+            raise ValueError(f"sample.images: {self.sample.images:,} need {sample_bytes / 1e9:,.0f} GB: lower it")
         needs_held_out = self.evaluate.reference == "held_out" or "memorised" in self.evaluate.metrics
         if needs_held_out and dataset.held_out < 2:
             raise ValueError(

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -19,20 +21,23 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from convergence import layout
 from convergence.changed_folders import changed_folders
 from convergence.errors import StudyError
-from convergence.provenance import newest_provenances, stale_runs
+from convergence.provenance import newest_provenances, stale_runs, tables_hash
 from convergence.resources import count_images
 from convergence.schema import Experiment
 from convergence.sizes import few_images
 from convergence.study_file import load_experiment
 from diffusion.config import Folder
-from diffusion.errors import InputError
-from diffusion.evaluation.weights import check_weights
+from diffusion.errors import FileError, InputError
+from diffusion.evaluation.weights import check_weights, hub_directory
 from diffusion.files import atomic_write, read_json
 
 # First words of Snakemake's messages about its own scheduling, which are not shown.
 HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
 # Snakemake passes `off` as text, YAML as a truth value.
-TRACKING = {"on": True, "off": False, True: True, False: False}
+TRACKING = {"on": True, "off": False, "True": True, "False": False}
+# Densities and weights whose tables can be useless, such as a normal density without overlap with the timesteps.
+DELICATE = {"log_normal_sigma", "logit_normal", "speed"}
+BRACES = re.compile("[{}]")
 LEFT_JOBS_SECONDS = 120  # until cancelled SLURM jobs must have ended
 LAST_PASS_SECONDS = 120  # until the tracking process must have forwarded the rest
 _tracker: subprocess.Popen | None = None
@@ -67,30 +72,49 @@ def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENT
     unknown = set(config) - {"experiments", "tracking"}
     if unknown:
         raise StudyError(f"--config {unknown.pop()}: unknown key: use experiments=NAME,NAME or tracking=off")
-    if config.get("tracking", "on") not in TRACKING:
+    if str(config.get("tracking", "on")) not in TRACKING:
         raise StudyError(f"--config tracking={config['tracking']}: unknown value: use tracking=on or tracking=off")
     names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
     experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
     for name, experiment in experiments.items():
         _check_images(experiment, folder / f"{name}.yaml")
-        curves = experiment.external_curves
-        if curves and not curves.exists():
-            raise StudyError(
-                f"{folder / name}.yaml: external_curves: {curves} does not exist: correct the path or remove the key"
-            )
     return experiments
+
+
+def check_curves(experiments: Mapping[str, Experiment]) -> None:
+    """Check the tables of curves from other people.
+
+    Raises:
+        StudyError: A table is missing or unusable.
+    """
+    for name, curves in [(name, e.external_curves) for name, e in experiments.items() if e.external_curves]:
+        from convergence.tables import read_curves  # imports pandas, which is slow
+
+        key = f"{layout.study_file(name)}: external_curves"
+        if not curves.exists():
+            raise StudyError(f"{key}: {curves} does not exist: correct the path or remove the key")
+        if BRACES.search(str(curves)):
+            raise StudyError(f"{key}: {curves}: braces are wildcards of Snakemake: rename the file")
+        try:
+            read_curves(curves)
+        except StudyError as error:
+            raise StudyError(f"{key}: {error}") from None
 
 
 def _check_images(experiment: Experiment, file: Path) -> None:
     """Check that a prepared dataset, or else the folder it is prepared from, has the images that the study needs.
 
     Raises:
+        FileError: The manifest of the prepared dataset is damaged.
         StudyError: The folder does not exist, or there are too few images.
     """
     dataset = experiment.dataset
     manifest = layout.dataset_directory(dataset) / "manifest.json"  # written last
     if manifest.exists():
-        _check_count(experiment, read_json(manifest)["count"], file)
+        count = read_json(manifest).get("count")
+        if not isinstance(count, int):
+            raise FileError(manifest, "is damaged (it has no number of images)")
+        _check_count(experiment, count, file)
     elif isinstance(dataset, Folder):
         if not dataset.path.exists():
             raise StudyError(f"{file}: dataset.path: {dataset.path} does not exist: put images there or correct it")
@@ -127,15 +151,35 @@ def _check_count(experiment: Experiment, count: int, file: Path) -> None:
         )
 
 
-def check_writable() -> None:
-    """Check that results and reports can be written.
+def check_directories(studies: Iterable[str]) -> None:
+    """Check that Snakemake can use the directory of this project, and that results and reports can be written.
 
     Raises:
-        StudyError: A directory is read-only.
+        StudyError: The path of the project has braces, or a directory cannot be written, is a file, or is a link to
+            nothing.
     """
-    for path in (layout.RESULTS, layout.REPORTS):
-        if path.exists() and not os.access(path, os.W_OK):
-            raise StudyError(f"{path.resolve()}: Read-only: correct the mount or the permission")
+    if BRACES.search(str(layout.ROOT)):
+        raise StudyError(f"{layout.ROOT}: braces are wildcards of Snakemake: rename the directory")
+    for study in studies:
+        _check_directory(layout.RESULTS / study)
+        _check_directory(layout.report_directory(study))
+    for path in (layout.DATASETS, layout.REFERENCES, layout.FRONT_PAGE.parent):
+        _check_directory(path)
+
+
+def _check_directory(path: Path) -> None:
+    """Check that a directory can be written, or created in the first of its parents that exists.
+
+    Raises:
+        StudyError: It cannot.
+    """
+    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not place.exists():
+        raise StudyError(f"{place} is a link to {place.readlink()}, which does not exist: create it or remove the link")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise StudyError(f"{place.resolve()}: {error.strerror}: correct the path or its permission") from None
 
 
 def date_back() -> None:
@@ -164,9 +208,28 @@ def check_extractors(experiments: Mapping[str, Experiment]) -> None:
                 continue
             weights = evaluate.weights.get(features)
             try:
-                check_weights(features, *(weights.path, weights.sha256) if weights else ())
+                if check_weights(features, *(weights.path, weights.sha256) if weights else ()) is None:
+                    _check_directory(hub_directory())
             except InputError as error:
                 raise StudyError(f"{layout.study_file(name)}: evaluate.features: {error}") from None
+
+
+def check_schemes(experiments: Mapping[str, Experiment]) -> None:
+    """Check the tables of the arms that have functions which are not finite for all parameters.
+
+    Raises:
+        StudyError: A density or a weight is not finite, or losses are to be divided by a probability of 0.
+    """
+    for name, experiment in experiments.items():
+        for arm in experiment.arms:
+            run = experiment.run(arm)
+            used = {run.scheme.timesteps.chosen[0], run.scheme.mse_weight.chosen[0], run.scheme.vb_weight.chosen[0]}
+            if not used & DELICATE:
+                continue
+            try:
+                tables_hash(run)  # imports torch, which is slow
+            except InputError as error:
+                raise StudyError(f"{layout.study_file(name)}: arms.{arm}: {error}") from None
 
 
 def print_warnings(experiments: Collection[Experiment]) -> None:
@@ -248,7 +311,7 @@ def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experime
     """Start the process that forwards the results of the jobs to MLflow."""
     global _tracker
     studies = [name for name, experiment in experiments.items() if experiment.tracking]
-    if not studies or not TRACKING[config.get("tracking", "on")]:
+    if not studies or not TRACKING[str(config.get("tracking", "on"))]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "convergence", "sync", "--follow", str(os.getpid()), *studies]

@@ -1,5 +1,6 @@
 """Reads and validates a study file."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -9,6 +10,11 @@ from pydantic_core import ErrorDetails
 from convergence.errors import StudyError
 from convergence.schema import Experiment
 from diffusion.validation import in_one_sentence
+
+NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+LEADING_ZERO = re.compile("[-+]?0[0-9_]*[0-9]")  # octal in YAML 1.1, decimal in YAML 1.2
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -20,7 +26,7 @@ def load_experiment(path: Path) -> Experiment:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        content = yaml.load(text, Loader=_TextLoader)
     except FileNotFoundError:
         if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
             raise StudyError(f"{path}: no such study: choose from {known}") from None
@@ -32,6 +38,8 @@ def load_experiment(path: Path) -> Experiment:
         raise StudyError(f"{path}: cannot be read ({error}): save it as UTF-8 text and check its permissions") from None
     except yaml.YAMLError as error:
         raise StudyError(f"{path}: not valid YAML ({' '.join(str(error).split())}): correct the file") from None
+    except RecursionError:
+        raise StudyError(f"{path}: its brackets or sections are nested too deeply: correct the file") from None
     if not isinstance(content, dict):
         kind = "empty" if content is None else f"a {type(content).__name__}"
         raise StudyError(f"{path}: must contain keys with values, such as `name: {path.stem}`, but is {kind}")
@@ -54,8 +62,30 @@ def _follows_from_another(mistake: ErrorDetails) -> bool:
     )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Rejects keys that are written twice. Plain YAML keeps the last one, so that an arm would be lost silently."""
+class _TextLoader(yaml.SafeLoader):
+    """Reads values as text, which the schema converts: YAML takes `yes` for a truth value, 010 for 8 and 1:30 for 90.
+
+    Rejects keys that are written twice. Plain YAML keeps the last one, so that an arm would be lost silently.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (NULL, MERGE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {
+        tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in (NULL, *TEXT, None)
+    }
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text = super().construct_scalar(node)
+        if NO_TEXT.search(text):
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not text", node.start_mark)
+        if node.style is None and LEADING_ZERO.fullmatch(text):
+            number = int(text.replace("_", ""))
+            raise yaml.constructor.ConstructorError(
+                None, None, f'{text} is unclear: write {number} for a number, or "{text}" for text', node.start_mark
+            )
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.value != "<<"]

@@ -40,6 +40,7 @@ INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
 TEXT_COLUMNS = ("study", "arm", "baseline", "candidate")
 REQUIRED_COLUMNS = ["arm", "images", "value"]
 NUMBER_COLUMNS = ["images", "value", "seed", "step", "seconds", "n"]
+MAX_SAMPLES = 10**9
 # Values of the columns that a table from elsewhere does not have: one run per arm, FID.
 DEFAULTS = {
     "seed": 0, "seconds": float("nan"), "features": INCEPTION, "metric": "fd", "stderr": float("nan"), "n": 0,
@@ -123,6 +124,8 @@ def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
     except (OSError, ValueError) as error:
         required = ", ".join(REQUIRED_COLUMNS)
         raise StudyError(f"{path}: not a table ({error}): name a CSV file with the columns {required}") from None
+    if not isinstance(table.index, pd.RangeIndex):
+        raise StudyError(f"{path}: rows have more values than the header has columns: write decimals with a point")
     return check_curves(table, study, str(path))
 
 
@@ -154,6 +157,8 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
             table[column] = pd.to_numeric(table[column])
         except (ValueError, TypeError) as error:
             raise StudyError(f"{source}: {column} has a value that is not a number ({error}): correct it") from None
+    if (table["n"] > MAX_SAMPLES).any():
+        raise StudyError(f"{source}: n has the value {table['n'].max():g}: correct it")
     table["n"] = table["n"].fillna(0).astype(int)
     key = ["study", "features", "metric", "arm", "seed", "images"]
     for column in key:

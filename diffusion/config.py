@@ -6,7 +6,7 @@ A `RunConfig` contains exactly the settings that determine a training run.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from diffusion.errors import InputError
 from diffusion.section import Choice, Section
@@ -17,9 +17,24 @@ TRAIN_VERSION = 2
 GROUP_NORM_GROUPS = 32
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_]*$"
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-ImageSize = Annotated[int, Field(ge=8)]
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path.parts[0]} has no home directory: write the whole path") from None
+
+
+# The limits are far above useful values. They keep products of two values finite in float32 and arrays in memory.
+LARGEST = 10**9
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+BatchSize = Annotated[int, Field(gt=0, le=10**6)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]  # exact in a column of numbers with missing values
+PositiveFloat = Annotated[float, Field(gt=0, le=1e15)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
+UserPath = Annotated[Path, AfterValidator(_expand_home)]
 Precision = Literal["auto", "fp32", "bf16"]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 
@@ -31,7 +46,7 @@ class NoParameters(Section):
 class P2(Section):
     """Parameters of the P2 weight 1 / (k + SNR)^gamma (Choi et al. 2022)."""
 
-    gamma: NonNegativeFloat = 0.5
+    gamma: float = Field(0.5, ge=0, le=10)
     """Exponent; 0 gives a uniform weight."""
     k: PositiveFloat = 1.0
     """Offset that keeps the weight finite at small SNR; 1 in the paper."""
@@ -40,7 +55,7 @@ class P2(Section):
 class LossSecondMoment(Section):
     """Parameters of the density proportional to sqrt(E[L_t^2]), estimated from the losses during training."""
 
-    history: PositiveInt = 10
+    history: int = Field(10, gt=0, le=1000)
     """Number of recent losses kept for each timestep. Draws are uniform until every timestep has that many."""
     uniform_share: float = Field(0.001, ge=0, le=1)
     """Weight of the uniform density in the mixture, so that every timestep continues to be drawn."""
@@ -49,7 +64,7 @@ class LossSecondMoment(Section):
 class LogNormalSigma(Section):
     """Parameters of the density under which ln(sigma) is normal, with sigma = SNR^(-1/2)."""
 
-    mean: float = -1.2
+    mean: float = Field(-1.2, ge=-100, le=100)
     """Mean of ln(sigma)."""
     std: PositiveFloat = 1.2
     """Standard deviation of ln(sigma)."""
@@ -58,7 +73,7 @@ class LogNormalSigma(Section):
 class LogitNormal(Section):
     """Parameters of the density under which logit(t / T) is normal."""
 
-    mean: float = 0.0
+    mean: float = Field(0.0, ge=-100, le=100)
     """Mean of logit(t / T); positive values favour noisy timesteps."""
     std: PositiveFloat = 1.0
     """Standard deviation of logit(t / T)."""
@@ -133,14 +148,14 @@ class Images(Section):
     """Kind of dataset."""
     image_size: ImageSize
     """Height and width of the images in pixels."""
-    held_out: int = Field(0, ge=0)
+    held_out: NonNegativeInt = 0
     """Number of images that are excluded from training, for probes and for evaluation."""
 
 
 class PaddedImages(Images):
     """Keys of datasets whose images may have a border added."""
 
-    pad: int = Field(0, ge=0)
+    pad: int = Field(0, ge=0, le=4096)
     """Black pixels added on each side before the image is resized."""
 
 
@@ -156,13 +171,8 @@ class Folder(PaddedImages):
 
     source: Literal["folder"]
     """Kind of dataset."""
-    path: Path
+    path: UserPath
     """Folder or zip file, relative to the working directory."""
-
-    @field_validator("path")
-    @classmethod
-    def _expand_home(cls, path: Path) -> Path:
-        return path.expanduser()
 
 
 class Torchvision(PaddedImages):
@@ -199,9 +209,9 @@ class Model(Section):
 
     channels: PositiveInt = 128
     """Number of channels at full resolution, before `channel_mult`."""
-    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1, max_length=10)
     """Channels of each level as a multiple of `channels`. Each level after the first halves height and width."""
-    res_blocks: PositiveInt = 2
+    res_blocks: int = Field(2, gt=0, le=100)
     """Residual blocks per level of the encoder; the decoder has one more."""
     attention_resolutions: tuple[PositiveInt, ...] = (16,)
     """Heights in pixels of the levels with self-attention. The middle block always has it."""
@@ -247,7 +257,7 @@ class Model(Section):
 class Diffusion(Section):
     """The forward process, which adds noise to images (`diffusion.gaussian`)."""
 
-    timesteps: int = Field(1000, ge=2)
+    timesteps: int = Field(1000, ge=2, le=100_000)
     """Number of timesteps T."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Schedule of the betas: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
@@ -256,13 +266,13 @@ class Diffusion(Section):
 class Train(Section):
     """Optimisation. One step processes one batch of `batch_size` images, in parts of `micro_batch` images."""
 
-    batch_size: PositiveInt = 256
+    batch_size: BatchSize = 256
     """Images per step."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: BatchSize | None = None
     """Images per forward and backward pass, a divisor of `batch_size`; unset: the whole batch."""
     learning_rate: PositiveFloat = 1e-4
     """Learning rate of AdamW."""
-    learning_rate_warmup: int = Field(0, ge=0)
+    learning_rate_warmup: NonNegativeInt = 0
     """Steps over which the learning rate increases linearly to its value."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
@@ -274,7 +284,7 @@ class Train(Section):
     """Whether each image is mirrored horizontally with probability 1/2."""
     precision: Precision = "auto"
     """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
-    threads: PositiveInt = 1
+    threads: int = Field(1, gt=0, le=1024)
     """CPU threads per process."""
     log_every: PositiveInt = 50
     """Steps between two rows of the training log."""
@@ -318,13 +328,13 @@ class Sample(Section):
     """DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
     steps: PositiveInt = 25
     """Net evaluations per image."""
-    images: int = Field(10_000, ge=2)
+    images: int = Field(10_000, ge=2, le=10**7)
     """Number of sampled images per checkpoint, the N of its FD."""
-    batch_size: PositiveInt | None = None
+    batch_size: BatchSize | None = None
     """Images sampled at once; unset: as many as the memory of the device allows."""
     precision: Precision = "auto"
     """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the noise from which all checkpoints are sampled."""
     keep: bool = False
     """Whether the sampled images are kept on disk after evaluation. They are not reused: a change of the metrics \

@@ -114,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(path, "is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(path, f"is damaged ({error})") from None
     if not isinstance(content, dict):
         raise FileError(path, "is damaged (it does not hold a JSON object)")

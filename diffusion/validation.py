@@ -1,6 +1,7 @@
 """Turns the validation errors of pydantic into sentences that name the key, the mistake and the remedy."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -17,7 +18,12 @@ REMEDIES = {
     "too_short": "name at least one",
     "dict_type": MAPPING_REMEDY,
     "model_type": MAPPING_REMEDY,
+    "int_parsing": "write an integer in decimal digits, such as 16",
+    "float_parsing": "write a number, such as 0.5 or 1e-4",
+    "bool_parsing": "write a boolean, true or false",
 }
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 NAME_REMEDY = "use lower-case letters, digits and _, as in my_arm2"
 
 
@@ -58,7 +64,7 @@ def in_one_sentence(error: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN:
         message = NAME_REMEDY
     message = REMEDIES.get(kind, message)
-    return f"{location}: {message[0].lower() + message[1:]}, but it is {value!r}"
+    return f"{location}: {message[0].lower() + message[1:]}, but it is {SHORT.repr(value)}"
 
 
 def _follow(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], list[Any]]:

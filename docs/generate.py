@@ -26,9 +26,13 @@ A study is one file `experiments/<name>.yaml` with the keys of [Experiment](#exp
 those marked as required. Mistakes are reported before any job starts. Editors complete keys and mark mistakes if the
 first line of the file is `# yaml-language-server: $schema=../docs/schema.json`, as in the studies of this project.
 
+Write numbers in decimal digits: `16`, `0.5`, `1e-4`. Unlike other YAML, `yes`, `0x10` and `1:30` are no numbers, `010`
+needs quotes or no leading zero, and names such as `no` and `2024` need no quotes.
+
 This page and `schema.json` are generated from `convergence/schema.py` and `diffusion/config.py` by
 `python docs/generate.py`.
 """
+LARGE = 10**6  # limits from here on are not shown
 COLUMNS = ["key", "value", "default", "meaning"]
 PACKAGES = {"diffusion": "#dbe9f6", "convergence": "#e3f2dc", "workflow": "#fdebd3"}
 
@@ -99,7 +103,8 @@ def _kind(value: dict[str, Any]) -> str:
         inner = next(iter(value.get("patternProperties", {}).values()), value.get("additionalProperties"))
         return f"name: {_kind(inner)}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    ranges = " and ".join(f"{sign} {value[key]:g}" for key, sign in bounds.items() if key in value)
+    shown = {key: value[key] for key in bounds if key in value and value[key] < LARGE}
+    ranges = " and ".join(f"{bounds[key]} {limit:g}" for key, limit in shown.items())
     words = {"string": "path" if value.get("format") == "path" else "text", "boolean": "true or false"}
     return f"{words.get(value['type'], value['type'])} {ranges}".strip()
 

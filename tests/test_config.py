@@ -88,7 +88,8 @@ WRONG = [
     ("train.batch_size", 0, ["train.batch_size", "greater than 0"]),
     ("train.learning_rate", "fast", ["train.learning_rate", "number", "'fast'"]),
     ("train.learning_rate", -1e-4, ["train.learning_rate", "greater than 0"]),
-    ("train.learning_rate", float("inf"), ["train.learning_rate", "finite"]),
+    ("train.learning_rate", float("inf"), ["train.learning_rate", "write a number, such as 0.5 or 1e-4", "'.inf'"]),
+    ("train.learning_rate", "inf", ["train.learning_rate", "finite"]),
     ("train.ema_decay", 1.0, ["train.ema_decay", "less than 1"]),
     ("train.precision", "fp17", ["train.precision", "'bf16'", "'fp17'"]),
     ("train.micro_batch", 5, ["train: micro_batch 5 does not divide batch_size 12", "choose a divisor"]),
@@ -121,8 +122,8 @@ WRONG = [
     ("checkpoints", [-10, 10], ["checkpoints", "[-10, 10]", "none below 0"]),
     ("checkpoints", {"every": 50, "until": 40}, ["checkpoints", "are []"]),
     ("checkpoints", {"every": 10}, ["checkpoints.until: missing", "add it"]),
-    ("checkpoints", 5, ["checkpoints", "but it is 5"]),
-    ("seeds", [0, 0], ["seeds: a seed appears twice", "remove one"]),
+    ("checkpoints", 5, ["checkpoints", "but it is '5'"]),
+    ("seeds", [0, 0], ["seeds: 0 appears twice", "remove one"]),
     ("seeds", [], ["seeds", "name at least one"]),
     ("seeds", [-1], ["seeds.0", "greater than or equal to 0"]),
     ("arms", {}, ["arms", "name at least one"]),
@@ -191,7 +192,7 @@ WRONG = [
             ("timesteps", "loss_second_moment", "uniform_share", 1.5, "less than or equal to 1"),
             ("timesteps", "loss_second_moment", "uniform_share", -0.1, "greater than or equal to 0"),
             ("timesteps", "log_normal_sigma", "std", 0, "greater than 0"),
-            ("timesteps", "log_normal_sigma", "mean", float("inf"), "finite"),
+            ("timesteps", "log_normal_sigma", "mean", "inf", "finite"),
             ("timesteps", "log_normal_sigma", "sigma", 1, "unknown key; known keys: mean, std"),
             ("timesteps", "logit_normal", "std", -1, "greater than 0"),
             ("timesteps", "logit_normal", "mean", "low", "number"),
@@ -232,12 +233,49 @@ WRONG = [
         {"inception-v3-compat": {"path": "x.pth", "sha256": "abc"}},
         ["evaluate.weights.inception-v3-compat.sha256", "[0-9a-f]{64}", "'abc'"],
     ),
+    # magnitudes
+    *(
+        (key, value, [f"{key}: input should be less than or equal to {limit}", value])
+        for key, value, limit in [
+            ("dataset.image_size", "8192", "4096"),
+            ("dataset.held_out", "1000000001", "1000000000"),
+            ("diffusion.timesteps", "1000000000", "100000"),
+            ("model.res_blocks", "101", "100"),
+            ("model.channels", str(10**30), "1000000000"),
+            ("train.batch_size", str(10**12), "1000000"),
+            ("train.learning_rate", "1e300", "1000000000000000"),
+            ("train.threads", "1000000", "1024"),
+            ("sample.seed", str(2**64), str(2**53)),
+            ("sample.images", "1000000000", "10000000"),
+            ("probe.images", "1000000000", "1000000"),
+            ("arms.uni05.mse_weight.p2.gamma", "1000", "10"),
+        ]
+    ),
+    ("train.batch_size", "9" * 5000, ["train.batch_size: unable to parse input string as an integer", "...999"]),
+    ("seeds", [2**64], [f"seeds.0: input should be less than or equal to {2**53}", str(2**64)]),
+    ("seeds", [2**53 + 1], ["seeds.0: input should be less than or equal to"]),
+    ("seeds", list(range(20_000)), ["arms x seeds x checkpoints: 240,000", "use fewer"]),
+    ("checkpoints", {"every": 1, "until": 10**9}, ["checkpoints: these are 1,000,000,000 checkpoints", "raise every"]),
+    ("checkpoints.until", 10**30, ["checkpoints.until: input should be less than or equal to 1000000000"]),
+    ("model.channels", 320_000, ["model and dataset.image_size: a net of ", "GB", "lower channels"]),
+    ("model.channel_mult", [1] * 11, ["model.channel_mult", "at most 10 items"]),
+    ("evaluate.features", ["a", "a"], ["evaluate.features: a appears twice"]),
+    ("evaluate.metrics", ["fd", "fd"], ["evaluate.metrics: fd appears twice"]),
+    ("compare.thresholds", [50, 50.0], ["compare.thresholds: 50.0 appears twice"]),
+    # paths
+    ("external_curves", "~nosuchuser/a.csv", ["external_curves: ~nosuchuser has no home directory", "whole path"]),
+    (
+        "dataset",
+        {"source": "folder", "path": "~nosuchuser", "image_size": 32},
+        ["dataset.path: ~nosuchuser has no home directory", "write the whole path"],
+    ),
+    ("evaluate.weights", {"vgg16": "~nosuchuser"}, ["evaluate.weights.vgg16.path: ~nosuchuser has no home"]),
     ("name", "other", ["name is other, but the file is called study", "make them equal"]),
     ("name", "Study!", ["name: use lower-case letters", "'Study!'"]),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "expected"), WRONG, ids=[f"{key}={value}" for key, value, _ in WRONG])
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG, ids=[f"{key}={value}"[:80] for key, value, _ in WRONG])
 def test_mistake_is_reported_with_key_and_remedy(tmp_path, key, value, expected):
     with pytest.raises(StudyError) as error:
         load(tmp_path, edited((key, value)))
@@ -257,11 +295,23 @@ TEXTS = [
     ("", ["must contain keys with values", "name: study", "is empty"]),
     ("- name", ["must contain keys with values", "is a list"]),
     ("study", ["must contain keys with values", "is a str"]),
+    ("name: " + "[" * 3000 + "]" * 3000, ["nested too deeply", "correct the file"]),
+    ("name: " + "{a: " * 3000 + "}" * 3000, ["nested too deeply", "correct the file"]),
+    (
+        "train: {batch_size: 010}",
+        ["not valid YAML", '010 is unclear: write 10 for a number, or "010" for text', "line 1"],
+    ),
+    ("arms: {007: {}}", ["not valid YAML", '007 is unclear: write 7 for a number, or "007" for text', "line 1"]),
+    ("train: {batch_size: !!int 0x10}", ["not valid YAML", "tag:yaml.org,2002:int"]),
+    ("train: {batch_size: !!timestamp x}", ["not valid YAML", "tag:yaml.org,2002:timestamp"]),
+    (r'name: "a\ud800"', ["not valid YAML", r"'a\ud800' is not text"]),
+    (r'name: "a\0"', ["not valid YAML", r"'a\x00' is not text"]),
+    ("name: &a [*a]", ["name: input should be a valid string, but it is [[", "[...]"]),
     ("name: study\n", ["dataset: missing: add it", "arms: missing: add it", "seeds: missing: add it"]),
 ]
 
 
-@pytest.mark.parametrize(("text", "expected"), TEXTS, ids=[repr(text) for text, _ in TEXTS])
+@pytest.mark.parametrize(("text", "expected"), TEXTS, ids=[repr(text)[:80] for text, _ in TEXTS])
 def test_file_that_is_not_a_study_is_reported(tmp_path, text, expected):
     with pytest.raises(StudyError) as error:
         load(tmp_path, text)
@@ -304,12 +354,73 @@ def test_mapping_of_checkpoints_is_not_reported_as_a_bad_list(tmp_path):
     assert "did you mean until?" in str(error.value) and "write a list" not in str(error.value)
 
 
-def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path):
-    text = yaml.safe_dump(STUDY).replace("batch_size: 12", "batch_size: 12\n  learning_rate: 2e-5")
-    assert yaml.safe_load(text)["train"]["learning_rate"] == "2e-5"
-    assert load(tmp_path, text).train.learning_rate == 2e-5
+def written(key: str, value: str) -> str:
+    """A study file with a value of the section `train` as it is written here."""
+    return yaml.safe_dump(STUDY).replace("  batch_size: 12\n", f"  batch_size: 12\n  {key}: {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        *[("learning_rate", text, 1e-4) for text in ("1e-4", "1E-4", "1.0e-4", "0.0001", ".0001", '"1e-4"')],
+        ("learning_rate", "5.", 5.0),
+        ("log_every", "1_000", 1000),
+        ("log_every", "+5", 5),
+        ("log_every", "5.0", 5),
+        ("micro_batch", "~", None),
+        ("micro_batch", "", None),
+        *[("random_flip", text, True) for text in ("yes", "on", "true", "True", "1")],
+        *[("random_flip", text, False) for text in ("no", "off", "false", "FALSE", "0")],
+    ],
+)
+def test_value_as_it_is_written(tmp_path, key, text, value):
+    assert getattr(load(tmp_path, written(key, text)).train, key) == value
+
+
+INTEGER, NUMBER = "write an integer in decimal digits, such as 16", "write a number, such as 0.5 or 1e-4"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "remedy"),
+    [
+        *[("log_every", text, INTEGER) for text in ("yes", "off", "1:30", "0x10", "0o17", "0b11", "1e3", ".5", "true")],
+        *[("weight_decay", text, NUMBER) for text in ("yes", "no", "1:30", "1:30.5", "0x10", "'1,5'", ".inf", ".nan")],
+        *[("weight_decay", text, NUMBER) for text in ("2024-01-01", "''")],
+        ("random_flip", "2", "write a boolean, true or false"),
+    ],
+)
+def test_value_that_is_no_number(tmp_path, key, text, remedy):
+    with pytest.raises(StudyError) as error:
+        load(tmp_path, written(key, text))
+    value = text.strip("'")
+    assert f"train.{key}: {remedy}, but it is {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["no", "y", "on", "true", "2024", "1e3", "0x10", "2024_01_01", '"010"', '"null"'])
+def test_names_are_text(tmp_path, name):
+    study = load(tmp_path, yaml.safe_dump(STUDY, sort_keys=False).replace("under05", name))
+    name = name.strip('"')
+    assert name in study.arms and name in study.compare.candidates and study.compare.primary.candidate == name
+
+
+def test_numbers_of_an_arm_are_numbers(tmp_path):
     arm = load(tmp_path, edited(("arms.under05.train", {"learning_rate": "3e-5"}))).run("under05")
     assert arm.train.learning_rate == 3e-5
+    with pytest.raises(StudyError, match=f"arms.under05.train.batch_size: {INTEGER}, but it is 'yes'"):
+        load(tmp_path, edited(("arms.under05.train", {"batch_size": "yes"})))
+
+
+def test_samples_fit_in_memory(tmp_path):
+    size = ("dataset.image_size", 256), ("model.attention_resolutions", [])
+    with pytest.raises(StudyError, match="sample.images: 10,000,000 need 1,966 GB: lower it"):
+        load(tmp_path, edited(*size, ("sample.images", 10**7)))
+
+
+def test_home_directory_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = ("external_curves", "~/a.csv"), ("evaluate.features", ["vgg16"]), ("evaluate.weights", {"vgg16": "~/w"})
+    study = load(tmp_path, edited(*changes))
+    assert (study.external_curves, study.evaluate.weights["vgg16"].path) == (tmp_path / "a.csv", tmp_path / "w")
 
 
 @pytest.mark.parametrize(

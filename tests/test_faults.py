@@ -222,7 +222,7 @@ def test_a_full_and_a_read_only_disk_are_reported_and_nothing_is_lost(finished, 
     small_disk("remount,size=400m,ro")
     done = snakemake(project, "--config", "tracking=off", **METRICS)
     output = done.stdout + done.stderr
-    assert done.returncode != 0 and "Read-only: correct the mount" in output and "Traceback" not in output, output
+    assert done.returncode != 0 and "Read-only file system: correct" in output and "Traceback" not in output, output
     small_disk("remount,rw")
     done = snakemake(project)
     assert done.returncode == 0, done.stdout + done.stderr

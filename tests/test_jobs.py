@@ -114,6 +114,11 @@ def test_a_failing_squeue_is_reported(tmp_path, monkeypatch, squeue):
         (Stopped("stopped"), "stopped"),
         (KeyboardInterrupt(), "run the same command again"),
         (torch.OutOfMemoryError("CUDA out of memory"), "the memory of the GPU is full"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "the memory of the machine is full",
+        ),
+        (MemoryError("Unable to allocate 1 PiB"), "the memory of the machine is full"),
         (OSError(errno.ENOSPC, "No space left", "a.pt"), "a.pt: No space left: free space"),
     ],
 )

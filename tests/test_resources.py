@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convergence import resources
 from convergence.schema import Evaluate, Experiment, Probe
 from diffusion.config import Folder, Model
+from diffusion.nets.size import unet_size
 from diffusion.nets.unet import UNet
 
 NETS = [
@@ -30,7 +31,7 @@ def test_parameters_and_products_equal_those_of_the_network(model, image_size):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = build(model, image_size)
         net(torch.empty(1, 3, image_size, image_size), torch.zeros(1, dtype=torch.long))
-    size = resources.unet_size(model, image_size)
+    size = unet_size(model, image_size)
     assert size.parameters == sum(p.numel() for p in net.parameters())
     assert 2 * size.products == counter.get_total_flops()
 
@@ -48,7 +49,7 @@ def test_activations_are_close_to_what_autograd_keeps(model, image_size):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         net(torch.randn(batch, 3, image_size, image_size), torch.zeros(batch, dtype=torch.long))
     numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4 / batch
-    assert 0.8 < numbers / resources.unet_size(model, image_size).activations < resources.FACTOR
+    assert 0.8 < numbers / unet_size(model, image_size).activations < resources.FACTOR
 
 
 def experiment(**changes):

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 from projects import ROOT, copy_project, edit, snakemake
 
-from convergence.resources import unet_size
 from convergence.study_file import load_experiment
+from diffusion.nets.size import unet_size
 
 STUDIES = {path.stem: load_experiment(path) for path in sorted((ROOT / "experiments").glob("*.yaml"))}
 PUBLISHED = ("ffhq128", "flowers102")

@@ -11,10 +11,11 @@ import click
 from convergence import layout
 from convergence.command.options import studies_argument
 from convergence.errors import StudyError
-from convergence.resources import FEATURES, count_images, images_in, unet_size
+from convergence.resources import FEATURES, count_images, images_in
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from convergence.tables import markdown_table
+from diffusion.nets.size import unet_size
 
 logger = logging.getLogger(__name__)
 

@@ -72,8 +72,9 @@ DIMENSIONS = {
 
 def hub_directory() -> Path:
     """The directory of torch's downloads, as `torch.hub.get_dir()` returns it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub"
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    # Like torch, and unlike pathlib, this accepts a user without a home directory.
+    return Path(os.path.expanduser(os.environ.get("TORCH_HOME", f"{cache}/torch"))) / "hub"
 
 
 def weights_file(name: str, path: Path | None = None, sha256: str | None = None) -> Path | None:
@@ -111,7 +112,7 @@ def weights_file(name: str, path: Path | None = None, sha256: str | None = None)
     return _verified(path, sha256 or source.sha256)
 
 
-def check_weights(name: str, path: Path | None = None, sha256: str | None = None) -> None:
+def check_weights(name: str, path: Path | None = None, sha256: str | None = None) -> Path | None:
     """Check early that the weights of a feature extractor are on disk, or can be downloaded.
 
     Args:
@@ -119,17 +120,22 @@ def check_weights(name: str, path: Path | None = None, sha256: str | None = None
         path: As for `weights_file`.
         sha256: As for `weights_file`.
 
+    Returns:
+        As `weights_file`.
+
     Raises:
         FileError: As `weights_file`.
         InputError: As `weights_file`, or the file is not on disk and its URL cannot be reached.
     """
-    if weights_file(name, path, sha256) is None and not _reachable(SOURCES[name].url):
+    file = weights_file(name, path, sha256)
+    if file is None and not _reachable(SOURCES[name].url):
         source = SOURCES[name]
         raise InputError(
             f"the weights of {name} are not at {hub_directory() / source.file}, and {source.url} cannot be reached: "
             f"download them on a machine with a network (sha256 {source.sha256 or 'not published'}) and copy them "
             "there, or set the path of the file in weights"
         )
+    return file
 
 
 def _lite0_file() -> Path:

@@ -8,23 +8,23 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile
-from convergence.errors import with_remedy
+from convergence.errors import SAME_COMMAND, exit_on_user_error
 from convergence.schema import Evaluate
 from convergence.sizes import few_images
-from diffusion.errors import InputError
 from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
 snakefile.quiet_output()
-try:
+# Snakemake would add the line of this file to any exception but the one that ends the process.
+with exit_on_user_error(SAME_COMMAND):
     # Jobs on other machines read the files with which Snakemake started.
     EXPERIMENTS = snakefile.load_experiments(config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES)
     if workflow.is_main_process:
-        snakefile.check_writable()
+        snakefile.check_directories(EXPERIMENTS)
+        snakefile.check_curves(EXPERIMENTS)
         snakefile.check_extractors(EXPERIMENTS)
+        snakefile.check_schemes(EXPERIMENTS)
         snakefile.print_warnings(EXPERIMENTS.values())
-except InputError as error:
-    sys.exit(with_remedy(error))  # Snakemake would add the line of this file to any other exception
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {
