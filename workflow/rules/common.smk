@@ -21,6 +21,7 @@ try:
         snakefile.check_writable()
         snakefile.check_extractors(EXPERIMENTS)
         snakefile.print_warnings(EXPERIMENTS.values())
+        snakefile.at_exit_if_nothing_is_left(lambda: workflow.dryrun or snakefile.track_rest(config, EXPERIMENTS))
 except InputError as error:
     sys.exit(with_remedy(error))  # Snakemake would add the line of this file to any other exception
 
