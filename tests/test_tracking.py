@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from convergence import layout, snakefile, study_file
+from convergence import layout, study_file
 from convergence.analysis.verdict import StudyVerdict, write_verdict
 from convergence.tables import COLUMNS, PROBE_COLUMNS
 from convergence.tracking import content, follow, problem
@@ -467,7 +467,7 @@ def test_an_unreachable_store_is_a_failure_of_sync(study):
     process = start("sync", "http://127.0.0.1:1")
     assert process.wait(timeout=60) == 1
     message = process.stderr.read()
-    assert message.count("\n") == 1 and "experiments/toy.yaml is not tracked in http://127.0.0.1:1 (" in message
+    assert message.count("\n") == 1 and "the study toy is not tracked in http://127.0.0.1:1 (" in message
     assert "MLFLOW_TRACKING_URI" in message and "convergence sync toy" in message
     process = start("sync")
     assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
@@ -547,7 +547,7 @@ def test_each_fault_of_the_store_has_its_advice_and_nothing_is_lost(stored, capl
         with fault():
             assert not follow.sync(store(), [FILE])
             (message,) = caplog.messages
-            assert f"{FILE} is not tracked in {store()} (" in message and "SQL:" not in message
+            assert f"the study toy is not tracked in {store()} (" in message and "SQL:" not in message
             assert advice in message and "start that server" not in message
             caplog.clear()
         sync()
@@ -640,6 +640,8 @@ def test_a_server_that_does_not_answer_is_given_up_at_once(study, caplog, scheme
 def test_faults_of_tracking_are_shown_at_the_end_and_the_next_start_forwards_the_rest(
     study, processes, monkeypatch, capsys
 ):
+    from convergence import snakefile  # slow to import
+
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     path = run_directory(study)
@@ -681,7 +683,7 @@ def test_faults_of_tracking_are_shown_at_the_end_and_the_next_start_forwards_the
     write_log(path, range(1, 41))
     assert snakefile.stop_tracking(["toy"]) == [] and tracker.returncode == 0
     message = capsys.readouterr().err
-    assert message.startswith(f"Warning: {FILE} is not tracked in sqlite:///mlflow.db (")
+    assert message.startswith("Warning: the study toy is not tracked in sqlite:///mlflow.db (")
     assert "mlflow experiments restore -x 1`; " in message
     assert message.endswith(advice) and message.count("\n") == 1
 

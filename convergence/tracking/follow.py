@@ -113,7 +113,7 @@ def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[]
         errors = _forward_once(uri, experiments, studies, None if stopping else began)
         reported = set(problems)
         problems = {
-            path: problem(error, uri, path) + advice.format(name=experiments[path].name)
+            path: problem(error, uri, experiments[path].name) + advice.format(name=experiments[path].name)
             for path, error in errors.items()
         }
         for path in problems.keys() - reported:

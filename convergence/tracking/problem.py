@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 WARNING = "Warning: "  # begins a line of `convergence sync --follow` that is no address
 # Pattern in the message of an error -> what to do. `{0}` is the first group of the pattern.
@@ -19,13 +18,13 @@ REMEDIES = {
 }
 
 
-def problem(error: Exception, uri: str, path: Path) -> str:
+def problem(error: Exception, uri: str, study: str) -> str:
     """Returns the first part of a sentence: which study is not tracked, where, why, and how to correct this.
 
     Args:
         error: error of the store.
         uri: address of the store.
-        path: study file.
+        study: name of the study.
     """
     text = " ".join(str(error).split())
     match, remedy = next((match, advice) for pattern, advice in REMEDIES.items() if (match := re.search(pattern, text)))
@@ -34,7 +33,9 @@ def problem(error: Exception, uri: str, path: Path) -> str:
     remedy = remedy.format(*match.groups(), environment=environment, uri=shown)
     # SQLAlchemy appends the statement and a link; urllib3 precedes the reason with the server and the request.
     reason = re.sub(r' (\[SQL: |\(Background on ).*|.*port=\d+\): |"\)\)$', "", text)
-    return f"{path} is not tracked in {shown} ({masked(reason, uri)[:200] or type(error).__name__}): {remedy}"
+    return (
+        f"the study {study} is not tracked in {shown} ({masked(reason, uri)[:200] or type(error).__name__}): {remedy}"
+    )
 
 
 def masked(text: str, uri: str) -> str:
