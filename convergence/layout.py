@@ -73,6 +73,11 @@ def study_file(study: str) -> Path:
     return EXPERIMENTS / f"{study}.yaml"
 
 
+def untracked(study: str) -> Path:
+    """File that exists while MLflow may lack results of a study: `results/<study>.untracked`."""
+    return RESULTS / f"{study}.untracked"
+
+
 def snakemake_command(*arguments: str) -> str:
     """Returns a Snakemake command line for the working directory, with the options it needs outside the clone."""
     outside = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(Path.cwd())]

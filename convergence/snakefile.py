@@ -1,5 +1,6 @@
 """What the Snakefile calls: loading studies, checks before any job starts, the tracking process, the last lines."""
 
+import atexit
 import logging
 import os
 import re
@@ -8,12 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -26,6 +28,7 @@ from convergence.resources import count_images
 from convergence.schema import Experiment
 from convergence.sizes import few_images
 from convergence.study_file import load_experiment
+from convergence.tracking.problem import WARNING
 from diffusion.config import Folder
 from diffusion.errors import FileError, InputError
 from diffusion.evaluation.weights import check_weights, hub_directory
@@ -40,6 +43,7 @@ DELICATE = {"log_normal_sigma", "logit_normal", "speed"}
 BRACES = re.compile("[{}]")
 LEFT_JOBS_SECONDS = 120  # until cancelled SLURM jobs must have ended
 LAST_PASS_SECONDS = 120  # until the tracking process must have forwarded the rest
+TRACKING_LOG = layout.RESULTS / "tracking.log"
 _tracker: subprocess.Popen | None = None
 
 
@@ -50,6 +54,8 @@ def set_environment(root: str) -> None:
         root: directory of the Snakefile.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # Packages of the working directory do not hide those of this project.
+    os.environ["PYTHONSAFEPATH"] = "1"
     # Keep freed memory: page faults cost a third of the time of small convolutions. glibc reads these at start only.
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
@@ -314,30 +320,44 @@ def start_tracking(config: Mapping[str, Any], experiments: Mapping[str, Experime
     if not studies or not TRACKING[str(config.get("tracking", "on"))]:
         return
     layout.RESULTS.mkdir(exist_ok=True)
+    for name in studies:
+        layout.untracked(name).touch()
     command = [sys.executable, "-m", "convergence", "sync", "--follow", str(os.getpid()), *studies]
-    with (layout.RESULTS / "tracking.log").open("a") as log:
+    with TRACKING_LOG.open("a") as log:
         # In a session of its own it does not receive Ctrl-C, so it can report how the jobs ended.
         _tracker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True)
 
 
 def stop_tracking(experiments: Iterable[str]) -> list[str]:
-    """Let the tracking process forward the rest and end.
+    """Let the tracking process forward the rest and end, and print what it could not forward.
 
     Args:
-        experiments: names of the studies, for the hint that is printed if the process does not end in time.
+        experiments: names of the studies, for the hint that is printed if the process does not end properly.
 
     Returns:
-        One line per tracked study: its name and its address in MLflow.
+        One line per study in MLflow: its name and its address.
     """
     if _tracker is None:
         return []
     _tracker.send_signal(signal.SIGTERM)
+    rest = f"the next run of the study, or `convergence sync {' '.join(experiments)}`, forwards the rest"
     try:
-        return _tracker.communicate(timeout=LAST_PASS_SECONDS)[0].splitlines()
+        lines = _tracker.communicate(timeout=LAST_PASS_SECONDS)[0].splitlines()
     except subprocess.TimeoutExpired:
-        print(f"MLflow does not answer in time: `convergence sync {' '.join(experiments)}` forwards the rest later",
-              file=sys.stderr)  # fmt: skip
-        return []
+        lines = [f"{WARNING}MLflow does not answer in time: {rest}"]
+    if _tracker.returncode not in (None, 0, -signal.SIGTERM):  # SIGTERM ends a process that has not begun
+        lines.append(f"{WARNING}the process that forwards results to MLflow has failed ({TRACKING_LOG}): {rest}")
+    for line in lines:
+        if line.startswith(WARNING):
+            print(line, file=sys.stderr)
+    return [line for line in lines if not line.startswith(WARNING)]
+
+
+def track_rest(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> None:
+    """Forward what MLflow may lack of these studies since a process was killed or MLflow failed."""
+    left = [name for name, experiment in experiments.items() if experiment.tracking and layout.untracked(name).exists()]
+    if left and TRACKING[config.get("tracking", "on")]:
+        subprocess.run([sys.executable, "-m", "convergence", "sync", *left], stdout=sys.stderr)
 
 
 def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked: list[str]) -> None:
@@ -389,6 +409,17 @@ def _mlflow_command() -> str:
     if Path.cwd() == layout.ROOT:
         return "`make ui`, then "
     return f"`mlflow server --backend-store-uri sqlite:///{Path.cwd()}/mlflow.db`, then "
+
+
+def at_exit_if_nothing_is_left(action: Callable[[], None]) -> None:
+    """Call a function at the end of this process if Snakemake finds no job to run: it calls no hook then."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.msg == NOTHING_TO_BE_DONE_MSG:
+            atexit.register(action)
+        return True
+
+    snakemake_logger.addFilter(keep)
 
 
 def quiet_output() -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from PIL import Image
 from convergence import layout, study_file
 from convergence.analysis.verdict import StudyVerdict, judge, write_verdict
 from convergence.tables import COLUMNS, PROBE_COLUMNS
-from convergence.tracking import content, follow
+from convergence.tracking import content, follow, problem
 
 ROOT = Path(__file__).parents[1]
 FILE = layout.study_file("toy")
@@ -485,7 +486,7 @@ def test_an_unreachable_store_is_a_failure_of_sync(study):
     process = start("sync", "http://127.0.0.1:1")
     assert process.wait(timeout=60) == 1
     message = process.stderr.read()
-    assert message.count("\n") == 1 and "experiments/toy.yaml is not tracked in http://127.0.0.1:1 (" in message
+    assert message.count("\n") == 1 and "the study toy is not tracked in http://127.0.0.1:1 (" in message
     assert "MLFLOW_TRACKING_URI" in message and "convergence sync toy" in message
     process = start("sync")
     assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
@@ -498,6 +499,212 @@ def test_a_mistake_in_the_study_file_is_one_sentence(study, command):
     assert process.wait(timeout=60) == 1
     message = process.stderr.read()
     assert message.count("\n") == 1 and "colour" in message
+
+
+# Stores that fail
+
+
+@pytest.fixture
+def stored(study):
+    """A study that has been forwarded, with a run that a killed process left open."""
+    path = run_directory(study)
+    write_log(path, range(1, 11))
+    sync()
+    client().update_run(runs()["uniform seed 0"].info.run_id, "RUNNING")
+    write_log(path, range(1, 21))
+    return study
+
+
+def change_database(statement):
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as database:
+        database.execute(statement)
+        database.commit()
+
+
+@contextlib.contextmanager
+def experiment_deleted():
+    client().delete_experiment("1")
+    yield
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = "mlflow experiments restore -x 1"
+    subprocess.run(command, shell=True, check=True, env=environment | {"MLFLOW_TRACKING_URI": store()})
+
+
+@contextlib.contextmanager
+def database_corrupt():
+    Path("mlflow.db").write_bytes(os.urandom(5000))
+    yield
+    Path("mlflow.db").rename("corrupt.db")
+
+
+@contextlib.contextmanager
+def database_locked():
+    with contextlib.closing(sqlite3.connect("mlflow.db", isolation_level=None)) as database:
+        database.execute("begin exclusive")
+        yield
+
+
+@contextlib.contextmanager
+def database_of_another_version():
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as database:
+        ((version,),) = database.execute("select version_num from alembic_version")
+    change_database("update alembic_version set version_num = '1234'")
+    yield
+    change_database(f"update alembic_version set version_num = '{version}'")
+
+
+FAULTS = {
+    experiment_deleted: "mlflow experiments restore -x 1`, then run `convergence sync toy` again",
+    database_corrupt: "move the database away",
+    database_locked: "end the process that uses the database",
+    database_of_another_version: "run `mlflow db upgrade sqlite:///",
+}
+
+
+def test_each_fault_of_the_store_has_its_advice_and_nothing_is_lost(stored, caplog):
+    for fault, advice in FAULTS.items():
+        with fault():
+            assert not follow.sync(store(), [FILE])
+            (message,) = caplog.messages
+            assert f"the study toy is not tracked in {store()} (" in message and "SQL:" not in message
+            assert advice in message and "start that server" not in message
+            caplog.clear()
+        sync()
+        run = runs()["uniform seed 0"]
+        assert steps_of(run) == list(range(10, 201, 10)) and run.info.status == "KILLED"
+
+
+def test_a_run_without_results_does_not_stay_open(stored):
+    client().update_run(runs()["toy"].info.run_id, "RUNNING")
+    shutil.rmtree(run_directory(stored))
+    sync()
+    assert set(statuses().values()) == {"KILLED"}
+
+
+def files_below(path):
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_copied_project_leaves_the_artifacts_of_the_original_alone(tmp_path, monkeypatch, capsys):
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    (original / FILE).parent.mkdir(parents=True)
+    (original / FILE).write_text(STUDY)
+    monkeypatch.chdir(original)
+    study = study_file.load_experiment(FILE)
+    write_log(run_directory(study), range(1, 11))
+    write_checkpoint(directory(study, 0), 0, 90.0)
+    assert follow.sync(f"sqlite:///{original}/mlflow.db", [FILE])
+    shutil.copytree(original, copy)
+    before = files_below(original)
+    monkeypatch.chdir(copy)
+    FILE.write_text(STUDY.replace("200]", "300]"))
+    for remove in (False, True):
+        if remove:
+            shutil.rmtree(original)
+        capsys.readouterr()
+        sync()
+        line = f"toy in {copy.as_uri()}/mlartifacts (the artifacts of the experiment toy are in {original.as_uri()}/"
+        assert capsys.readouterr().out.startswith(line)
+        assert (not original.exists()) if remove else (files_below(original) == before)
+        assert len(list(copy.glob("mlartifacts/*/*/artifacts/toy.yaml"))) == 2  # of the original, and of the copy
+        assert len(list(copy.glob("mlartifacts/*/*/artifacts/images/*.png"))) == 2
+    names = {experiment.name: experiment.experiment_id for experiment in client().search_experiments()}
+    assert set(names) == {"Default", "toy", f"toy in {copy.as_uri()}/mlartifacts"}
+    assert len(client().search_runs([names[f"toy in {copy.as_uri()}/mlartifacts"]])) == 2
+
+
+def test_a_path_may_contain_any_character(tmp_path, monkeypatch):
+    place = tmp_path / """it's "here" :a%41#?"""
+    (place / FILE).parent.mkdir(parents=True)
+    (place / FILE).write_text(STUDY)
+    monkeypatch.chdir(place)
+    write_log(run_directory(study_file.load_experiment(FILE)), range(1, 11))
+    # The address is relative, as by default. It is unique in this process, because MLflow keeps one engine per address.
+    assert follow.sync("sqlite:///any_character.db", [FILE])
+    assert len(list(place.glob("mlartifacts/toy/*/artifacts/toy.yaml"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "text", "expected"),
+    [
+        ("http://ann:s3cret@host", "no http://ann:s3cret@host/api for ann", "no http://***@host/api for ***"),
+        ("http://ann:p@ss/word@host", "ann:p@ss/word@host, p@ss/word", "***@host, ***"),
+        ("postgresql://host/db?user=ann&password=x%40y", "?user=ann&password=x%40y", "?user=***&password=***"),
+        ("postgresql://a@host/database", "user a of database", "user *** of database"),
+        ("sqlite:////home/me@work/mlflow.db", "/home/me@work", "/home/me@work"),
+        ("http://host:5000", "http://host:5000", "http://host:5000"),
+    ],
+)
+def test_user_and_password_are_masked(uri, text, expected):
+    assert problem.masked(text, uri) == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [("http", "Connection refused"), ("postgresql", "Connection refused"), ("http", "(read timeout=1.5)")],
+)
+def test_a_server_that_does_not_answer_is_given_up_at_once(study, caplog, scheme, reason):
+    if scheme == "postgresql":
+        pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts connections, and never answers
+        port = server.getsockname()[1] if "timeout" in reason else 1
+        assert not follow.sync(f"{scheme}://ann:s3cret@127.0.0.1:{port}", [FILE])
+    (message,) = caplog.messages
+    assert reason in message and f"is not tracked in {scheme}://***@127.0.0.1:{port} (" in message
+    assert "ann" not in message and "s3cret" not in message
+    assert "start that server or correct MLFLOW_TRACKING_URI, then run `convergence sync toy` again" in message
+
+
+@pytest.mark.slow
+def test_faults_of_tracking_are_shown_at_the_end_and_the_next_start_forwards_the_rest(
+    study, processes, monkeypatch, capsys
+):
+    from convergence import snakefile  # slow to import
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    path = run_directory(study)
+
+    def track(rows):
+        snakefile.start_tracking({}, {"toy": study})
+        processes.append(snakefile._tracker)
+        wait_for(lambda: time.sleep(1) or write_log(path, range(1, rows + 1)) or count("progress") == rows)
+        return snakefile._tracker
+
+    track(10).kill()
+    assert snakefile.stop_tracking(["toy"]) == []
+    advice = "the next run of the study, or `convergence sync toy`, forwards the rest\n"
+    message = capsys.readouterr().err
+    assert message.startswith("Warning: ") and message.endswith(advice) and message.count("\n") == 1
+    assert set(statuses().values()) == {"RUNNING"}
+
+    # Nothing is left to do: the dataset exists. Packages of the working directory have the names of ours.
+    write_log(path, range(1, 21))
+    FILE.write_text(STUDY + "evaluate: {features: [efficientnet-lite0]}\n")
+    dataset = layout.dataset_directory(study.dataset)
+    dataset.mkdir(parents=True)
+    (dataset / "images.npy").touch()
+    (dataset / "manifest.json").write_text(json.dumps({"source": "drawn", "count": 4000, "sha256": "f" * 64}))
+    for name in ("convergence", "diffusion", "workflow"):
+        Path(name).mkdir()
+        Path(name, "__init__.py").write_text("raise ImportError('a package of the user')")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "1"]
+    command += ["--config", "experiments=toy", "--", dataset / "images.npy"]
+    dry = subprocess.run([*command[:-2], "--dry-run", *command[-2:]], capture_output=True, text=True)
+    assert "Nothing to be done" in dry.stdout + dry.stderr and set(statuses().values()) == {"RUNNING"}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Nothing to be done" in done.stderr and "\ntoy: http://127.0.0.1:5000/#/experiments/1/" in done.stderr
+    assert set(statuses().values()) == {"KILLED"} and count("progress") == 20
+    assert "toy: " not in subprocess.run(command, capture_output=True, text=True).stderr  # MLflow has everything
+
+    tracker = track(30)
+    client().delete_experiment("1")
+    write_log(path, range(1, 41))
+    assert snakefile.stop_tracking(["toy"]) == [] and tracker.returncode == 0
+    message = capsys.readouterr().err
+    assert message.startswith("Warning: the study toy is not tracked in sqlite:///mlflow.db (")
+    assert "mlflow experiments restore -x 1`; " in message
+    assert message.endswith(advice) and message.count("\n") == 1
 
 
 # A database server, shared

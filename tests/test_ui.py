@@ -144,6 +144,14 @@ def test_charts_have_training_images_as_x_axis_and_compare_arms(page, finished):
     assert ends == {round(value, 6) for value in means(finished)}
 
 
+def test_user_and_password_of_the_server_are_not_shown(finished, server):
+    command = [sys.executable, "-m", "convergence", "sync", "openmoji"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": server.replace("//", "//ann:s3cret@")}
+    done = subprocess.run(command, cwd=finished, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith(f"openmoji: {server}/#/experiments/1/") and done.stdout.count("\n") == 1
+
+
 def test_a_run_shows_its_parameters_its_dataset_and_its_samples(page):
     open_runs(page)
     page.locator(".ag-row button, .ag-row [role=button]").first.click()

@@ -13,13 +13,15 @@ from filelock import FileLock, Timeout
 from convergence import layout
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
+from convergence.tracking.connection import check_answer, configure_mlflow
 from convergence.tracking.content import logger
+from convergence.tracking.problem import WARNING, problem
 from convergence.tracking.store import Study
 
 PASS_SECONDS = 10
 LOCK_SECONDS = 10  # a tracking process whose parent was killed ends within this time
-FOLLOW_ADVICE = "the next run of the study, or `convergence sync {name}`, forwards the rest"
-SYNC_ADVICE = "start that server or correct MLFLOW_TRACKING_URI, then run `convergence sync {name}` again"
+FOLLOW_ADVICE = "; the next run of the study, or `convergence sync {name}`, forwards the rest"
+SYNC_ADVICE = ", then run `convergence sync {name}` again"
 
 
 def follow(uri: str, paths: Iterable[Path], parent: int) -> None:
@@ -48,9 +50,13 @@ def follow(uri: str, paths: Iterable[Path], parent: int) -> None:
     experiments = {path: load_experiment(path) for path in paths}
     try:
         with _lock():
-            _forward(uri, experiments, stopped, FOLLOW_ADVICE)
+            problems = _forward(uri, experiments, stopped, FOLLOW_ADVICE)
     except Timeout:
-        logger.warning("another process already forwards the studies of %s: this process ends", Path.cwd())
+        problems = [f"another process already forwards the studies of {Path.cwd()}: this process ends"]
+        logger.warning("%s", problems[0])
+    with suppress(BrokenPipeError):  # the parent process may have ended
+        for line in problems:
+            print(WARNING + line, flush=True)
 
 
 def sync(uri: str, paths: Iterable[Path]) -> bool:
@@ -84,8 +90,8 @@ def _lock() -> FileLock:
     return FileLock(layout.RESULTS / ".tracking.lock", timeout=LOCK_SECONDS)
 
 
-def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str) -> set[Path]:
-    """Forwards the studies repeatedly until stopped, with one last pass after that.
+def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str) -> list[str]:
+    """Forwards the studies repeatedly until stopped, with one last pass after that. Prints their addresses in MLflow.
 
     An error ends only the present pass of its study. It is logged once; the next pass connects to the store again.
 
@@ -93,45 +99,56 @@ def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[]
         uri: address of MLflow's store or server.
         experiments: study file -> study.
         stopped: whether to stop.
-        advice: what the user can do after an error; `{name}` is replaced by the name of the study.
+        advice: end of the message about an error; `{name}` is replaced by the name of the study.
 
     Returns:
-        The files of the studies that the last pass could not forward.
+        A message for each study that the last pass could not forward.
     """
-    _configure_mlflow()
+    configure_mlflow()
     began = time.time()
     studies: dict[Path, Study] = {}
-    failing: set[Path] = set()
+    problems: dict[Path, str] = {}
     while True:
         stopping = stopped()
-        for path, experiment in experiments.items():
-            try:
-                studies[path] = studies.get(path) or Study(uri, path, experiment)
-                studies[path].forward(None if stopping else began)
-                failing.discard(path)
-            except Exception as error:  # no error of the store may end this process
-                studies.pop(path, None)
-                if path not in failing:
-                    reason = " ".join(str(error).split())[:200]
-                    logger.warning(
-                        "%s is not tracked in %s (%s): %s", path, uri, reason, advice.format(name=experiment.name)
-                    )
-                failing.add(path)
+        errors = _forward_once(uri, experiments, studies, None if stopping else began)
+        reported = set(problems)
+        problems = {
+            path: problem(error, uri, experiments[path].name) + advice.format(name=experiments[path].name)
+            for path, error in errors.items()
+        }
+        for path in problems.keys() - reported:
+            logger.warning("%s", problems[path])
         if stopping:
-            with suppress(BrokenPipeError):  # the parent process may have ended
-                for study in studies.values():
-                    print(f"{study.experiment.name}: {study.address}", flush=True)
-            return failing
+            break
         next_pass = time.monotonic() + PASS_SECONDS
         while time.monotonic() < next_pass and not stopped():
-            time.sleep(1)
+            time.sleep(0.2)
+    for study in studies.values():
+        layout.untracked(study.experiment.name).unlink(missing_ok=True)
+        with suppress(BrokenPipeError):  # the parent process may have ended
+            print(f"{study.label}: {study.address}", flush=True)
+    return list(problems.values())
 
 
-def _configure_mlflow() -> None:
-    """Sets MLflow's environment variables: little output, and no long retries, because the next pass tries again."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
+def _forward_once(
+    uri: str, experiments: dict[Path, Experiment], studies: dict[Path, Study], since: float | None
+) -> dict[Path, Exception]:
+    """Forwards each study once; connects those that are not in `studies` to the store, and removes failed ones.
+
+    Returns:
+        Study file -> error.
+    """
+    errors: dict[Path, Exception] = {}
+    try:
+        check_answer(uri)
+    except Exception as error:  # no error of the store may end this process
+        studies.clear()
+        return dict.fromkeys(experiments, error)
+    for path, experiment in experiments.items():
+        try:
+            studies[path] = studies.get(path) or Study(uri, path, experiment)
+            studies[path].forward(since)
+        except Exception as error:
+            studies.pop(path, None)
+            errors[path] = error
+    return errors

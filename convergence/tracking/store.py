@@ -1,7 +1,6 @@
 """A study in MLflow's store: an MLflow experiment with a parent run for the study and one run per arm and seed."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from convergence import layout
+from convergence.errors import StudyError
 from convergence.schema import Experiment
+from convergence.tracking.connection import artifact_root, connect, is_elsewhere, is_server
 from convergence.tracking.content import (
     LEGEND,
     UI,
@@ -31,6 +32,7 @@ from convergence.tracking.content import (
     run_status,
     train_metrics,
 )
+from convergence.tracking.problem import masked
 from diffusion.files import read_json
 
 if TYPE_CHECKING:
@@ -83,35 +85,61 @@ class Study:
 
     def __init__(self, uri: str, path: Path, experiment: Experiment):
         # Imported here because it takes seconds, during which the process could not react to signals.
-        from mlflow import MlflowClient, entities
+        from mlflow import entities
 
-        self.client, self.entities, self.path, self.experiment = MlflowClient(uri), entities, path, experiment
+        self.client, self.entities, self.path, self.experiment = connect(uri), entities, path, experiment
         self.common, self.reports = common_config(experiment), layout.report_directory(experiment.name)
         self.directories: dict[tuple[str, int], dict[int, Path]] = {}
         for arm, seed, step, directory in layout.checkpoints(experiment):
             self.directories.setdefault((arm, seed), {})[step] = directory
-        stored = self.client.get_experiment_by_name(experiment.name)
-        # A server chooses where artifacts are stored; for a database it must be given.
-        root = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or Path("mlartifacts").resolve().as_uri()
-        artifacts = None if uri.startswith("http") else f"{root.rstrip('/')}/{experiment.name}"
-        self.id = stored.experiment_id if stored else self.client.create_experiment(experiment.name, artifacts)
+        self.id, self.label = self._find_experiment(server=is_server(uri))
         # With this kind, the UI opens the table of training runs instead of traces of language models.
         tags = {
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.sharedViewState.arms": arms_view(experiment),
         }
-        self.experiment_tags = stored.tags if stored else {}
         self._tag_experiment(tags)
-        ui = uri.rstrip("/") if uri.startswith("http") else UI
+        ui = masked(uri, uri).replace("***@", "").rstrip("/") if is_server(uri) else UI
         self.address = f"{ui}/#/experiments/{self.id}/runs?workflowType=machine_learning&viewStateShareKey=arms"
         runs = [run for run in self.client.search_runs([self.id], max_results=50_000) if "run" in run.data.tags]
         self.run_ids = {run.data.tags["run"]: run.info.run_id for run in runs}
         self.runs: dict[str, StoredRun] = {}
-        # A killed tracking process may have left runs open whose arm was edited or removed since.
-        current = {self._key(arm, seed) for arm, seed in self.directories} | {f"study-{self.common.hash8}"}
+        # A killed tracking process may have left runs open whose arm was edited or removed, or whose results were.
+        current = {self._key(arm, seed) for arm, seed in self._started()}
+        parent = {f"study-{self.common.hash8}"} if current else set()
         for run in runs:
-            if run.info.status == "RUNNING" and run.data.tags["run"] not in current:
+            if run.info.status == "RUNNING" and run.data.tags["run"] not in current | parent:
                 self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _find_experiment(self, server: bool) -> tuple[str, str]:
+        """Returns the id of MLflow's experiment and how to call it; creates the experiment if necessary.
+
+        In a copy of a project, the experiment of the copied store has its artifacts in the original project. The copy
+        gets an experiment of its own, whose name contains its directory.
+        """
+        name, root = self.experiment.name, artifact_root()
+        # A server chooses where artifacts are stored; for a database it must be given.
+        location = None if server else f"{root}/{name}"
+        stored, label = self.client.get_experiment_by_name(name), name
+        if location and stored and is_elsewhere(stored.artifact_location, location):
+            label = f"{name} in {root} (the artifacts of the experiment {name} are in {stored.artifact_location})"
+            name = f"{name} in {root}"
+            stored = self.client.get_experiment_by_name(name)
+        self.experiment_tags: dict[str, str] = stored.tags if stored else {}
+        return stored.experiment_id if stored else self.client.create_experiment(name, location), label
+
+    def _check_active(self) -> None:
+        """Checks that the experiment is not deleted. MLflow itself reports this only when something is written.
+
+        Raises:
+            StudyError: It is.
+        """
+        if self.client.get_experiment(self.id).lifecycle_stage == "deleted":
+            raise StudyError(f"the experiment {self.id} of MLflow is deleted")
+
+    def _started(self) -> list[tuple[str, int]]:
+        """Returns (arm, seed) of each run that has results."""
+        return [(arm, seed) for arm, seed in self.directories if self._directory(arm, seed).is_dir()]
 
     def forward(self, since: float | None) -> None:
         """Forwards what has changed since the last call.
@@ -120,7 +148,8 @@ class Study:
             since: runs with a file modified since this moment (in seconds since the epoch) are marked as running;
                 with None, no run is.
         """
-        started = [(arm, seed) for arm, seed in self.directories if self._directory(arm, seed).is_dir()]
+        self._check_active()
+        started = self._started()
         if not started:
             return
         tags = {"study": self.experiment.name, "role": "study"}
