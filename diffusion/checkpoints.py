@@ -59,6 +59,8 @@ class Checkpoint:
     """Height and width of its images in pixels."""
     diverged: bool = False
     """Whether the run diverged. Such a net cannot be sampled."""
+    config: Initial | None = None
+    """Settings of its run; None if it is not a checkpoint of a run."""
 
 
 def load_checkpoint(path: Path, device: torch.device | str, digest: str | None = None) -> Checkpoint:
@@ -89,7 +91,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         reason = " ".join(str(error).split())[:120]
         raise FileError(path, f"is not a complete checkpoint of a run ({reason})") from None
     schedule = noise_schedule(config.diffusion)
-    return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"])
+    return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"], config)
 
 
 def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:

@@ -45,12 +45,12 @@ def main(
 ) -> None:
     """Compare a set of generated images with a set of real ones.
 
-    GENERATED and REAL are each a folder or zip file of images of one size, or a .npy file of uint8 [N, H, W, 3].
-    Prints a line per metric.
+    GENERATED and REAL are each a folder or zip file of images of one size, or a .npy file or the arr_0 of a .npz file,
+    uint8 [N, H, W, 3]. Prints a line per metric.
     \f
 
     Raises:
-        StudyError: If a SHA-256 is given without a file of weights.
+        StudyError: If a SHA-256 is given without a file of weights, or a set has only one image.
     """
     from diffusion.data.folder import read_images
     from diffusion.evaluation import reference
@@ -59,6 +59,9 @@ def main(
     if weights_sha256 and not weights:
         raise StudyError("--weights-sha256 needs --weights: name the file of weights too")
     fake_images, real_images = read_images(generated), read_images(real)
+    for path, images in ((generated, fake_images), (real, real_images)):
+        if len(images) < 2:
+            raise StudyError(f"{path}: there is one image, and metrics need at least two: add images")
     torch_device = find_device(device)
     click.echo(f"{len(fake_images):,} images of {generated} against {len(real_images):,} of {real}")
     for name in features:
