@@ -7,6 +7,7 @@ arguments, or read from a file of settings that `write_published` writes next to
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import PositiveInt, ValidationError
 from torch import Tensor
 
 from diffusion.build import build_net, noise_schedule
-from diffusion.checkpoints import Checkpoint, with_weights
+from diffusion.checkpoints import Checkpoint, check_weights, with_weights
 from diffusion.config import GROUP_NORM_GROUPS, Diffusion, Initial, Model
 from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, read_json, sha256
@@ -140,8 +141,10 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         is_zip = zipfile.is_zipfile(file)
     try:
-        # Files of torch before 1.6 are not zip files and cannot be memory-mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unusable file is reported below, in one sentence
+            # Files of torch before 1.6 are not zip files and cannot be memory-mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         raise FileError(
             path,
@@ -161,12 +164,10 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
                 path,
                 f"is not a plain state dict: its entry {key!r} is not a tensor; give a file of weights alone",
             )
-        if value.layout != torch.strided or not value.is_floating_point():
-            raise FileError(
-                path, f"{key} is {value.dtype}, {value.layout}; only dense floating-point weights can be read"
-            )
-        if not value.isfinite().all():
-            raise FileError(path, f"{key} has values that are NaN or infinite; use another checkpoint")
+    try:
+        check_weights(content)
+    except InputError as error:
+        raise FileError(path, f"{error}; use another checkpoint") from None
     prefix = next((key.removesuffix(INPUT) for key in content if key.endswith(INPUT)), "")
     if not all(key.startswith(prefix) for key in content):
         raise FileError(path, f"has weights besides those of the net with the prefix {prefix}; save that net alone")
