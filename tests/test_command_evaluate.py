@@ -46,12 +46,12 @@ def test_folders_zip_files_and_arrays_give_the_same_images(sets, tmp_path):
 
 
 def test_the_printed_metrics_are_those_of_the_library(sets, capsys):
-    main(["evaluate", *sets, "--metrics", "kid,fd,fd_infinity,recall", "--device", "cpu"])
+    main(["evaluate", *sets, "--metrics", "kid, fd,fd_infinity,recall,kid", "--device", "cpu"])
     printed = capsys.readouterr().out
     extractor = load_extractor(LITE0, "cpu")
     features = [extract_features(read_images(path), extractor) for path in sets]
     rows = evaluate(features[0], reference_of(features[1], {}), ["kid", "fd", "fd_infinity", "recall"])
-    assert "12 images" in printed and "14" in printed and f"{LITE0}:" in printed
+    assert "12 images (32x32 pixels) of" in printed and "14 (32x32 pixels) of" in printed and f"{LITE0}:" in printed
     values = {name: float(value) for name, value in re.findall(r"^  (\w+) +([-\d.e]+|nan)", printed, re.M)}
     assert values["fd"] == pytest.approx(rows[1].value, rel=1e-5)
     assert values["kid"] == pytest.approx(rows[0].value, rel=1e-5) and f"+- {rows[0].stderr:.3g}" in printed
@@ -94,7 +94,8 @@ def test_inception_takes_weights_from_a_file(sets, tmp_path, capsys):
         (lambda d: array(d / "grey.npy", np.zeros((3, 8, 8), np.uint8)), r"contains uint8 \[3, 8, 8\]"),
         (lambda d: array(d / "empty.npy", np.zeros((0, 8, 8, 3), np.uint8)), r"empty.npy: "),
         (lambda d: array(d / "objects.npy", np.array([{}])), "objects.npy: cannot be read as an array"),
-        (lambda d: text(d / "text.npy"), "cannot be read as an array"),
+        (lambda d: array(d / "ones.npy", np.ones((3, 8, 8, 3), np.uint8)), "ones.npy: has no value above 1: scale"),
+        (lambda d: text(d / "text.npy"), "cannot be read as an array .it is no array, or holds Python objects"),
         (lambda d: text(d / "text.npz"), "cannot be read as an array"),
         (lambda d: arrays(d / "statistics.npz", mu=np.zeros(3)), "has no array arr_0 .it has mu.: save the images"),
         (lambda d: arrays(d / "objects.npz", arr_0=np.array([{}])), "cannot be read as an array"),

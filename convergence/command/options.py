@@ -42,7 +42,9 @@ def studies_argument(function: Callable) -> Callable:
 def _study_names(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> tuple[str, ...]:
     from convergence.layout import EXPERIMENTS
 
-    names = [name for value in values for name in value.split(",") if name]
+    names = [os.path.normpath(name) for value in values for name in value.split(",") if name]
+    if not names:
+        raise click.BadParameter("there is no name of a study.", context, parameter)
     return tuple(name.removeprefix(f"{EXPERIMENTS}/").removesuffix(".yaml") for name in names)
 
 
@@ -60,7 +62,7 @@ class Names(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         """Returns the names of a comma-separated list."""
-        names = tuple(value.split(","))
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
         for name in names:
             if name not in self.choices:
                 self.fail(f"'{name}' is not one of {', '.join(map(repr, self.choices))}.", param, ctx)

@@ -113,7 +113,8 @@ def _read_array(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise FileError(path, "does not exist: correct the path") from None
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
+        unknown = "pickle" in str(error)  # numpy takes every unknown format for a pickle
+        reason = "it is no array, or holds Python objects, which are not loaded" if unknown else error
         raise FileError(path, f"cannot be read as an array ({reason}): save the images again") from error
     images: np.ndarray = content
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
@@ -122,6 +123,8 @@ def _read_array(path: Path) -> np.ndarray:
             f"contains {images.dtype} {list(images.shape)}, but uint8 [N, H, W, 3] with values in 0..255 is needed: "
             "convert the images",
         )
+    if images.max() == 1:
+        raise FileError(path, "has no value above 1: scale the images to 0..255")
     return images
 
 

@@ -290,7 +290,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     if np.array_equal(features, reference.features):
         unknown_error = "no standard error: both sets are the same"
         estimates = {
-            name: estimate if math.isnan(estimate.stderr) else Estimate(estimate.value, note=unknown_error)
+            name: estimate if math.isnan(estimate.value) else Estimate(estimate.value, note=unknown_error)
             for name, estimate in estimates.items()
         }
     return [MetricRow(name, estimates[name].value, estimates[name].stderr, n, estimates[name].note) for name in metrics]
