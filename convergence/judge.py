@@ -26,12 +26,17 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
         directory: is created if it does not exist.
 
     Raises:
-        StudyError: an arm is not in the table, or the curves cannot be compared or drawn.
+        StudyError: an arm is not in the table, or the curves cannot be compared or drawn; both arms are the same; or
+            one of several studies has a name that is not that of a directory.
     """
+    if baseline == candidate:
+        raise StudyError(f"the baseline and the candidate are both {baseline}: name two arms")
     for arm in (baseline, candidate):
         if arm not in set(metrics["arm"]):
             raise StudyError(f"no row has the arm {arm}: choose from {', '.join(metrics['arm'].unique())}")
     studies = list(metrics["study"].unique())
+    if len(studies) > 1 and (wrong := [study for study in studies if "/" in study or study in {".", ".."}]):
+        raise StudyError(f"the study {wrong[0]} cannot be the name of a directory: use a name without /")
     verdicts = []
     for study in studies:
         rows = metrics[metrics["study"] == study]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from convergence.errors import StudyError
@@ -39,8 +40,7 @@ METRIC_NAMES = {
 INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
 TEXT_COLUMNS = ("study", "arm", "baseline", "candidate")
 REQUIRED_COLUMNS = ["arm", "images", "value"]
-NUMBER_COLUMNS = ["images", "value", "seed", "step", "seconds", "n"]
-MAX_SAMPLES = 10**9
+NUMBER_COLUMNS = ["images", "value", "stderr", "seed", "step", "seconds", "n"]
 # Values of the columns that a table from elsewhere does not have: one run per arm, FID.
 DEFAULTS = {
     "seed": 0, "seconds": float("nan"), "features": INCEPTION, "metric": "fd", "stderr": float("nan"), "n": 0,
@@ -120,12 +120,17 @@ def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
         StudyError: the file cannot be read, or `check_curves` rejects the table.
     """
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), skipinitialspace=True)
     except (OSError, ValueError) as error:
-        required = ", ".join(REQUIRED_COLUMNS)
-        raise StudyError(f"{path}: not a table ({error}): name a CSV file with the columns {required}") from None
+        required, reason = ", ".join(REQUIRED_COLUMNS), " ".join(str(error).split())
+        raise StudyError(
+            f"{path}: not a table ({reason}): name a CSV file in UTF-8 with the columns {required}"
+        ) from None
     if not isinstance(table.index, pd.RangeIndex):
         raise StudyError(f"{path}: rows have more values than the header has columns: write decimals with a point")
+    for column in COLUMNS:
+        if f"{column}.1" in table:  # the name that pandas gives to a second column
+            raise StudyError(f"{path}: there are two columns {column}: remove one of them")
     return check_curves(table, study, str(path))
 
 
@@ -139,12 +144,17 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
         source: the file or variable that messages name.
 
     Raises:
-        StudyError: a column is missing or has invalid values, or a checkpoint has two values.
+        StudyError: a column is missing or has invalid values, there are no rows, or a checkpoint has two values.
     """
     table = curves.copy()
     missing = [column for column in REQUIRED_COLUMNS if column not in table]
     if missing:
-        raise StudyError(f"{source}: missing columns: {', '.join(missing)}: add them")
+        found = ", ".join(map(str, table))
+        raise StudyError(
+            f"{source}: missing columns: {', '.join(missing)} (it has {found}): add them, separated by commas"
+        )
+    if table.empty:
+        raise StudyError(f"{source}: there are no rows: add one per run and checkpoint")
     for column, value in ({"study": study} | DEFAULTS).items():
         if column not in table:
             table[column] = value
@@ -157,9 +167,9 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
             table[column] = pd.to_numeric(table[column])
         except (ValueError, TypeError) as error:
             raise StudyError(f"{source}: {column} has a value that is not a number ({error}): correct it") from None
-    if (table["n"] > MAX_SAMPLES).any():
-        raise StudyError(f"{source}: n has the value {table['n'].max():g}: correct it")
-    table["n"] = table["n"].fillna(0).astype(int)
+    table["n"] = table["n"].fillna(0)
+    _check_values(table, source)
+    table["n"] = table["n"].astype(int)
     key = ["study", "features", "metric", "arm", "seed", "images"]
     for column in key:
         if table[column].isna().any():
@@ -174,6 +184,28 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
             "delete one of them"
         )
     return table[COLUMNS]
+
+
+def _check_values(table: pd.DataFrame, source: str) -> None:
+    """Checks the ranges of the numbers of a table of curves. Missing values are allowed.
+
+    Raises:
+        StudyError: a number is outside of its range.
+    """
+    numbers, metric = table[NUMBER_COLUMNS], table["metric"]
+    distances, shares = (table[["value"]].where(which) for which in (metric == "fd", metric.isin(SHARES)))
+    for rule, wrong in (
+        ("finite", np.isinf(numbers)),
+        ("at least 0", numbers[["images", "step", "seconds", "n", "stderr"]] < 0),
+        ("a whole number", numbers[["seed", "n"]].fillna(0) % 1 != 0),
+        ("below 1e15", numbers[["images", "n"]] >= 1e15),  # floating-point numbers count no further
+        ("at least 0 for this metric", distances < 0),
+        ("between 0 and 1 for this metric", (shares < 0) | (shares > 1)),
+    ):
+        for column, rows in wrong.items():
+            if rows.any():
+                number = numbers[column].iloc[rows.argmax()]
+                raise StudyError(f"{source}: {column} must be {rule}, but is {number:g}: correct it")
 
 
 def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mapping[str, Any]) -> pd.DataFrame:

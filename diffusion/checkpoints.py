@@ -17,7 +17,7 @@ from diffusion.build import build_net, noise_schedule
 from diffusion.config import Initial, Sample
 from diffusion.data.batches import to_uint8
 from diffusion.devices import autocast, largest_batch
-from diffusion.errors import FileError
+from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, check_unchanged
 from diffusion.gaussian import NoiseSchedule
 from diffusion.nets.unet import UNet
@@ -59,6 +59,8 @@ class Checkpoint:
     """Height and width of its images in pixels."""
     diverged: bool = False
     """Whether the run diverged. Such a net cannot be sampled."""
+    config: Initial | None = None
+    """Settings of its run; None if it is not a checkpoint of a run."""
 
 
 def load_checkpoint(path: Path, device: torch.device | str, digest: str | None = None) -> Checkpoint:
@@ -73,7 +75,8 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         The net with its noise schedule.
 
     Raises:
-        FileError: If the file is damaged, has changed, or was not written by `save_weights`.
+        FileError: If the file is damaged, has changed, or was not written by `save_weights`, or the weights are not
+            finite although the run did not diverge.
     """
     if digest is not None and path.exists():
         check_unchanged(path, digest)
@@ -81,15 +84,33 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         with safe_open(path, "pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["checkpoint"])
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = Initial.model_validate_json(about["config"])
+        config, diverged = Initial.model_validate_json(about["config"]), about["diverged"]
+        if not diverged:
+            check_weights(weights)
         with torch.device("meta"):
             model = build_net(config.dataset.image_size, config.model)
         model = with_weights(model, weights, device)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        missing = "it has no " if isinstance(error, KeyError) else ""
+        reason = missing + " ".join(str(error).split())[:120]
         raise FileError(path, f"is not a complete checkpoint of a run ({reason})") from None
-    schedule = noise_schedule(config.diffusion)
-    return Checkpoint(model, schedule, config.dataset.image_size, about["diverged"])
+    return Checkpoint(model, noise_schedule(config.diffusion), config.dataset.image_size, diverged, config)
+
+
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Checks that weights are finite floating-point numbers; others would give wrong images.
+
+    Args:
+        weights: A state dict; maps names to tensors [...].
+
+    Raises:
+        InputError: If they are not.
+    """
+    for key, value in weights.items():
+        if value.is_meta or value.layout != torch.strided or not value.is_floating_point():
+            raise InputError(f"{key} is {value.dtype} ({value.layout}), not a dense tensor of floating-point numbers")
+        if not value.float().isfinite().all():
+            raise InputError(f"{key} has values that are NaN or infinite")
 
 
 def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:

@@ -1,38 +1,58 @@
 """Checkpoints in the layout of guided-diffusion (Dhariwal & Nichol 2021) and P2-weighting (Choi et al. 2022).
 
-These files are plain state dicts. The net is inferred from their keys and shapes.
+These files are plain state dicts. The net is inferred from their keys and shapes. What these do not show is given as
+arguments, or read from a file of settings that `write_published` writes next to the checkpoint.
 """
 
+import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import PositiveInt, ValidationError
 from torch import Tensor
 
 from diffusion.build import build_net, noise_schedule
-from diffusion.checkpoints import Checkpoint, with_weights
-from diffusion.config import Diffusion, Model, check_image_size
+from diffusion.checkpoints import Checkpoint, check_weights, with_weights
+from diffusion.config import GROUP_NORM_GROUPS, Diffusion, Initial, Model
 from diffusion.errors import FileError, InputError
-from diffusion.files import atomic_write
+from diffusion.files import atomic_write, read_json, sha256
 from diffusion.validation import first_mistake
+
+INPUT = "input_blocks.0.0.weight"  # a key that every net has
+
+
+class Settings(Diffusion):
+    """What changes the samples of a published net, but not its keys and shapes."""
+
+    image_size: int
+    """Height and width in pixels of the images that the net was trained on."""
+    head_channels: PositiveInt | None = None
+    """Channels per attention head."""
+    heads: PositiveInt | None = None
+    """Number of attention heads, instead of `head_channels`."""
 
 
 def load_published(
     path: Path,
     device: torch.device | str,
-    image_size: int,
+    image_size: int | None = None,
     head_channels: int | None = None,
     heads: int | None = None,
-    schedule: str = "linear",
-    timesteps: int = 1000,
+    schedule: str | None = None,
+    timesteps: int | None = None,
 ) -> Checkpoint:
-    """Rebuilds the net of a published checkpoint: a state dict of float32 or float16, written by `torch.save`.
+    """Rebuilds the net of a published checkpoint: a state dict of floating-point numbers, written by `torch.save`.
 
-    The arguments give what keys and shapes do not show. Their defaults are the values of the published nets. Attention
-    must have the order that guided-diffusion calls legacy (`use_new_attention_order` false).
+    The arguments give what keys and shapes do not show. If there is a file of settings, they may be omitted; otherwise
+    the image size is required, and the other defaults are the values of the published nets. Attention must have the
+    order that guided-diffusion calls legacy (`use_new_attention_order` false). A prefix that all keys have, such as the
+    `module.` of torch's parallel training, is removed.
 
     Args:
         path: The file.
@@ -40,28 +60,30 @@ def load_published(
         image_size: Height and width in pixels of the images that the net was trained on.
         head_channels: Channels per attention head; see `UNet`. The default is 64, unless `heads` is given.
         heads: Number of attention heads, instead of `head_channels`.
-        schedule: Noise schedule, a key of `SCHEDULES`.
-        timesteps: T of the noise schedule.
+        schedule: Noise schedule, a key of `SCHEDULES`; the default is "linear".
+        timesteps: T of the noise schedule; the default is 1000.
 
     Returns:
         The net with its noise schedule.
 
     Raises:
         FileError: If the file is damaged, does not hold a plain state dict, or its tensors do not fit the net that
-            they describe.
-        InputError: If the net is of another kind, or an argument does not fit it.
+            they describe; if the file of settings is damaged or belongs to other weights.
+        InputError: If the net is of another kind, or an argument does not fit it or the file of settings.
         OSError: If the file cannot be read.
     """
+    given = {"image_size": image_size, "head_channels": head_channels, "heads": heads, "schedule": schedule,
+             "timesteps": timesteps}  # fmt: skip
     weights = _read_state_dict(path)
+    settings = _settings(path, {name: value for name, value in given.items() if value is not None})
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    attention = {"head_channels": head_channels, "heads": heads}
+    attention = settings.model_dump(include={"head_channels", "heads"}, exclude_none=True)
     try:
-        section = infer_model(shapes, image_size, {name: n for name, n in attention.items() if n is not None})
-        process = noise_schedule(Diffusion(schedule=schedule, timesteps=timesteps))
+        section = infer_model(shapes, settings.image_size, attention)
     except ValueError as error:
         raise InputError(f"{path}: {first_mistake(error, Model)}") from None
     with torch.device("meta"):
-        model = build_net(image_size, section)
+        model = build_net(settings.image_size, section)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*expected, *shapes]:
         if shapes.get(key) != expected.get(key):
@@ -71,20 +93,58 @@ def load_published(
                 f"{key} is {actual}, but {wanted} in the net that the other keys describe; only nets in the layout of "
                 "guided-diffusion can be read",
             )
-    return Checkpoint(with_weights(model, weights, device), process, image_size)
+    return Checkpoint(with_weights(model, weights, device), noise_schedule(settings), settings.image_size)
+
+
+def settings_file(path: Path) -> Path:
+    """Returns the path of the file of settings of a checkpoint."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _settings(path: Path, given: Mapping[str, Any]) -> Settings:
+    """Returns the given settings, completed from the file of settings if there is one.
+
+    Raises:
+        FileError: If the file of settings is damaged or belongs to other weights.
+        InputError: If a given value is invalid or differs from that in the file, or the image size is unknown.
+    """
+    file = settings_file(path)
+    if not file.exists():
+        if "image_size" not in given:
+            raise InputError(
+                f"{path}: image_size: a published checkpoint does not contain the size of its images, and there is no "
+                f"{file.name}: give it"
+            )
+        try:
+            return Settings(**given)
+        except ValidationError as error:
+            raise InputError(f"{path}: {first_mistake(error, Settings)}") from None
+    content = read_json(file)
+    if content.pop("sha256", None) != sha256(path):
+        raise FileError(file, f"belongs to other weights than those in {path}: delete it, and give the settings")
+    try:
+        settings = Settings(**content)
+    except ValidationError as error:
+        raise FileError(file, f"is damaged ({first_mistake(error, Settings)}): export the weights again") from None
+    for name, value in given.items():
+        if value != (known := getattr(settings, name)):
+            raise InputError(f"{path}: {name}: {value} contradicts {file.name} ({known or 'unset'}): omit it")
+    return settings
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads the file without running code in it.
+    """Reads the file without running code in it, and removes the prefix that all keys have.
 
     Raises:
-        FileError: If the file is damaged or does not hold a plain state dict.
+        FileError: If the file is damaged or does not hold a plain state dict of finite floating-point numbers.
     """
     with path.open("rb") as file:
         is_zip = zipfile.is_zipfile(file)
     try:
-        # Files of torch before 1.6 are not zip files and cannot be memory-mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unusable file is reported below, in one sentence
+            # Files of torch before 1.6 are not zip files and cannot be memory-mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         raise FileError(
             path,
@@ -97,11 +157,21 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise FileError(path, f"holds a {type(content).__name__}, not a state dict; give a file of weights")
     for key, value in content.items():
+        if not isinstance(key, str):
+            raise FileError(path, f"is not a state dict: its key {key!r} is not text; give a file of weights alone")
         if not isinstance(value, Tensor):
             raise FileError(
-                path, f"is not a plain state dict: its entry {key!r} is not a tensor; give a file of weights alone"
+                path,
+                f"is not a plain state dict: its entry {key!r} is not a tensor; give a file of weights alone",
             )
-    return content
+    try:
+        check_weights(content)
+    except InputError as error:
+        raise FileError(path, f"{error}; use another checkpoint") from None
+    prefix = next((key.removesuffix(INPUT) for key in content if key.endswith(INPUT)), "")
+    if not all(key.startswith(prefix) for key in content):
+        raise FileError(path, f"has weights besides those of the net with the prefix {prefix}; save that net alone")
+    return {key.removeprefix(prefix): value for key, value in content.items()}
 
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attention: Mapping[str, int]) -> Model:
@@ -118,7 +188,7 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
     if "label_emb.weight" in shapes:
         raise ValueError("class-conditional (it has label_emb.weight); only unconditional nets can be sampled")
     try:
-        channels_in = shapes["input_blocks.0.0.weight"][1]
+        channels_in = shapes[INPUT][1]
         channels_out = shapes["out.2.weight"][0]
         channels = shapes["time_embed.0.weight"][1]
         # In the decoder, every level except the first ends with a block that doubles the resolution.
@@ -128,21 +198,26 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
         stages = [f"input_blocks.{1 + level * (res_blocks + 1)}" for level in range(levels)]
         widths = [shapes[f"{stage}.0.out_layers.3.weight"][0] for stage in stages]
         scale_shift_norm = shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0]
-    except LookupError as error:
+    except KeyError as error:
         raise ValueError(f"not in the layout of guided-diffusion (it has no {error})") from None
+    except IndexError:
+        raise ValueError("not in the layout of guided-diffusion (a tensor has too few dimensions)") from None
     if channels_in != 3:
         kind = "an upsampler" if channels_in == 6 else "another kind of net"
         raise ValueError(
             f"the input has {channels_in} channels instead of 3, so this is {kind}; only nets of RGB images can be read"
         )
-    if any(width % channels for width in widths):
-        raise ValueError(
-            f"its levels have widths {', '.join(map(str, widths))}, not all multiples of the {channels} channels of "
-            "its time embedding; only integer multipliers are supported"
-        )
+    for unit, reason in (
+        (channels, "channels of its time embedding; only integer multipliers are supported"),
+        (GROUP_NORM_GROUPS, "groups of a group norm; only nets of guided-diffusion can be read"),
+    ):
+        if not unit or any(width % unit for width in widths):
+            raise ValueError(
+                f"its levels have widths {', '.join(map(str, widths))}, not all multiples of the {unit} {reason}"
+            )
     if image_size < 1 or image_size % 2 ** (levels - 1):
         raise ValueError(
-            f"image_size {image_size} cannot be halved {levels - 1} times, as this net does; use its image size"
+            f"image_size: {image_size} cannot be halved {levels - 1} times, as this net does; use its image size"
         )
     model = Model(
         channels=channels,
@@ -156,17 +231,37 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
         learn_sigma=channels_out == 6,
         **attention,
     )
-    check_image_size(image_size, model)
+    name = "heads" if model.heads else "head_channels"
+    divisor = model.heads or model.head_channels or 1
+    for key, shape in shapes.items():
+        if key.endswith("qkv.weight") and len(shape) == 3 and shape[1] % divisor:
+            default = "" if attention else "the default "
+            raise ValueError(
+                f"{name}: {default}{divisor} does not divide the {shape[1]} channels of attention; give the number "
+                "with which the net was trained"
+            )
     return model
 
 
-def write_published(path: Path, weights: Mapping[str, Tensor]) -> None:
+def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial) -> Settings:
     """Writes weights as guided-diffusion does: a plain state dict of float32. Equal weights give equal bytes.
+
+    Also writes the file of settings, which `load_published` reads.
 
     Args:
         path: The file.
         weights: Maps parameter names to tensors [...].
+        config: Configuration of the run.
+
+    Returns:
+        The settings that `load_published` needs without that file.
     """
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
+    heads = config.model.model_dump(include={"head_channels", "heads"})
+    settings = Settings(image_size=config.dataset.image_size, **heads, **config.diffusion.model_dump())
     with atomic_write(path) as file:
         torch.save(plain, file)
+    content = settings.model_dump(exclude_none=True) | {"sha256": sha256(path)}
+    with atomic_write(settings_file(path)) as file:
+        file.write(json.dumps(content, indent=2).encode())
+    return settings

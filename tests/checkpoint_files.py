@@ -29,11 +29,12 @@ def det_weights(layout: dict[str, tuple[int, ...]] = LAYOUT) -> dict[str, Tensor
     }
 
 
-def config(**changes: object) -> Initial:
+def config(diffusion: Diffusion | None = None, **changes: object) -> Initial:
     """A configuration with the model `TINY32`, except for some keys."""
+    diffusion = diffusion or Diffusion()
     model = Model(**TINY32.model_dump(exclude_unset=True) | changes)
     return Initial(
-        dataset=OpenMoji(source="openmoji", image_size=32), model=model, diffusion=Diffusion(), train_version=1
+        dataset=OpenMoji(source="openmoji", image_size=32), model=model, diffusion=diffusion, train_version=1
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_files import KEYS, LAYOUT, TINY32, config, det_weights, save_ours, save_pt
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion import progress
@@ -49,11 +50,12 @@ def test_files_of_old_torch_are_read(tmp_path):
 def test_writing_and_reading_returns_equal_weights(tmp_path):
     weights = det_weights()
     for name in ("one.pt", "other.pt"):
-        write_published(tmp_path / name, weights)
+        write_published(tmp_path / name, weights, config())
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
+    assert (tmp_path / "one.pt.json").read_bytes() == (tmp_path / "other.pt.json").read_bytes()
     plain = torch.load(tmp_path / "one.pt", weights_only=True)
     assert type(plain) is dict and list(plain) == list(weights)
-    loaded = load_published(tmp_path / "one.pt", "cpu", 32, head_channels=16).model.state_dict()
+    loaded = load_published(tmp_path / "one.pt", "cpu").model.state_dict()
     for key, value in weights.items():
         torch.testing.assert_close(plain[key], value, rtol=0, atol=0)
         torch.testing.assert_close(loaded[key], value, rtol=0, atol=0)
@@ -63,10 +65,39 @@ def test_a_net_of_98_million_parameters_keeps_its_layout(tmp_path):
     # Each tensor is an expanded view of one number, so the file has some kilobytes.
     tiny = {key: torch.zeros((), dtype=torch.float16).expand(shape) for key, shape in KEYS["ffhq128"].items()}
     net = load_published(save_pt(tmp_path / "ffhq128.pt", tiny), "cpu", 128)
-    write_published(tmp_path / "again.pt", net.model.state_dict())
+    write_published(tmp_path / "again.pt", net.model.state_dict(), config())
     again = torch.load(tmp_path / "again.pt", weights_only=True, mmap=True)
     assert {key: list(value.shape) for key, value in again.items()} == KEYS["ffhq128"]
     assert {value.dtype for value in again.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.diffusion_model."])
+def test_a_prefix_of_all_keys_is_removed(tmp_path, prefix):
+    prefixed = {prefix + key: value for key, value in det_weights().items()}
+    loaded = load_published(save_pt(tmp_path / "model.pt", prefixed), "cpu", 32, head_channels=16).model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in det_weights().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content | {"sha256": "0" * 64}, "belongs to other weights than those in .*model.pt: delete"),
+        (lambda content: {}, "belongs to other weights"),
+        (
+            lambda content: content | {"timesteps": 1},
+            "is damaged .timesteps: input should be .* 2.*: export the weights",
+        ),
+        (lambda content: content | {"steps": 1}, "is damaged .steps: unknown key"),
+        (lambda content: {"sha256": content["sha256"]}, "is damaged .image_size: missing"),
+        (lambda content: [], "is damaged"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_refused(tmp_path, change, message):
+    write_published(tmp_path / "model.pt", det_weights(), config())
+    file = tmp_path / "model.pt.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(FileError, match=f"^{file}: {message}"):
+        load_published(tmp_path / "model.pt", "cpu", 32, head_channels=16)
 
 
 # Inference of the net
@@ -137,6 +168,13 @@ WRONG = [
     (lambda: det_weights() | {"zzz": torch.zeros(2)}, r"zzz is \[2\], but missing in the net"),
     (lambda: det_weights() | {"out.2.weight": torch.zeros(4, 32, 3, 3)}, r"out.2.weight is \[4, .* but \[3, "),
     (lambda: without("output_blocks.0.0.in_layers.2.weight"), "output_blocks.0.0.in_layers.2.weight is missing"),
+    (lambda: {1: torch.zeros(2)}, "its key 1 is not text"),
+    (lambda: {key: value.to(torch.int8) for key, value in det_weights().items()}, "is torch.int8"),
+    (lambda: {key: value / 0 for key, value in det_weights().items()}, "has values that are NaN or infinite"),
+    (lambda: {f"a.{key}": value for key, value in det_weights().items()} | {"b": torch.zeros(2)},
+        "weights besides those of the net with the prefix a.; save"),
+    (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(3)}, "a tensor has too few dimensions"),
+    (lambda: det_weights() | {"time_embed.0.weight": torch.zeros(2, 0)}, "not all multiples of the 0"),
     (lambda: [torch.zeros(3)], "holds a list, not a state dict"),
     (lambda: torch.zeros(3), "holds a Tensor, not a state dict"),
     (lambda: torch.optim.Adam([torch.zeros(3, requires_grad=True)]).state_dict(), "its entry 'state' is not a tensor"),
@@ -151,6 +189,28 @@ def test_other_content_is_refused_with_a_one_line_message(tmp_path, content, mes
     path = save_pt(tmp_path / "model.pt", content())
     with pytest.raises(InputError, match=f"^{path}: .*{message}") as error:
         load_published(path, "cpu", 32, head_channels=16)
+    assert "\n" not in str(error.value)
+
+
+ABOUT = {"config": config().canonical(), "seed": 0, "step": 1, "diverged": False}
+
+
+@pytest.mark.parametrize(
+    ("about", "changes", "message"),
+    [
+        (None, {}, "it has no 'checkpoint'"),
+        ([], {}, "list indices"),
+        ({key: ABOUT[key] for key in ("config", "seed", "step")}, {}, "it has no 'diverged'"),
+        (ABOUT, {"out.2.bias": torch.full((6,), torch.nan)}, "out.2.bias has values that are NaN or infinite"),
+        (ABOUT, {"out.2.bias": torch.zeros(6, dtype=torch.int32)}, "out.2.bias is torch.int32"),
+        (ABOUT, {"more": torch.zeros(6)}, "Error.* Unexpected key"),
+    ],
+)
+def test_other_safetensors_files_are_refused_with_a_one_line_message(tmp_path, about, changes, message):
+    path = tmp_path / "weights.safetensors"
+    save_file(det_weights() | changes, path, {"checkpoint": json.dumps(about)} if about is not None else None)
+    with pytest.raises(FileError, match=f"^{path}: is not a complete checkpoint of a run .{message}") as error:
+        load_checkpoint(path, "cpu")
     assert "\n" not in str(error.value)
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import click
 import pytest
+from commands import main
 from projects import ROOT
 
 from convergence.command import SUBCOMMANDS
@@ -90,7 +91,8 @@ def run_outside_a_project(directory, arguments):
 @pytest.mark.parametrize(
     "arguments",
     [[], ["bugdet"], ["budget"], ["budget", "a", "--jobs", "0"], ["plan", "metrics.csv"], ["carry"],
-     ["sample", "nothing.pt", "--out", "out"], ["evaluate", "a", "b", "--metrics", "fid"]],
+     ["sample", "nothing.pt", "--out", "out"], ["evaluate", "a", "b", "--metrics", "fid"], ["budget", ","],
+     ["budget", "a", "--train-rate", "nan"], ["carry", "pack", "a", "--python", "x"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_usage_ends_with_code_2(tmp_path, arguments):
@@ -102,12 +104,39 @@ def test_a_wrong_usage_ends_with_code_2(tmp_path, arguments):
     "arguments",
     [["budget", "nothing"], ["orphans"], ["carry", "collect", "nothing"],
      ["judge", "nothing.csv", "--baseline", "a", "--candidate", "b", "--out", "out"],
-     ["evaluate", "nothing", "nothing", "--device", "cpu"]],
+     ["evaluate", "nothing", "nothing", "--device", "cpu"],
+     ["plan", "nothing.csv", "--baseline", "a", "--candidate", "a", "--effect", "2%"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_mistake_of_the_user_is_one_sentence_and_code_1(tmp_path, arguments):
     done = run_outside_a_project(tmp_path, arguments)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--candidate", "a"], "--baseline and --candidate are both a: name two arms"),
+        (["--candidate", "b"], "All pairs of a and b have the same difference, so the pilot shows no noise"),
+        (["--candidate", "b", "--study", ""], "--study '' is not in the table: choose one of curves"),
+        (["--candidate", "b", "--metric", "kid"], "--metric 'kid' is not in the table: choose one of fd"),
+        (["--candidate", "c"], "there is no arm c: choose one of a, b"),
+    ],
+)
+def test_a_pilot_that_cannot_be_used_is_reported(tmp_path, arguments, message):
+    rows = [f"{arm},{seed},{images},{100 / images}" for arm in "ab" for seed in (0, 1) for images in (10, 20)]
+    (tmp_path / "pilot.csv").write_text("\n".join(["arm,seed,images,value", *rows]))
+    with pytest.raises(SystemExit, match=message):
+        main(["plan", tmp_path / "pilot.csv", "--baseline", "a", "--effect", "2%", *arguments])
+
+
+def test_nothing_to_collect_is_reported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments/openmoji.yaml", tmp_path / "experiments/openmoji.yaml")
+    with pytest.raises(SystemExit, match="there are no results of openmoji in this directory: run the study first"):
+        main(["carry", "collect", "./experiments/openmoji.yaml"])
+    assert [path.name for path in tmp_path.iterdir()] == ["experiments"]
 
 
 def test_judge_prints_the_verdict_of_each_study(tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import LAYOUT, det_weights, save_ours, save_pt
+from checkpoint_files import LAYOUT, config, det_weights, save_ours, save_pt
 from commands import main
 from PIL import Image
 from projects import ROOT
+
+from diffusion.build import build_net
+from diffusion.config import Diffusion
 
 PUBLISHED = ["--image-size", "32", "--head-channels", "16"]
 SHORT = ["--images", "2", "--steps", "4", "--threads", "1", "--device", "cpu"]
@@ -70,28 +74,77 @@ def test_export_writes_the_published_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_channels": 32},
+        {"head_channels": None, "heads": 2},
+        {"diffusion": Diffusion(schedule="cosine", timesteps=100)},
+    ],
+    ids=str,
+)
+def test_exported_weights_give_the_samples_of_the_run(tmp_path, caplog, changes):
+    caplog.set_level("INFO")
+    ours = save_ours(tmp_path / "weights.safetensors", det_weights(), **changes)
+    sampled(ours, tmp_path / "run")
+    exported = tmp_path / "exported model.pt"
+    main(["export", ours, exported])
+    command = shlex.split(caplog.messages[-1].splitlines()[-1])
+    sampled(exported, tmp_path / "export")
+    # The printed command gives the same without the file of settings.
+    exported.with_name("exported model.pt.json").unlink()
+    assert command[:4] == ["convergence", "sample", str(exported), "--out"]
+    sampled(exported, tmp_path / "options", *command[5:])
+    for name in ("samples.npy", "samples.png"):
+        expected = (tmp_path / "run" / name).read_bytes()
+        assert expected == (tmp_path / "export" / name).read_bytes() == (tmp_path / "options" / name).read_bytes()
+
+
+def test_settings_of_an_export_cannot_be_contradicted(tmp_path):
+    ours, exported = save_ours(tmp_path / "weights.safetensors", det_weights()), tmp_path / "model.pt"
+    main(["export", ours, exported])
+    for option, value in (("--head-channels", "32"), ("--schedule", "cosine"), ("--heads", "4"), ("--image-size", "8")):
+        message = error_message("sample", exported, "--out", tmp_path / "out", option, value)
+        assert f"model.pt: {option}: {value} contradicts model.pt.json" in message and "omit it" in message
+
+
+def test_a_directory_stands_for_the_weights_in_it(tmp_path, capsys):
+    run = tmp_path / "seed0"
+    for step in (8, 16):
+        (run / f"step{step}").mkdir(parents=True)
+        save_ours(run / f"step{step}/weights.safetensors", det_weights())
+    sampled(run / "step8", tmp_path / "a")
+    sampled(run / "step8/weights.safetensors", tmp_path / "b")
+    assert (tmp_path / "a/samples.npy").read_bytes() == (tmp_path / "b/samples.npy").read_bytes()
+    main(["export", run / "step8", tmp_path / "model.pt"])
+    for directory, advice in ((run, f"such as {run}/step16"), (tmp_path / "a", "name a file of weights")):
+        with pytest.raises(SystemExit):
+            main(["sample", directory, "--out", tmp_path / "c"])
+        assert re.search(f"Error: .*{directory} has no weights.safetensors: .*{advice}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "model.pt: .* give --image-size"),
-        (["--image-size", "31"], "image_size 31 cannot be halved 1 times"),
-        (["--image-size", "0"], "image_size 0 cannot be halved 1 times"),
+        ([], "model.pt: --image-size: a published checkpoint does not contain .* there is no model.pt.json: give it"),
+        (["--image-size", "31"], "--image-size: 31 cannot be halved 1 times"),
+        (["--image-size", "0"], "--image-size: 0 cannot be halved 1 times"),
         (
             ["--image-size", "32", "--head-channels", "48"],
-            "head_channels: 48 does not divide the 64 channels of attention",
+            "--head-channels: 48 does not divide the 64 channels of attention",
         ),
-        (["--image-size", "32", "--heads", "3"], "heads: 3 does not divide the 64 channels of attention"),
-        (["--image-size", "32", "--heads", "0"], "heads: input should be greater than 0, but it is 0"),
-        ([*PUBLISHED, "--timesteps", "1"], "timesteps: input should be greater than or equal to 2, but it is 1"),
-        ([*PUBLISHED, "--images", "1"], "images: input should be greater than or equal to 2"),
-        ([*PUBLISHED, "--batch-size", "0"], "batch_size: input should be greater than 0"),
-        ([*PUBLISHED, "--seed", "-1"], "seed: input should be greater than or equal to 0"),
+        (["--image-size", "32", "--heads", "3"], "--heads: 3 does not divide the 64 channels of attention"),
+        (["--image-size", "32", "--heads", "0"], "--heads: input should be greater than 0, but it is 0"),
+        ([*PUBLISHED, "--timesteps", "1"], "--timesteps: input should be greater than or equal to 2, but it is 1"),
+        ([*PUBLISHED, "--images", "1"], "--images: input should be greater than or equal to 2"),
+        ([*PUBLISHED, "--batch-size", "0"], "--batch-size: input should be greater than 0"),
+        ([*PUBLISHED, "--seed", "-1"], "--seed: input should be greater than or equal to 0"),
         (
             [*PUBLISHED, "--steps", "600"],
-            "steps: DDIM takes .* cannot give 600 steps: use 500",
+            "--steps: DDIM takes .* cannot give 600 steps: use 500",
         ),
         (
             [*PUBLISHED, "--timesteps", "100", "--sampler", "ddpm", "--steps", "101"],
-            "101 is not possible with 100 timesteps",
+            "--steps: 101 is not possible with 100 timesteps",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -100,6 +153,13 @@ def test_wrong_options_are_reported_in_one_line(tmp_path, options, message):
     path = save_pt(tmp_path / "model.pt", det_weights())
     assert re.search(message, error_message("sample", path, "--out", tmp_path / "out", *SHORT, *options))
     assert not (tmp_path / "out").exists()
+
+
+def test_attention_that_the_default_does_not_fit_is_reported_with_the_option(tmp_path):
+    net = build_net(32, config(channel_mult=(1,), attention_resolutions=(), head_channels=32).model)
+    path = save_pt(tmp_path / "model.pt", net.state_dict())
+    message = error_message("sample", path, "--out", tmp_path / "out", *SHORT, "--image-size", "32")
+    assert re.search(r"model.pt: --head-channels: the default 64 does not divide the 32 channels of attention", message)
 
 
 def test_options_of_published_checkpoints_are_refused_for_others(tmp_path):

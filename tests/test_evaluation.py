@@ -142,13 +142,23 @@ def test_distances_grow_with_damage(real, real_features, extractor):
 
 def test_rows_are_in_the_order_of_the_metrics(capsys):
     x = correlated(30, 8, seed=0)
-    rows = evaluate(x, reference_of(x, {}), ["recall", "fd_infinity", "kid", "fd", "precision"])
+    near = reference_of(x + np.float32(1e-4), {})
+    rows = evaluate(x, near, ["recall", "fd_infinity", "kid", "fd", "precision"])
     assert [row.metric for row in rows] == ["recall", "fd_infinity", "kid", "fd", "precision"]
     assert all(row.n == 30 for row in rows)
-    assert [row.reason for row in rows] == ["", "extrapolated from 15 to 30 samples", "", "", ""]
-    assert [math.isnan(row.stderr) for row in rows] == [True, False, False, False, False]
+    unknown_error = "no standard error: the estimate of the variance is not positive"
+    assert [row.reason for row in rows] == ["", "extrapolated from 15 to 30 samples", unknown_error, "", ""]
+    assert [math.isnan(row.stderr) for row in rows] == [True, False, True, False, False]
     assert rows[0].value == rows[4].value == 1 and rows[2].value < 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_set_compared_with_itself_has_no_standard_errors():
+    x = correlated(30, 8, seed=0)
+    rows = {row.metric: row for row in evaluate(x, reference_of(x, {}), ["fd", "kid", "precision", "recall"])}
+    assert all(math.isnan(row.stderr) for row in rows.values())
+    assert rows["fd"].value == pytest.approx(0, abs=1e-6) and rows["precision"].value == 1
+    assert {row.reason for row in rows.values()} == {"no standard error: both sets are the same"}
 
 
 def test_equal_features_give_equal_rows():
@@ -194,7 +204,7 @@ def test_evaluate_refuses_unknown_metrics_and_unfit_features():
         InputError, match="^metrics: 'fid' is unknown: choose from fd, fd_infinity, kid, precision, recall, memorised"
     ):
         evaluate(x, reference_of(x, {}), ["fid"])
-    with pytest.raises(InputError, match="^features: .*does not fit.*use the same extractor"):
+    with pytest.raises(InputError, match="^features .*do not fit.*use the same extractor"):
         evaluate(x[:, :7], reference_of(x, {}), ["kid"])
-    with pytest.raises(InputError, match="^features: .*infinite"):
+    with pytest.raises(InputError, match="^features .*infinite"):
         evaluate(np.where(x > x.max() - 1e-6, np.inf, x), reference_of(x, {}), ["precision"])

@@ -68,7 +68,32 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
 @pytest.mark.parametrize(
     ("content", "baseline", "message"),
     [
-        ("arm,images\na,1\n", "a", "missing columns: value: add them"),
+        ("arm,images\na,1\n", "a", "missing columns: value (it has arm, images): add them, separated by commas"),
+        ("arm;images;value\na;1;2\n", "a", "missing columns: arm, images, value (it has arm;images;value): add them"),
+        ("arm,images,value\n", "a", "there are no rows: add one per run and checkpoint"),
+        ("arm,images,value,value\na,1,2,3\nb,1,2,3\n", "a", "there are two columns value: remove one"),
+        ("arm,images,value\na,1,2\nb,1,2,3,4\n", "a", "not a table (Error tokenizing data"),
+        ("arm,images,value\na,1,inf\nb,1,2\n", "a", "value must be finite, but is inf: correct it"),
+        ("arm,images,value\na,inf,1\nb,1,2\n", "a", "images must be finite, but is inf: correct it"),
+        ("arm,images,value\na,-5,1\nb,1,2\n", "a", "images must be at least 0, but is -5: correct it"),
+        ("arm,images,value\na,1e300,1\nb,1,2\n", "a", "images must be below 1e15, but is 1e\\+300: correct it"),
+        ("arm,images,value\na,1,-3\nb,1,2\n", "a", "value must be at least 0 for this metric, but is -3: correct it"),
+        (
+            "arm,images,value,metric\na,1,50,recall\nb,1,2,recall\n",
+            "a",
+            "value must be between 0 and 1 for this metric",
+        ),
+        ("arm,images,value,seed\na,1,2,0.5\nb,1,2,0\n", "a", "seed must be a whole number, but is 0.5: correct it"),
+        ("arm,images,value,n\na,1,2,inf\nb,1,2,9\n", "a", "n must be finite, but is inf: correct it"),
+        ("arm,images,value,n\na,1,2,9.5\nb,1,2,9\n", "a", "n must be a whole number, but is 9.5: correct it"),
+        ("arm,images,value,stderr\na,1,2,wide\nb,1,2,9\n", "a", "stderr has a value that is not a number"),
+        ("arm,images,value,seconds\na,1,2,-1\nb,1,2,9\n", "a", "seconds must be at least 0, but is -1: correct it"),
+        ("arm,images,value\na,1,2\nb,1,2\n", "b", "the baseline and the candidate are both b: name two arms"),
+        (
+            "study,arm,images,value\n../x,a,1,2\n../x,b,1,2\ny,a,1,2\ny,b,1,2\n",
+            "a",
+            "the study ../x cannot be the name of a directory: use a name without /",
+        ),
         ("", "a", "not a table"),
         ("arm,images,value\na,1,2\nb,1,n.a.?\n", "a", "value has a value that is not a number"),
         ("arm,images,value\n05,1,2\nb,1,2\n", "c", "no row has the arm c: choose from 05, b"),
@@ -86,9 +111,18 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
 )
 def test_a_table_that_cannot_be_used_is_rejected_in_one_sentence(tmp_path, content, baseline, message):
     (tmp_path / "curves.csv").write_text(content)
-    with pytest.raises(StudyError, match=message.replace("(", r"\(")) as error:
+    with pytest.raises(StudyError, match=message.replace("(", r"\(").replace(")", r"\)")) as error:
         judge(tmp_path / "curves.csv", tmp_path / "out", baseline, "b")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_spaces_after_commas_and_a_byte_order_mark_are_ignored(tmp_path, encoding):
+    (tmp_path / "curves.csv").write_text("arm, images, value\na, 1, 2\n b, 1, 3\n", encoding=encoding)
+    assert read_curves(tmp_path / "curves.csv")[["arm", "images", "value"]].to_numpy().tolist() == [
+        ["a", 1, 2],
+        ["b", 1, 3],
+    ]
 
 
 def test_the_number_of_samples_may_be_blank(tmp_path):

@@ -228,7 +228,14 @@ def test_kid_stderr_is_the_standard_deviation_over_sets(shift):
     kernel = mean_kernel(y)
     estimates = [kernel_distance(rng.standard_normal((50, 8)) + shift, y, kernel) for _ in range(400)]
     values, errors = (np.array([estimate[i] for estimate in estimates]) for i in (0, 1))
+    errors = np.nan_to_num(errors)  # without an estimate where that of the variance is negative
     assert math.sqrt(np.square(errors).mean()) == pytest.approx(values.std(ddof=1), rel=0.12)
+
+
+def test_kid_without_a_positive_variance_has_no_stderr():
+    x = correlated(40, 8, seed=0)
+    value, stderr, note = kernel_distance(x, x[::-1].copy(), mean_kernel(x))
+    assert value < 0 and math.isnan(stderr) and "variance is not positive" in note
 
 
 @pytest.mark.parametrize("n", [2, 3])

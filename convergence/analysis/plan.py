@@ -8,6 +8,8 @@ from convergence.analysis.power import POWER, cautious_sd, seeds_needed
 from convergence.analysis.wording import size_text
 from convergence.errors import StudyError
 
+NO_NOISE = 1e-12  # a smaller standard deviation is a rounding error
+
 
 def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) -> str:
     """Returns a text with the seeds and the hours of training that detect an effect.
@@ -19,7 +21,7 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
         effect: relative change of the metric for distances, such as 0.02; a difference for precision and recall.
 
     Raises:
-        StudyError: the pilot has fewer than two pairs, or too many seeds are needed.
+        StudyError: the pilot has fewer than two pairs or pairs without any noise, or too many seeds are needed.
     """
     comparison = compare_pair(metrics, baseline, candidate)
     pairs = comparison.average.pairs if comparison else 0
@@ -29,6 +31,11 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
             "standard deviation needs at least two: train more seeds."
         )
     scale, sd = comparison.scale, comparison.noise.paired
+    if sd < NO_NOISE:
+        raise StudyError(
+            f"All pairs of {baseline} and {candidate} have the same difference, so the pilot shows no noise: use runs "
+            "that were trained with different seeds."
+        )
     target = float(np.log1p(effect)) if scale == "log" else effect
     seconds = metrics[metrics["arm"].isin([baseline, candidate])].groupby(["arm", "seed"])["seconds"].max()
     hours = seconds.groupby("arm").mean().sum() / 3600  # of one pair

@@ -1,6 +1,7 @@
 """The command `convergence`: a click command named `main` in each module of this package."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from convergence.errors import StudyError, exit_on_user_error
+from diffusion.errors import FileError, InputError
 
 # Name of each subcommand, which is also its module, and the first line of its help. The modules are imported on use:
 # torch, pandas and MLflow take seconds to import, and an installation of the library alone lacks some of them.
@@ -39,7 +41,7 @@ class _Subcommands(click.Group):
             formatter.write_dl(list(SUBCOMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        with exit_on_user_error(), _explain_missing_packages():
+        with exit_on_user_error(), _explain_missing_packages(), _keys_as_options(ctx):
             return super().invoke(ctx)
 
 
@@ -61,6 +63,25 @@ def _explain_missing_packages() -> Iterator[None]:
             f"this command needs the Python package {package}, which is not installed: "
             "run `pip install '.[study]'` in a clone of the project"
         ) from None
+
+
+@contextmanager
+def _keys_as_options(ctx: click.Context) -> Iterator[None]:
+    """Turn an error of the library about a value into a `StudyError` that names the option of the subcommand.
+
+    Raises:
+        InputError: If the error is about a file or a study.
+        StudyError: If it is about a value.
+    """
+    try:
+        yield
+    except InputError as error:
+        if isinstance(error, (FileError, StudyError)):
+            raise
+        message = str(error)
+        for parameter in import_module(f"{__name__}.{ctx.invoked_subcommand}").main.params:
+            message = re.sub(rf"(^|: ){parameter.name}: ", rf"\1{parameter.opts[0]}: ", message)
+        raise StudyError(message) from None
 
 
 @click.group(

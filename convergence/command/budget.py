@@ -1,10 +1,11 @@
 """`convergence budget`: estimates the hours, disk space and jobs of studies."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -153,7 +154,16 @@ def table(budgets: dict[str, Budget]) -> str:
     return markdown_table([*head, "GB at the end", "GB at most"], rows)
 
 
-_RATE = click.FloatRange(min=0, min_open=True)
+class _Rate(click.FloatRange):
+    """A rate in images per second."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the rate."""
+        rate = super().convert(value, param, ctx)
+        return self.fail("nan is not a rate.", param, ctx) if math.isnan(rate) else rate
+
+
+_RATE = _Rate(min=1e-6, max=1e9)
 
 
 @click.command("budget")

@@ -7,6 +7,7 @@ results.tar.gz. After `tar xzf results.tar.gz` in the project, `make report` and
 
 import importlib.metadata
 import logging
+import re
 import subprocess
 import sys
 import tarfile
@@ -162,13 +163,19 @@ def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) ->
 
 
 def collect(experiments: Mapping[str, Experiment], out: Path) -> None:
-    """Write an archive of the reports and the small files of the results: all but datasets, weights and states."""
+    """Write an archive of the reports and the small files of the results: all but datasets, weights and states.
+
+    Raises:
+        StudyError: If there are no results.
+    """
     files = [path for path in layout.REPORTS.glob("*") if path.is_file()]
     for study, experiment in experiments.items():
         files += [layout.STUDIES / f"{study}.yaml", layout.dataset_directory(experiment.dataset) / "manifest.json"]
         files += [path for path in sorted((layout.RESULTS / study).rglob("*")) if path.name in SMALL_FILES]
         files += [path for path in sorted(layout.report_directory(study).rglob("*")) if path.is_file()]
     files = [path for path in files if path.exists()]
+    if not files:
+        raise StudyError(f"there are no results of {', '.join(experiments)} in this directory: run the study first")
     with atomic_write(out) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in files:
             archive.add(path)
@@ -189,9 +196,16 @@ def main() -> None:
     """
 
 
+def _python_version(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"3\.\d+", value):
+        raise click.BadParameter(f"{value} is not a version of Python: write it as 3.12.", context, parameter)
+    return value
+
+
 @main.command("pack")
 @studies_argument
-@click.option("--python", default="3.12", metavar="VERSION", help="Python version of the other machine.")
+@click.option("--python", default="3.12", metavar="VERSION", callback=_python_version,
+              help="Python version of the other machine.")  # fmt: skip
 @click.option("--also", multiple=True, metavar="PIN",
               help="Additional requirement, such as torchvision==0.26.0; may be repeated.")  # fmt: skip
 @click.option("--out", type=PATH, default="carry.tar", metavar="FILE", help="Archive to write.")

@@ -7,7 +7,7 @@ import click
 
 from convergence.command.options import PATH, Names, device_option, find_device
 from convergence.errors import StudyError
-from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
+from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES, weights_file
 
 FEATURES = (LITE0, *SOURCES)
 METRICS = ("fd", "fd_infinity", "kid", "precision", "recall")
@@ -45,12 +45,12 @@ def main(
 ) -> None:
     """Compare a set of generated images with a set of real ones.
 
-    GENERATED and REAL are each a folder or zip file of images of one size, or a .npy file of uint8 [N, H, W, 3].
-    Prints a line per metric.
+    GENERATED and REAL are each a folder or zip file of images of one size, or a .npy file or the arr_0 of a .npz file,
+    uint8 [N, H, W, 3]. Prints a line per metric.
     \f
 
     Raises:
-        StudyError: If a SHA-256 is given without a file of weights.
+        StudyError: If a SHA-256 is given without a file of weights, or a set has only one image.
     """
     from diffusion.data.folder import read_images
     from diffusion.evaluation import reference
@@ -58,9 +58,17 @@ def main(
 
     if weights_sha256 and not weights:
         raise StudyError("--weights-sha256 needs --weights: name the file of weights too")
+    for name in features:
+        weights_file(name, weights, weights_sha256)  # reports a wrong file before images are read
     fake_images, real_images = read_images(generated), read_images(real)
+    for path, images in ((generated, fake_images), (real, real_images)):
+        if len(images) < 2:
+            raise StudyError(f"{path}: there is one image, and metrics need at least two: add images")
     torch_device = find_device(device)
-    click.echo(f"{len(fake_images):,} images of {generated} against {len(real_images):,} of {real}")
+    sizes = [f"{images.shape[2]}x{images.shape[1]} pixels" for images in (fake_images, real_images)]
+    click.echo(
+        f"{len(fake_images):,} images ({sizes[0]}) of {generated} against {len(real_images):,} ({sizes[1]}) of {real}"
+    )
     for name in features:
         extractor = load_extractor(name, torch_device, weights, weights_sha256)
         expected = reference.reference_of(extract_features(real_images, extractor), extractor.identity)

@@ -1,32 +1,39 @@
 """`convergence export`: converts weights of a run to the layout of guided-diffusion."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import click
 
-from convergence.command.options import FILE, PATH, load_run
+from convergence.command.options import CHECKPOINT, PATH, load_run
 from convergence.errors import StudyError
 
 logger = logging.getLogger(__name__)
 
 
 @click.command("export")
-@click.argument("weights", type=FILE)
+@click.argument("weights", type=CHECKPOINT)
 @click.argument("out", type=PATH)
 def main(weights: Path, out: Path) -> None:
     """Convert weights of a run to the layout of guided-diffusion.
 
-    Reads WEIGHTS, the weights.safetensors of a run, and writes OUT, a .pt file with a plain state dict.
+    Reads WEIGHTS, the weights.safetensors of a run or its directory. Writes OUT, a .pt file with a plain state dict,
+    and OUT.json, the settings that `convergence sample` needs to sample it.
     \f
 
     Raises:
         StudyError: If the files have other suffixes.
     """
-    from diffusion.published import write_published
+    from diffusion.published import settings_file, write_published
 
     if weights.suffix != ".safetensors" or out.suffix != ".pt":
         raise StudyError(f"{weights}, {out}: export reads a .safetensors file and writes a .pt file: change the names")
     checkpoint = load_run(weights, "cpu")
-    write_published(out, checkpoint.model.state_dict())
-    logger.info("%s: images of %d pixels, %d timesteps", out, checkpoint.image_size, checkpoint.schedule.timesteps)
+    assert checkpoint.config  # that of a run has one
+    settings = write_published(out, checkpoint.model.state_dict(), checkpoint.config)
+    options = [f"--{key.replace('_', '-')} {value}" for key, value in settings.model_dump(exclude_none=True).items()]
+    logger.info(
+        "%s: its settings are in %s; without that file, sample it with\n  convergence sample %s --out samples %s",
+        out, settings_file(out), shlex.quote(str(out)), " ".join(sorted(options)),
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """Arguments and options that several subcommands share."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,25 @@ from diffusion.errors import FileError
 if TYPE_CHECKING:
     from diffusion.checkpoints import Checkpoint
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
+
+
+class _Checkpoint(click.Path):
+    """The file of a checkpoint, or the directory of a run's checkpoint, which has one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Returns the file."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.is_dir():
+            return path
+        if (weights := path / "weights.safetensors").is_file():
+            return weights
+        inside = sorted(path.glob("step*/weights.safetensors"), key=lambda file: (file.stat().st_mtime, file))
+        advice = f"name one of its checkpoints, such as {inside[-1].parent}" if inside else "name a file of weights"
+        self.fail(f"the directory {path} has no weights.safetensors: {advice}.", param, ctx)
+
+
+CHECKPOINT = _Checkpoint(exists=True, path_type=Path)
 
 
 def studies_argument(function: Callable) -> Callable:
@@ -24,7 +42,9 @@ def studies_argument(function: Callable) -> Callable:
 def _study_names(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> tuple[str, ...]:
     from convergence.layout import EXPERIMENTS
 
-    names = [name for value in values for name in value.split(",") if name]
+    names = [os.path.normpath(name) for value in values for name in value.split(",") if name]
+    if not names:
+        raise click.BadParameter("there is no name of a study.", context, parameter)
     return tuple(name.removeprefix(f"{EXPERIMENTS}/").removesuffix(".yaml") for name in names)
 
 
@@ -42,7 +62,7 @@ class Names(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         """Returns the names of a comma-separated list."""
-        names = tuple(value.split(","))
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
         for name in names:
             if name not in self.choices:
                 self.fail(f"'{name}' is not one of {', '.join(map(repr, self.choices))}.", param, ctx)

@@ -38,15 +38,19 @@ def _pilot(path: Path, arms: list[str], **choices: str | None) -> pd.DataFrame:
         **choices: A value for each of the columns `study`, `features` and `metric`; None if the column has one value.
 
     Raises:
-        StudyError: If a value or an arm is not in the table, or a choice is missing.
+        StudyError: If a value or an arm is not in the table, a choice is missing, or an arm is named twice.
     """
+    if len(set(arms)) < len(arms):
+        raise StudyError(f"--baseline and --candidate are both {arms[0]}: name two arms")
     metrics = read_curves(path)
     for column, value in choices.items():
         known = list(metrics[column].unique())
         if value is None and len(known) == 1:
             value = known[0]
         if value not in known:
-            problem = f"{value} is not in the table" if value else "is required, because the table has several"
+            problem = (
+                "is required, because the table has several" if value is None else f"{value!r} is not in the table"
+            )
             raise StudyError(f"--{column} {problem}: choose one of {', '.join(known)}")
         metrics = metrics[metrics[column] == value]
     for arm in arms:

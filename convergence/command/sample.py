@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from convergence.command.options import FILE, PATH, device_option, find_device, load_run
+from convergence.command.options import CHECKPOINT, PATH, device_option, find_device, load_run
 from convergence.errors import StudyError
+from diffusion.errors import InputError
 
 if TYPE_CHECKING:
     from diffusion.checkpoints import Checkpoint
@@ -20,7 +21,7 @@ GRID_PIXELS = 64  # smaller images are enlarged to about this size
 
 
 @click.command("sample")
-@click.argument("checkpoint", type=FILE)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="Directory for samples.npy and samples.png.")
 @click.option("--images", type=int, default=64, metavar="N", help="Number of images.")
 @click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), default="ddim", help="Sampler.")
@@ -33,7 +34,8 @@ GRID_PIXELS = 64  # smaller images are enlarged to about this size
 )
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", show_default="torch's choice", help="CPU threads.")
-@click.option("--image-size", type=int, metavar="N", help="For a .pt file, required: height and width of its images.")
+@click.option("--image-size", type=int, metavar="N",
+              help="For a .pt file that was not exported: height and width of its images.")  # fmt: skip
 @click.option("--head-channels", type=int, metavar="N", show_default="64",
               help="For a .pt file: channels per attention head.")  # fmt: skip
 @click.option("--heads", type=int, metavar="N", help="For a .pt file, instead: attention heads at every resolution.")
@@ -55,13 +57,14 @@ def main(
 ) -> None:
     """Sample images from a checkpoint.
 
-    CHECKPOINT is the weights.safetensors of a run, or a .pt file in the layout of guided-diffusion. Writes samples.npy,
-    uint8 [N, H, W, 3], and samples.png, a grid of up to 64 samples.
+    CHECKPOINT is the weights.safetensors of a run or its directory, or a .pt file in the layout of guided-diffusion.
+    Writes samples.npy, uint8 [N, H, W, 3], and samples.png, a grid of up to 64 samples.
     \f
 
     Raises:
         UsageError: If both `--heads` and `--head-channels` are given.
-        StudyError: If the options do not fit the checkpoint, or the GPU memory is too small.
+        InputError: If the options do not fit the checkpoint.
+        StudyError: If the GPU memory is too small.
         OSError: If the samples do not fit the disk.
     """
     if heads and head_channels:
@@ -82,7 +85,7 @@ def main(
         sample = Sample(**settings)
         check_sampling_steps(sample, loaded.schedule.timesteps)
     except ValueError as error:
-        raise StudyError(first_mistake(error, Sample)) from None
+        raise InputError(first_mistake(error, Sample)) from None
 
     out.mkdir(parents=True, exist_ok=True)
     array, grid = out / "samples.npy", out / "samples.png"
@@ -109,7 +112,7 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
         layout: The given options that describe a published checkpoint, as keyword arguments of `load_published`.
 
     Raises:
-        StudyError: If these options are given for a file of this project, or the image size is missing for another.
+        StudyError: If these options are given for a file of this project.
     """
     from diffusion.published import load_published
 
@@ -118,6 +121,4 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
             given = ", ".join(f"--{name.replace('_', '-')}" for name in layout)
             raise StudyError(f"{path} describes its own net: leave out {given}")
         return load_run(path, device)
-    if "image_size" not in layout:
-        raise StudyError(f"{path}: a published checkpoint does not contain the size of its images: give --image-size")
     return load_published(path, device, **layout)

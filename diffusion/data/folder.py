@@ -1,6 +1,8 @@
 """Images of a folder or a zip file, as a prepared dataset or as one array."""
 
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +15,7 @@ from diffusion.errors import FileError
 from diffusion.progress import with_progress
 
 MAX_LICENCE_BYTES = 10_000
+ARRAY = "arr_0"  # the name that `numpy.savez` gives to the first array
 
 
 def prepare_folder(directory: Path, source: Path, image_size: int, pad: int = 0) -> None:
@@ -53,16 +56,16 @@ def read_images(source: Path) -> np.ndarray:
     """Read images of equal size as they are, neither cropped nor resized.
 
     Args:
-        source: A folder or a zip file, read as `prepare_folder` reads it, or a .npy file.
+        source: A folder or a zip file, read as `prepare_folder` reads it, or a .npy or .npz file.
 
     Returns:
-        uint8 [N, H, W, 3] in 0..255, read-only and stored on disk.
+        uint8 [N, H, W, 3] in 0..255, read-only, and stored on disk unless it is from a .npz file.
 
     Raises:
-        FileError: The source does not exist, contains no images, or a .npy file is damaged or has another shape or
+        FileError: The source does not exist, contains no images, or an array is damaged or has another shape or
             type; an image cannot be read or differs in size from the first one.
     """
-    if source.suffix == ".npy":
+    if source.suffix in (".npy", ".npz"):
         return _read_array(source)
     with open_source(source) as files:
         names = image_names(files, source)
@@ -91,17 +94,34 @@ def read_images(source: Path) -> np.ndarray:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    """Open a .npy file as a read-only memory map, uint8 [N, H, W, 3].
+    """Read uint8 [N, H, W, 3]: a .npy file as a read-only memory map, or the array `arr_0` of a .npz file.
 
     Raises:
-        FileError: The file is missing or damaged, or the array has another shape or type.
+        FileError: The file is missing or damaged, or the array is missing or has another shape or type.
     """
     try:
-        images = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise FileError(path, f"cannot be read as an array ({error})") from error
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise FileError(path, f"contains {images.dtype} {list(images.shape)}, but uint8 [N, H, W, 3] is needed")
+        content = np.load(path, mmap_mode="r")
+        if isinstance(content, np.lib.npyio.NpzFile):
+            with content as arrays:
+                content = arrays[ARRAY]
+    except KeyError:
+        names = ", ".join(arrays) or "none"
+        raise FileError(path, f"has no array {ARRAY} (it has {names}): save the images under that name") from None
+    except FileNotFoundError:
+        raise FileError(path, "does not exist: correct the path") from None
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        unknown = "pickle" in str(error)  # numpy takes every unknown format for a pickle
+        reason = "it is no array, or holds Python objects, which are not loaded" if unknown else error
+        raise FileError(path, f"cannot be read as an array ({reason}): save the images again") from error
+    images: np.ndarray = content
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not images.size:
+        raise FileError(
+            path,
+            f"contains {images.dtype} {list(images.shape)}, but uint8 [N, H, W, 3] with values in 0..255 is needed: "
+            "convert the images",
+        )
+    if images.max() == 1:
+        raise FileError(path, "has no value above 1: scale the images to 0..255")
     return images
 
 

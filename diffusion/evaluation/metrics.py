@@ -203,9 +203,9 @@ def _checked(features: np.ndarray | Tensor) -> Tensor:
     """
     x = torch.as_tensor(features).cpu()
     if x.ndim != 2 or len(x) < 2:
-        raise InputError(f"features: must be [N, D] with N >= 2, but are {list(x.shape)}: use more images")
+        raise InputError(f"features must be [N, D] with N >= 2, but are {list(x.shape)}: use more images")
     if not x.isfinite().all():
-        raise InputError("features: contain NaN or infinite values: check the images and the weights of the extractor")
+        raise InputError("features contain NaN or infinite values: check the images and the weights of the extractor")
     return x
 
 
@@ -243,7 +243,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kerne
     As a function of the generated images it is a U-statistic of h_ij = k(x_i, x_j) - g_i - g_j, where g_i is the mean
     of k(x_i, .) over the reference. The unbiased estimate of its variance uses pairs of pairs without a common image
     (as in Sutherland 2019, arXiv 1906.02104): (4 sum_i r_i^2 - 2 sum_ij h_ij^2) / (N (N-1) (N-2) (N-3)) for centred h
-    with row sums r_i. A negative estimate is replaced by 0.
+    with row sums r_i. Without a positive estimate, no standard error is known.
 
     Args:
         features: [N, D], N at least 2; the standard error needs N >= 4.
@@ -267,7 +267,9 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kerne
     squares -= own.square().sum().item() + n * (n - 1) * u**2
     centred_sums = sums - (n - 1) * u
     variance = (4 * centred_sums.square().sum().item() - 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
-    return Estimate(u + reference_kernel, math.sqrt(max(variance, 0.0)))
+    if variance <= 0:
+        return Estimate(u + reference_kernel, note="no standard error: the estimate of the variance is not positive")
+    return Estimate(u + reference_kernel, math.sqrt(variance))
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -260,7 +260,8 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
 
     Returns:
         A row per metric, in the order of `metrics`. If there are too few images for a metric, its value is NaN and
-        the row states the reason.
+        the row states the reason. The standard errors hold for a set that is independent of the reference, so they
+        are NaN if both sets are the same.
 
     Raises:
         InputError: A metric is unknown, the features and the reference differ in D, or a value is NaN or infinite.
@@ -272,11 +273,11 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     n = len(features)
     if n and features.shape[1:] != reference.features.shape[1:]:
         raise InputError(
-            f"features: {list(features.shape)} does not fit the shape {list(reference.features.shape)} of the "
+            f"features {list(features.shape)} do not fit the shape {list(reference.features.shape)} of the "
             "reference: use the same extractor for both"
         )
     if not np.isfinite(features).all():
-        raise InputError("features: contain NaN or infinite values: check the images and the weights of the extractor")
+        raise InputError("features contain NaN or infinite values: check the images and the weights of the extractor")
     estimates: dict[str, Estimate] = {}
     for computation in _COMPUTATIONS:
         if not set(computation.metrics) & set(metrics):
@@ -286,4 +287,10 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
             estimates |= dict.fromkeys(computation.metrics, Estimate(math.nan, note=reason))
         else:
             estimates |= computation.compute(features, reference)
+    if np.array_equal(features, reference.features):
+        unknown_error = "no standard error: both sets are the same"
+        estimates = {
+            name: estimate if math.isnan(estimate.value) else Estimate(estimate.value, note=unknown_error)
+            for name, estimate in estimates.items()
+        }
     return [MetricRow(name, estimates[name].value, estimates[name].stderr, n, estimates[name].note) for name in metrics]

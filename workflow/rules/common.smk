@@ -25,12 +25,7 @@ with exit_on_user_error(SAME_COMMAND):
         snakefile.check_extractors(EXPERIMENTS)
         snakefile.check_schemes(EXPERIMENTS)
         snakefile.print_warnings(EXPERIMENTS.values())
-<<<<<<< HEAD
-=======
         snakefile.at_exit_if_nothing_is_left(lambda: workflow.dryrun or snakefile.track_rest(config, EXPERIMENTS))
-except InputError as error:
-    sys.exit(with_remedy(error))  # Snakemake would add the line of this file to any other exception
->>>>>>> mlflow20
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {
