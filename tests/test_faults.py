@@ -1,6 +1,9 @@
 """Faults at any moment of a reduced study: nothing is lost, and no incomplete file is used."""
 
+import errno
+import fcntl
 import os
+import platform
 import random
 import re
 import shutil
@@ -17,7 +20,8 @@ import pytest
 import torch
 from projects import REPORT, assert_equal_results, assert_tracked_once, copy_project, edit, jobs, reduce, snakemake
 
-from diffusion.files import atomic_write
+from diffusion.errors import InputError
+from diffusion.files import atomic_write, exclusive_lock
 
 COMMAND = [sys.executable, "-m", "snakemake", "--cores", "2", "--", "reports/fid_curves.png"]
 PHASES = {"dataset", "reference", "initialise", "train", "evaluate", "probe", "figures"}
@@ -299,3 +303,34 @@ with atomic_write(Path({str(tmp_path / "a[1].npy")!r})) as file:
         file.write(b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a[1].npy", "a[1].npy"]
     assert (tmp_path / "a[1].npy").read_bytes() == b"whole"
+
+
+def test_a_second_trainer_of_a_run_names_the_first(tmp_path):
+    holder = rf"process {os.getpid()} on {re.escape(platform.node())}"
+    for _ in range(2):  # the file remains
+        with (
+            exclusive_lock(tmp_path),
+            pytest.raises(InputError, match=rf"another process is training this run \({holder}\): .* delete .*\.lock$"),
+            exclusive_lock(tmp_path),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("content", ["", "process 1 on another machine\n"])
+def test_the_lock_file_of_a_killed_trainer_does_not_block(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with exclusive_lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_reported_in_a_sentence(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with (
+        pytest.raises(InputError, match=rf"\.lock: the file system cannot lock files \({os.strerror(code)}\): move"),
+        exclusive_lock(tmp_path),
+    ):
+        pass
