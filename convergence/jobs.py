@@ -7,11 +7,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from convergence.errors import StudyError, with_remedy
 from diffusion.errors import FileError, InputError, Stopped
 
+
+def _silent_stop(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that ends this process, unless it is Ctrl-C: Snakemake reports that once for all jobs."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+# Scripts import this module first, so that Ctrl-C during slow imports prints no traceback.
+sys.excepthook = _silent_stop
 # The section of a study file that has the arguments which errors of the library name, by rule.
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 

@@ -1,6 +1,5 @@
 """What the Snakefile calls: loading studies, checks before any job starts, the tracking process, the last lines."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from snakemake.exceptions import WorkflowError
-from snakemake.logging import logger as snakemake_logger
-from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
 from convergence.errors import StudyError
@@ -27,8 +24,6 @@ from diffusion.errors import InputError
 from diffusion.evaluation.weights import check_weights
 from diffusion.files import read_json
 
-# First words of Snakemake's messages about its own scheduling, which are not shown.
-HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
 # Snakemake passes `off` as text, YAML as a truth value.
 TRACKING = {"on": True, "off": False, True: True, False: False}
 LEFT_JOBS_SECONDS = 120  # until cancelled SLURM jobs must have ended
@@ -118,6 +113,12 @@ def _check_count(experiment: Experiment, count: int, file: Path) -> None:
         )
 
 
+def stop_on_hangup() -> None:
+    """Stop as after Ctrl-C when the terminal is closed, unless `nohup` makes this process ignore that."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
 def check_writable() -> None:
     """Check that results and reports can be written.
 
@@ -165,6 +166,29 @@ def print_warnings(experiments: Iterable[Experiment]) -> None:
     for experiment in experiments:
         for warning in stale_runs(experiment):
             print(f"Warning: {warning}", file=sys.stderr)
+
+
+def print_repeated(jobs: Iterable[tuple[Path, Iterable[str]]]) -> None:
+    """Print how many checkpoints this call trains again, and why.
+
+    Args:
+        jobs: of each training job: its weights, which exist if it has run before, and those of its input files that
+            are new.
+    """
+    again = [[Path(file) for file in new] for weights, new in jobs if weights.exists()]
+    dataset = [file for new in again for file in new if file.is_relative_to(layout.DATASETS)]
+    if any(not file.exists() for file in dataset):
+        text = "Note: a dataset is prepared again; what is trained is trained again only if the new images differ"
+    elif dataset:
+        text = f"Warning: {len(again)} trained checkpoints are trained again: the dataset has other images than before"
+    elif again:
+        text = (
+            f"Warning: {len(again)} trained checkpoints are trained again: only the two newest states of a run are "
+            "kept, so more or fewer checkpoints before its last one start it from its seed"
+        )
+    else:
+        return
+    print(text, file=sys.stderr)
 
 
 def gpus(experiment: Experiment, elsewhere: bool) -> int:
@@ -304,17 +328,3 @@ def _mlflow_command() -> str:
     if Path.cwd() == layout.ROOT:
         return "`make ui`, then "
     return f"`mlflow server --backend-store-uri sqlite:///{Path.cwd()}/mlflow.db`, then "
-
-
-def quiet_output() -> None:
-    """Hide Snakemake's messages about its scheduling, and print an estimate of the remaining time after each job."""
-    start = time.monotonic()
-
-    def keep(record: logging.LogRecord) -> bool:
-        fields = vars(record)
-        if fields.get("event") == LogEvent.PROGRESS and 0 < fields["done"] < fields["total"]:
-            seconds = (time.monotonic() - start) / fields["done"] * (fields["total"] - fields["done"])
-            print(f"about {seconds // 60:.0f} min {seconds % 60:.0f} s left", file=sys.stderr)
-        return not str(record.msg).startswith(HIDDEN_MESSAGES)
-
-    snakemake_logger.addFilter(keep)

@@ -2,6 +2,10 @@
 
 import errno
 import logging
+import re
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,3 +158,15 @@ def test_bugs_keep_their_traceback(caplog, error):
     with pytest.raises(type(error)), jobs.exit_on_job_error():
         raise error
     assert not caplog.records and logging.getLogger().handlers
+
+
+def test_ctrl_c_during_the_imports_of_a_script_prints_no_traceback():
+    code = "import convergence.jobs, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
+def test_every_script_imports_what_handles_ctrl_c_before_slow_packages():
+    for script in ROOT.glob("workflow/scripts/*.py"):
+        names = re.findall(r"^(?:from|import) (\S+)", script.read_text(), re.M)
+        assert next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names) == "convergence.jobs"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from PIL import Image
 from projects import copy_project, edit, reduce
 
 from convergence import layout
-from convergence.provenance import tables_hash
+from convergence.errors import with_remedy
+from convergence.provenance import check_images, tables_hash, trained_on
 from convergence.study_file import load_experiment
 from diffusion import config, sources
 from diffusion import section as section_module
+from diffusion.errors import FileError
 
 # The command that trains a study again.
 COMMAND = "snakemake --cores all reports/fid_curves.png --config experiments=openmoji --forcerun initialise train"
@@ -243,3 +246,30 @@ def test_a_damaged_provenance_is_left_to_the_job_that_reads_it(trained, tmp_path
     path.write_text(path.read_text()[:-20])
     (sentence,) = reports(project)[0]
     assert "under05 (" in sentence and "uni05" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("provenance", "manifest", "expected"),
+    [
+        ({"dataset_sha256": "a"}, {"sha256": "a", "versions": {}}, True),
+        ({"dataset_sha256": "a"}, {"sha256": "b"}, False),
+        ({}, {"sha256": "b"}, None),  # trained before this was recorded
+        ({"dataset_sha256": "a"}, {}, None),
+        (None, {"sha256": "a"}, None),
+        ({"dataset_sha256": "a"}, None, None),
+    ],
+)
+def test_a_checkpoint_is_not_used_with_other_images(tmp_path, monkeypatch, provenance, manifest, expected):
+    monkeypatch.chdir(tmp_path)
+    checkpoint, dataset = layout.RESULTS / "mine/a/seed0/step4", layout.DATASETS / "folder"
+    for path, content in ((checkpoint / "provenance.json", provenance), (dataset / "manifest.json", manifest)):
+        path.parent.mkdir(parents=True)
+        if content is not None:
+            path.write_text(json.dumps(content))
+    assert trained_on(checkpoint / "provenance.json", dataset / "manifest.json") is expected
+    with nullcontext() if expected is not False else pytest.raises(FileError) as error:
+        check_images(checkpoint, dataset / "manifest.json")
+    assert error is None or with_remedy(error.value) == (
+        "results/mine/a/seed0: was trained on other images than results/datasets/folder contains: delete it and run "
+        "the same command again"
+    )

@@ -7,17 +7,18 @@ from pathlib import Path
 # The packages that this file and the scripts import are next to the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
-from convergence import layout, resources, snakefile
+from convergence import layout, resources, snakefile, terminal
 from convergence.errors import with_remedy
-from convergence.provenance import stale_runs
+from convergence.provenance import stale_runs, trained_on
 from convergence.schema import Evaluate
 from diffusion.errors import InputError
 
 snakefile.set_environment(workflow.basedir)
-snakefile.quiet_output()
+terminal.shorten_output(lambda: snakefile.print_repeated(training_jobs()))
 try:
     EXPERIMENTS = snakefile.load_experiments(config)
     if workflow.is_main_process:
+        snakefile.stop_on_hangup()
         snakefile.check_writable()
         snakefile.check_extractors(EXPERIMENTS)
         snakefile.print_warnings(EXPERIMENTS.values())
@@ -69,6 +70,16 @@ def outputs_of_this_call():
     return {Path(file) for job in dag.bfs(dag.dependencies, *dag.targetjobs) for file in job.output}
 
 
+def training_jobs():
+    """Weights and new input files of each training job of this call, except of those that `--forcerun` names."""
+    jobs = ((job, workflow.dag.reason(job)) for job in workflow.dag.needrun_jobs() if job.rule.name == "train")
+    return [
+        (Path(job.output.weights), reason.updated_input | reason.updated_input_run)
+        for job, reason in jobs
+        if not reason.forced
+    ]
+
+
 def experiment_of(wildcards):
     return RUNS[wildcards.study, wildcards.arm][0]
 
@@ -77,9 +88,20 @@ def run_of(wildcards):
     return RUNS[wildcards.study, wildcards.arm][1]
 
 
+# Snakemake compares the times of input files, and the content of small ones. So the large ones are `ancient`: a small
+# file that has their sha256 is an input, too.
 def dataset_files(experiment):
     directory = layout.dataset_directory(experiment.dataset)
-    return {"images": directory / "images.npy", "manifest": directory / "manifest.json"}
+    return {"images": ancient(directory / "images.npy"), "manifest": directory / "manifest.json"}
+
+
+def training_files(wildcards):
+    """The dataset. Only the sha256 in its manifest matters to a checkpoint that has recorded it."""
+    files = dataset_files(experiment_of(wildcards))
+    provenance = Path(str(layout.STEP / "provenance.json").format(**dict(wildcards.items())))
+    if trained_on(provenance, files["manifest"]):
+        files["manifest"] = ancient(files["manifest"])
+    return files
 
 
 def threads_of(wildcards):
@@ -105,7 +127,8 @@ def previous_step(wildcards):
 
 def previous_state(wildcards):
     step = previous_step(wildcards)
-    return str(layout.STEP / "state.pt").format(**{**dict(wildcards.items()), "step": step}) if step else []
+    path = str(layout.STEP / "state.pt").format(**{**dict(wildcards.items()), "step": step})
+    return ancient(path) if step else []
 
 
 def sample_settings(experiment):

@@ -1,7 +1,8 @@
 # Each checkpoint is sampled from the same latents, and its samples are compared with the dataset in the same job.
 
 
-rule reference:
+# A checkpoint, for the reason that `dataset` is one.
+checkpoint reference:
     input:
         unpack(lambda wildcards: dataset_files(REFERENCES[wildcards.reference][0])),
     output:
@@ -28,7 +29,7 @@ rule reference:
 rule evaluate:
     input:
         unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
-        weights=layout.STEP / "weights.safetensors",
+        weights=ancient(layout.STEP / "weights.safetensors"),
         provenance=layout.STEP / "provenance.json",
         references=references_of,
     output:

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+from convergence.jobs import job  # isort: split
+
 import pandas as pd
 
 from convergence import layout
 from convergence.analysis.verdict import write_verdict
-from convergence.jobs import job
 from convergence.provenance import changed_tables
 from convergence.study_file import load_experiment
 from convergence.tables import PROBE_COLUMNS, collect, read_table, write_table
