@@ -168,18 +168,20 @@ def print_warnings(experiments: Iterable[Experiment]) -> None:
             print(f"Warning: {warning}", file=sys.stderr)
 
 
-def print_repeated(jobs: Iterable[tuple[Path, Iterable[str]]]) -> None:
+def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
     """Print how many checkpoints this call trains again, and why.
 
     Args:
-        jobs: of each training job: its weights, which exist if it has run before, and those of its input files that
-            are new.
+        jobs: of each training job: its weights, which exist if it has run before, and Snakemake's reason to run it.
     """
-    again = [[Path(file) for file in new] for weights, new in jobs if weights.exists()]
-    dataset = [file for new in again for file in new if file.is_relative_to(layout.DATASETS)]
-    if any(not file.exists() for file in dataset):
+    again = [reason for weights, reason in jobs if weights.exists()]
+
+    def dataset_in(files: str) -> bool:
+        return any(Path(path).is_relative_to(layout.DATASETS) for reason in again for path in getattr(reason, files))
+
+    if dataset_in("updated_input_run"):
         text = "Note: a dataset is prepared again; what is trained is trained again only if the new images differ"
-    elif dataset:
+    elif dataset_in("updated_input"):
         text = f"Warning: {len(again)} trained checkpoints are trained again: the dataset has other images than before"
     elif again:
         text = (

@@ -71,13 +71,9 @@ def outputs_of_this_call():
 
 
 def training_jobs():
-    """Weights and new input files of each training job of this call, except of those that `--forcerun` names."""
-    jobs = ((job, workflow.dag.reason(job)) for job in workflow.dag.needrun_jobs() if job.rule.name == "train")
-    return [
-        (Path(job.output.weights), reason.updated_input | reason.updated_input_run)
-        for job, reason in jobs
-        if not reason.forced
-    ]
+    """Weights of each training job of this call, and the reason to run it; not of jobs that `--forcerun` names."""
+    reasons = [(job, workflow.dag.reason(job)) for job in workflow.dag.needrun_jobs() if job.rule.name == "train"]
+    return [(Path(job.output.weights), reason) for job, reason in reasons if not reason.forced]
 
 
 def experiment_of(wildcards):
@@ -89,7 +85,8 @@ def run_of(wildcards):
 
 
 # Snakemake compares the times of input files, and the content of small ones. So the large ones are `ancient`: a small
-# file that has their sha256 is an input, too.
+# file that has their sha256 is an input, too. Not all files from one job may be `ancient`, unless that job is a
+# checkpoint: if it runs, Snakemake looks for no other reason to run the jobs after it.
 def dataset_files(experiment):
     directory = layout.dataset_directory(experiment.dataset)
     return {"images": ancient(directory / "images.npy"), "manifest": directory / "manifest.json"}
@@ -127,8 +124,7 @@ def previous_step(wildcards):
 
 def previous_state(wildcards):
     step = previous_step(wildcards)
-    path = str(layout.STEP / "state.pt").format(**{**dict(wildcards.items()), "step": step})
-    return ancient(path) if step else []
+    return str(layout.STEP / "state.pt").format(**{**dict(wildcards.items()), "step": step}) if step else []
 
 
 def sample_settings(experiment):
