@@ -17,8 +17,11 @@ HIDDEN_MESSAGES = (
 # First words of Snakemake's messages after Ctrl-C or SIGTERM.
 STOP_MESSAGES = ("Terminating processes on user request", "Will exit after finishing", "Cancelling snakemake")
 STOPPED = "Stopped: the same command continues from here"
-# How a script ends that has printed its error itself, or that Ctrl-C has stopped.
-REPORTED = ("returned non-zero exit status 1.", "returned non-zero exit status 130.", "died with <Signals.SIGINT")
+# How a script ends that has printed its error itself, or that Ctrl-C (130) or a closed terminal (129) has stopped.
+REPORTED = (
+    "returned non-zero exit status 1.", "returned non-zero exit status 130.", "returned non-zero exit status 129.",
+    "died with <Signals.SIGINT", "died with <Signals.SIGHUP",
+)  # fmt: skip
 
 
 def shorten_output(print_plan: Callable[[], None]) -> None:
