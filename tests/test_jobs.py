@@ -3,7 +3,6 @@
 import errno
 import logging
 import re
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -160,10 +159,12 @@ def test_bugs_keep_their_traceback(caplog, error):
     assert not caplog.records and logging.getLogger().handlers
 
 
-def test_ctrl_c_during_the_imports_of_a_script_prints_no_traceback():
-    code = "import convergence.jobs, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+@pytest.mark.parametrize("moment", ["{}()", "atexit.register({})"])
+def test_ctrl_c_during_imports_and_last_callbacks_prints_no_traceback(moment):
+    interrupt = "lambda: os.kill(os.getpid(), signal.SIGINT)"
+    code = f"import convergence.jobs, atexit, os, signal; {moment.format(f'({interrupt})')}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGINT and not done.stderr
+    assert not done.stderr
 
 
 def test_every_script_imports_what_handles_ctrl_c_before_slow_packages():
