@@ -84,9 +84,9 @@ def run_of(wildcards):
     return RUNS[wildcards.study, wildcards.arm][1]
 
 
-# Snakemake compares the times of input files, and the content of small ones. So the large ones are `ancient`: a small
-# file that has their sha256 is an input, too. Not all files from one job may be `ancient`, unless that job is a
-# checkpoint: if it runs, Snakemake looks for no other reason to run the jobs after it.
+# Snakemake compares the times of input files, and the content of those up to a size that the profiles set. The images
+# can be larger, so they are `ancient`: the manifest has their sha256. Not all files from one job may be `ancient`, unless
+# that job is a checkpoint: if it runs, Snakemake looks for no other reason to run the jobs after it.
 def dataset_files(experiment):
     directory = layout.dataset_directory(experiment.dataset)
     return {"images": ancient(directory / "images.npy"), "manifest": directory / "manifest.json"}

@@ -29,7 +29,7 @@ checkpoint reference:
 rule evaluate:
     input:
         unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
-        weights=ancient(layout.STEP / "weights.safetensors"),
+        weights=layout.STEP / "weights.safetensors",
         provenance=layout.STEP / "provenance.json",
         references=references_of,
     output:

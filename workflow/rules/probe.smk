@@ -4,7 +4,7 @@
 rule probe:
     input:
         unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
-        weights=ancient(layout.STEP / "weights.safetensors"),
+        weights=layout.STEP / "weights.safetensors",
         provenance=layout.STEP / "provenance.json",
     output:
         layout.STEP / "probe.csv",
