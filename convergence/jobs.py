@@ -7,11 +7,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from convergence.errors import StudyError, with_remedy
 from diffusion.errors import FileError, InputError, Stopped
 
+
+def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
+# Ctrl-C prints no traceback, even during the imports of a script, which imports this module first, and its last
+# callbacks. Snakemake reports the stop once for all jobs.
+sys.excepthook, sys.unraisablehook = _print_exception, _print_unraisable
 # The section of a study file that has the arguments which errors of the library name, by rule.
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 

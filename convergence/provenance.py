@@ -15,7 +15,7 @@ from typing import Any
 from convergence import layout
 from convergence.schema import Experiment
 from diffusion.config import RunConfig
-from diffusion.errors import InputError
+from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, read_json
 from diffusion.sources import source_hash
 
@@ -100,6 +100,28 @@ def newest_provenances(experiment: Experiment) -> list[tuple[str, dict[str, Any]
             with suppress(InputError, StopIteration):
                 found.append((arm, read_json(next(paths))))
     return found
+
+
+def trained_on(provenance: Path, manifest: Path) -> bool | None:
+    """Returns whether a checkpoint was trained on the images of a dataset; None if this is not known.
+
+    Args:
+        provenance: provenance.json of the checkpoint.
+        manifest: manifest.json of the dataset.
+    """
+    with suppress(InputError, KeyError):
+        return bool(read_json(provenance)["dataset_sha256"] == read_json(manifest)["sha256"])
+    return None
+
+
+def check_images(checkpoint: Path, manifest: Path) -> None:
+    """Checks that a checkpoint is used together with the images that it was trained on.
+
+    Raises:
+        FileError: If its provenance records other images. The error names the directory of the run.
+    """
+    if trained_on(checkpoint / "provenance.json", manifest) is False:
+        raise FileError(checkpoint.parent, f"was trained on other images than {manifest.parent} contains")
 
 
 def stale_runs(study: str, newest: Newest) -> list[str]:

@@ -18,7 +18,6 @@ from typing import Any
 from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger as snakemake_logger
-from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
 from convergence.changed_folders import changed_folders
@@ -34,8 +33,6 @@ from diffusion.errors import FileError, InputError
 from diffusion.evaluation.weights import check_weights, hub_directory
 from diffusion.files import atomic_write, read_json
 
-# First words of Snakemake's messages about its own scheduling, which are not shown.
-HIDDEN_MESSAGES = ("Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output")
 # Snakemake passes `off` as text, YAML as a truth value.
 TRACKING = {"on": True, "off": False, "True": True, "False": False}
 # Densities and weights whose tables can be useless, such as a normal density without overlap with the timesteps.
@@ -157,6 +154,12 @@ def _check_count(experiment: Experiment, count: int, file: Path) -> None:
         )
 
 
+def stop_on_hangup() -> None:
+    """Stop as after Ctrl-C when the terminal is closed, unless `nohup` makes this process ignore that."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
 def check_directories(studies: Iterable[str]) -> None:
     """Check that Snakemake can use the directory of this project, and that results and reports can be written.
 
@@ -245,6 +248,31 @@ def print_warnings(experiments: Collection[Experiment]) -> None:
             print(f"Warning: {warning}", file=sys.stderr)
     for warning in changed_folders(experiments):
         print(f"Warning: {warning}", file=sys.stderr)
+
+
+def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
+    """Print how many checkpoints this call trains again, and why.
+
+    Args:
+        jobs: of each training job: its weights, which exist if it has run before, and Snakemake's reason to run it.
+    """
+    again = [reason for weights, reason in jobs if weights.exists()]
+
+    def dataset_in(files: str) -> bool:
+        return any(Path(path).is_relative_to(layout.DATASETS) for reason in again for path in getattr(reason, files))
+
+    if dataset_in("updated_input_run"):
+        text = "Note: a dataset is prepared again; what is trained is trained again only if the new images differ"
+    elif dataset_in("updated_input"):
+        text = f"Warning: {len(again)} trained checkpoints are trained again: the dataset has other images than before"
+    elif again:
+        text = (
+            f"Warning: {len(again)} trained checkpoints are trained again: only the two newest states of a run are "
+            "kept, so more or fewer checkpoints before its last one start it from its seed"
+        )
+    else:
+        return
+    print(text, file=sys.stderr)
 
 
 def gpus(experiment: Experiment, elsewhere: bool) -> int:
@@ -418,19 +446,5 @@ def at_exit_if_nothing_is_left(action: Callable[[], None]) -> None:
         if record.msg == NOTHING_TO_BE_DONE_MSG:
             atexit.register(action)
         return True
-
-    snakemake_logger.addFilter(keep)
-
-
-def quiet_output() -> None:
-    """Hide Snakemake's messages about its scheduling, and print an estimate of the remaining time after each job."""
-    start = time.monotonic()
-
-    def keep(record: logging.LogRecord) -> bool:
-        fields = vars(record)
-        if fields.get("event") == LogEvent.PROGRESS and 0 < fields["done"] < fields["total"]:
-            seconds = (time.monotonic() - start) / fields["done"] * (fields["total"] - fields["done"])
-            print(f"about {seconds // 60:.0f} min {seconds % 60:.0f} s left", file=sys.stderr)
-        return not str(record.msg).startswith(HIDDEN_MESSAGES)
 
     snakemake_logger.addFilter(keep)

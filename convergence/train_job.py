@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -94,6 +95,8 @@ def train(segment: Segment, processes: int) -> None:
         monitor_interval=1,
         local_addr="localhost",
     )
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup; torch would handle this signal, too
+        config.signals_to_handle = "SIGTERM,SIGINT"
     try:
         elastic_launch(config, sys.executable)("-m", "convergence.train_job", segment.model_dump_json())
     except SignalException:

@@ -1,17 +1,17 @@
 """Atomic writes, locks, and checked reads of files."""
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from diffusion.errors import FileError, InputError
 
@@ -125,16 +125,28 @@ def read_json(path: Path) -> dict[str, Any]:
 def exclusive_lock(directory: Path) -> Iterator[None]:
     """Holds the lock of a run, so that only one process trains it. A killed Snakemake can leave a trainer running.
 
+    The file `.lock` in the directory contains the process and its host. It remains, and is free once that process ends.
+
     Raises:
-        InputError: If another process holds the lock.
+        InputError: If another process holds the lock, or the file system cannot lock files.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"{directory}: another process is training this run: wait until it ends, or stop it, then start again"
-        ) from None
-    with lock:
+    path = directory / ".lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise InputError(
+                f"{directory}: another process is training this run ({holder}): wait until it ends, or stop it, then "
+                f"start again; if it no longer exists, delete {path}"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{path}: the file system cannot lock files ({error.strerror}): move the results to another one, or "
+                "ask its administrator"
+            ) from None
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
         yield

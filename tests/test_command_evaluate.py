@@ -1,6 +1,8 @@
 """`convergence evaluate` on folders, zip files and arrays of images."""
 
 import re
+import subprocess
+import tempfile
 import zipfile
 
 import numpy as np
@@ -107,6 +109,19 @@ def test_inception_takes_weights_from_a_file(sets, tmp_path, capsys):
 def test_an_invalid_set_of_images_is_an_error(tmp_path, make, message):
     with pytest.raises(InputError, match=message):
         read_images(make(tmp_path))
+
+
+def test_a_full_temporary_directory_is_reported_in_a_sentence(sets, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    try:
+        with pytest.raises(SystemExit, match=rf"^{disk}: No space left on device: free space, and try again$"):
+            main(["evaluate", *sets])
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def mixed(directory):

@@ -1,6 +1,9 @@
 """Faults at any moment of a reduced study: nothing is lost, and no incomplete file is used."""
 
+import errno
+import fcntl
 import os
+import platform
 import random
 import re
 import shutil
@@ -17,7 +20,9 @@ import pytest
 import torch
 from projects import REPORT, assert_equal_results, assert_tracked_once, copy_project, edit, jobs, reduce, snakemake
 
-from diffusion.files import atomic_write
+from convergence import terminal
+from diffusion.errors import InputError
+from diffusion.files import atomic_write, exclusive_lock
 
 COMMAND = [sys.executable, "-m", "snakemake", "--cores", "2", "--", "reports/fid_curves.png"]
 PHASES = {"dataset", "reference", "initialise", "train", "evaluate", "probe", "figures"}
@@ -109,25 +114,40 @@ def begin(finished, destination, *parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_study_resumes_and_reaches_mlflow_later(finished, tmp_path, how):
     project = begin(finished, tmp_path / "study", "datasets", "references")
     run = start(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9")  # nobody listens there
-    while "train" not in jobs_of(project).values():
+    while not list(project.glob("results/openmoji/*/seed*/step4/provenance.json")):
         assert run.poll() is None
         time.sleep(0.05)
-    time.sleep(2)
-    for process in [run, *jobs_of(project)] if how == signal.SIGINT else [run]:  # a terminal sends Ctrl-C to all
+    shutil.rmtree(project / "results/datasets")
+    # Ctrl-C and a closed terminal reach all processes.
+    for process in [*jobs_of(project), run] if how != signal.SIGTERM else [run]:
         process.send_signal(how)
     _, output = run.communicate(timeout=180)
     assert run.returncode != 0
-    # A job that is stopped during its imports ends with a traceback.
-    assert how == signal.SIGINT or "Traceback" not in output, output
+    assert "Traceback" not in output and "WorkflowError" not in output, output
+    assert output.rstrip().splitlines()[-1] == terminal.STOPPED
     wait_for_jobs(project)
+    trained = {path: path.stat().st_mtime_ns for path in project.glob("results/openmoji/*/seed*/step*/provenance.json")}
     done = snakemake(project)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert trained == {path: path.stat().st_mtime_ns for path in trained}
     assert_equal_results(project, finished)
     assert_tracked_once(project)
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_reported_once(finished, tmp_path):
+    project = begin(finished, tmp_path / "study", "datasets", "references")
+    run = next(finished.glob("results/openmoji/uni05-*")).name
+    seed = project / f"results/openmoji/{run}/seed0"
+    with exclusive_lock(seed):
+        done = snakemake(project, "--config", "tracking=off", target=str(seed.relative_to(project) / "step4/state.pt"))
+    assert done.returncode == 1 and done.stderr.count("seed0: another process is training this run (process ") == 1
+    for word in ("Traceback", "CalledProcessError", "WorkflowError", "Error in rule"):
+        assert word not in done.stderr
 
 
 @pytest.mark.slow
@@ -174,6 +194,9 @@ def test_damaged_files_are_named_never_used_and_made_again(finished, tmp_path):
     images = next(project.glob("results/datasets/*/images.npy"))
     flip(images)
     assert_named(snakemake(project, "--config", "tracking=off", **METRICS), [images])
+    images.unlink()
+    done = snakemake(project, "--config", "tracking=off", **METRICS)
+    assert done.returncode == 0 and not re.search(r"^Job \d+: (Train|Evaluate|Probe)", done.stderr, re.M), done.stderr
 
 
 def assert_named(done, paths):
@@ -317,3 +340,34 @@ with atomic_write(Path({str(tmp_path / "a[1].npy")!r})) as file:
         file.write(b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a[1].npy", "a[1].npy"]
     assert (tmp_path / "a[1].npy").read_bytes() == b"whole"
+
+
+def test_a_second_trainer_of_a_run_names_the_first(tmp_path):
+    holder = rf"process {os.getpid()} on {re.escape(platform.node())}"
+    for _ in range(2):  # the file remains
+        with (
+            exclusive_lock(tmp_path),
+            pytest.raises(InputError, match=rf"another process is training this run \({holder}\): .* delete .*\.lock$"),
+            exclusive_lock(tmp_path),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("content", ["", "process 1 on another machine\n"])
+def test_the_lock_file_of_a_killed_trainer_does_not_block(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with exclusive_lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_reported_in_a_sentence(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with (
+        pytest.raises(InputError, match=rf"\.lock: the file system cannot lock files \({os.strerror(code)}\): move"),
+        exclusive_lock(tmp_path),
+    ):
+        pass

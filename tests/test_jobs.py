@@ -2,6 +2,9 @@
 
 import errno
 import logging
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -243,3 +246,17 @@ def test_bugs_keep_their_traceback(caplog, error):
     with pytest.raises(type(error)), jobs.exit_on_job_error():
         raise error
     assert not caplog.records and logging.getLogger().handlers
+
+
+@pytest.mark.parametrize("moment", ["{}()", "atexit.register({})"])
+def test_ctrl_c_during_imports_and_last_callbacks_prints_no_traceback(moment):
+    interrupt = "lambda: os.kill(os.getpid(), signal.SIGINT)"
+    code = f"import convergence.jobs, atexit, os, signal; {moment.format(f'({interrupt})')}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.stderr
+
+
+def test_every_script_imports_what_handles_ctrl_c_before_slow_packages():
+    for script in ROOT.glob("workflow/scripts/*.py"):
+        names = re.findall(r"^(?:from|import) (\S+)", script.read_text(), re.M)
+        assert next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names) == "convergence.jobs"

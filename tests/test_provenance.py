@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import psutil
@@ -18,10 +19,12 @@ from projects import copy_project, edit, reduce
 
 from convergence import layout
 from convergence.analysis.verdict import read_verdict
-from convergence.provenance import tables_hash
+from convergence.errors import with_remedy
+from convergence.provenance import check_images, tables_hash, trained_on
 from convergence.study_file import load_experiment
 from diffusion import config, sources
 from diffusion import section as section_module
+from diffusion.errors import FileError
 
 # The command that trains a study again.
 COMMAND = "snakemake --cores all reports/fid_curves.png --config experiments=openmoji --forcerun initialise train"
@@ -378,3 +381,30 @@ def test_what_changes_while_a_study_runs_is_not_used(tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [table.read_bytes() for table in tables] == before
+
+
+@pytest.mark.parametrize(
+    ("provenance", "manifest", "expected"),
+    [
+        ({"dataset_sha256": "a"}, {"sha256": "a", "versions": {}}, True),
+        ({"dataset_sha256": "a"}, {"sha256": "b"}, False),
+        ({}, {"sha256": "b"}, None),  # trained before this was recorded
+        ({"dataset_sha256": "a"}, {}, None),
+        (None, {"sha256": "a"}, None),
+        ({"dataset_sha256": "a"}, None, None),
+    ],
+)
+def test_a_checkpoint_is_not_used_with_other_images(tmp_path, monkeypatch, provenance, manifest, expected):
+    monkeypatch.chdir(tmp_path)
+    checkpoint, dataset = layout.RESULTS / "mine/a/seed0/step4", layout.DATASETS / "folder"
+    for path, content in ((checkpoint / "provenance.json", provenance), (dataset / "manifest.json", manifest)):
+        path.parent.mkdir(parents=True)
+        if content is not None:
+            path.write_text(json.dumps(content))
+    assert trained_on(checkpoint / "provenance.json", dataset / "manifest.json") is expected
+    with nullcontext() if expected is not False else pytest.raises(FileError) as error:
+        check_images(checkpoint, dataset / "manifest.json")
+    assert error is None or with_remedy(error.value) == (
+        "results/mine/a/seed0: was trained on other images than results/datasets/folder contains: delete it and run "
+        "the same command again"
+    )

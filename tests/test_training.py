@@ -175,7 +175,8 @@ def test_rows_lost_from_the_file_during_training_are_restored_at_the_end(tmp_pat
     assert logged_steps(tmp_path / "run") == [1, 2, 3]
 
 
-def test_a_stopped_segment_resumes_to_the_same_end(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_segment_resumes_to_the_same_end(tmp_path, how):
     run, previous = tiny(log_every=5), tmp_path / "cut/step5/state.pt"
     train_segment(run, 0, IMAGES, None, tmp_path / "whole/step65", 65, "cpu")
     train_segment(run, 0, IMAGES, None, tmp_path / "cut/step5", 5, "cpu")
@@ -183,7 +184,7 @@ def test_a_stopped_segment_resumes_to_the_same_end(tmp_path):
     def stop_after_a_row():
         while len(timeless_log(tmp_path / "cut")) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), how)
 
     stopper = threading.Thread(target=stop_after_a_row)
     stopper.start()
@@ -196,6 +197,19 @@ def test_a_stopped_segment_resumes_to_the_same_end(tmp_path):
     assert_same_end(tmp_path / "whole/step65", tmp_path / "cut/step65")
     assert logged_steps(tmp_path / "cut") == list(range(5, 66, 5))
     assert not (tmp_path / "cut/step65/state.partial.pt").exists()
+
+
+def test_a_process_that_ignores_hangups_continues_to_do_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with segment._StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_killed_segment_resumes_to_the_same_end(tmp_path):

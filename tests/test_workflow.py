@@ -159,6 +159,54 @@ def test_a_second_run_does_nothing(finished):
 
 
 @pytest.mark.slow
+def test_newer_files_with_the_same_content_start_no_job(project):
+    for path in project.glob("results/**/*"):
+        os.utime(path)
+    assert jobs(project) == []
+    # A copy without times and without Snakemake's records.
+    shutil.rmtree(project / ".snakemake/metadata")
+    now = time.time()
+    for path in project.glob("results/openmoji/*/*/*/*"):
+        os.utime(path, (now, now))
+    # A manifest as another version of Pillow writes it.
+    manifest = next(project.glob("results/datasets/*/manifest.json"))
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"versions": {}}))
+    assert not [job for job in jobs(project) if job.startswith("Train")]
+    # A manifest of other images.
+    manifest.write_text(json.dumps(content | {"sha256": "0" * 64}))
+    done = snakemake(project, "--dry-run")
+    assert "Warning: 8 trained checkpoints are trained again: the dataset has other images than before" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_dataset_that_is_prepared_again_repeats_nothing(project):
+    shutil.rmtree(project / "results/datasets")
+    next(project.glob("results/references/*.npz")).unlink()
+    metrics = next(project.glob("results/openmoji/uni05-*/seed0/step8")) / "metrics.csv"
+    metrics.unlink()
+    shutil.rmtree(project / "reports")
+    done = snakemake(project, "--dry-run")
+    assert "Note: a dataset is prepared again; what is trained is trained again only if the new images" in done.stderr
+    done = snakemake(project, "--config", "tracking=off", target=str(REPORT / "metrics.csv"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = re.findall(r"^Job \d+: (\w+)", done.stderr, re.M)
+    assert sorted(ran) == ["Compare", "Evaluate", "Prepare", "Reference"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [{"start": 0, "every": 2, "until": 8}, [8]])
+def test_other_checkpoints_before_the_last_one_are_announced(project, checkpoints):
+    edit(project, lambda study: study.update(checkpoints=checkpoints))
+    done = snakemake(project, "--dry-run")
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("Warning: ")]
+    again = 8 if isinstance(checkpoints, dict) else 4
+    assert warning.startswith(
+        f"Warning: {again} trained checkpoints are trained again: only the two newest states of a"
+    )
+
+
+@pytest.mark.slow
 def test_an_edited_arm_is_trained_alone_and_an_undone_edit_runs_nothing(project):
     before = (project / "experiments/openmoji.yaml").read_text()
     edit(project, lambda study: study["arms"]["under05"].update(train={"learning_rate": 1e-3}))

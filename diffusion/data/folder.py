@@ -3,8 +3,10 @@
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -64,33 +66,47 @@ def read_images(source: Path) -> np.ndarray:
     Raises:
         FileError: The source does not exist, contains no images, or an array is damaged or has another shape or
             type; an image cannot be read or differs in size from the first one.
+        OSError: The temporary directory is full.
     """
     if source.suffix in (".npy", ".npz"):
         return _read_array(source)
-    with open_source(source) as files:
+    # On disk, because thousands of large images do not fit in memory.
+    with open_source(source) as files, _temporary_file() as array:
         names = image_names(files, source)
-        images = np.empty((0, 0, 0, 3), np.uint8)
-        for index, name in enumerate(with_progress(names, "images read")):
+        shape: tuple[int, ...] = ()
+        for name in with_progress(names, "images read"):
             try:
                 with files[name]() as file:
                     pixels = np.asarray(decode_image(file))
             except Exception as error:  # Decoders raise exceptions of any type on damaged files.
                 reason = f"{type(error).__name__}: {error}"
                 raise FileError(source, f"{name} cannot be read ({reason}): replace or remove it") from error
-            if index == 0:
-                # On disk, because thousands of large images do not fit in memory.
-                with tempfile.TemporaryFile() as array:
-                    images = np.memmap(array, np.uint8, "w+", shape=(len(names), *pixels.shape))
-            if pixels.shape != images.shape[1:]:
-                height, width, _ = images.shape[1:]
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
                 raise FileError(
                     source,
                     f"{name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, but the first image has "
-                    f"{width}x{height}: resize all images to one size",
+                    f"{shape[1]}x{shape[0]}: resize all images to one size",
                 )
-            images[index] = pixels
-    images.setflags(write=False)
-    return images
+            # Not through a memory map: on a full disk, that would end this process without a message.
+            array.write(pixels.tobytes())
+        array.flush()
+        return np.memmap(array, np.uint8, "r", shape=(len(names), *shape))
+
+
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
+    """A file that is deleted when it is closed.
+
+    Raises:
+        OSError: The temporary directory is full. The error names it.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or tempfile.gettempdir()
+        raise
 
 
 def _read_array(path: Path) -> np.ndarray:

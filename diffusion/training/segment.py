@@ -55,8 +55,8 @@ def train_segment(
 ) -> TrainState:
     """Trains to step `until`, and writes weights.safetensors and state.pt to `directory` and log.csv to its parent.
 
-    If `directory` has a state.partial.pt of an earlier attempt at this segment, training resumes from it. SIGTERM and
-    SIGINT stop training after the current step. log.csv has the rows of the whole run.
+    If `directory` has a state.partial.pt of an earlier attempt at this segment, training resumes from it. SIGTERM,
+    SIGINT and SIGHUP stop training after the current step. log.csv has the rows of the whole run.
 
     Args:
         run: Configuration of the run.
@@ -218,14 +218,18 @@ class _Log:
 
 
 class _StopSignals:
-    """A context in which SIGTERM and SIGINT set an event instead of ending the process."""
+    """A context in which SIGTERM, SIGINT and SIGHUP set an event instead of ending the process, unless it ignores them.
+
+    `nohup` makes a process ignore SIGHUP.
+    """
 
     def __enter__(self) -> threading.Event:
         event = threading.Event()
         self.old = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.old[number] = signal.signal(number, lambda *_: event.set())
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.old[number] = signal.signal(number, lambda *_: event.set())
         return event
 
     def __exit__(self, *_: object) -> None:

@@ -7,19 +7,21 @@ from pathlib import Path
 # The packages that this file and the scripts import are next to the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
-from convergence import layout, resources, snakefile
+from convergence import layout, resources, snakefile, terminal
 from convergence.errors import SAME_COMMAND, exit_on_user_error
+from convergence.provenance import trained_on
 from convergence.schema import Evaluate
 from convergence.sizes import few_images
 from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
-snakefile.quiet_output()
+terminal.shorten_output(lambda: snakefile.print_repeated(training_jobs()))
 # Snakemake would add the line of this file to any exception but the one that ends the process.
 with exit_on_user_error(SAME_COMMAND):
     # Jobs on other machines read the files with which Snakemake started.
     EXPERIMENTS = snakefile.load_experiments(config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES)
     if workflow.is_main_process:
+        snakefile.stop_on_hangup()
         snakefile.check_directories(EXPERIMENTS)
         snakefile.check_curves(EXPERIMENTS)
         snakefile.check_extractors(EXPERIMENTS)
@@ -72,6 +74,12 @@ def outputs_of_this_call():
     return {Path(file) for job in dag.bfs(dag.dependencies, *dag.targetjobs) for file in job.output}
 
 
+def training_jobs():
+    """Weights of each training job of this call, and the reason to run it; not of jobs that `--forcerun` names."""
+    reasons = [(job, workflow.dag.reason(job)) for job in workflow.dag.needrun_jobs() if job.rule.name == "train"]
+    return [(Path(job.output.weights), reason) for job, reason in reasons if not reason.forced]
+
+
 def experiment_of(wildcards):
     return RUNS[wildcards.study, wildcards.arm][0]
 
@@ -80,9 +88,21 @@ def run_of(wildcards):
     return RUNS[wildcards.study, wildcards.arm][1]
 
 
+# Snakemake compares the times of input files, and the content of those up to a size that the profiles set. The images
+# can be larger, so they are `ancient`: the manifest has their sha256. Not all files from one job may be `ancient`, unless
+# that job is a checkpoint: if it runs, Snakemake looks for no other reason to run the jobs after it.
 def dataset_files(experiment):
     directory = layout.dataset_directory(experiment.dataset)
-    return {"images": directory / "images.npy", "manifest": directory / "manifest.json"}
+    return {"images": ancient(directory / "images.npy"), "manifest": directory / "manifest.json"}
+
+
+def training_files(wildcards):
+    """The dataset. Only the sha256 in its manifest matters to a checkpoint that has recorded it."""
+    files = dataset_files(experiment_of(wildcards))
+    provenance = Path(str(layout.STEP / "provenance.json").format(**dict(wildcards.items())))
+    if trained_on(provenance, files["manifest"]):
+        files["manifest"] = ancient(files["manifest"])
+    return files
 
 
 def threads_of(wildcards):

@@ -1,7 +1,9 @@
 # The images of any source become one array of squares of equal size.
 
 
-rule dataset:
+# A checkpoint, because Snakemake then decides again, after the dataset is prepared, which jobs must run: none that has
+# used the same images, if somebody deleted the dataset.
+checkpoint dataset:
     output:
         images=layout.DATASET / "images.npy",
         manifest=layout.DATASET / "manifest.json",

@@ -1,7 +1,8 @@
 # Each checkpoint is sampled from the same latents, and its samples are compared with the dataset in the same job.
 
 
-rule reference:
+# A checkpoint, for the reason that `dataset` is one.
+checkpoint reference:
     input:
         unpack(lambda wildcards: dataset_files(REFERENCES[wildcards.reference][0])),
     output:

@@ -29,7 +29,7 @@ rule initialise:
 
 rule train:
     input:
-        unpack(lambda wildcards: dataset_files(experiment_of(wildcards))),
+        unpack(training_files),
         previous=previous_state,
     output:
         weights=layout.STEP / "weights.safetensors",

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from convergence.jobs import job  # isort: split
+
 from pydantic import TypeAdapter
 
 from convergence import layout
-from convergence.jobs import job
 from diffusion.config import Dataset, Folder, OpenMoji, Torchvision
 from diffusion.data.folder import prepare_folder
 from diffusion.data.named import prepare_huggingface, prepare_torchvision

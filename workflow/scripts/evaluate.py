@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from convergence.jobs import job, use_torch  # isort: split
+
 import torch
 
-from convergence.jobs import job, use_torch
+from convergence.provenance import check_images
 from convergence.schema import Evaluate
 from convergence.tables import of_checkpoint, write_table
 from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
@@ -21,6 +23,7 @@ with job(snakemake):
     settings = Evaluate.model_validate_json(snakemake.params.evaluate)
     provenance = read_json(Path(inputs.provenance))
     dataset = read_json(Path(inputs.manifest))
+    check_images(Path(inputs.weights).parent, Path(inputs.manifest))
 
     checkpoint = load_checkpoint(Path(inputs.weights), device, provenance.get("sha256"))
     kept = Path(output.metrics).with_name("samples.npy")

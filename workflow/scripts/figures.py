@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from convergence.jobs import job  # isort: split
+
 import pandas as pd
 
 from convergence.analysis.verdict import read_verdict
@@ -10,7 +12,6 @@ from convergence.figures.forest import draw_forest
 from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
 from convergence.figures.schedules import draw_schedules
-from convergence.jobs import job
 from convergence.tables import PROBE_COLUMNS, read_curves, read_table
 from diffusion.config import RunConfig
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from convergence.jobs import job  # isort: split
+
 import pandas as pd
 
 from convergence.analysis.verdict import read_verdict
 from convergence.figures.curves import fid_curves
-from convergence.jobs import job
 from convergence.pages import front_page
 from convergence.tables import read_curves, read_table
 from diffusion.files import atomic_write

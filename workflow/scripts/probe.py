@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from convergence.jobs import job, use_torch
+from convergence.provenance import check_images
 from convergence.schema import Probe
 from convergence.tables import PROBE_COLUMNS, of_checkpoint, write_table
 from diffusion.checkpoints import load_checkpoint
@@ -18,6 +19,7 @@ with job(snakemake):
     seed, held_out = int(snakemake.wildcards.seed), run.dataset.held_out
     directory = Path(snakemake.input.images).parent
     images = probe_images(directory, held_out, settings.images, settings.batch_size, seed)
+    check_images(Path(snakemake.input.weights).parent, Path(snakemake.input.manifest))
     provenance = read_json(Path(snakemake.input.provenance))
     if provenance["diverged"] is None:
         net = load_checkpoint(Path(snakemake.input.weights), device, provenance.get("sha256"))

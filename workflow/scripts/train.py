@@ -3,17 +3,19 @@
 from pathlib import Path
 
 from convergence.jobs import job, job_name
-from convergence.provenance import environment, tables_hash, write_provenance
+from convergence.provenance import check_images, environment, tables_hash, write_provenance
 from convergence.train_job import Segment, drop_older_states, train
 from diffusion.config import RunConfig
-from diffusion.files import sha256
+from diffusion.files import read_json, sha256
 from diffusion.training.state import summary
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
     origin, tables = environment(), tables_hash(run)  # before training: code and packages may change later
+    dataset = read_json(Path(snakemake.input.manifest))["sha256"]
     state = Path(snakemake.output.state)
     if snakemake.input.previous:
+        check_images(Path(snakemake.input.previous).parent, Path(snakemake.input.manifest))
         drop_older_states(Path(snakemake.input.previous))
     segment = Segment(
         run=run,
@@ -41,6 +43,7 @@ with job(snakemake):
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,
+        dataset_sha256=dataset,
         source_hash=source,
         earlier_source_hashes=earlier,
         tables_hash=tables,

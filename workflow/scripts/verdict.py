@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+from convergence.jobs import job  # isort: split
+
 import pandas as pd
 
 from convergence.analysis.verdict import judge, write_verdict
 from convergence.failures import without_failed_runs
-from convergence.jobs import job
 from convergence.provenance import changed_tables, stale_runs
 from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
 from diffusion.config import RunConfig
