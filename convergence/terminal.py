@@ -1,13 +1,17 @@
-"""What the terminal shows of Snakemake's messages: each failed job once, and none about scheduling."""
+"""What the terminal shows: Snakemake's messages, without those about scheduling, and the last lines of a run."""
 
 import logging
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
+
+from convergence import layout
 
 # First words of Snakemake's messages about its own scheduling, which are not shown.
 HIDDEN_MESSAGES = (
@@ -59,3 +63,54 @@ def shorten_output(print_plan: Callable[[], None]) -> None:
         return not text.startswith(HIDDEN_MESSAGES)
 
     snakemake_logger.addFilter(keep)
+
+
+def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked: list[str]) -> None:
+    """Print the last lines of a run: the warnings and the answer of each study, its files, commands that show more.
+
+    Args:
+        experiments: names of the selected studies.
+        outputs: files of all jobs of this call, including jobs whose files were up to date. Other files are not named:
+            they may be of another call.
+        tracked: result of `stop_tracking`.
+    """
+    from convergence.analysis.verdict import read_verdict  # slow to import, and not needed before the end
+
+    lines = []
+    for name in experiments:
+        verdict = layout.report_directory(name) / "verdict.json"
+        if verdict in outputs:
+            result = read_verdict(verdict)
+            answer = result.answer or "compares nothing, because the study has no section `compare`."
+            lines += [f"Warning: {warning}" for warning in result.warnings]
+            lines += [f"{name}: {answer}", *(f"  {run.arm} seed {run.seed} {run.reason}" for run in result.failed)]
+            lines.append(f"  The verdict: {verdict.with_suffix('.md').resolve()}")
+    if layout.FIGURE in outputs:
+        lines += ["", f"The figure: {layout.FIGURE.resolve()}"]
+    if lines:
+        lines += ["", f"All results in one page: `{report_command(experiments)}`"]
+    if tracked:
+        lines += [f"In MLflow: {_mlflow_command()}open", *(f"  {line}" for line in tracked)]
+    if lines:
+        print("\n" + "\n".join(lines) + "\n", file=sys.stderr)
+
+
+def report_command(experiments: Iterable[str]) -> str:
+    """Returns the command that writes `reports/report.html` for these studies: with make where the Makefile is."""
+    studies = ",".join(experiments)
+    if Path.cwd() == layout.ROOT:
+        return f"make report EXPERIMENTS={studies}"
+    config = ["--config", f"experiments={studies}"]
+    stylesheet = str(layout.ROOT / "workflow/report/report.css")
+    run = layout.snakemake_command("--cores", "all", *config)
+    report = layout.snakemake_command("--report", str(layout.HTML_REPORT), "--report-stylesheet", stylesheet, *config)
+    return f"{run} && {report}"
+
+
+def _mlflow_command() -> str:
+    """The command that serves MLflow's store, if that is a database of this directory."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return ""
+    if Path.cwd() == layout.ROOT:
+        return "`make ui`, then "
+    return f"`mlflow server --backend-store-uri sqlite:///{Path.cwd()}/mlflow.db`, then "

@@ -16,11 +16,11 @@ from PIL import Image
 from projects import ROOT
 from snakemake.exceptions import WorkflowError
 
-from convergence import jobs, layout, resources, snakefile
+from convergence import jobs, layout, resources, snakefile, start_checks, terminal
 from convergence.analysis.results import FailedRun, StudyVerdict, save_verdict
 from convergence.errors import StudyError
 from convergence.schema import Experiment
-from convergence.sizes import few_images
+from convergence.start_warnings import few_images
 from convergence.study_file import load_experiment
 from diffusion.errors import FileError, InputError, Stopped
 
@@ -41,7 +41,7 @@ def test_held_out_images_must_leave_some_to_train_on(tmp_path, monkeypatch, held
     monkeypatch.chdir(tmp_path)
     study(tmp_path, held_out)
     with pytest.raises(StudyError, match=rf"mine.yaml: dataset.held_out: {held_out} of 4 .*: lower it"):
-        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+        start_checks.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_reference_needs_two_images(tmp_path, monkeypatch, kept, held_out, m
     for index in range(kept, 4):
         (tmp_path / f"pictures/{index}.png").unlink()
     with pytest.raises(StudyError, match=f"mine.yaml: dataset: {message}: add images"):
-        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+        start_checks.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 def test_a_probe_needs_two_batches(tmp_path, monkeypatch):
@@ -68,29 +68,29 @@ def test_a_probe_needs_two_batches(tmp_path, monkeypatch):
         content = yaml.safe_load(path.read_text()) | {"probe": {"images": 16, "batch_size": batch_size}}
         path.write_text(yaml.safe_dump(content))
         with nullcontext() if fits else pytest.raises(StudyError, match="probe.batch_size: 4 images .* lower it"):
-            snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+            start_checks.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 def test_images_are_counted_by_their_names_or_in_the_prepared_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, 2)
-    experiment = snakefile.load_experiments({"experiments": " mine.yaml"}, tmp_path)["mine"]
+    experiment = start_checks.load_experiments({"experiments": " mine.yaml"}, tmp_path)["mine"]
     directory = layout.dataset_directory(experiment.dataset)
     directory.mkdir(parents=True)
     (directory / "manifest.json").write_text('{"count": 2}')
     with pytest.raises(StudyError, match="dataset.held_out: 2 of 2 .*: lower it"):
-        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+        start_checks.load_experiments({"experiments": "mine"}, tmp_path)
     (directory / "manifest.json").unlink()
     for picture in (tmp_path / "pictures").iterdir():
         picture.rename(picture.with_suffix(".txt"))
     with pytest.raises(StudyError, match="dataset: there are no images in pictures: name a folder"):
-        snakefile.load_experiments({"experiments": "mine"}, tmp_path)
+        start_checks.load_experiments({"experiments": "mine"}, tmp_path)
 
 
 def test_some_images_may_be_held_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study(tmp_path, 2)
-    assert set(snakefile.load_experiments({"experiments": "mine"}, tmp_path)) == {"mine"}
+    assert set(start_checks.load_experiments({"experiments": "mine"}, tmp_path)) == {"mine"}
 
 
 def test_a_job_requests_time_and_memory_to_sample_and_to_evaluate():
@@ -172,9 +172,9 @@ def test_the_last_lines_name_only_files_of_this_call(tmp_path, monkeypatch, caps
     monkeypatch.setattr(layout, "ROOT", tmp_path)
     layout.FIGURE.parent.mkdir()
     layout.FIGURE.write_bytes(b"of another call")
-    snakefile.print_results(["mine"], {layout.report_directory("mine") / "metrics.csv"}, [])
+    terminal.print_results(["mine"], {layout.report_directory("mine") / "metrics.csv"}, [])
     assert not capsys.readouterr().err
-    snakefile.print_results(["mine"], {layout.FIGURE}, ["mine: http://host/1"])
+    terminal.print_results(["mine"], {layout.FIGURE}, ["mine: http://host/1"])
     lines = capsys.readouterr().err
     assert str(layout.FIGURE.resolve()) in lines and "verdict" not in lines
     assert "`make report EXPERIMENTS=mine`" in lines and "`make ui`" in lines and "  mine: http://host/1" in lines
@@ -185,7 +185,7 @@ def test_the_last_lines_name_the_runs_that_failed(tmp_path, monkeypatch, capsys)
     path = layout.report_directory("mine") / "verdict.json"
     path.parent.mkdir(parents=True)
     save_verdict(StudyVerdict("mine", failed=(FailedRun("b", 3, "collapsed at step 8 (mse 4)"),)), path)
-    snakefile.print_results(["mine"], {path}, [])
+    terminal.print_results(["mine"], {path}, [])
     assert "\n  b seed 3 collapsed at step 8 (mse 4)\n" in capsys.readouterr().err
 
 
@@ -234,9 +234,9 @@ def test_few_images_are_reported_with_their_numbers(
 
 def test_the_report_command_holds_the_options_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert snakefile.report_command(["a", "b"]) == "make report EXPERIMENTS=a,b"
+    assert terminal.report_command(["a", "b"]) == "make report EXPERIMENTS=a,b"
     monkeypatch.chdir(tmp_path)
-    for command in snakefile.report_command(["a"]).split(" && "):
+    for command in terminal.report_command(["a"]).split(" && "):
         assert f"--snakefile {ROOT}/Snakefile --directory {tmp_path} " in command
         assert command.endswith("--config experiments=a")
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from projects import ROOT
 
-from convergence import layout, snakefile
+from convergence import layout, start_checks
 from convergence.errors import StudyError, exit_on_user_error
 
 STUDY = {
@@ -30,11 +30,7 @@ def load(tmp_path, monkeypatch):
     def load(**sections):
         (tmp_path / "experiments/bad.yaml").write_text(yaml.safe_dump(STUDY | sections, sort_keys=False))
         with exit_on_user_error():
-            experiments = snakefile.load_experiments({"experiments": "bad"})
-            snakefile.check_directories(experiments)
-            snakefile.check_curves(experiments)
-            snakefile.check_extractors(experiments)
-            snakefile.check_schemes(experiments)
+            start_checks.check_experiments(start_checks.load_experiments({"experiments": "bad"}))
 
     return load
 
@@ -47,8 +43,8 @@ CURVES = [
     (f"{HEAD}\na,x,1", ["images has a value that is not a number", "correct it"]),
     (f"{HEAD}\na,1,2,5", ["more values than the header has columns", "write decimals with a point"]),
     (f"{HEAD}\na,1,2\na,1,2,5", ["not a table", "Expected 3 fields"]),
-    (f"{HEAD},n\na,1,2,inf", ["n has the value inf", "correct it"]),
-    (f"{HEAD},n\na,1,2,1e30", ["n has the value 1e+30", "correct it"]),
+    (f"{HEAD},n\na,1,2,inf", ["n must be finite, but is inf", "correct it"]),
+    (f"{HEAD},n\na,1,2,1e30", ["n must be below 1e15, but is 1e+30", "correct it"]),
     (f"{HEAD},metric\na,1,2,fid", ["metric fid is unknown", "choose from fd"]),
     (None, ["curves.csv does not exist", "remove the key"]),
 ]
@@ -66,7 +62,7 @@ def test_unusable_external_curves(load, tmp_path, content, parts):
 @pytest.mark.parametrize("value", ["half", ["on"], {"on": 1}, None, 1])
 def test_unknown_value_of_tracking(value):
     with pytest.raises(StudyError, match="--config tracking=.*: unknown value: use tracking=on or tracking=off"):
-        snakefile.load_experiments({"tracking": value})
+        start_checks.load_experiments({"tracking": value})
 
 
 def test_external_curves_with_braces_in_their_path(load, tmp_path):
@@ -84,7 +80,7 @@ def test_external_curves_with_braces_in_their_path(load, tmp_path):
 def test_damaged_manifest(load, tmp_path, manifest, part):
     load()
     directory = next(
-        layout.dataset_directory(e.dataset) for e in snakefile.load_experiments({"experiments": "bad"}).values()
+        layout.dataset_directory(e.dataset) for e in start_checks.load_experiments({"experiments": "bad"}).values()
     )
     directory.mkdir(parents=True)
     (directory / "manifest.json").write_text(manifest)

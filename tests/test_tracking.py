@@ -659,20 +659,20 @@ def test_a_server_that_does_not_answer_is_given_up_at_once(study, caplog, scheme
 def test_faults_of_tracking_are_shown_at_the_end_and_the_next_start_forwards_the_rest(
     study, processes, monkeypatch, capsys
 ):
-    from convergence import snakefile  # slow to import
+    from convergence.tracking import process  # slow to import
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     path = run_directory(study)
 
     def track(rows):
-        snakefile.start_tracking({}, {"toy": study})
-        processes.append(snakefile._tracker)
+        process.start_tracking(["toy"])
+        processes.append(process._tracker)
         wait_for(lambda: time.sleep(1) or write_log(path, range(1, rows + 1)) or count("progress") == rows)
-        return snakefile._tracker
+        return process._tracker
 
     track(10).kill()
-    assert snakefile.stop_tracking(["toy"]) == []
+    assert process.stop_tracking(["toy"]) == []
     advice = "the next run of the study, or `convergence sync toy`, forwards the rest\n"
     message = capsys.readouterr().err
     assert message.startswith("Warning: ") and message.endswith(advice) and message.count("\n") == 1
@@ -700,7 +700,7 @@ def test_faults_of_tracking_are_shown_at_the_end_and_the_next_start_forwards_the
     tracker = track(30)
     client().delete_experiment("1")
     write_log(path, range(1, 41))
-    assert snakefile.stop_tracking(["toy"]) == [] and tracker.returncode == 0
+    assert process.stop_tracking(["toy"]) == [] and tracker.returncode == 0
     message = capsys.readouterr().err
     assert message.startswith("Warning: the study toy is not tracked in sqlite:///mlflow.db (")
     assert "mlflow experiments restore -x 1`; " in message

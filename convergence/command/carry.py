@@ -25,7 +25,7 @@ from convergence import layout
 from convergence.command.options import PATH, studies_argument
 from convergence.errors import StudyError
 from convergence.schema import Experiment
-from convergence.snakefile import load_experiments
+from convergence.start_checks import load_experiments
 from diffusion.evaluation.weights import LITE0, SOURCES, hub_directory, weights_file
 from diffusion.files import atomic_write
 

@@ -7,27 +7,27 @@ from pathlib import Path
 # The packages that this file and the scripts import are next to the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
-from convergence import layout, resources, snakefile, terminal
+from convergence import layout, resources, snakefile, start_checks, start_warnings, terminal
 from convergence.errors import SAME_COMMAND, exit_on_user_error
 from convergence.provenance import trained_on
 from convergence.schema import Evaluate
-from convergence.sizes import few_images
+from convergence.tracking import process
 from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
-terminal.shorten_output(lambda: snakefile.print_repeated(training_jobs()))
+terminal.shorten_output(lambda: start_warnings.print_repeated(training_jobs()))
 # Snakemake would add the line of this file to any exception but the one that ends the process.
 with exit_on_user_error(SAME_COMMAND):
     # Jobs on other machines read the files with which Snakemake started.
-    EXPERIMENTS = snakefile.load_experiments(config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES)
+    EXPERIMENTS = start_checks.load_experiments(
+        config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES
+    )
+    TRACKED = start_checks.tracked_studies(config, EXPERIMENTS)
     if workflow.is_main_process:
         snakefile.stop_on_hangup()
-        snakefile.check_directories(EXPERIMENTS)
-        snakefile.check_curves(EXPERIMENTS)
-        snakefile.check_extractors(EXPERIMENTS)
-        snakefile.check_schemes(EXPERIMENTS)
-        snakefile.print_warnings(EXPERIMENTS.values())
-        snakefile.at_exit_if_nothing_is_left(lambda: workflow.dryrun or snakefile.track_rest(config, EXPERIMENTS))
+        start_checks.check_experiments(EXPERIMENTS)
+        start_warnings.print_warnings(EXPERIMENTS.values())
+        snakefile.at_exit_if_nothing_is_left(lambda: workflow.dryrun or process.track_rest(TRACKED))
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {
@@ -56,16 +56,16 @@ onstart:
     if workflow.executor_plugin.name == "slurm":
         snakefile.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
     snakefile.save_study_files(EXPERIMENTS)
-    snakefile.start_tracking(config, EXPERIMENTS)
+    process.start_tracking(TRACKED)
 
 
 onsuccess:
-    tracked = snakefile.stop_tracking(EXPERIMENTS)
-    snakefile.print_results(EXPERIMENTS, outputs_of_this_call(), tracked)
+    tracked = process.stop_tracking(TRACKED)
+    terminal.print_results(EXPERIMENTS, outputs_of_this_call(), tracked)
 
 
 onerror:
-    snakefile.stop_tracking(EXPERIMENTS)
+    process.stop_tracking(TRACKED)
 
 
 def outputs_of_this_call():

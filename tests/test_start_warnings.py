@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from projects import ROOT, copy_project, edit, snakemake
 
-from convergence import changed_folders, layout
+from convergence import layout, start_warnings
 from convergence.study_file import load_experiment
 from diffusion.data.folder import prepare_folder
 
@@ -42,7 +42,7 @@ def load():
 
 
 def warnings(*experiments):
-    return list(changed_folders.changed_folders(experiments))
+    return list(start_warnings.changed_folders(experiments))
 
 
 def add(folder):
@@ -101,7 +101,7 @@ def test_the_command_makes_a_new_dataset_and_keeps_the_old_one(study):
 def test_any_path_has_a_new_name_next_to_it(tmp_path, monkeypatch, path):
     (tmp_path / "x/y").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "x/y")
-    remedy = changed_folders._remedy(layout.Path(path), "mine")
+    remedy = start_warnings._remedy(layout.Path(path), "mine")
     expected = {".": f"y {tmp_path}/x/y-2", "..": f"x {tmp_path}/x-2", "/data/a.b/": "a.b /data/a-2.b"}[path]
     assert f"`ln -s {expected}`" in remedy
 
@@ -125,7 +125,7 @@ def test_datasets_without_a_list_of_files_are_compared_by_number(study):
 
 
 def test_a_slow_check_is_given_up(study, monkeypatch):
-    monkeypatch.setattr(changed_folders, "CHECK_SECONDS", 0)
+    monkeypatch.setattr(start_warnings, "CHECK_SECONDS", 0)
     (warning,) = warnings(study)
     assert warning == "my pictures: not checked whether its images have changed (its files are not listed in 0 s)"
 

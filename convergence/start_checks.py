@@ -1,0 +1,208 @@
+"""The checks before any job starts: studies, images, curves, directories, feature extractors and schemes."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from convergence import layout
+from convergence.errors import StudyError
+from convergence.provenance import tables_hash
+from convergence.resources import count_images
+from convergence.schema import Experiment
+from convergence.study_file import load_experiment
+from diffusion.config import Folder
+from diffusion.errors import FileError, InputError
+from diffusion.evaluation.weights import check_weights, hub_directory
+from diffusion.files import read_json
+
+# Snakemake passes `off` as text, YAML as a truth value.
+TRACKING = {"on": True, "off": False, "True": True, "False": False}
+# Densities and weights whose tables can be useless, such as a normal density without overlap with the timesteps.
+DELICATE = {"log_normal_sigma", "logit_normal", "speed"}
+BRACES = re.compile("[{}]")
+
+
+def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENTS) -> dict[str, Experiment]:
+    """Load and validate the studies that `--config experiments=a,b` names, or else the study `openmoji`.
+
+    Args:
+        config: Snakemake's configuration.
+        folder: directory of the study files.
+
+    Returns:
+        The studies by name, in the order in which they are named.
+
+    Raises:
+        StudyError: A key of the configuration is unknown, a study file is missing or invalid, or a study has too few
+            images.
+    """
+    unknown = set(config) - {"experiments", "tracking"}
+    if unknown:
+        raise StudyError(f"--config {unknown.pop()}: unknown key: use experiments=NAME,NAME or tracking=off")
+    if str(config.get("tracking", "on")) not in TRACKING:
+        raise StudyError(f"--config tracking={config['tracking']}: unknown value: use tracking=on or tracking=off")
+    names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
+    experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
+    for name, experiment in experiments.items():
+        _check_images(experiment, folder / f"{name}.yaml")
+    return experiments
+
+
+def tracked_studies(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> list[str]:
+    """Returns the names of the studies that this call records in MLflow."""
+    on = TRACKING[str(config.get("tracking", "on"))]
+    return [name for name, experiment in experiments.items() if on and experiment.tracking]
+
+
+def check_experiments(experiments: Mapping[str, Experiment]) -> None:
+    """Check that the jobs of studies can write their files and have all that they need.
+
+    Raises:
+        StudyError: They cannot.
+    """
+    _check_directories(experiments)
+    _check_curves(experiments)
+    _check_extractors(experiments)
+    _check_schemes(experiments)
+
+
+def _check_images(experiment: Experiment, file: Path) -> None:
+    """Check that a prepared dataset, or else the folder it is prepared from, has the images that the study needs.
+
+    Raises:
+        FileError: The manifest of the prepared dataset is damaged.
+        StudyError: The folder does not exist, or there are too few images.
+    """
+    dataset = experiment.dataset
+    manifest = layout.dataset_directory(dataset) / "manifest.json"  # written last
+    if manifest.exists():
+        count = read_json(manifest).get("count")
+        if not isinstance(count, int):
+            raise FileError(manifest, "is damaged (it has no number of images)")
+        _check_count(experiment, count, file)
+    elif isinstance(dataset, Folder):
+        if not dataset.path.exists():
+            raise StudyError(f"{file}: dataset.path: {dataset.path} does not exist: put images there or correct it")
+        _check_count(experiment, count_images(dataset), file)
+
+
+def _check_count(experiment: Experiment, count: int, file: Path) -> None:
+    """Check that a dataset of `count` images is large enough for the study.
+
+    Raises:
+        StudyError: There are too few images.
+    """
+    dataset, evaluate = experiment.dataset, experiment.evaluate
+    if not count:
+        place = getattr(dataset, "path", "it")
+        raise StudyError(f"{file}: dataset: there are no images in {place}: name a folder of images or a complete zip")
+    if dataset.held_out >= count:
+        raise StudyError(
+            f"{file}: dataset.held_out: {dataset.held_out} of {count} images leaves none to train on: lower it"
+        )
+    available = dataset.held_out if evaluate.reference == "held_out" else count - dataset.held_out
+    part = f"part `{evaluate.reference}` ({count} images, dataset.held_out {dataset.held_out})"
+    if available < 2:
+        raise StudyError(f"{file}: dataset: the {part} needs at least 2 images, but has {available}: add images")
+    if available < (evaluate.reference_images or 0):
+        raise StudyError(
+            f"{file}: evaluate.reference_images: {evaluate.reference_images} is more than the {available} images of "
+            f"the {part}: lower it"
+        )
+    probe = experiment.probe
+    if probe and not dataset.held_out and count < 2 * probe.batch_size:
+        raise StudyError(
+            f"{file}: probe.batch_size: {count} images are fewer than two batches of {probe.batch_size}: lower it"
+        )
+
+
+def _check_directories(studies: Iterable[str]) -> None:
+    """Check that Snakemake can use the directory of this project, and that results and reports can be written.
+
+    Raises:
+        StudyError: The path of the project has braces, or a directory cannot be written, is a file, or is a link to
+            nothing.
+    """
+    if BRACES.search(str(layout.ROOT)):
+        raise StudyError(f"{layout.ROOT}: braces are wildcards of Snakemake: rename the directory")
+    for study in studies:
+        _check_directory(layout.RESULTS / study)
+        _check_directory(layout.report_directory(study))
+    for path in (layout.DATASETS, layout.REFERENCES, layout.FRONT_PAGE.parent):
+        _check_directory(path)
+
+
+def _check_directory(path: Path) -> None:
+    """Check that a directory can be written, or created in the first of its parents that exists.
+
+    Raises:
+        StudyError: It cannot.
+    """
+    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not place.exists():
+        raise StudyError(f"{place} is a link to {place.readlink()}, which does not exist: create it or remove the link")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise StudyError(f"{place.resolve()}: {error.strerror}: correct the path or its permission") from None
+
+
+def _check_curves(experiments: Mapping[str, Experiment]) -> None:
+    """Check the tables of curves from other people.
+
+    Raises:
+        StudyError: A table is missing or unusable.
+    """
+    for name, curves in [(name, e.external_curves) for name, e in experiments.items() if e.external_curves]:
+        from convergence.tables import read_curves  # imports pandas, which is slow
+
+        key = f"{layout.study_file(name)}: external_curves"
+        if not curves.exists():
+            raise StudyError(f"{key}: {curves} does not exist: correct the path or remove the key")
+        if BRACES.search(str(curves)):
+            raise StudyError(f"{key}: {curves}: braces are wildcards of Snakemake: rename the file")
+        try:
+            read_curves(curves)
+        except StudyError as error:
+            raise StudyError(f"{key}: {error}") from None
+
+
+def _check_extractors(experiments: Mapping[str, Experiment]) -> None:
+    """Check, before anything is trained, that the weights of the feature extractors still needed are available.
+
+    Raises:
+        StudyError: An extractor is unknown, or its weights are the wrong ones, or they are neither on this machine nor
+            can be downloaded.
+    """
+    for name, experiment in experiments.items():
+        evaluate = experiment.evaluate
+        for features in evaluate.features:
+            if layout.reference_path(experiment.dataset, features, evaluate).exists():
+                continue
+            weights = evaluate.weights.get(features)
+            try:
+                if check_weights(features, *(weights.path, weights.sha256) if weights else ()) is None:
+                    _check_directory(hub_directory())
+            except InputError as error:
+                raise StudyError(f"{layout.study_file(name)}: evaluate.features: {error}") from None
+
+
+def _check_schemes(experiments: Mapping[str, Experiment]) -> None:
+    """Check the tables of the arms that have functions which are not finite for all parameters.
+
+    Raises:
+        StudyError: A density or a weight is not finite, or losses are to be divided by a probability of 0.
+    """
+    for name, experiment in experiments.items():
+        for arm in experiment.arms:
+            run = experiment.run(arm)
+            used = {run.scheme.timesteps.chosen[0], run.scheme.mse_weight.chosen[0], run.scheme.vb_weight.chosen[0]}
+            if not used & DELICATE:
+                continue
+            try:
+                tables_hash(run)  # imports torch, which is slow
+            except InputError as error:
+                raise StudyError(f"{layout.study_file(name)}: arms.{arm}: {error}") from None
