@@ -46,7 +46,7 @@ class NoParameters(Section):
 class P2(Section):
     """Parameters of the P2 weight 1 / (k + SNR)^gamma (Choi et al. 2022)."""
 
-    gamma: float = Field(0.5, ge=0, le=10)
+    gamma: float = Field(0.5, ge=0, le=100)
     """Exponent; 0 gives a uniform weight."""
     k: PositiveFloat = 1.0
     """Offset that keeps the weight finite at small SNR; 1 in the paper."""
@@ -328,7 +328,7 @@ class Sample(Section):
     """DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
     steps: PositiveInt = 25
     """Net evaluations per image."""
-    images: int = Field(10_000, ge=2, le=10**7)
+    images: int = Field(10_000, ge=2, le=LARGEST)
     """Number of sampled images per checkpoint, the N of its FD."""
     batch_size: BatchSize | None = None
     """Images sampled at once; unset: as many as the memory of the device allows."""

@@ -246,9 +246,9 @@ WRONG = [
             ("train.learning_rate", "1e300", "1000000000000000"),
             ("train.threads", "1000000", "1024"),
             ("sample.seed", str(2**64), str(2**53)),
-            ("sample.images", "1000000000", "10000000"),
+            ("sample.images", "10000000000", "1000000000"),
             ("probe.images", "1000000000", "1000000"),
-            ("arms.uni05.mse_weight.p2.gamma", "1000", "10"),
+            ("arms.uni05.mse_weight.p2.gamma", "1000", "100"),
         ]
     ),
     ("train.batch_size", "9" * 5000, ["train.batch_size: unable to parse input string as an integer", "...999"]),

@@ -151,7 +151,7 @@ def test_every_study_can_be_planned(tmp_path, study):
         # Their extractor must be downloaded, which needs a network connection.
         edit(project, lambda content: content["evaluate"].update(features=["efficientnet-lite0"]), study)
         (project / "reports/published/claim").mkdir(parents=True)
-        (project / "reports/published/claim/curves.csv").write_text("arm,images,value\n")
+        (project / "reports/published/claim/curves.csv").write_text("arm,images,value\na,1,2\n")
     if study == "ffhq128":
         (project / "data/thumbnails128x128").mkdir(parents=True)
         for index in range(2):

@@ -102,7 +102,7 @@ def test_samples_are_kept_on_request_and_nothing_is_trained_again(project):
 @pytest.mark.slow
 def test_kept_samples_that_do_not_fit_the_disk_are_reported_before_sampling(project):
     samples = next(project.glob("results/openmoji/uni05-*/seed0/step8")) / "samples.npy"
-    edit(project, lambda study: study["sample"].update(keep=True, images=10**12))
+    edit(project, lambda study: study["sample"].update(keep=True, images=10**9))
     done = snakemake(project, "--config", "tracking=off", target=str(samples.relative_to(project)))
     output = done.stdout + done.stderr
     assert done.returncode == 1 and "samples.npy: No space left on device: free space" in output
