@@ -66,7 +66,7 @@ def compare(options: argparse.Namespace) -> None:
 
     set_environment(str(ROOT))
     run = settings(options)
-    forward = 2 * unet_size(run.model, run.dataset.image_size).products
+    forward = 2 * unet_size(run.model, run.dataset.image_size).multiply_adds
     peak = peak_flops(run)
     rows = []
     for work, flops in (("train", 3 * forward), ("sample", load(options).sample.steps * forward)):

@@ -17,7 +17,7 @@ class StudyError(InputError):
 
 
 def with_remedy(error: InputError, again: str = SAME_COMMAND) -> str:
-    """Returns the message of an error; for a file of a job, which it can write again, with what to do.
+    """Returns the message of an error, with the advice to write the file again if it is a file of a job.
 
     Args:
         error: The error.

@@ -20,7 +20,7 @@ from diffusion.files import atomic_write, read_json
 from diffusion.sources import source_hash
 
 PACKAGES = ["torch", "torchvision", "torch-fidelity", "snakemake", "numpy", "scipy"]
-Newest = Iterable[tuple[str, Mapping[str, Any]]]  # arm and provenance of the newest checkpoint of each run
+NewestProvenances = Iterable[tuple[str, Mapping[str, Any]]]  # arm and provenance of the newest checkpoint of each run
 
 
 def write_provenance(path: Path, **facts: Any) -> None:
@@ -121,11 +121,13 @@ def check_images(checkpoint: Path, manifest: Path) -> None:
         FileError: If its provenance records other images. The error names the directory of the run.
     """
     if trained_on(checkpoint / "provenance.json", manifest) is False:
-        raise FileError(checkpoint.parent, f"was trained on other images than {manifest.parent} contains")
+        raise FileError(
+            checkpoint.parent, f"has checkpoints that were trained on other images than those in {manifest.parent}"
+        )
 
 
-def stale_runs(study: str, newest: Newest) -> list[str]:
-    """Returns a sentence if other code than the present one has trained results of a study, or else an empty list.
+def stale_runs(study: str, newest: NewestProvenances) -> list[str]:
+    """Returns one warning if results of a study were trained with code that differs from the present code, or none.
 
     The sentence names each such arm with the commit that trained it, and the command that trains the study again. Torch
     is not imported.
@@ -143,7 +145,7 @@ def stale_runs(study: str, newest: Newest) -> list[str]:
     return _warnings(study, problems)
 
 
-def changed_tables(study: str, newest: Newest, runs: Mapping[str, RunConfig]) -> list[str]:
+def changed_tables(study: str, newest: NewestProvenances, runs: Mapping[str, RunConfig]) -> list[str]:
     """Returns a sentence if the density or the loss weights of arms have changed since their training, as `stale_runs`.
 
     The tables are always compared, so that a cause that `source_hash` misses is reported, too. Torch is imported.

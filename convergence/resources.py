@@ -114,7 +114,7 @@ def images_in(path: str, image_size: int) -> int:
 def _seconds(size: Size, images: int, batch: int, threads: int, gpus: int, fp32: bool) -> float:
     """Returns the seconds of a forward pass over `images` images in batches."""
     speed = (GPU_SPEED_FP32 if fp32 else GPU_SPEED) if gpus else threads * CPU_SPEED
-    return math.ceil(images / batch) * CALL_SECONDS + images * size.products / speed
+    return math.ceil(images / batch) * CALL_SECONDS + images * size.multiply_adds / speed
 
 
 def _feature_seconds(images: int, threads: int, gpus: int) -> float:

@@ -19,7 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from diffusion.config import (
-    LARGEST,
+    MAX_INTEGER,
     TRAIN_VERSION,
     BatchSize,
     Dataset,
@@ -149,7 +149,7 @@ class Evaluate(Section):
     """Metrics; must include `fd`, which the curves show."""
     reference: Literal["train", "held_out"] = "train"
     """Images of the dataset that samples are compared with: training images or held-out images."""
-    reference_images: int | None = Field(None, ge=2, le=LARGEST)
+    reference_images: int | None = Field(None, ge=2, le=MAX_INTEGER)
     """Number of these images; unset: all of them."""
     weights: dict[str, WeightsFile] = {}
     """Feature extractor -> local file with its weights, for machines without a network connection."""
@@ -180,8 +180,8 @@ class Probe(Section):
     def _batches_divide(self) -> "Probe":
         if self.images % self.batch_size or self.images < 2 * self.batch_size:
             raise ValueError(
-                f"images {self.images} does not give two or more whole batches of batch_size {self.batch_size}: choose "
-                "a multiple of batch_size"
+                f"images {self.images} is not two or more whole batches of batch_size {self.batch_size}: set images to "
+                f"{2 * self.batch_size}, {3 * self.batch_size}, ... or change batch_size"
             )
         return self
 
@@ -233,7 +233,8 @@ class Experiment(Section):
     checkpoints: EveryNSteps | tuple[int, ...]
     """Steps at which checkpoints are saved, sampled and evaluated: at regular intervals, or a list of steps."""
     seeds: Annotated[tuple[Seed, ...], Distinct] = Field(min_length=1)
-    """Seeds. Each arm is trained once per seed; arms with the same seed share all random numbers."""
+    """Each arm is trained once per seed. Arms with the same seed share initial weights, data order, noise, most \
+timesteps and latents."""
     arms: dict[Name, Arm] = Field(min_length=1, json_schema_extra={"additionalProperties": False})
     """Name of an arm -> its training scheme."""
     sample: Sample = Sample()

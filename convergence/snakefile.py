@@ -1,4 +1,4 @@
-"""What the Snakefile needs of its process: environment, signals, times of files, GPUs, left SLURM jobs, study files."""
+"""What the Snakefile needs: environment, signals, file times, GPUs, SLURM jobs of a killed Snakemake, study files."""
 
 import atexit
 import logging
@@ -121,8 +121,8 @@ def save_study_files(experiments: Mapping[str, Experiment]) -> None:
             file.write(experiment.text.encode())
 
 
-def at_exit_if_nothing_is_left(action: Callable[[], None]) -> None:
-    """Call a function at the end of this process if Snakemake finds no job to run: it calls no hook then."""
+def call_at_exit_if_no_job_runs(action: Callable[[], None]) -> None:
+    """Call a function at the end of this process if Snakemake finds no job to run, and so calls no `onsuccess`."""
 
     def keep(record: logging.LogRecord) -> bool:
         if record.msg == NOTHING_TO_BE_DONE_MSG:

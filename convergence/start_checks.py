@@ -20,8 +20,8 @@ from diffusion.files import read_json
 
 # Snakemake passes `off` as text, YAML as a truth value.
 TRACKING = {"on": True, "off": False, "True": True, "False": False}
-# Densities and weights whose tables can be useless, such as a normal density without overlap with the timesteps.
-DELICATE = {"log_normal_sigma", "logit_normal", "speed"}
+# Densities and weights that are 0 or not finite for some parameters, such as a normal density far from all timesteps.
+CAN_BE_NOT_FINITE = {"log_normal_sigma", "logit_normal", "speed"}
 BRACES = re.compile("[{}]")
 
 
@@ -200,7 +200,7 @@ def _check_schemes(experiments: Mapping[str, Experiment]) -> None:
         for arm in experiment.arms:
             run = experiment.run(arm)
             used = {run.scheme.timesteps.chosen[0], run.scheme.mse_weight.chosen[0], run.scheme.vb_weight.chosen[0]}
-            if not used & DELICATE:
+            if not used & CAN_BE_NOT_FINITE:
                 continue
             try:
                 tables_hash(run)  # imports torch, which is slow

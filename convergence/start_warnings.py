@@ -21,7 +21,7 @@ CHECK_SECONDS = 2
 
 
 def print_warnings(experiments: Collection[Experiment]) -> None:
-    """Print what restricts results: other code or images than those on disk, and few images."""
+    """Print a warning for results of other code, for changed folders and for few images."""
     for experiment in experiments:
         for warning in [*stale_runs(experiment.name, newest_provenances(experiment)), *few_images(experiment)]:
             print(f"Warning: {warning}", file=sys.stderr)
@@ -41,13 +41,13 @@ def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
         return any(Path(path).is_relative_to(layout.DATASETS) for reason in again for path in getattr(reason, files))
 
     if dataset_in("updated_input_run"):
-        text = "Note: a dataset is prepared again; what is trained is trained again only if the new images differ"
+        text = "Note: a dataset is prepared again; finished checkpoints are kept unless the new images differ"
     elif dataset_in("updated_input"):
         text = f"Warning: {len(again)} trained checkpoints are trained again: the dataset has other images than before"
     elif again:
         text = (
             f"Warning: {len(again)} trained checkpoints are trained again: only the two newest states of a run are "
-            "kept, so more or fewer checkpoints before its last one start it from its seed"
+            "kept, so adding or removing checkpoints before the last one trains it again from step 0"
         )
     else:
         return
@@ -125,7 +125,7 @@ def _change(source: Path, directory: Path) -> str:
 
 
 def _remedy(source: Path, study: str) -> str:
-    """Returns how to make a new dataset next to the old one: the name of a dataset is that of its path."""
+    """Returns how to make a new dataset: its directory is named after its path, so a link has one of its own."""
     source = source if source.name.strip(".") else Path(os.path.abspath(source))
     names = (source.with_name(f"{source.stem}-{number}{source.suffix}") for number in count(2))
     new = next(name for name in names if not os.path.lexists(name))

@@ -13,7 +13,7 @@ from diffusion.validation import in_one_sentence
 
 NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-NO_TEXT = re.compile("[\0\ud800-\udfff]")
+INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 LEADING_ZERO = re.compile("[-+]?0[0-9_]*[0-9]")  # octal in YAML 1.1, decimal in YAML 1.2
 
 
@@ -78,7 +78,7 @@ class _TextLoader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
         text = super().construct_scalar(node)
-        if NO_TEXT.search(text):
+        if INVALID_CHARACTERS.search(text):
             raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not text", node.start_mark)
         if node.style is None and LEADING_ZERO.fullmatch(text):
             number = int(text.replace("_", ""))

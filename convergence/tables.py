@@ -90,15 +90,15 @@ def read_table(path: Path | str, columns: list[str] = COLUMNS) -> pd.DataFrame:
 
 
 def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequence[str]]) -> pd.DataFrame:
-    """Reads the table of one checkpoint.
+    """Reads metrics.csv or probe.csv of one checkpoint, and checks that it has exactly the expected rows.
 
     Args:
-        path: its metrics.csv or probe.csv.
-        columns: `COLUMNS` or `PROBE_COLUMNS`.
-        rows: the pairs that the table must have in its columns `features` (a probe: `timesteps`) and `metric`.
+        path: the file.
+        columns: `COLUMNS` for metrics.csv, `PROBE_COLUMNS` for probe.csv.
+        rows: (features, metric) of each expected row of metrics.csv; (timesteps, metric) of each of probe.csv.
 
     Raises:
-        FileError: as `read_table`, or the table has other rows.
+        FileError: as `read_table`; or a row is missing, repeated or not expected.
     """
     table = read_table(path, columns)
     pairs = table[["features" if columns == COLUMNS else "timesteps", "metric"]]
@@ -198,7 +198,7 @@ def _check_values(table: pd.DataFrame, source: str) -> None:
         ("finite", np.isinf(numbers)),
         ("at least 0", numbers[["images", "step", "seconds", "n", "stderr"]] < 0),
         ("a whole number", numbers[["seed", "n"]].fillna(0) % 1 != 0),
-        ("below 1e15", numbers[["images", "n"]] >= 1e15),  # floating-point numbers count no further
+        ("below 1e15", numbers[["images", "n"]] >= 1e15),  # float64 has every integer up to 9e15
         ("at least 0 for this metric", distances < 0),
         ("between 0 and 1 for this metric", (shares < 0) | (shares > 1)),
     ):

@@ -55,7 +55,7 @@ def shorten_output(print_plan: Callable[[], None]) -> None:
             fields["rule_msg"] = ends.pop(thread)
             return not fields["rule_msg"].startswith(REPORTED)
         elif error and "At least one job did not complete" in text:
-            # Without a stop, an earlier line says so.
+            # If the study was not stopped, the failed job has already been reported.
             record.msg = STOPPED
             return stopped
         elif error == "KeyboardInterrupt":

@@ -26,11 +26,11 @@ def _expand_home(path: Path) -> Path:
 
 
 # The limits are far above useful values. They keep products of two values finite in float32 and arrays in memory.
-LARGEST = 10**9
-PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+MAX_INTEGER = 10**9
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 BatchSize = Annotated[int, Field(gt=0, le=10**6)]
-Seed = Annotated[int, Field(ge=0, le=2**53)]  # exact in a column of numbers with missing values
+Seed = Annotated[int, Field(ge=0, le=2**53)]  # exact in float64, in which pandas stores a column with missing values
 PositiveFloat = Annotated[float, Field(gt=0, le=1e15)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
@@ -105,7 +105,7 @@ class SpeedWeight(Section):
 
 
 class Density(Choice):
-    """Density over timesteps: exactly one of these names. The functions are in `diffusion.timesteps`."""
+    """Density over timesteps: set one key. `diffusion.timesteps` has functions of these names."""
 
     uniform: NoParameters | None = None
     """p_t = 1 / T (Ho et al. 2020)."""
@@ -127,7 +127,7 @@ class Density(Choice):
 
 
 class Weight(Choice):
-    """Weight of a loss term over timesteps: exactly one of these names. The functions are in `diffusion.losses`."""
+    """How a loss term is weighted at each timestep: set one key. `diffusion.losses` has functions of these names."""
 
     unweighted: NoParameters | None = None
     """1 at every timestep (Ho et al. 2020)."""
@@ -328,7 +328,7 @@ class Sample(Section):
     """DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
     steps: PositiveInt = 25
     """Net evaluations per image."""
-    images: int = Field(10_000, ge=2, le=LARGEST)
+    images: int = Field(10_000, ge=2, le=MAX_INTEGER)
     """Number of sampled images per checkpoint, the N of its FD."""
     batch_size: BatchSize | None = None
     """Images sampled at once; unset: as many as the memory of the device allows."""

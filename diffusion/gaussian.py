@@ -168,5 +168,5 @@ def _previous(alphas_cumprod: Tensor) -> Tensor:
 
 
 def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Returns the values of a table [T] at t [B], as [B, 1, 1, 1] with the dtype and device of `like`."""
+    """Returns the values of a table [T] at t [B], as [B, 1, ..., 1] with the dimensions, dtype and device of `like`."""
     return table.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))

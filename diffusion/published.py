@@ -113,7 +113,7 @@ def _settings(path: Path, given: Mapping[str, Any]) -> Settings:
         if "image_size" not in given:
             raise InputError(
                 f"{path}: image_size: a published checkpoint does not contain the size of its images, and there is no "
-                f"{file.name}: give it"
+                f"{file.name}: give the size"
             )
         try:
             return Settings(**given)

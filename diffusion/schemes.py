@@ -86,11 +86,11 @@ def _table(
 
 
 def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> Tables:
-    """Returns weights for a density p that give the target's expected gradient: E_q[w grad] = E_p[(q / p) w grad].
+    """Returns tables with density p and the target's expected gradient: E_q[w grad] = E_p[(q / p) w grad].
 
     The weights are large where p_t is small: for the P2 density (gamma 0.5, k 1, linear betas, T = 1000) matched to
-    uniform draws, the weight of vb is 80 at t = 0. Without `correct_vb`, the expected gradient of the variance differs
-    from the target's. That of epsilon does not, because the gradient of vb does not reach epsilon.
+    uniform draws, the weight of vb is 80 at t = 0. Without `correct_vb`, the expected gradient with respect to the
+    predicted variance differs from the target's. That with respect to epsilon is equal: vb has no gradient there.
 
     Args:
         probabilities: density p to draw from, [T], each greater than 0.

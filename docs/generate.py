@@ -26,8 +26,8 @@ A study is one file `experiments/<name>.yaml` with the keys of [Experiment](#exp
 those marked as required. Mistakes are reported before any job starts. Editors complete keys and mark mistakes if the
 first line of the file is `# yaml-language-server: $schema=../docs/schema.json`, as in the studies of this project.
 
-Write numbers in decimal digits: `16`, `0.5`, `1e-4`. Unlike other YAML, `yes`, `0x10` and `1:30` are no numbers, `010`
-needs quotes or no leading zero, and names such as `no` and `2024` need no quotes.
+Write numbers in decimal digits: `16`, `0.5`, `1e-4`. Other notations of YAML (`0x10`, `1:30`) are not read as numbers.
+`010` is an error: write `10` for the number, or `"010"` for text. Names such as `no` or `2024` need no quotes.
 
 This page and `schema.json` are generated from `convergence/schema.py` and `diffusion/config.py` by
 `python docs/generate.py`.

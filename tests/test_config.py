@@ -219,7 +219,7 @@ WRONG = [
     ("compare.primary.metric", "kid", ["compare.primary.metric: kid is not evaluated: add it"]),
     ("compare.thresholds", [], ["compare.thresholds", "name at least one"]),
     ("compare.thresholds", [50, -1], ["compare.thresholds", "greater than 0"]),
-    ("probe.images", 40, ["probe: images 40", "batches of batch_size 16", "choose a multiple"]),
+    ("probe.images", 40, ["probe: images 40", "batches of batch_size 16", "set images to 32, 48"]),
     ("probe.images", 16, ["probe: images 16", "two or more whole batches"]),
     ("probe.bins", 2000, ["probe.bins: 2000 is more than the 1000 timesteps: lower it"]),
     ("dataset.held_out", 20, ["probe.batch_size: 20 held-out images", "two batches of 16", "raise dataset.held_out"]),

@@ -405,6 +405,6 @@ def test_a_checkpoint_is_not_used_with_other_images(tmp_path, monkeypatch, prove
     with nullcontext() if expected is not False else pytest.raises(FileError) as error:
         check_images(checkpoint, dataset / "manifest.json")
     assert error is None or with_remedy(error.value) == (
-        "results/mine/a/seed0: was trained on other images than results/datasets/folder contains: delete it and run "
-        "the same command again"
+        "results/mine/a/seed0: has checkpoints that were trained on other images than those in "
+        "results/datasets/folder: delete it and run the same command again"
     )

@@ -33,7 +33,7 @@ def test_parameters_and_products_equal_those_of_the_network(model, image_size):
         net(torch.empty(1, 3, image_size, image_size), torch.zeros(1, dtype=torch.long))
     size = unet_size(model, image_size)
     assert size.parameters == sum(p.numel() for p in net.parameters())
-    assert 2 * size.products == counter.get_total_flops()
+    assert 2 * size.multiply_adds == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("model", "image_size"), [net for net in NETS if net[1] == 16])

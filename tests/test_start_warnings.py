@@ -68,9 +68,9 @@ def touch(folder):
     [
         ([add], "1 added"),
         ([remove], "2 removed"),
-        ([enlarge], "1 of another size"),
-        ([touch], "1 of another time"),
-        ([add, remove, enlarge, touch], "1 added, 2 removed, 1 of another size, 1 of another time"),
+        ([enlarge], "1 with another size"),
+        ([touch], "1 with another modification time"),
+        ([add, remove, enlarge, touch], "1 added, 2 removed, 1 with another size, 1 with another modification time"),
     ],
 )
 def test_changes_of_a_folder_are_counted(study, changes, text):
@@ -113,7 +113,7 @@ def test_a_zip_file_is_compared_as_a_whole(study, tmp_path):
     prepare_folder(layout.dataset_directory(study.dataset), study.dataset.path, 16)
     assert warnings(study) == []
     os.utime("all.zip", (1, 1))
-    assert "all.zip has changed" in warnings(study)[0] and "(1 of another time)" in warnings(study)[0]
+    assert "all.zip has changed" in warnings(study)[0] and "(1 with another modification time)" in warnings(study)[0]
 
 
 def test_datasets_without_a_list_of_files_are_compared_by_number(study):

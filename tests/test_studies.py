@@ -40,7 +40,7 @@ def test_published_recipes_are_complete(study):
     run = experiment.run("under05")
     size = unet_size(run.model, run.dataset.image_size)
     assert size.parameters == pytest.approx(98.6e6, rel=1e-3)
-    assert 2 * size.products == pytest.approx(148e9, rel=5e-3)
+    assert 2 * size.multiply_adds == pytest.approx(148e9, rel=5e-3)
     assert run.train.batch_size * experiment.steps[-1] == 25_600_000 and experiment.steps == list(
         range(10_000, 100_001, 10_000)
     )

@@ -77,6 +77,6 @@ def to_change(advantage: float, metric: str, scale: Scale) -> float:
     return advantage if metric in HIGHER_IS_BETTER else -advantage
 
 
-def is_change_mirrored(metric: str, scale: Scale) -> bool:
-    """Whether a larger advantage is a smaller value of the metric."""
+def falls_with_advantage(metric: str, scale: Scale) -> bool:
+    """Returns whether a larger advantage is a smaller metric; its low end is then the high end of the change."""
     return scale == "log" or metric not in HIGHER_IS_BETTER

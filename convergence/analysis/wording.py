@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from convergence.analysis.effects import Effect, Scale, is_change_mirrored, to_change
+from convergence.analysis.effects import Effect, Scale, falls_with_advantage, to_change
 
 
 def change_text(effect: Effect, metric: str, scale: Scale) -> str:
@@ -14,7 +14,7 @@ def change_text(effect: Effect, metric: str, scale: Scale) -> str:
         change = to_change(advantage, metric, scale)
         return f"{100 * change:+.1f}%" if scale == "log" else f"{change:+.3g}"
 
-    return _with_interval(effect, text, is_change_mirrored(metric, scale))
+    return _with_interval(effect, text, falls_with_advantage(metric, scale))
 
 
 def ratio_text(effect: Effect) -> str:

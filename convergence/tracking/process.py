@@ -53,7 +53,7 @@ def stop_tracking(studies: Iterable[str]) -> list[str]:
     return [line for line in lines if not line.startswith(WARNING)]
 
 
-def track_rest(studies: Iterable[str]) -> None:
+def forward_missing(studies: Iterable[str]) -> None:
     """Forward what MLflow may lack of these studies since a process was killed or MLflow failed."""
     left = [name for name in studies if layout.untracked(name).exists()]
     if left:

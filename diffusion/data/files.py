@@ -110,8 +110,8 @@ def differences(before: Mapping[str, list[int]], after: Mapping[str, list[int]])
     counts = {
         "added": len(after.keys() - both),
         "removed": len(before.keys() - both),
-        "of another size": resized,
-        "of another time": sum(before[name] != after[name] for name in both) - resized,
+        "with another size": resized,
+        "with another modification time": sum(before[name] != after[name] for name in both) - resized,
     }
     return ", ".join(f"{count} {change}" for change, count in counts.items() if count)
 

@@ -9,8 +9,8 @@ import numpy as np
 FAILURES = ("diverged", "collapsed")
 """The first word of each reason that `failure` returns."""
 UNTRAINED_MSE = 1.0  # the untrained net predicts 0, and the mean square of epsilon is 1
-STANDARD_ERRORS = 5  # of the mse of an untrained net, which a short segment measures with noise
-GREY_LEVELS = 1.0
+STANDARD_ERRORS = 5  # by which mse must be larger: a short segment measures it with noise
+MIN_DEVIATION = 1.0  # grey levels; samples with a smaller standard deviation are nearly equal
 
 
 def failure(facts: Mapping[str, Any], samples: np.ndarray) -> str:
@@ -35,6 +35,6 @@ def failure(facts: Mapping[str, Any], samples: np.ndarray) -> str:
             return f"collapsed at step {step} (mse {mse:.3g}, an untrained net has {UNTRAINED_MSE:g})"
     # Row by row: the standard deviation needs eight times the memory of the images.
     deviation = np.mean([samples[:, row].std(axis=0).mean() for row in range(samples.shape[1])])
-    if len(samples) > 1 and deviation < GREY_LEVELS:
+    if len(samples) > 1 and deviation < MIN_DEVIATION:
         return f"collapsed at step {step} (samples differ by {deviation:.2g} grey levels)"
     return ""

@@ -112,16 +112,16 @@ def reference_key(
 
 
 def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]) -> Reference:
-    """Compute the reference that a key describes.
+    """Compute the reference: the features of some images of a dataset, and their statistics.
 
     Args:
         images: The dataset, uint8 [N, H, W, 3].
         extractor: The feature extractor.
-        key: Its `reference_key`.
+        key: The result of `reference_key`: its entries `part`, `held_out`, `count` and `seed` select the images.
 
     Raises:
-        InputError: The part has fewer images than `count`, or fewer than two, or the images have another shape or
-            type.
+        InputError: The selected part has fewer than two images, or fewer than `count`; or the images have another
+            shape or type.
     """
     training, held_out = split(len(images), key["held_out"])
     indices = training if key["part"] == "train" else held_out
@@ -273,8 +273,8 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
     n = len(features)
     if n and features.shape[1:] != reference.features.shape[1:]:
         raise InputError(
-            f"features {list(features.shape)} do not fit the shape {list(reference.features.shape)} of the "
-            "reference: use the same extractor for both"
+            f"the features have {features.shape[1]} numbers per image, but those of the reference have "
+            f"{reference.features.shape[1]}: use the same extractor for both"
         )
     if not np.isfinite(features).all():
         raise InputError("features contain NaN or infinite values: check the images and the weights of the extractor")

@@ -8,14 +8,14 @@ from diffusion.errors import InputError
 
 MAX_BYTES = 300 * 10**9  # memory of the largest GPUs
 NUMBER_BYTES = 4
-STATES = 4  # weights, their moving average, and the two moments of AdamW
+NUMBERS_PER_PARAMETER = 4  # weights, their moving average, and the two moments of AdamW
 
 
 class Size(NamedTuple):
     """Size of a U-Net: number of parameters; multiply-adds and activations kept for the backward pass, per image."""
 
     parameters: int
-    products: int
+    multiply_adds: int
     activations: int
 
 
@@ -25,13 +25,13 @@ def unet_size(model: Model, image_size: int) -> Size:
 
 
 def check_net_size(model: Model, image_size: int) -> None:
-    """Checks that a net can be trained with one image at a time in the memory of any GPU.
+    """Checks that a net can be trained with one image at a time in the memory of the largest GPUs.
 
     Raises:
         InputError: it cannot.
     """
     size = unet_size(model, image_size)
-    memory = NUMBER_BYTES * (STATES * size.parameters + size.activations)
+    memory = NUMBER_BYTES * (NUMBERS_PER_PARAMETER * size.parameters + size.activations)
     if memory > MAX_BYTES:
         raise InputError(
             f"a net of {size.parameters:,} parameters needs {memory / 1e9:,.0f} GB, but no GPU has more than "

@@ -35,16 +35,16 @@ class TorchGroupNorm:
     def backward(
         g: Tensor, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, rstd: Tensor, silu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of x [N, C, H, W], gain and offset (both [N, C]).
+        """Returns the gradients with respect to x [N, C, H, W], gain [N, C] and offset [N, C].
 
         Args:
-            g: gradient of the result, [N, C, H, W], channels last in memory.
-            x: images given to `forward`, and so are gain, offset and silu.
-            gain: as given to `forward`.
-            offset: as given to `forward`.
-            mean: as returned by `forward`.
-            rstd: as returned by `forward`.
-            silu: as given to `forward`.
+            g: gradient with respect to the result of `forward`, [N, C, H, W], channels last in memory.
+            x: argument of `forward`.
+            gain: argument of `forward`.
+            offset: argument of `forward`.
+            mean: mean of each group, [N, groups], as `forward` returned it.
+            rstd: 1 / standard deviation of each group, [N, groups], as `forward` returned it.
+            silu: argument of `forward`.
         """
         wide, g = x.to(gain.dtype), g.to(gain.dtype)
         if silu:

@@ -254,7 +254,7 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
 
 
 class Meter:
-    """Sums of losses since the last row of the log, on the device, so that no step waits for it.
+    """Sums of losses since the last row of the log, on the device, so that no step waits for a copy to the CPU.
 
     Args:
         device: Device of the losses.

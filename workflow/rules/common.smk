@@ -16,7 +16,7 @@ from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
 terminal.shorten_output(lambda: start_warnings.print_repeated(training_jobs()))
-# Snakemake would add the line of this file to any exception but the one that ends the process.
+# Snakemake adds a line number of this file to every exception except SystemExit.
 with exit_on_user_error(SAME_COMMAND):
     # Jobs on other machines read the files with which Snakemake started.
     EXPERIMENTS = start_checks.load_experiments(
@@ -27,7 +27,7 @@ with exit_on_user_error(SAME_COMMAND):
         snakefile.stop_on_hangup()
         start_checks.check_experiments(EXPERIMENTS)
         start_warnings.print_warnings(EXPERIMENTS.values())
-        snakefile.at_exit_if_nothing_is_left(lambda: workflow.dryrun or process.track_rest(TRACKED))
+        snakefile.call_at_exit_if_no_job_runs(lambda: workflow.dryrun or process.forward_missing(TRACKED))
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
 REFERENCES = {
@@ -97,7 +97,7 @@ def dataset_files(experiment):
 
 
 def training_files(wildcards):
-    """The dataset. Only the sha256 in its manifest matters to a checkpoint that has recorded it."""
+    """The dataset. A newer manifest does not train a checkpoint again that was trained on the same images (sha256)."""
     files = dataset_files(experiment_of(wildcards))
     provenance = Path(str(layout.STEP / "provenance.json").format(**dict(wildcards.items())))
     if trained_on(provenance, files["manifest"]):
@@ -197,13 +197,13 @@ def comparison_settings(experiment):
     return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
 
 
-def evaluated(experiment):
+def evaluated_metrics(experiment):
     """The pairs of features and metric that are computed for each checkpoint."""
     return [(name, metric) for name in experiment.evaluate.features for metric in experiment.evaluate.metrics]
 
 
 def probed_bins(experiment):
-    """The timesteps, and the bins of them that are probed for each checkpoint."""
+    """T, and the number of bins of timesteps that are probed; 0 bins if the study has no probe."""
     return (experiment.diffusion.timesteps, experiment.probe.bins if experiment.probe else 0)
 
 

@@ -1,8 +1,8 @@
 # The images of any source become one array of squares of equal size.
 
 
-# A checkpoint, because Snakemake then decides again, after the dataset is prepared, which jobs must run: none that has
-# used the same images, if somebody deleted the dataset.
+# A Snakemake checkpoint: after it has run, Snakemake decides again which jobs must run. If the dataset was deleted and
+# is prepared again with the same images, no other job must run.
 checkpoint dataset:
     output:
         images=layout.DATASET / "images.npy",

@@ -1,7 +1,7 @@
 # Each checkpoint is sampled from the same latents, and its samples are compared with the dataset in the same job.
 
 
-# A checkpoint, for the reason that `dataset` is one.
+# A Snakemake checkpoint, like `dataset` and for the same reason.
 checkpoint reference:
     input:
         unpack(lambda wildcards: dataset_files(REFERENCES[wildcards.reference][0])),

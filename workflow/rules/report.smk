@@ -47,7 +47,7 @@ rule verdict:
         compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
         trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
         runs=lambda wildcards: run_settings(wildcards.study),
-        rows=lambda wildcards: evaluated(EXPERIMENTS[wildcards.study]),
+        rows=lambda wildcards: evaluated_metrics(EXPERIMENTS[wildcards.study]),
         bins=lambda wildcards: probed_bins(EXPERIMENTS[wildcards.study]),
         few_images=lambda wildcards: start_warnings.few_images(EXPERIMENTS[wildcards.study]),
         # Not read: after a change of the code, the verdict is written again, with a warning.
