@@ -19,6 +19,13 @@ include: "workflow/rules/probe.smk"
 include: "workflow/rules/report.smk"
 
 
+# With --until or --omit-from, Snakemake loses the jobs after a checkpoint when it decides again which jobs must run.
+# While it reads this file, it does not know these options yet.
+if {"--until", "-U", "--omit-from", "-O"} & {argument.split("=")[0] for argument in sys.argv}:
+    for name in ("dataset", "reference"):
+        workflow.get_rule(name).is_checkpoint = False
+
+
 localrules:
     all,
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -126,7 +126,12 @@ def call_at_exit_if_no_job_runs(action: Callable[[], None]) -> None:
 
     def keep(record: logging.LogRecord) -> bool:
         if record.msg == NOTHING_TO_BE_DONE_MSG:
-            atexit.register(action)
+            atexit.register(_call_in, Path.cwd(), action)  # Snakemake leaves --directory before
         return True
 
     snakemake_logger.addFilter(keep)
+
+
+def _call_in(directory: Path, action: Callable[[], None]) -> None:
+    with chdir(directory):
+        action()

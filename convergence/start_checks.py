@@ -46,6 +46,9 @@ def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENT
         raise StudyError(f"--config tracking={config['tracking']}: unknown value: use tracking=on or tracking=off")
     names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
     experiments = {name: load_experiment(folder / f"{name}.yaml") for name in names}
+    if len({experiment.sample.keep for experiment in experiments.values()}) > 1:
+        # A rule of Snakemake has the same outputs for all studies.
+        raise StudyError("--config experiments: only some of these studies have sample.keep: true: run them separately")
     for name, experiment in experiments.items():
         _check_images(experiment, folder / f"{name}.yaml")
     return experiments

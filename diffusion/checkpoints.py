@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config, diverged = Initial.model_validate_json(about["config"]), about["diverged"]
         if not diverged:
-            check_weights(weights)
+            check_finite(weights)
         with torch.device("meta"):
             model = build_net(config.dataset.image_size, config.model)
         model = with_weights(model, weights, device)
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
     return Checkpoint(model, noise_schedule(config.diffusion), config.dataset.image_size, diverged, config)
 
 
-def check_weights(weights: Mapping[str, Tensor]) -> None:
+def check_finite(weights: Mapping[str, Tensor]) -> None:
     """Checks that weights are finite floating-point numbers; others would give wrong images.
 
     Args:

@@ -5,6 +5,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -17,6 +18,8 @@ from diffusion.errors import FileError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def exclusive_lock(directory: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # some file systems report the second one
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise InputError(
@@ -143,6 +146,10 @@ def exclusive_lock(directory: Path) -> Iterator[None]:
                 f"start again; if it no longer exists, delete {path}"
             ) from None
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                logger.warning("%s: the file system has no locks: make sure that one process trains this run", path)
+                yield
+                return
             raise InputError(
                 f"{path}: the file system cannot lock files ({error.strerror}): move the results to another one, or "
                 "ask its administrator"

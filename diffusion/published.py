@@ -18,7 +18,7 @@ from pydantic import PositiveInt, ValidationError
 from torch import Tensor
 
 from diffusion.build import build_net, noise_schedule
-from diffusion.checkpoints import Checkpoint, check_weights, with_weights
+from diffusion.checkpoints import Checkpoint, check_finite, with_weights
 from diffusion.config import GROUP_NORM_GROUPS, Diffusion, Initial, Model
 from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, read_json, sha256
@@ -165,7 +165,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"is not a plain state dict: its entry {key!r} is not a tensor; give a file of weights alone",
             )
     try:
-        check_weights(content)
+        check_finite(content)
     except InputError as error:
         raise FileError(path, f"{error}; use another checkpoint") from None
     prefix = next((key.removesuffix(INPUT) for key in content if key.endswith(INPUT)), "")

@@ -44,12 +44,16 @@ PAIRS = [("lite0", "fd"), ("lite0", "kid")]
     ],
 )
 def test_a_checkpoint_fails_if_it_is_worse_than_an_untrained_net(facts, samples, expected):
-    assert failure({"step": 9, "diverged": None, "mse": 0.5, "mse_images": 8} | facts, samples) == expected
+    assert failure({"step": 9, "diverged": None, "mse": 0.5, "mse_images": 8} | facts, samples, NOISE) == expected
+
+
+def test_samples_may_differ_as_little_as_the_images_of_the_dataset():
+    assert failure({"step": 9, "diverged": None, "mse": 0.5, "mse_images": 8}, ALMOST_EQUAL, ALMOST_EQUAL) == ""
 
 
 def test_a_checkpoint_of_which_no_mse_is_known_is_judged_by_its_samples():
-    assert failure({"step": 0, "diverged": None}, NOISE) == ""
-    assert failure({"step": 0, "diverged": None}, BLACK).startswith("collapsed")
+    assert failure({"step": 0, "diverged": None}, NOISE, NOISE) == ""
+    assert failure({"step": 0, "diverged": None}, BLACK, NOISE).startswith("collapsed")
 
 
 def marked(metrics, arm, seed, *steps, reason="collapsed at step {}"):

@@ -65,6 +65,13 @@ def test_unknown_value_of_tracking(value):
         start_checks.load_experiments({"tracking": value})
 
 
+def test_studies_that_keep_samples_run_alone(load, tmp_path):
+    load(sample={"keep": True})
+    (tmp_path / "experiments/other.yaml").write_text(yaml.safe_dump(STUDY | {"name": "other"}))
+    with pytest.raises(StudyError, match="only some of these studies have sample.keep: true: run them separately"):
+        start_checks.load_experiments({"experiments": "bad,other"})
+
+
 def test_external_curves_with_braces_in_their_path(load, tmp_path):
     (tmp_path / "{study}.csv").write_text(f"{HEAD}\na,1,2\n")
     with pytest.raises(SystemExit, match="external_curves: .*braces are wildcards of Snakemake: rename the file"):

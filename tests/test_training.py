@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,20 @@ def test_a_stopped_segment_resumes_to_the_same_end(tmp_path, how):
     assert_same_end(tmp_path / "whole/step65", tmp_path / "cut/step65")
     assert logged_steps(tmp_path / "cut") == list(range(5, 66, 5))
     assert not (tmp_path / "cut/step65/state.partial.pt").exists()
+
+
+def test_a_first_segment_is_not_resumed_on_other_images(tmp_path, monkeypatch):
+    run, others = tiny(log_every=1), IMAGES[::-1].copy()
+    train_segment(run, 0, IMAGES, None, tmp_path / "whole/step3", 3, "cpu")
+    stopped = threading.Event()
+    stopped.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "_StopSignals", lambda: nullcontext(stopped))
+        for images, steps in ((others, 1), (others, 2), (IMAGES, 1)):
+            with pytest.raises(Stopped, match=f"stopped at step {steps} of 3"):
+                train_segment(run, 0, images, None, tmp_path / "cut/step3", 3, "cpu")
+    train_segment(run, 0, IMAGES, None, tmp_path / "cut/step3", 3, "cpu")
+    assert_same_end(tmp_path / "whole/step3", tmp_path / "cut/step3")
 
 
 def test_a_process_that_ignores_hangups_continues_to_do_so():

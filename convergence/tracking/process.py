@@ -28,7 +28,7 @@ def start_tracking(studies: Collection[str]) -> None:
         _tracker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True)
 
 
-def stop_tracking(studies: Iterable[str]) -> list[str]:
+def stop_tracking(studies: Collection[str]) -> list[str]:
     """Let the tracking process forward the rest and end, and print what it could not forward.
 
     Args:
@@ -50,6 +50,8 @@ def stop_tracking(studies: Iterable[str]) -> list[str]:
     for line in lines:
         if line.startswith(WARNING):
             print(line, file=sys.stderr)
+            for name in studies:  # another process may have removed it
+                layout.untracked(name).touch()
     return [line for line in lines if not line.startswith(WARNING)]
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import dropwhile
 from pathlib import Path
@@ -33,6 +34,7 @@ from convergence.tracking.content import (
     train_metrics,
 )
 from convergence.tracking.problem import masked
+from diffusion.errors import FileError
 from diffusion.files import read_json
 
 if TYPE_CHECKING:
@@ -172,8 +174,9 @@ class Study:
         # Imported here for the same reason as mlflow.
         from convergence.analysis.verdict import read_verdict
 
-        path = self.reports / "verdict.json"
-        return read_verdict(path) if path.exists() else None
+        with suppress(FileError):  # missing, or of an earlier version until this study writes it again
+            return read_verdict(self.reports / "verdict.json")
+        return None
 
     def _forward_run(self, parent: StoredRun, arm: str, seed: int, since: float | None) -> StoredRun:
         tags = {"study": self.experiment.name, "role": "run", "mlflow.parentRunId": parent.id}

@@ -100,7 +100,7 @@ def snapshot(source: Path, seconds: float = float("inf")) -> dict[str, list[int]
             stats[name] = entry.stat()
     if source.is_file():
         stats[source.name] = source.stat()
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
 
 
 def differences(before: Mapping[str, list[int]], after: Mapping[str, list[int]]) -> str:

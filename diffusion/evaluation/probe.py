@@ -108,7 +108,7 @@ def probe_images(directory: Path, held_out: int, count: int, batch_size: int, se
     Raises:
         InputError: There are fewer than two batches.
     """
-    images = load_images(directory)
+    images = load_images(directory, verify=True)
     candidates = split(len(images), held_out)[1] if held_out else np.arange(len(images))
     size = min(count, len(candidates)) // batch_size * batch_size
     if size < 2 * batch_size:

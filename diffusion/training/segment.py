@@ -5,6 +5,7 @@ stopped and resumed at any step.
 """
 
 import csv
+import hashlib
 import io
 import logging
 import math
@@ -80,7 +81,9 @@ def train_segment(
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory.parent) if parallel.rank() == 0 else nullcontext():
         state = TrainState(run, seed, device)
-        if previous is not None:
+        if previous is None:
+            state.id = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()  # a partial state has its images
+        else:
             state.load(previous)
         _resume(state, directory / "state.partial.pt")
         state.sources = [*(code for code in state.sources if code != CODE), CODE]

@@ -2,7 +2,7 @@
 
 
 # A Snakemake checkpoint: after it has run, Snakemake decides again which jobs must run. If the dataset was deleted and
-# is prepared again with the same images, no other job must run.
+# is prepared again with the same images, nothing is trained or evaluated again.
 checkpoint dataset:
     output:
         images=layout.DATASET / "images.npy",

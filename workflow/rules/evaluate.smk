@@ -36,7 +36,7 @@ rule evaluate:
     output:
         metrics=layout.STEP / "metrics.csv",
         preview=layout.STEP / "preview.png",
-        # Written for all selected studies if one of them keeps its samples: outputs cannot depend on wildcards.
+        # Outputs cannot depend on wildcards: all selected studies keep their samples, or none does.
         samples=[layout.STEP / "samples.npy"] if any(e.sample.keep for e in EXPERIMENTS.values()) else [],
     log:
         layout.STEP / "evaluate.log",

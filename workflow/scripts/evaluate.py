@@ -11,10 +11,13 @@ from convergence.schema import Evaluate
 from convergence.tables import of_checkpoint, write_table
 from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
+from diffusion.data.arrays import load_images
 from diffusion.evaluation.extractors import extract_features, load_extractor
 from diffusion.evaluation.failure import failure
 from diffusion.evaluation.reference import evaluate, load_reference, reference_key
 from diffusion.files import check_free_space, read_json, save_npy
+
+SOME_IMAGES = 1000  # enough to know how much the images of the dataset differ
 
 with job(snakemake):
     device = use_torch(snakemake.resources.torch_threads, snakemake.resources.gpu)
@@ -48,6 +51,7 @@ with job(snakemake):
         estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics)
         rows += [row._asdict() | {"features": name} for row in estimates]
     table = of_checkpoint(rows, snakemake.wildcards, provenance)
-    if reason := failure(provenance, samples):
+    images = load_images(Path(inputs.images).parent)[:SOME_IMAGES]
+    if reason := failure(provenance, samples, images):
         table["reason"] = reason
     write_table(table, Path(output.metrics))

@@ -12,7 +12,7 @@ from diffusion.training.state import summary
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
     origin, tables = environment(), tables_hash(run)  # before training: code and packages may change later
-    dataset = read_json(Path(snakemake.input.manifest))["sha256"]
+    dataset = read_json(Path(snakemake.input.manifest))
     state = Path(snakemake.output.state)
     if snakemake.input.previous:
         check_images(Path(snakemake.input.previous).parent, Path(snakemake.input.manifest))
@@ -43,7 +43,8 @@ with job(snakemake):
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,
-        dataset_sha256=dataset,
+        dataset_sha256=dataset["sha256"],
+        dataset_images=dataset["count"],
         source_hash=source,
         earlier_source_hashes=earlier,
         tables_hash=tables,
