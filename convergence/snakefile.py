@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import chdir, suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.exceptions import WorkflowError
@@ -111,6 +112,19 @@ def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
                 "scancel, or ask the administrators of the cluster, then start again"
             )
         time.sleep(2)
+
+
+def check_all_ran(left: Iterable[Any]) -> None:
+    """Check that Snakemake has run all jobs: it can lose one that waits for its next attempt while others are added.
+
+    Args:
+        left: the jobs that have not run.
+
+    Raises:
+        WorkflowError: There are some.
+    """
+    if number := len(list(left)):
+        raise WorkflowError(f"{number} jobs have not run: run the same command again")
 
 
 def save_study_files(experiments: Mapping[str, Experiment]) -> None:

@@ -232,6 +232,12 @@ def test_few_images_are_reported_with_their_numbers(
     assert len(found) == len(expected) and all(part in text for part, text in zip(expected, found, strict=True)), found
 
 
+def test_a_job_that_snakemake_lost_is_an_error():
+    snakefile.check_all_ran(iter([]))
+    with pytest.raises(WorkflowError, match="2 jobs have not run: run the same command again"):
+        snakefile.check_all_ran(iter(["train", "evaluate"]))
+
+
 def test_the_report_command_holds_the_options_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert terminal.report_command(["a", "b"]) == "make report EXPERIMENTS=a,b"

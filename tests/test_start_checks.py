@@ -162,7 +162,8 @@ def test_weights_that_cannot_be_stored(load, monkeypatch):
 
 @pytest.mark.parametrize("home", ["/proc/nowhere", None])
 def test_make_gives_snakemake_a_cache_if_there_is_no_home(home):
-    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
+    left_out = ("HOME", "XDG_CACHE_HOME", "MAKEFLAGS", "MAKELEVEL")  # make itself may have started the tests
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
     environment |= {"HOME": home} if home else {}
     command = ["make", "--eval", 'show:;@echo "$$XDG_CACHE_HOME"', "show"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

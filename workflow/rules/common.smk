@@ -61,6 +61,7 @@ onstart:
 
 onsuccess:
     tracked = process.stop_tracking(TRACKED)
+    snakefile.check_all_ran(workflow.dag.needrun_jobs())
     terminal.print_results(EXPERIMENTS, outputs_of_this_call(), tracked)
 
 
