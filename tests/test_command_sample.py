@@ -125,7 +125,10 @@ def test_a_directory_stands_for_the_weights_in_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "model.pt: --image-size: a published checkpoint does not contain .* there is no model.pt.json: give the size"),
+        (
+            [],
+            "model.pt: --image-size: a published checkpoint does not contain .* no model.pt.json: give the size",
+        ),
         (["--image-size", "31"], "--image-size: 31 cannot be halved 1 times"),
         (["--image-size", "0"], "--image-size: 0 cannot be halved 1 times"),
         (
