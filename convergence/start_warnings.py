@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -19,7 +18,6 @@ from diffusion.evaluation.weights import DIMENSIONS
 from diffusion.files import read_json
 
 CHECK_SECONDS = 2
-PREPARED_AGAIN = "a dataset is prepared again; finished checkpoints are kept unless the new images differ"
 
 
 def print_warnings(experiments: Collection[Experiment]) -> None:
@@ -37,24 +35,30 @@ def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
     Args:
         jobs: of each training job: its weights, which exist if it has run before, and Snakemake's reason to run it.
     """
-    causes: Counter[str] = Counter()
-    for reason in (reason for weights, reason in jobs if weights.exists()):
-        if reason.input_changed:
-            causes[
-                "only the two newest states of a run are kept, so adding or removing checkpoints before the last one "
-                "trains it again from step 0"
-            ] += 1
-        elif any(Path(path).is_relative_to(layout.DATASETS) for path in reason.updated_input):
-            causes["the dataset has other images than before"] += 1
-        elif any(Path(path).is_relative_to(layout.DATASETS) for path in reason.updated_input_run):
-            causes[PREPARED_AGAIN] += 1
-        else:
-            causes[f"{reason}"] += 1
-    for cause, number in causes.items():
-        if cause == PREPARED_AGAIN:
-            print(f"Note: {cause}", file=sys.stderr)
-        else:
-            print(f"Warning: {number} trained checkpoints are trained again: {cause}", file=sys.stderr)
+    again = [reason for weights, reason in jobs if weights.exists()]
+    changed = [reason for reason in again if reason.input_changed]
+
+    def dataset_in(files: str) -> bool:
+        return any(Path(path).is_relative_to(layout.DATASETS) for reason in again for path in getattr(reason, files))
+
+    if dataset_in("updated_input_run"):
+        print(
+            "Note: a dataset is prepared again; finished checkpoints are kept unless the new images differ",
+            file=sys.stderr,
+        )
+        again = changed
+    if not again:
+        return
+    if changed:
+        cause = (
+            "only the two newest states of a run are kept, so adding or removing checkpoints before the last one "
+            "trains it again from step 0"
+        )
+    elif dataset_in("updated_input"):
+        cause = "the dataset has other images than before"
+    else:
+        cause = str(again[0])
+    print(f"Warning: {len(again)} trained checkpoints are trained again: {cause}", file=sys.stderr)
 
 
 def few_images(experiment: Experiment) -> list[str]:
