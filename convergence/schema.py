@@ -213,8 +213,8 @@ unset: the lowest value that all planned runs reach."""
     """Seeds that decide the verdict, which is interim until all of them are evaluated; \
 unset: `seeds` when the first checkpoint is evaluated."""
     margin: Percent | PositiveFloat | None = None
-    """Largest change of the primary metric that counts as the same: a percentage for fd (unset: 2%), for other metrics \
-a number without default."""
+    """Largest change of the primary metric that counts as the same: a percentage for fd (unset: 2%), for other \
+metrics a number without default."""
 
     @model_validator(mode="after")
     def _arms_differ(self) -> "Compare":

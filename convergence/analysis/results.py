@@ -132,11 +132,9 @@ class Comparison:
         average, final, images = self.average, self.final, self.images
         on_average = f"{metric} {effect_text(average, 'on average')}"
         at_the_end = f"{metric} {effect_text(final, 'at the last checkpoint')}"
-        needs = (
-            f"needs {effect_text(images, 'times the images')} to reach {metric} {images.threshold:.4g}"
-            if images
-            else ""
-        )
+        needs = ""
+        if images:
+            needs = f"needs {effect_text(images, 'times the images')} to reach {metric} {images.threshold:.4g}"
         both = f"{candidate} and {baseline}"
         margin = margin_text(self.margin, self.scale) if self.margin else ""
         in_margin = f", within the margin of {margin}" if self.within_margin else ""
@@ -153,18 +151,15 @@ class Comparison:
                 place = f" at about {self.cross_images:,.0f} images" if self.cross_images > 0 else ""
                 first, then = ("better", "worse") if average.shown == "better" else ("worse", "better")
                 last = at_the_end if final.shown == then else f"{candidate} {needs}"
-                return (
-                    f"The curves of {both} cross{place}",
-                    f"{candidate} is {first} before and {then} after; {on_average}{in_margin}; {last}; no single answer",
-                )
+                order = f"{candidate} is {first} before and {then} after"
+                numbers = f"{order}; {on_average}{in_margin}; {last}; no single answer"
+                return f"The curves of {both} cross{place}", numbers
             case "the same":
                 interval = interval_text(average.estimate, *self.average_90, average.unit, "on average")
                 return f"{both} are the same within {margin}", f"{metric} {interval.replace('(', '(90% interval: ')}"
             case "the same on average" if final.shown != "not shown":
-                return (
-                    f"{both} are the same within {margin} on average, not at the end",
-                    f"{at_the_end}; no single answer",
-                )
+                lead = f"{both} are the same within {margin} on average, not at the end"
+                return lead, f"{at_the_end}; no single answer"
             case "the same on average":
                 return f"{both} are the same within {margin} on average", f"but {candidate} {needs}; no single answer"
             case "identical":

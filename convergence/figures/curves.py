@@ -213,12 +213,10 @@ def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -
 
 
 def _mark_crossings(ax: Axes, comparisons: Sequence[Comparison], styles: Mapping[str, Style]) -> list[str]:
-    """Marks the middle threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
+    """Marks the primary threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
     for comparison in comparisons:
-        threshold, runs = (
-            comparison.primary_threshold,
-            comparison.effect("images", comparison.primary_threshold).per_seed,
-        )
+        threshold = comparison.primary_threshold
+        runs = comparison.effect("images", threshold).per_seed
         for arm, times in (
             (comparison.baseline, [run.baseline for run in runs]),
             (comparison.candidate, [run.candidate for run in runs]),
