@@ -19,6 +19,7 @@ from convergence.analysis.curves import (
     from_level,
     isotonic_fit,
     log_factor,
+    mean_over_images,
     time_to_threshold,
     to_level,
 )
