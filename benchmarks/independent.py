@@ -116,13 +116,14 @@ class Arms:
     def of_arm(self, arm: str, numbers: dict) -> list:
         return [numbers[arm, seed] for seed in self.seeds]
 
-    def failures(self) -> dict[str, int]:
-        return {f"failed_{arm}": sum(self.of_arm(arm, self.failed)) for arm in ("baseline", "candidate")}
-
-    def shown(self, low: float, high: float, failed_baseline: int, failed_candidate: int) -> str:
-        if high < 0 and failed_candidate <= failed_baseline:
-            return "better"
-        return "worse" if low > 0 and failed_candidate >= failed_baseline else "not shown"
+    def conclusion(self, low: float, high: float, seeds: list[int]) -> dict[str, Any]:
+        """What the interval of a difference in level shows, and the failures: the arm with more is never better."""
+        failed = {arm: sum(self.failed[arm, seed] for seed in seeds) for arm in ("baseline", "candidate")}
+        shown = "better" if high < 0 else "worse" if low > 0 else "not shown"
+        winner, loser = ("candidate", "baseline") if high < 0 else ("baseline", "candidate")
+        if failed[winner] > failed[loser]:
+            shown = "not shown"
+        return {"shown": shown, **{f"failed_{arm}": count for arm, count in failed.items()}}
 
     def printed(self, estimate: float, low: float, high: float) -> dict[str, float]:
         """The unit of the report: percent for ratios; otherwise the change of the metric itself."""
@@ -145,20 +146,30 @@ class Arms:
             t = abs(ends[0]) / (spread / np.sqrt(len(differences))) if np.ptp(differences) else np.inf * ends[0] ** 2
             p_value = 1.0 if np.isnan(t) else 2 * stats.t.sf(t, len(differences) - 1)
         means = np.mean(known, axis=0) if known else (np.nan, np.nan)
+        kind = {"quantity": quantity, "threshold": np.nan, "unit": "percent" if self.is_ratio else "difference"}
         per_seed = [
-            {"seed": seed, "baseline": self.value(a), "candidate": self.value(b), **self.printed(*[b - a] * 3)}
+            {
+                **kind,
+                "seed": seed,
+                "baseline": self.value(a),
+                "candidate": self.value(b),
+                **self.printed(*[b - a] * 3),
+                **self.conclusion(b - a, b - a, [seed]),
+                "p_value": np.nan,
+                "pairs": int((a, b) in known),
+                "censored": 0,
+            }
             for seed, (a, b) in zip(self.seeds, pairs, strict=True)
         ]
         return {
-            "quantity": quantity,
-            "unit": "percent" if self.is_ratio else "difference",
+            **kind,
             "baseline": self.value(means[0]),
             "candidate": self.value(means[1]),
             **self.printed(*ends),
-            "shown": self.shown(*ends[1:], **self.failures()),
+            **self.conclusion(*ends[1:], self.seeds),
             "p_value": p_value,
             "pairs": len(known),
-            **self.failures(),
+            "censored": 0,
             "per_seed": per_seed,
         }
 
@@ -171,23 +182,34 @@ class Arms:
             for seed in self.seeds:
                 base, cand = np.log(times["baseline", seed]), np.log(times["candidate", seed])
                 pairs.append((cand[0] - base[1], cand[1] - base[0]))
+        kind = {"quantity": "images", "threshold": threshold, "unit": "factor"}
         seen = {key: np.nan if low == 0 else high for key, (low, high) in times.items()}
         for seed, (low, high) in zip(self.seeds, pairs, strict=True):
-            exact = np.exp(low) if low == high else np.nan
-            arms = {arm: seen[arm, seed] for arm in ("baseline", "candidate")}
-            per_seed.append({"seed": seed, **arms, "estimate": exact, "low": np.exp(low), "high": np.exp(high)})
+            per_seed.append(
+                {
+                    **kind,
+                    "seed": seed,
+                    "baseline": seen["baseline", seed],
+                    "candidate": seen["candidate", seed],
+                    "estimate": np.exp(low) if low == high else np.nan,
+                    "low": np.exp(low),
+                    "high": np.exp(high),
+                    **self.conclusion(low, high, [seed]),
+                    "p_value": np.nan,
+                    "pairs": 1,
+                    "censored": int(low < high),
+                }
+            )
         ends = censored_interval(pairs)
         means = [np.exp(np.mean(np.log(self.of_arm(arm, seen)))) for arm in ("baseline", "candidate")]
         return {
-            "quantity": "images",
-            "unit": "factor",
-            "threshold": threshold,
+            **kind,
             "baseline": means[0] if np.isfinite(means[0]) else np.nan,
             "candidate": means[1] if np.isfinite(means[1]) else np.nan,
             **dict(zip(("estimate", "low", "high"), map(float, np.exp(ends)), strict=True)),
-            "shown": self.shown(*ends[1:], **self.failures()),
+            **self.conclusion(*ends[1:], self.seeds),
+            "p_value": np.nan,
             "pairs": len(pairs),
             "censored": sum(low < high for low, high in pairs),
-            **self.failures(),
             "per_seed": per_seed,
         }

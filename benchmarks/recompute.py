@@ -74,14 +74,14 @@ def crossing(arms: Arms) -> float:
 def in_hours(images: dict[str, Any], baseline: float, candidate: float) -> dict[str, Any]:
     """The effect on hours, from that on images and the seconds per 1000 images of both arms."""
     hours = images | {
+        "quantity": "hours",
         "baseline": images["baseline"] / 1000 * baseline / 3600,
         "candidate": images["candidate"] / 1000 * candidate / 3600,
         **{name: images[name] * candidate / baseline for name in ("estimate", "low", "high")},
     }
+    hours["shown"] = "better" if hours["high"] < 1 else "worse" if hours["low"] > 1 else "not shown"
     if "per_seed" in images:
-        hours["quantity"] = "hours"
         hours["per_seed"] = [in_hours(seed, baseline, candidate) for seed in images["per_seed"]]
-        hours["shown"] = "better" if hours["high"] < 1 else "worse" if hours["low"] > 1 else "not shown"
     return hours
 
 
