@@ -79,7 +79,9 @@ def in_hours(images: dict[str, Any], baseline: float, candidate: float) -> dict[
         "candidate": images["candidate"] / 1000 * candidate / 3600,
         **{name: images[name] * candidate / baseline for name in ("estimate", "low", "high")},
     }
-    hours["shown"] = "better" if hours["high"] < 1 else "worse" if hours["low"] > 1 else "not shown"
+    more_failed = np.sign(images["failed_candidate"] - images["failed_baseline"])  # such an arm is never better
+    is_better, is_worse = hours["high"] < 1 and more_failed <= 0, hours["low"] > 1 and more_failed >= 0
+    hours["shown"] = "better" if is_better else "worse" if is_worse else "not shown"
     if "per_seed" in images:
         hours["per_seed"] = [in_hours(seed, baseline, candidate) for seed in images["per_seed"]]
     return hours

@@ -309,7 +309,7 @@ def _in_hours(images: Effect, baseline: float, candidate: float) -> Effect:
         estimate=images.estimate * ratio,
         low=low,
         high=high,
-        shown="better" if high < 1 else "worse" if low > 1 else "not shown",
+        shown=shown(low - 1, high - 1, images.failed_baseline, images.failed_candidate),
         per_seed=tuple(_in_hours(seed, baseline, candidate) for seed in images.per_seed),
     )
 
