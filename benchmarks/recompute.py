@@ -59,13 +59,14 @@ def progress_values(arms: Arms) -> list[float]:
 
 
 def crossing(arms: Arms) -> float:
-    """The images where the mean difference of the levels last changes its sign."""
+    """The images where the arm that is better on average last becomes the worse one."""
     sound = [seed for seed in arms.seeds if not arms.failed["baseline", seed] and not arms.failed["candidate", seed]]
     if not sound:
         return np.nan
     difference = np.mean([arms.levels["candidate", s] - arms.levels["baseline", s] for s in sound], axis=0)
+    lead = difference if average(arms.images, difference) > 0 else -difference
     for k in range(len(difference) - 2, -1, -1):
-        if difference[k] * difference[k + 1] < 0:
+        if lead[k] > 0 > lead[k + 1]:
             share = difference[k] / (difference[k] - difference[k + 1])
             return float(arms.images[k] ** (1 - share) * arms.images[k + 1] ** share)
     return np.nan
