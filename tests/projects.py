@@ -56,12 +56,16 @@ def reduce(study):
 def tiny_project(destination):
     """The project with a study of eight pictures and one seed, which runs in half a minute."""
     project = copy_project(destination)
-    (project / "pictures").mkdir()
-    for index, image in enumerate(scenes(8, seed=0, size=16)):
-        Image.fromarray(image).save(project / f"pictures/{index}.png")
+    write_pictures(project)
     edit(project, reduce)
     edit(project, shrink)
     return project
+
+
+def write_pictures(project):
+    (project / "pictures").mkdir()
+    for index, image in enumerate(scenes(8, seed=0, size=16)):
+        Image.fromarray(image).save(project / f"pictures/{index}.png")
 
 
 def shrink(study):
