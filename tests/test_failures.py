@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from made import scenes
 from metric_tables import PLAN, curves, study
-from PIL import Image
-from projects import REPORT, copy_project, edit, snakemake
+from projects import REPORT, TINY_MODEL, copy_project, edit, snakemake, write_pictures
 from test_mechanism import probes
 
 from convergence.analysis.comparison import compare_pair
@@ -137,12 +136,9 @@ def test_the_probes_of_a_failed_run_win_nothing_either():
 @pytest.mark.slow
 def test_a_study_marks_its_failed_runs_and_names_a_table_without_rows(tmp_path):
     project = copy_project(tmp_path / "project")
-    (project / "pictures").mkdir()
-    for index, image in enumerate(scenes(8, seed=0, size=16)):
-        Image.fromarray(image).save(project / f"pictures/{index}.png")
-    model = {"channels": 32, "channel_mult": [1], "res_blocks": 1, "attention_resolutions": [], "head_channels": 32}
+    write_pictures(project)
     mine = {
-        "name": "openmoji", "dataset": {"source": "folder", "path": "pictures", "image_size": 16}, "model": model,
+        "name": "openmoji", "dataset": {"source": "folder", "path": "pictures", "image_size": 16}, "model": TINY_MODEL,
         "train": {"batch_size": 8, "log_every": 1}, "checkpoints": [3], "seeds": [0], "probe": None, "tracking": False,
         "arms": {"sound": {}, "grey": {"train": {"learning_rate": 300}}, "broken": {"train": {"learning_rate": 1e12}}},
         "sample": {"images": 8, "steps": 2}, "evaluate": {"features": ["efficientnet-lite0"]},

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -24,8 +23,9 @@ from convergence.analysis.verdict import read_verdict
 
 @pytest.fixture
 def project(finished, tmp_path):
-    """A copy of the finished study, which a test may change."""
-    shutil.copytree(finished, tmp_path / "study", symlinks=True)
+    """A copy of the finished study, which a test may change, without MLflow's store."""
+    ignored = shutil.ignore_patterns("mlflow.db*", "mlartifacts")
+    shutil.copytree(finished, tmp_path / "study", symlinks=True, ignore=ignored)
     return tmp_path / "study"
 
 
@@ -153,8 +153,8 @@ def test_the_last_lines_leave_out_what_is_not_part_of_the_call(project):
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing(finished):
-    done = snakemake(finished)
+def test_a_second_run_does_nothing(project):
+    done = snakemake(project)
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
 
 
@@ -234,7 +234,7 @@ def test_added_checkpoints_train_only_the_new_steps_and_equal_an_uninterrupted_r
     )
     extended = "results/openmoji/{}/seed0/step16/weights.safetensors"
     arm = next(project.glob("results/openmoji/uni05-*")).name
-    assert snakemake(project, target=extended.format(arm)).returncode == 0
+    assert snakemake(project, "--config", "tracking=off", target=extended.format(arm)).returncode == 0
     # Two states are kept: the newest, and the one before it until Snakemake has recorded the newest as complete.
     states = sorted(project.glob(f"results/openmoji/{arm}/seed0/step*/state.pt"))
     assert [state.parent.name for state in states] == ["step12", "step16"]
@@ -242,7 +242,7 @@ def test_added_checkpoints_train_only_the_new_steps_and_equal_an_uninterrupted_r
     shutil.copytree(project / "results/datasets", whole / "results/datasets")
     edit(whole, reduce)
     edit(whole, lambda study: study.update(checkpoints=[16]))
-    assert snakemake(whole, target=extended.format(arm)).returncode == 0
+    assert snakemake(whole, "--config", "tracking=off", target=extended.format(arm)).returncode == 0
     assert (whole / extended.format(arm)).read_bytes() == (project / extended.format(arm)).read_bytes()
     assert not [job for job in jobs(project) if "uni05 seed 0" in job and job.startswith("Train")]
 
@@ -272,16 +272,13 @@ def test_a_run_continues_in_two_processes(project, tmp_path):
 
 @pytest.mark.slow
 def test_a_new_seed_arm_or_study_trains_only_what_is_new(project):
-    edit(project, lambda study: study.update(seeds=[0, 1, 2]))
-    assert {job[:5] for job in jobs(project) if "seed" in job and "seed 2" not in job} == set()
-    edit(project, lambda study: study.update(seeds=[0, 1]))
-    edit(project, lambda study: study["arms"].update(uniform={}))
-    assert {job for job in jobs(project) if job.startswith("Train") and "uniform" not in job} == set()
-    edit(project, lambda study: study["arms"].pop("uniform"))
     shutil.copy(project / "experiments/openmoji.yaml", project / "experiments/other.yaml")
     edit(project, lambda study: study.update(name="other", seeds=[5]), "other")
+    edit(project, lambda study: (study.update(seeds=[0, 1, 2]), study["arms"].update(uniform={})))
     new = [job for job in jobs(project, "--config", "experiments=openmoji,other") if "seed" in job]
-    assert new and all("other" in job for job in new)
+    parts = ("seed 2", "uniform", "other")
+    assert all(any(part in job for part in parts) for job in new), new
+    assert all(any(job.startswith("Train") and part in job for job in new) for part in parts), new
 
 
 @pytest.mark.slow
@@ -348,68 +345,6 @@ def test_a_dry_run_imports_neither_torch_nor_what_only_jobs_need(tmp_path):
     imported = set(re.findall(r"^import time: .*\|\s+(\w+)$", done.stderr, re.M))
     assert done.returncode == 0 and "convergence" in imported, done.stderr
     assert not {"torch", "mlflow", "matplotlib", "scipy"} & imported
-
-
-@pytest.mark.slow
-def test_a_killed_snakemake_loses_nothing(finished, tmp_path):
-    project = copy_project(tmp_path / "study")
-    edit(project, reduce)
-    shutil.copytree(finished / "results/datasets", project / "results/datasets")
-    target = str(REPORT / "metrics.csv")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "tracking=off", "--", target]
-    process = subprocess.Popen(command, cwd=project, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not list(project.glob("results/openmoji/*/seed*/log.csv")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    # Kills Snakemake and its jobs at once, like a power cut.
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert snakemake(project, "--unlock", target=target).returncode == 0
-    done = snakemake(project, "--config", "tracking=off", target=target)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not (project / "mlflow.db").exists()
-    ours, theirs = (pd.read_csv(root / target).drop(columns="seconds") for root in (project, finished))
-    pd.testing.assert_frame_equal(ours, theirs)
-    for path in finished.glob("results/openmoji/*/seed*/step*/weights.safetensors"):
-        assert (project / path.relative_to(finished)).read_bytes() == path.read_bytes()
-
-
-MISTAKES = [
-    (lambda s: s["train"].update(batchsize=3), ["openmoji.yaml", "train.batchsize", "did you mean batch_size?"]),
-    (lambda s: s.update(seeds="many"), ["openmoji.yaml", "seeds"]),
-    (lambda s: s["arms"]["under05"].update(mse_weight="p2"), ["arms.under05", "applied twice", "weigh_twice: true"]),
-    (lambda s: s.update(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
-    (lambda s: s["dataset"].update(image_size=15), ["dataset.image_size", "cannot be halved", "multiple of 2"]),
-    (
-        lambda s: s.update(dataset={"source": "folder", "path": "nowhere", "image_size": 16}),
-        ["openmoji.yaml", "dataset.path: nowhere does not exist"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("mistake", "parts"), MISTAKES)
-def test_a_mistake_is_one_sentence_at_the_dry_run(tmp_path, mistake, parts):
-    project = copy_project(tmp_path)
-    edit(project, mistake)
-    done = snakemake(project, "--dry-run")
-    output = done.stdout + done.stderr
-    assert done.returncode != 0 and "Traceback" not in output and not (project / "results").exists()
-    assert any(all(part in line for part in parts) for line in output.splitlines()), output
-
-
-@pytest.mark.parametrize(
-    ("configuration", "parts"),
-    [
-        ("experiments=opnmoji", ["opnmoji.yaml", "no such study", "openmoji"]),
-        ("experiment=a", ["experiment:"]),
-        ("tracking=maybe", ["tracking=maybe", "tracking=off"]),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, configuration, parts):
-    done = snakemake(copy_project(tmp_path), "--dry-run", "--config", configuration)
-    output = done.stdout + done.stderr
-    assert done.returncode != 0 and "Traceback" not in output
-    assert any(all(part in line for part in parts) for line in output.splitlines()), output
 
 
 def test_unreadable_images_of_a_folder_are_reported_before_training(tmp_path):

@@ -8,7 +8,7 @@ sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile, start_checks, start_warnings, study_plan, terminal
 from convergence.errors import SAME_COMMAND, exit_on_user_error
-from convergence.provenance import trained_on
+from convergence.provenance import newest_provenances, trained_on
 from convergence.schema import Evaluate
 from convergence.tracking import process
 from diffusion.sources import source_hash
@@ -202,6 +202,11 @@ def plan_text(plan):
 def evaluated_metrics(experiment):
     """The pairs of features and metric that are computed for each checkpoint."""
     return [(name, metric) for name in experiment.evaluate.features for metric in experiment.evaluate.metrics]
+
+
+def few_images(experiment):
+    """The warnings about few images, which the verdict repeats."""
+    return start_warnings.few_images(experiment, newest_provenances(experiment))
 
 
 def probed_bins(experiment):

@@ -53,7 +53,7 @@ rule verdict:
         runs=lambda wildcards: run_settings(wildcards.study),
         rows=lambda wildcards: evaluated_metrics(EXPERIMENTS[wildcards.study]),
         bins=lambda wildcards: probed_bins(EXPERIMENTS[wildcards.study]),
-        few_images=lambda wildcards: start_warnings.few_images(EXPERIMENTS[wildcards.study]),
+        few_images=lambda wildcards: few_images(EXPERIMENTS[wildcards.study]),
         # Not read: after a change of the code, the verdict is written again, with a warning.
         code=source_hash(),
     message:
