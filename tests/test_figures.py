@@ -395,46 +395,59 @@ def test_samples_grid_shows_the_pixels_enlarged_without_smoothing(tmp_path):
             preview(noise(seed=3 * row + column), path)
             grids[arm][images] = path
     grids["under05"][12800] = None
-    samples_grid(grids, tmp_path / "samples.png", steps={3200: 100, 6400: 200})
+    real = noise(count=23, seed=9)
+    samples_grid(grids, {3200: 100, 6400: 200}, 0, real, tmp_path / "samples.png")
     page = pixels(tmp_path / "samples.png")
-
-    height, width = 4 * 69, 4 * 137  # a preview is 69 x 137 pixels; 4 is the least factor to 480 pixels
-    margin = page.shape[1] - 3 * (width + samples.GAP_PIXELS)
+    # A cell has 2 x 4 images of 16 pixels, with gaps of 1; 8 is the factor that makes an image 128 pixels large.
+    height, width, gap = 8 * 35, 8 * 69, samples.GAP_PIXELS
+    margin = page.shape[1] - 3 * (width + gap)
     for row, arm in enumerate(ARMS[:2]):
         for column, images in enumerate((3200, 6400, 12800)):
-            top = samples.HEAD_PIXELS + row * (height + samples.GAP_PIXELS)
-            left = margin + column * (width + samples.GAP_PIXELS)
+            top, left = samples.HEAD_PIXELS + row * (height + gap), margin + column * (width + gap)
             cell = page[top : top + height, left : left + width]
             if path := grids[arm][images]:
-                np.testing.assert_array_equal(cell, pixels(path).repeat(4, 0).repeat(4, 1))
+                np.testing.assert_array_equal(cell, pixels(path)[:35, :69].repeat(8, 0).repeat(8, 1))
             else:
                 assert (cell[0] == EMPTY).all()
                 assert len(np.unique(cell)) > 1  # the words
+    top = samples.HEAD_PIXELS + 2 * (height + gap)
+    for index, of_dataset in enumerate(range(0, 23, 2)):  # 12 images from the first to the last
+        left = margin + index // 4 * (width + gap) + 8 * (1 + index % 4 * 17)
+        shown = page[top + 8 : top + 8 * 17, left : left + 8 * 16]
+        np.testing.assert_array_equal(shown, real[of_dataset].repeat(8, 0).repeat(8, 1))
     heads, labels = page[: samples.HEAD_PIXELS, margin:], page[:, :margin]
-    for part in (*np.split(heads, 3, axis=1), *np.array_split(labels[samples.HEAD_PIXELS :], 2)):
+    for part in (*np.split(heads, 3, axis=1), *np.array_split(labels[samples.HEAD_PIXELS :], 3)):
         assert (part < 100).any()
     for edge in (page[0], page[-1], page[:, 0], page[:, -1]):
         assert (edge == 255).all()
 
 
-def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_previews(tmp_path):
+def test_samples_grid_takes_four_columns_from_first_to_last_and_reduces_large_images(tmp_path):
     grids = {"uni05": {}}
     for step in range(10):
         path = tmp_path / f"{step}.png"
-        Image.new("RGB", (960, 480), (step, 0, 0)).save(path)
+        preview(np.full((32, 256, 256, 3), step, np.uint8), path)
         grids["uni05"][step] = path
-    samples_grid(grids, tmp_path / "samples.png", steps={})
+    samples_grid(grids, {}, 0, noise(size=256), tmp_path / "samples.png")
     page = pixels(tmp_path / "samples.png")
-    left = page.shape[1] - 6 * (480 + samples.GAP_PIXELS)
-    line = page[samples.HEAD_PIXELS + 120, left + 240 :: 480 + samples.GAP_PIXELS, 0]
-    np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
+    width = 515  # half of 4 * 257 + 1
+    left = page.shape[1] - 4 * (width + samples.GAP_PIXELS)
+    line = page[samples.HEAD_PIXELS + 60, left + 60 :: width + samples.GAP_PIXELS, 0]
+    np.testing.assert_array_equal(line, [1, 4, 6, 9])  # step 0 shows noise
 
 
-@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 100, 128])
+def test_the_figure_of_samples_names_its_seed(tmp_path):
+    preview(noise(), tmp_path / "preview.png")
+    shown = [Image.open(tmp_path / "preview.png")]
+    texts = samples._draw_grid({"uni05": shown}, ["3.2k images"], 7, 16).texts
+    assert any("Seed 7:" in text.get_text() for text in texts)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 90, 100, 128, 256])
 def test_nothing_of_a_single_cell_is_cut_off(tmp_path, size):
     preview(noise(size=size), tmp_path / "preview.png")
-    arm = "x" * 39
-    samples_grid({arm: {123_000_000: tmp_path / "preview.png"}}, tmp_path / "samples.png", {123_000_000: 1_000_000})
+    grids = {"x" * 39: {123_000_000: tmp_path / "preview.png"}}
+    samples_grid(grids, {123_000_000: 1_000_000}, 1000, noise(2, size), tmp_path / "samples.png")
     page = pixels(tmp_path / "samples.png")
     for edge in (page[0], page[-1], page[:, 0], page[:, -samples.GAP_PIXELS :]):
         assert (edge == 255).all()
@@ -457,7 +470,7 @@ def test_previews_are_put_in_rows_by_arm():
 
 
 def test_a_study_that_diverged_everywhere_has_a_grid_without_samples(tmp_path):
-    samples_grid({"uni05": {100: None, 200: None}}, tmp_path / "samples.png", {})
+    samples_grid({"uni05": {100: None, 200: None}}, {}, 0, noise(), tmp_path / "samples.png")
     empty = (pixels(tmp_path / "samples.png") == EMPTY).all(-1).sum(0) > 100
     assert np.diff(empty.astype(int)).tolist().count(1) == 2
 
@@ -466,7 +479,7 @@ def test_samples_grid_names_a_preview_that_it_cannot_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     for name in ("broken.png", "absent.png"):
         with pytest.raises(FileError, match=f"{name}: is not a readable image") as error:
-            samples_grid({"uni05": {100: tmp_path / name}}, tmp_path / "samples.png", {})
+            samples_grid({"uni05": {100: tmp_path / name}}, {}, 0, noise(), tmp_path / "samples.png")
         assert error.value.path == tmp_path / name
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
 

@@ -1,150 +1,136 @@
-"""The forest plot: every comparison of a study, per seed and over all seeds."""
+"""The forest plots: the primary comparison of a study, and those of several studies."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from convergence.analysis.effects import Effect
 from convergence.analysis.results import Comparison
-from convergence.figures.style import COLOURS, STYLE, draw_legend, save_figure
+from convergence.figures.style import COLOURS, STYLE, save_figure
+from convergence.tables import HIGHER_IS_BETTER
 
-WIDTH_INCHES = 11.0
-ROW_INCHES = 0.27
-GAP_ROWS = 1.8  # above each comparison, for its title
+WIDTH_INCHES = 9.0
+ROW_INCHES = 0.52
+AXIS_INCHES = 0.75  # ticks and label of a panel
+TITLE_CHARACTERS, TITLE_INCHES = 90, 0.22
 # How far an axis extends beyond the estimates and seeds, in units of their span; longer intervals end in an arrow.
-MAX_EXTENSION = 2.0
-PRIMARY, SECONDARY, SEED = COLOURS[1], "0.15", "0.55"
-PANELS = {"average": 0, "final": 0, "images": 1, "seconds": 1}
-LABELS = {"average": "average", "final": "at the end"}
+MAX_EXTENSION = 1.0
+AXIS_MARGIN = 0.05
+SEEDS_BELOW = 0.24  # rows between an interval and the dots of its seeds
+ESTIMATE, SEED = COLOURS[0], "0.45"
+LABELS = {"average": "on average over training", "final": "at the last checkpoint"}
+
+Panel = Mapping[str, tuple[Comparison, Effect]]  # label of a row -> what it shows
 
 
-def draw_forest(comparisons: Sequence[Comparison], paths: list[Path]) -> None:
-    """Draws comparisons as a forest plot and saves it to each path.
+def draw_forest(comparison: Comparison | None, paths: list[Path]) -> None:
+    """Draws the primary comparison of a study with its numbers, and saves the figure to each path.
 
-    The left panel shows the advantage in the metric, the right panel the speed-up at each threshold; to the right of
-    the vertical line the candidate is better. Squares are estimates over all seeds with 95% intervals, dots are seeds,
-    triangles are bounds of censored seeds. The primary endpoint is coloured. An interval that leaves the axis ends in
-    an arrow. Equal comparisons give equal bytes.
+    The upper panel shows changes of the metric, the lower one the images to the primary threshold as a factor.
+    Squares are estimates over all seeds with 95% intervals, filled if the interval excludes no effect; dots are seeds,
+    triangles are bounds of censored seeds. An interval that leaves the axis ends in an arrow. Unknown effects have no
+    row. Equal comparisons give equal bytes.
     """
+    panels: list[Panel] = []
+    if comparison:
+        effects = {effect.quantity: effect for effect in comparison.effects}
+        panels = [
+            {LABELS[name]: (comparison, effects[name]) for name in ("average", "final") if name in effects},
+            {
+                f"{name} to {comparison.primary_threshold:.4g}": (comparison, effects[name])
+                for name in ("images", "hours")
+                if name in effects
+            },
+        ]
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw(comparisons), paths)
+        save_figure(_draw(comparison.headline if comparison else "Nothing is compared.", panels), paths)
 
 
-def _draw(comparisons: Sequence[Comparison]) -> Figure:
-    if not comparisons:
-        figure = Figure((WIDTH_INCHES, 1))
-        figure.text(0.5, 0.5, "Nothing is compared.", ha="center", va="center")
-        return figure
-    figure = Figure(layout="constrained")
-    axes = figure.subplots(1, 2)
-    shown = [
-        [_in_units_of_the_axis(effect, comparison.scale) for effect in comparison.effects] for comparison in comparisons
-    ]
-    limits = [_limits([effect for effects in shown for effect in effects if PANELS[effect.quantity] == panel])
-              for panel in (0, 1)]  # fmt: skip
-    labels: list[dict[float, str]] = [{}, {}]
-    top = 0.0
-    for comparison, effects in zip(comparisons, shown, strict=True):
-        top -= GAP_ROWS
-        title = axes[0].text(0, top + 0.8, _title(comparison), transform=axes[0].get_yaxis_transform(), weight="bold")
-        title.set_in_layout(False)  # it extends over both panels
-        title.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
-        lowest = top
-        for panel, ax in enumerate(axes):
-            rows = [effect for effect in effects if PANELS[effect.quantity] == panel]
-            for row, effect in enumerate(rows):
-                colour = PRIMARY if comparison.primary and effect.quantity == "average" else SECONDARY
-                _draw_effect(ax, top - row, effect, limits[panel], colour)
-                labels[panel][top - row] = LABELS.get(effect.quantity, f"{effect.quantity} to {effect.threshold:.4g}")
-                lowest = min(lowest, top - row)
-        top = lowest
-    for ax, rows_of_panel, (low, high) in zip(axes, labels, limits, strict=True):
-        ax.axvline(0, color="0.3", linewidth=0.8)
-        ax.set_yticks(list(rows_of_panel), list(rows_of_panel.values()))
-        ax.tick_params(axis="y", length=0, pad=10)
-        ax.set(ylim=(top - 0.8, 0), xlim=(low, high))
-        ax.spines[["left", "top"]].set_visible(False)
-        ax.grid(axis="x", color="0.9", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
-    axes[0].set_zorder(1)
-    axes[0].patch.set_visible(False)
-    axes[0].set_xlabel("advantage in the metric, %   (candidate better →)")
-    axes[1].set_xlabel("speed-up over the baseline   (candidate faster →)")
-    ticks = _ratio_ticks(*limits[1])
-    axes[1].set_xticks(np.log(ticks), [f"{tick:g}" for tick in ticks])
-    handles = [
-        Line2D([], [], marker="s", color=PRIMARY, label="primary endpoint, 95% interval"),
-        Line2D([], [], marker="s", color=SECONDARY, label="secondary"),
-        Line2D([], [], marker="o", markersize=4, color=SEED, linestyle="", label="one seed"),
-        Line2D([], [], marker=">", markersize=5, color=SEED, linestyle="", label="bound of a censored seed"),
-    ]
-    figure.set_size_inches(WIDTH_INCHES, 1.2 - ROW_INCHES * top)
-    draw_legend(figure, handles, WIDTH_INCHES, "outside lower center")
+def draw_studies(comparisons: Sequence[Comparison], paths: list[Path]) -> None:
+    """Draws the primary comparison of each study in a row, without a pooled number, and saves the figure to each path.
+
+    The panels are those of `draw_forest`; metrics that are compared by differences have a panel each.
+    """
+    panels: dict[str, dict[str, tuple[Comparison, Effect]]] = {}
+    ...
+
+
+def _draw(title: str, panels: Sequence[Panel]) -> Figure:
+    """Draws panels below each other, without rows of unknown effects."""
+    known = [{label: row for label, row in panel.items() if not np.isnan(row[1].estimate)} for panel in panels]
+    known = [panel for panel in known if panel]
+    title = textwrap.fill(title, TITLE_CHARACTERS)
+    heights = [AXIS_INCHES + ROW_INCHES * len(panel) for panel in known]
+    figure = Figure(
+        (WIDTH_INCHES, sum(heights) + TITLE_INCHES * (title.count("\n") + 2)), layout="constrained"
+    )
+    figure.suptitle(title, x=0.02, ha="left", weight="bold", fontsize=12)
+    if known:
+        axes = figure.subplots(len(known), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, panel in zip(axes, known, strict=True):
+            _draw_panel(ax, panel)
     return figure
 
 
-def _in_units_of_the_axis(effect: Effect, scale: str) -> Effect:
-    """Returns advantages in the metric in percent of the baseline's, or in points for shares; times stay logs."""
-    if effect.quantity not in ("average", "final"):
-        return effect
-    estimate, low, high = (
-        100 * (-np.expm1(-value) if scale == "log" else value) for value in (effect.estimate, effect.low, effect.high)
-    )
-    per_seed = tuple(_in_units_of_the_axis(seed, scale) for seed in effect.per_seed)
-    return replace(effect, estimate=estimate, low=low, high=high, per_seed=per_seed)
+def _draw_panel(ax: Axes, panel: Panel) -> None:
+    comparison, first = next(iter(panel.values()))
+    effects = [effect for _, effect in panel.values()]
+    is_factor = first.unit == "factor"
+    limits = _limits(effects, is_factor)
+    for y, effect in enumerate(effects):
+        _draw_effect(ax, y, effect, limits)
+        ax.text(1.03, y, str(effect), transform=ax.get_yaxis_transform(), va="center", fontsize=12)
+    ax.axvline(1 if is_factor else 0, color="0.3", linewidth=0.8)
+    ax.set_yticks(range(len(effects)), list(panel))
+    ax.tick_params(axis="y", length=0, pad=8)
+    ax.set_ylim(len(effects) - 0.4, -0.5)
+    if is_factor:
+        ax.set_xscale("log")
+        ticks = _ratio_ticks(*limits)
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("candidate / baseline   (← faster, slower →)")
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+        ...
+    ax.set_xlim(limits)
+    ax.spines[["left", "top"]].set_visible(False)
+    ax.grid(axis="x", color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
 
 
-def _draw_effect(ax: Axes, y: float, effect: Effect, limits: tuple[float, float], colour: str) -> None:
+def _draw_effect(ax: Axes, y: float, effect: Effect, limits: tuple[float, float]) -> None:
     """Draws the seeds and the interval of one effect, cut at the limits of the axis."""
     exact = [seed.estimate for seed in effect.per_seed if not np.isnan(seed.estimate)]
-    if exact:  # matplotlib's layout places an empty unclipped line at pixel (0, 0)
-        ax.plot(exact, np.full(len(exact), y), "o", markersize=4, color=SEED, zorder=3, clip_on=False)
     censored = [seed for seed in effect.per_seed if seed.censored]
-    for bounds, marker in (([seed.low for seed in censored], ">"), ([seed.high for seed in censored], "<")):
-        finite = [bound for bound in bounds if np.isfinite(bound)]
-        ax.plot(finite, np.full(len(finite), y), marker, markersize=5, color=SEED, zorder=3)
+    for values, marker in (
+        (exact, "o"),
+        ([seed.low for seed in censored], ">"),
+        ([seed.high for seed in censored], "<"),
+    ):
+        inside = [value for value in values if limits[0] < value < limits[1]]
+        if inside:  # matplotlib's layout places an empty line at pixel (0, 0)
+            ax.plot(inside, np.full(len(inside), y + SEEDS_BELOW), marker, markersize=4.5, color=SEED, mew=0)
     low, high = np.clip([effect.low, effect.high], *limits)
-    unknown = np.isinf([effect.low, effect.high]).all()
-    alpha = 0.4 if unknown else 1
-    ax.plot([low, high], [y, y], color=colour, linewidth=0.8 if unknown else 1.6, alpha=alpha)
-    for end, is_cut, marker in ((low, effect.low < limits[0], "<"), (high, effect.high > limits[1], ">")):
-        if is_cut:
-            ax.plot(end, y, marker, markersize=7, color=colour, alpha=alpha, clip_on=False)
-    ax.plot(effect.estimate, y, "s", markersize=6, color=colour, zorder=4)
+    ...
 
 
-def _limits(effects: list[Effect]) -> tuple[float, float]:
-    """Returns the ends of an axis that shows zero, all estimates and seeds, and intervals up to `MAX_EXTENSION`."""
-    estimates = [row.estimate for effect in effects for row in (effect, *effect.per_seed)]
-    seed_bounds = [bound for effect in effects for seed in effect.per_seed for bound in (seed.low, seed.high)]
-    bounds = [*seed_bounds, *(bound for effect in effects for bound in (effect.low, effect.high))]
-    inner = [0.0, *(value for value in (*estimates, *seed_bounds) if np.isfinite(value))]
-    low, high = min(inner), max(inner)
-    extension = MAX_EXTENSION * (high - low or 1.0)
-    outer = np.clip([low, high, *(value for value in bounds if np.isfinite(value))], low - extension, high + extension)
-    margin = 0.05 * (outer.max() - outer.min() or 1.0)
-    return outer.min() - margin, outer.max() + margin
+def _limits(effects: list[Effect], is_factor: bool) -> tuple[float, float]:
+    """Returns the ends of an axis that shows no effect, all estimates and seeds, and intervals up to `MAX_EXTENSION`."""
+    ...
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
-    """Returns round ratios between exp(low) and exp(high), closer together on a short axis."""
+    """Returns round ratios between two values, closer together on a short axis."""
     for digits in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
         ticks = sorted({digit * 10.0**power for digit in digits for power in range(-6, 7)})
-        ticks = [float(f"{tick:.3g}") for tick in ticks if low <= np.log(tick) <= high]
+        ticks = [float(f"{tick:.3g}") for tick in ticks if low <= tick <= high]
         if len(ticks) >= 4:
             break
     return ticks
-
-
-def _title(comparison: Comparison) -> str:
-    role = "primary" if comparison.primary else "secondary"
-    arms = f"{comparison.candidate} against {comparison.baseline}"
-    return f"{comparison.study}: {arms}, {comparison.metric_name} ({role}): {comparison.outcome}"

@@ -15,7 +15,7 @@ Style = dict[str, Any]  # keyword arguments of a line
 
 # Okabe & Ito 2008, "Color Universal Design", without yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "h", "X")
+MARKERS = ("o", "s", "^", "D", "v", "p", "h", ">")  # none looks like the cross of a failed run
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
 DPI = 200
 LOG_AXIS_FROM_RATIO = 3  # a range of values above this ratio is drawn on a log axis

@@ -62,6 +62,8 @@ rule verdict:
 
 rule figures:
     input:
+        # For a row of real images.
+        unpack(lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])),
         metrics=layout.REPORT / "metrics.csv",
         mechanism=layout.REPORT / "mechanism.csv",
         verdict=layout.REPORT / "verdict.json",
@@ -107,6 +109,7 @@ rule figures:
         "../../environment.yml"
     params:
         cells=lambda wildcards: preview_cells(EXPERIMENTS[wildcards.study]),
+        seed=lambda wildcards: EXPERIMENTS[wildcards.study].seeds[0],
         compare=lambda wildcards: {
             key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
         },
@@ -181,6 +184,7 @@ rule overview:
     conda:
         "../../environment.yml"
     params:
+        arms={study: list(experiment.arms) for study, experiment in EXPERIMENTS.items()},
         external={study: str(path) for study in EXPERIMENTS for path in external_curves(study)},
         introduction=(layout.ROOT / "workflow/report/front.rst").read_text(encoding="utf-8"),
     message:

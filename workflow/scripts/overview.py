@@ -21,7 +21,7 @@ with job(snakemake):
     external = [read_curves(Path(path), study).query("study == @study") for study, path in params.external.items()]
     external_curves = pd.concat(external) if external else None
     paths = [Path(output.curves), Path(output.curves_svg)]
-    fid_curves(metrics, paths, comparisons=comparisons, external_curves=external_curves)
+    fid_curves(metrics, paths, comparisons=comparisons, external_curves=external_curves, arms=params.arms)
     answers = {verdict.study: verdict.answer for verdict in verdicts}
     with atomic_write(Path(output.front)) as file:
         file.write(front_page(params.introduction, answers).encode())
