@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from convergence.analysis.effects import Effect
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.results import Comparison
+from convergence.analysis.wording import effect_text
 from convergence.errors import StudyError
 from convergence.failures import failed
-from convergence.figures.labels import label_ends
+from convergence.figures.labels import height_in_axes, label_ends
 from convergence.figures.style import (
     LOG_AXIS_FROM_RATIO,
     STYLE,
@@ -35,6 +37,8 @@ PANELS_PER_ROW = 3
 LETTER_INCHES = 0.085  # of the label of a line
 TITLE_CHARACTERS, TITLE_LINE_INCHES = 56, 0.18
 CAPTION_CHARACTERS, CAPTION_LINE_INCHES = 72, 0.14
+ARROW_CHARACTERS = 26
+LABEL_HEIGHT = 0.16  # of the axes: the label of the arrow
 MARKERS_PER_LINE = 12
 # How far the y axis extends beyond the values of trained nets, as a fraction of their span; longer bands are cut.
 MAX_EXTENSION = 0.3
@@ -171,8 +175,9 @@ def _draw_panel(
     if len(external):
         n = external["n"].max()
         sentences.append(f"Grey: external curves{f' ({n:,} samples)' if n else ''}, with the markers of their arms.")
-    if comparison:
-        sentences += _mark_crossings(ax, comparison, styles)
+    if comparison and comparison.images:
+        _mark_crossings(ax, comparison, comparison.images, styles)
+        sentences.append("Ticks: smoothed runs reach the dotted threshold; arrow: from the baseline to the candidate.")
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
         caption,
@@ -260,11 +265,9 @@ def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -
     ax.vlines(rows["images"], low, high, color=style["color"], linewidth=1, alpha=1 if single else 0.5)
 
 
-def _mark_crossings(ax: Axes, comparison: Comparison, styles: Mapping[str, Style]) -> list[str]:
-    """Marks where the runs of a comparison reach its primary threshold. Returns the caption."""
-    effect, threshold = comparison.images, comparison.primary_threshold
-    if effect is None or not np.isfinite(threshold):
-        return []
+def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Mapping[str, Style]) -> None:
+    """Marks where runs reach the primary threshold, and states the factor of images."""
+    threshold = effect.threshold
     ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
     for arm, times in (
         (comparison.baseline, [run.baseline for run in effect.per_seed]),
@@ -272,23 +275,25 @@ def _mark_crossings(ax: Axes, comparison: Comparison, styles: Mapping[str, Style
     ):
         reached = [time for time in times if np.isfinite(time)]
         ax.plot(reached, [threshold] * len(reached), "|", markersize=10, color=styles[arm]["color"], zorder=5)
-    sentences = [f"Dotted: {comparison.metric_name} {threshold:.4g}. Ticks: smoothed runs reach it."]
     if np.isfinite([effect.estimate, effect.baseline, effect.candidate]).all():
         arrow = {"arrowstyle": "-|>", "color": "0.1", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
         start, end = (effect.baseline, threshold), (effect.candidate, threshold)
         ax.annotate("", xy=end, xytext=start, arrowprops=arrow, zorder=6)
-        ax.annotate(
-            f"{effect.estimate:.2f} times the images",
-            xy=((effect.baseline + effect.candidate) / 2, threshold),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
-            zorder=6,
-        )
-    return sentences
+    # Where curves have not reached the threshold yet, the other side of it is free, if it is high enough for the text.
+    height = height_in_axes(ax, threshold)
+    is_below = height > LABEL_HEIGHT if comparison.metric not in HIGHER_IS_BETTER else height > 1 - LABEL_HEIGHT
+    text = f"{comparison.short_name} {threshold:.4g}: {effect_text(effect, 'times the images')}"
+    ax.annotate(
+        textwrap.fill(text, ARROW_CHARACTERS),
+        xy=(0.015, threshold),
+        xycoords=ax.get_yaxis_transform(),
+        xytext=(0, -4 if is_below else 4),
+        textcoords="offset points",
+        va="top" if is_below else "bottom",
+        fontsize=9,
+        weight="bold",
+        zorder=6,
+    )
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,98 +8,134 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from convergence.analysis.effects import Effect
 from convergence.analysis.results import Comparison
+from convergence.analysis.wording import UNKNOWN, count_text, effect_text, margin_text
 from convergence.figures.style import COLOURS, STYLE, save_figure
 from convergence.tables import HIGHER_IS_BETTER
 
 WIDTH_INCHES = 9.0
-ROW_INCHES = 0.52
+ROW_INCHES = 0.55
 AXIS_INCHES = 0.75  # ticks and label of a panel
-TITLE_CHARACTERS, TITLE_INCHES = 90, 0.22
+TITLE_CHARACTERS, TITLE_LINE_INCHES = 80, 0.22
+CAPTION_CHARACTERS, CAPTION_LINE_INCHES = 120, 0.17
 # How far an axis extends beyond the estimates and seeds, in units of their span; longer intervals end in an arrow.
 MAX_EXTENSION = 1.0
 AXIS_MARGIN = 0.05
-SEEDS_BELOW = 0.24  # rows between an interval and the dots of its seeds
-ESTIMATE, SEED = COLOURS[0], "0.45"
-LABELS = {"average": "on average over training", "final": "at the last checkpoint"}
+SEEDS_BELOW = 0.27  # rows between an interval and the dots of its seeds
+ESTIMATE, SEED = COLOURS[0], "0.5"
+MARKS = (
+    "Squares: estimates with 95% intervals, filled if the interval excludes no effect. Dots: single seeds; triangles: "
+    "bounds of seeds that do not reach the threshold or reach it before their first checkpoint."
+)
 
-Panel = Mapping[str, tuple[Comparison, Effect]]  # label of a row -> what it shows
+Rows = Mapping[str, tuple[Comparison, Effect]]  # label -> what the row shows
 
 
 def draw_forest(comparison: Comparison | None, paths: list[Path]) -> None:
     """Draws the primary comparison of a study with its numbers, and saves the figure to each path.
 
     The upper panel shows changes of the metric, the lower one the images to the primary threshold as a factor.
-    Squares are estimates over all seeds with 95% intervals, filled if the interval excludes no effect; dots are seeds,
-    triangles are bounds of censored seeds. An interval that leaves the axis ends in an arrow. Unknown effects have no
-    row. Equal comparisons give equal bytes.
+    An interval that leaves the axis ends in an arrow. Unknown effects have no row. Equal comparisons give equal bytes.
     """
-    panels: list[Panel] = []
-    if comparison:
-        effects = {effect.quantity: effect for effect in comparison.effects}
-        panels = [
-            {LABELS[name]: (comparison, effects[name]) for name in ("average", "final") if name in effects},
-            {
-                f"{name} to {comparison.primary_threshold:.4g}": (comparison, effects[name])
-                for name in ("images", "hours")
-                if name in effects
-            },
-        ]
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw(comparison.headline if comparison else "Nothing is compared.", panels), paths)
+        save_figure(_draw_primary(comparison), paths)
 
 
 def draw_studies(comparisons: Sequence[Comparison], paths: list[Path]) -> None:
-    """Draws the primary comparison of each study in a row, without a pooled number, and saves the figure to each path.
+    """Draws the primary comparisons of several studies, a row each, and saves the figure to each path.
 
-    The panels are those of `draw_forest`; metrics that are compared by differences have a panel each.
+    The panels are those of `draw_forest`, and one for each metric that is compared by differences. There is no pooled
+    number, because studies differ in data, nets and length of training. Equal comparisons give equal bytes.
     """
+    with matplotlib.rc_context(STYLE):
+        save_figure(_draw_studies(comparisons), paths)
+
+
+def _draw_primary(comparison: Comparison | None) -> Figure:
+    if comparison is None:
+        return _draw("Nothing is compared.", [], "")
+    goal = f"to {comparison.short_name} {comparison.primary_threshold:.4g}"
+    rows = {
+        "on average over training": comparison.average,
+        "at the last checkpoint": comparison.final,
+        f"images {goal}": comparison.images,
+        f"hours {goal}": comparison.hours,
+    }
+    known = {label: (comparison, effect) for label, effect in rows.items() if effect}
+    caption = f"{comparison.candidate} against {comparison.baseline}, {_pairs(comparison)}. {MARKS}"
+    if comparison.margin:
+        caption += f" Grey: the margin of {margin_text(comparison.margin, comparison.scale)}."
+    return _draw(f"{comparison.study}: {comparison.headline}", known, caption)
+
+
+def _draw_studies(comparisons: Sequence[Comparison]) -> Figure:
+    rows = {}
+    for comparison in comparisons:
+        name = f"{comparison.study}, {_pairs(comparison)}\n{comparison.candidate} against {comparison.baseline}"
+        for effect in filter(None, (comparison.average, comparison.images)):
+            goal = f" to {comparison.short_name} {effect.threshold:.4g}" if effect is comparison.images else ""
+            rows[name + goal] = (comparison, effect)
+    return _draw("Primary comparisons by study", rows, f"{MARKS} Studies are not pooled.")
+
+
+def _pairs(comparison: Comparison) -> str:
+    return count_text(comparison.average.pairs, "paired seed")
+
+
+def _draw(title: str, rows: Rows, caption: str) -> Figure:
+    """Draws a panel for each metric and one for factors, without rows of unknown effects."""
     panels: dict[str, dict[str, tuple[Comparison, Effect]]] = {}
-    ...
-
-
-def _draw(title: str, panels: Sequence[Panel]) -> Figure:
-    """Draws panels below each other, without rows of unknown effects."""
-    known = [{label: row for label, row in panel.items() if not np.isnan(row[1].estimate)} for panel in panels]
-    known = [panel for panel in known if panel]
-    title = textwrap.fill(title, TITLE_CHARACTERS)
-    heights = [AXIS_INCHES + ROW_INCHES * len(panel) for panel in known]
-    figure = Figure(
-        (WIDTH_INCHES, sum(heights) + TITLE_INCHES * (title.count("\n") + 2)), layout="constrained"
-    )
+    for label, (comparison, effect) in rows.items():
+        if effect_text(effect) != UNKNOWN:
+            panels.setdefault(_axis_label(comparison, effect), {})[label] = (comparison, effect)
+    title, caption = textwrap.fill(title, TITLE_CHARACTERS), textwrap.fill(caption, CAPTION_CHARACTERS)
+    heights = [AXIS_INCHES + ROW_INCHES * len(panel) for panel in panels.values()]
+    title_inches = TITLE_LINE_INCHES * (title.count("\n") + 2)
+    height = title_inches + sum(heights) + CAPTION_LINE_INCHES * (caption.count("\n") + 1)
+    figure = Figure((WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
     figure.suptitle(title, x=0.02, ha="left", weight="bold", fontsize=12)
-    if known:
-        axes = figure.subplots(len(known), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, known, strict=True):
+    figure.supxlabel(caption, x=0.02, ha="left", fontsize=8, color="0.25")
+    if panels:
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, (label, panel) in zip(axes, panels.items(), strict=True):
             _draw_panel(ax, panel)
+            ax.set_xlabel(label)
     return figure
 
 
-def _draw_panel(ax: Axes, panel: Panel) -> None:
-    comparison, first = next(iter(panel.values()))
-    effects = [effect for _, effect in panel.values()]
-    is_factor = first.unit == "factor"
-    limits = _limits(effects, is_factor)
-    for y, effect in enumerate(effects):
-        _draw_effect(ax, y, effect, limits)
-        ax.text(1.03, y, str(effect), transform=ax.get_yaxis_transform(), va="center", fontsize=12)
-    ax.axvline(1 if is_factor else 0, color="0.3", linewidth=0.8)
-    ax.set_yticks(range(len(effects)), list(panel))
-    ax.tick_params(axis="y", length=0, pad=8)
-    ax.set_ylim(len(effects) - 0.4, -0.5)
+def _axis_label(comparison: Comparison, effect: Effect) -> str:
+    if effect.unit == "factor":
+        return "candidate / baseline   (← faster, slower →)"
+    better = "(← worse, better →)" if comparison.metric in HIGHER_IS_BETTER else "(← better, worse →)"
+    return f"change of {comparison.metric_name}{', %' if effect.unit == 'percent' else ''}   {better}"
+
+
+def _draw_panel(ax: Axes, rows: Rows) -> None:
+    """Draws effects of one unit below each other, with their numbers at the right."""
+    effects = [effect for _, effect in rows.values()]
+    is_factor = effects[0].unit == "factor"
+    margins = [comparison.margin or 0.0 for comparison, effect in rows.values() if effect.quantity == "average"]
+    limits = _limits(effects, is_factor, max(margins, default=0.0))
     if is_factor:
         ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(NullLocator())
         ticks = _ratio_ticks(*limits)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("candidate / baseline   (← faster, slower →)")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
-        ...
-    ax.set_xlim(limits)
+    ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.5))
+    ax.axvline(1 if is_factor else 0, color="0.3", linewidth=0.8, zorder=1)
+    for y, (comparison, effect) in enumerate(rows.values()):
+        if effect.quantity == "average" and comparison.margin:
+            ax.fill_betweenx([y - 0.45, y + 0.45], -comparison.margin, comparison.margin, color="0.9", linewidth=0)
+        _draw_effect(ax, y, effect, limits)
+        ax.text(1.04, y, effect_text(effect), transform=ax.get_yaxis_transform(), va="center", fontsize=11)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.tick_params(axis="y", length=0, pad=10)
     ax.spines[["left", "top"]].set_visible(False)
     ax.grid(axis="x", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -116,21 +152,45 @@ def _draw_effect(ax: Axes, y: float, effect: Effect, limits: tuple[float, float]
     ):
         inside = [value for value in values if limits[0] < value < limits[1]]
         if inside:  # matplotlib's layout places an empty line at pixel (0, 0)
-            ax.plot(inside, np.full(len(inside), y + SEEDS_BELOW), marker, markersize=4.5, color=SEED, mew=0)
-    low, high = np.clip([effect.low, effect.high], *limits)
-    ...
+            ax.plot(inside, [y + SEEDS_BELOW] * len(inside), marker, markersize=4.5, color=SEED, markeredgewidth=0)
+    if _has_interval(effect):
+        low, high = np.clip([effect.low, effect.high], *limits)
+        ax.plot([low, high], [y, y], color=ESTIMATE, linewidth=2.2, solid_capstyle="butt")
+        for end, is_cut, marker in ((low, effect.low < limits[0], "<"), (high, effect.high > limits[1], ">")):
+            if is_cut:
+                ax.plot(end, y, marker, markersize=8, color=ESTIMATE, clip_on=False)
+    if not np.isnan(effect.estimate):
+        inside = ESTIMATE if effect.shown != "not shown" else "white"
+        ax.plot(effect.estimate, y, "s", markersize=9, color=ESTIMATE, markerfacecolor=inside, markeredgewidth=2)
 
 
-def _limits(effects: list[Effect], is_factor: bool) -> tuple[float, float]:
-    """Returns the ends of an axis that shows no effect, all estimates and seeds, and intervals up to `MAX_EXTENSION`."""
-    ...
+def _has_interval(effect: Effect) -> bool:
+    """Returns whether at least one end of the interval is known."""
+    return np.isfinite(effect.high) or np.isfinite(effect.low) and not (effect.unit == "factor" and effect.low == 0)
+
+
+def _limits(effects: list[Effect], is_factor: bool, margin: float) -> tuple[float, float]:
+    """Returns the ends of an axis that shows the margin, estimates and seeds, and intervals up to `MAX_EXTENSION`."""
+    rows = [row for effect in effects for row in (effect, *effect.per_seed)]
+    to_axis, from_axis = (np.log, np.exp) if is_factor else (np.asarray, np.asarray)
+    with np.errstate(divide="ignore"):
+        estimates, bounds = (
+            to_axis(values) for values in ([row.estimate for row in rows], [(row.low, row.high) for row in rows])
+        )
+    inner = np.append(estimates[np.isfinite(estimates)], (-margin, margin))
+    extension = MAX_EXTENSION * (np.ptp(inner) or 1.0)
+    outer = np.append(bounds[np.isfinite(bounds)].clip(inner.min() - extension, inner.max() + extension), inner)
+    space = AXIS_MARGIN * (np.ptp(outer) or 1.0)
+    return float(from_axis(outer.min() - space)), float(from_axis(outer.max() + space))
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
     """Returns round ratios between two values, closer together on a short axis."""
-    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = sorted({digit * 10.0**power for digit in digits for power in range(-6, 7)})
-        ticks = [float(f"{tick:.3g}") for tick in ticks if low <= tick <= high]
+    if high < 2 * low:
+        return [tick for tick in MaxNLocator(6, steps=(1, 2, 5, 10)).tick_values(low, high) if low <= tick <= high]
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = sorted({float(f"{digit * 10.0**power:.3g}") for digit in digits for power in range(-6, 7)})
+        ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 4:
             break
     return ticks

@@ -25,6 +25,11 @@ def spread(places: np.ndarray, gap: float = GAP) -> np.ndarray:
     return spread_places
 
 
+def height_in_axes(ax: Axes, value: float) -> float:
+    """Returns the height of a value of the y axis, as a fraction of the height of the axes."""
+    return float((ax.get_yaxis_transform() + ax.transAxes.inverted()).transform((0, value))[1])
+
+
 def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], styles: Mapping[str, Style]) -> None:
     """Writes the name of each line to the right of the axes, connected with its end. Call it after setting the limits.
 
@@ -35,8 +40,7 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], styles: Mappin
     """
     if not ends:
         return
-    to_axes = ax.transData + ax.transAxes.inverted()
-    heights = spread(np.clip([to_axes.transform(end)[1] for end in ends.values()], 0, 1))
+    heights = spread(np.clip([height_in_axes(ax, value) for _, value in ends.values()], 0, 1))
     for (name, end), height in zip(ends.items(), heights, strict=True):
         colour = styles[name]["color"]
         connection: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4}

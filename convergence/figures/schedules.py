@@ -128,7 +128,7 @@ def _draw_curves(
         ("Expected weight of the MSE", "T p(t) w(t)", lambda c: c.product),
         ("Draws per unit of log SNR", "p(t) / |d log SNR / dt|", lambda c: c.draws * per_log_snr),
         (VB_TITLE, "v(t)   (log axis)", lambda c: c.vb_weight),
-        ("Expected weight of the MSE per unit of log SNR", "p(t) w(t) / |d log SNR / dt|",
+        ("Expected MSE weight per unit of log SNR", "p(t) w(t) / |d log SNR / dt|",
          lambda c: c.product * per_log_snr),
     ]  # fmt: skip
     over_t, over_log_snr = figure.subplots(2, 3)

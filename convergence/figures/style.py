@@ -59,7 +59,8 @@ def set_log_axis(ax: Axes) -> None:
     """Makes the y axis logarithmic with ticks at round numbers, also on a short axis. Call it after drawing."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    digits = (1,) if high > 1000 * low else (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    ax.yaxis.set_major_locator(LogLocator(subs=digits))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 

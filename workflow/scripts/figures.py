@@ -31,6 +31,6 @@ with job(snakemake):
     grids, steps = preview_grid(params.cells, metrics)
     real = load_images(Path(snakemake.input.manifest).parent)
     samples_grid(grids, steps, params.seed, real, Path(output.samples))
-    draw_forest(verdict.comparisons, [Path(output.forest)])
+    draw_forest(verdict.primary, [Path(output.forest)])
     draw_mechanism(read_table(snakemake.input.mechanism, PROBE_COLUMNS), params.compare, [Path(output.mechanism)])
     draw_schedules(study, runs, [Path(output.schedules), Path(output.schedules_svg)])
