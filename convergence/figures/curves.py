@@ -14,10 +14,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from convergence.analysis.effects import Effect
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.results import Comparison
-from convergence.analysis.wording import effect_text
+from convergence.analysis.wording import UNKNOWN, effect_text
 from convergence.errors import StudyError
 from convergence.failures import failed
-from convergence.figures.labels import height_in_axes, label_ends
+from convergence.figures.labels import label_ends, label_in_free_place
 from convergence.figures.style import (
     LOG_AXIS_FROM_RATIO,
     STYLE,
@@ -37,8 +37,7 @@ PANELS_PER_ROW = 3
 LETTER_INCHES = 0.085  # of the label of a line
 TITLE_CHARACTERS, TITLE_LINE_INCHES = 56, 0.18
 CAPTION_CHARACTERS, CAPTION_LINE_INCHES = 72, 0.14
-ARROW_CHARACTERS = 26
-LABEL_HEIGHT = 0.16  # of the axes: the label of the arrow
+ARROW_CHARACTERS = 28
 MARKERS_PER_LINE = 12
 # How far the y axis extends beyond the values of trained nets, as a fraction of their span; longer bands are cut.
 MAX_EXTENSION = 0.3
@@ -162,9 +161,9 @@ def _draw_panel(
         for seed in rows.loc[failed(rows), "seed"].unique():
             last = values[seed].dropna().tail(1)
             ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
-        points = line if len(line) else values.mean(axis=1).dropna()
-        if len(points):
-            ends[arm] = (points.index[-1], points.iloc[-1])
+        if len(of_any_run := values.mean(axis=1).dropna()):
+            last = of_any_run.index[-1]
+            ends[arm] = (last, line.get(last, of_any_run[last]))
     label_ends(ax, ends, styles)
 
     if measured["stderr"].notna().any():
@@ -275,25 +274,15 @@ def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Ma
     ):
         reached = [time for time in times if np.isfinite(time)]
         ax.plot(reached, [threshold] * len(reached), "|", markersize=10, color=styles[arm]["color"], zorder=5)
+    factor = effect_text(effect, "times the images")
+    text = f"{comparison.short_name} {threshold:.4g}" + ("" if factor.startswith(UNKNOWN) else f": {factor}")
+    middle = ax.get_xlim()[0]  # of the dotted line that is left of the runs
     if np.isfinite([effect.estimate, effect.baseline, effect.candidate]).all():
+        middle = (effect.baseline + effect.candidate) / 2
         arrow = {"arrowstyle": "-|>", "color": "0.1", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
         start, end = (effect.baseline, threshold), (effect.candidate, threshold)
         ax.annotate("", xy=end, xytext=start, arrowprops=arrow, zorder=6)
-    # Where curves have not reached the threshold yet, the other side of it is free, if it is high enough for the text.
-    height = height_in_axes(ax, threshold)
-    is_below = height > LABEL_HEIGHT if comparison.metric not in HIGHER_IS_BETTER else height > 1 - LABEL_HEIGHT
-    text = f"{comparison.short_name} {threshold:.4g}: {effect_text(effect, 'times the images')}"
-    ax.annotate(
-        textwrap.fill(text, ARROW_CHARACTERS),
-        xy=(0.015, threshold),
-        xycoords=ax.get_yaxis_transform(),
-        xytext=(0, -4 if is_below else 4),
-        textcoords="offset points",
-        va="top" if is_below else "bottom",
-        fontsize=9,
-        weight="bold",
-        zorder=6,
-    )
+    label_in_free_place(ax, textwrap.fill(text, ARROW_CHARACTERS), (middle, threshold))
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from convergence.analysis.effects import Effect
 from convergence.analysis.results import Comparison
-from convergence.analysis.wording import UNKNOWN, count_text, effect_text, margin_text
+from convergence.analysis.wording import UNKNOWN, count_text, effect_text
 from convergence.figures.style import COLOURS, STYLE, save_figure
 from convergence.tables import HIGHER_IS_BETTER
 
@@ -31,6 +31,7 @@ MARKS = (
     "Squares: estimates with 95% intervals, filled if the interval excludes no effect. Dots: single seeds; triangles: "
     "bounds of seeds that do not reach the threshold or reach it before their first checkpoint."
 )
+GREY = " Grey: the margin of equivalence."
 
 Rows = Mapping[str, tuple[Comparison, Effect]]  # label -> what the row shows
 
@@ -57,7 +58,7 @@ def draw_studies(comparisons: Sequence[Comparison], paths: list[Path]) -> None:
 
 def _draw_primary(comparison: Comparison | None) -> Figure:
     if comparison is None:
-        return _draw("Nothing is compared.", [], "")
+        return _draw("Nothing is compared.", {}, "")
     goal = f"to {comparison.short_name} {comparison.primary_threshold:.4g}"
     rows = {
         "on average over training": comparison.average,
@@ -66,32 +67,30 @@ def _draw_primary(comparison: Comparison | None) -> Figure:
         f"hours {goal}": comparison.hours,
     }
     known = {label: (comparison, effect) for label, effect in rows.items() if effect}
-    caption = f"{comparison.candidate} against {comparison.baseline}, {_pairs(comparison)}. {MARKS}"
-    if comparison.margin:
-        caption += f" Grey: the margin of {margin_text(comparison.margin, comparison.scale)}."
-    return _draw(f"{comparison.study}: {comparison.headline}", known, caption)
+    pairs = count_text(comparison.average.pairs, "paired seed")
+    start = f"{comparison.candidate} against {comparison.baseline}, {pairs}."
+    return _draw(f"{comparison.study}: {comparison.headline}", known, start)
 
 
 def _draw_studies(comparisons: Sequence[Comparison]) -> Figure:
     rows = {}
     for comparison in comparisons:
-        name = f"{comparison.study}, {_pairs(comparison)}\n{comparison.candidate} against {comparison.baseline}"
+        seeds = count_text(comparison.average.pairs, "seed")
+        name = f"{comparison.study} ({seeds})\n{comparison.candidate} against {comparison.baseline}"
         for effect in filter(None, (comparison.average, comparison.images)):
-            goal = f" to {comparison.short_name} {effect.threshold:.4g}" if effect is comparison.images else ""
+            goal = f", {comparison.short_name} {effect.threshold:.4g}" if effect is comparison.images else ""
             rows[name + goal] = (comparison, effect)
-    return _draw("Primary comparisons by study", rows, f"{MARKS} Studies are not pooled.")
+    return _draw("Primary comparison of each study", rows, "Studies are not pooled.")
 
 
-def _pairs(comparison: Comparison) -> str:
-    return count_text(comparison.average.pairs, "paired seed")
-
-
-def _draw(title: str, rows: Rows, caption: str) -> Figure:
-    """Draws a panel for each metric and one for factors, without rows of unknown effects."""
+def _draw(title: str, rows: Rows, start: str) -> Figure:
+    """Draws a panel for each metric and one for factors, without rows of unknown effects. The caption begins with `start`."""
     panels: dict[str, dict[str, tuple[Comparison, Effect]]] = {}
     for label, (comparison, effect) in rows.items():
         if effect_text(effect) != UNKNOWN:
             panels.setdefault(_axis_label(comparison, effect), {})[label] = (comparison, effect)
+    margins = [comparison.margin for comparison, effect in rows.values() if effect.quantity == "average"]
+    caption = f"{start} {MARKS if panels else 'No effect is known.'}{GREY if any(margins) and panels else ''}"
     title, caption = textwrap.fill(title, TITLE_CHARACTERS), textwrap.fill(caption, CAPTION_CHARACTERS)
     heights = [AXIS_INCHES + ROW_INCHES * len(panel) for panel in panels.values()]
     title_inches = TITLE_LINE_INCHES * (title.count("\n") + 2)

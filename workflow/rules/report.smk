@@ -165,6 +165,27 @@ rule pages:
         "../scripts/pages.py"
 
 
+# Outputs of `overview` that need several studies.
+STUDIES_OUTPUT = (
+    {
+        "studies": report(
+            layout.STUDIES_FIGURE,
+            caption="../report/studies.rst",
+            category="1. Verdict",
+            labels={"study": "all", "content": "Forest plot"},
+        ),
+        "studies_table": report(
+            layout.STUDIES_FIGURE.with_suffix(".csv"),
+            caption="../report/effects.rst",
+            category="1. Verdict",
+            labels={"study": "all", "content": "Numbers (CSV)"},
+        ),
+    }
+    if len(EXPERIMENTS) > 1
+    else {}
+)
+
+
 rule overview:
     input:
         metrics=expand(rules.verdict.output.metrics, study=EXPERIMENTS),
@@ -181,6 +202,7 @@ rule overview:
         ),
         curves_svg=layout.FIGURE.with_suffix(".svg"),
         front=layout.FRONT_PAGE,
+        **STUDIES_OUTPUT,
     log:
         layout.RESULTS / "overview.log",
     conda:
