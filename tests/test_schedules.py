@@ -204,7 +204,10 @@ def test_caption_states_shares_equal_curves_and_proportions():
 
 def test_caption_has_no_sentence_without_content():
     *_, caption = drawn(tables("uniform", "lognormal"))
-    assert "Equal curves, which overlap: MSE weight of uniform and lognormal; vb weight of uniform and lognormal." in caption
+    assert (
+        "Equal curves, which overlap: MSE weight of uniform and lognormal; vb weight of uniform and lognormal."
+        in caption
+    )
     assert "proportion" not in caption and "learned" not in caption
 
 

@@ -212,7 +212,8 @@ def _set_value_axis(ax: Axes, panel: pd.DataFrame, ratios: bool) -> pd.DataFrame
     margin = AXIS_MARGIN * (high - low or 1.0)
     untrained = panel.loc[~is_trained, "value"].dropna()
     is_above, is_below = untrained.max() > from_axis(high + margin), untrained.min() < from_axis(low - margin)
-    ax.set_ylim(from_axis(low - margin * (1 + is_below)), from_axis(high + margin * (1 + is_above)))
+    ends = from_axis([low - margin * (1 + is_below), high + margin * (1 + is_above)])
+    ax.set_ylim(*map(float, ends))
     if is_log:
         set_log_axis(ax)
     if not is_above and not is_below:
@@ -260,6 +261,8 @@ def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> pd.
 def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -> None:
     """Draws the standard errors of one arm's values, as faint as its thin lines unless it has a `single` seed."""
     rows = rows[rows["value"].notna() & rows["stderr"].notna()]
+    if rows.empty:
+        return
     low, high = rows["value"] - rows["stderr"], rows["value"] + rows["stderr"]
     ax.vlines(rows["images"], low, high, color=style["color"], linewidth=1, alpha=1 if single else 0.5)
 

@@ -84,7 +84,7 @@ def _draw_studies(comparisons: Sequence[Comparison]) -> Figure:
 
 
 def _draw(title: str, rows: Rows, start: str) -> Figure:
-    """Draws a panel for each metric and one for factors, without rows of unknown effects. The caption begins with `start`."""
+    """Draws a panel for each metric and one for factors, without unknown effects. The caption begins with `start`."""
     panels: dict[str, dict[str, tuple[Comparison, Effect]]] = {}
     for label, (comparison, effect) in rows.items():
         if effect_text(effect) != UNKNOWN:
@@ -159,8 +159,8 @@ def _draw_effect(ax: Axes, y: float, effect: Effect, limits: tuple[float, float]
             if is_cut:
                 ax.plot(end, y, marker, markersize=8, color=ESTIMATE, clip_on=False)
     if not np.isnan(effect.estimate):
-        inside = ESTIMATE if effect.shown != "not shown" else "white"
-        ax.plot(effect.estimate, y, "s", markersize=9, color=ESTIMATE, markerfacecolor=inside, markeredgewidth=2)
+        filling = ESTIMATE if effect.shown != "not shown" else "white"
+        ax.plot(effect.estimate, y, "s", markersize=9, color=ESTIMATE, markerfacecolor=filling, markeredgewidth=2)
 
 
 def _has_interval(effect: Effect) -> bool:

@@ -1,6 +1,7 @@
 """Labels next to the ends of lines, in place of a legend, and a label where no line is."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ def spread(places: np.ndarray, gap: float = GAP) -> np.ndarray:
     steps = np.minimum(gap, 1 / max(len(places) - 1, 1)) * np.arange(len(places))
     free = isotonic_regression(places[order] - steps).x
     spread_places = np.empty(len(places))
-    spread_places[order] = np.clip(free, 0, 1 - steps[-1]) + steps
+    spread_places[order] = np.clip(free, 0, 1 - steps.max(initial=0)) + steps
     return spread_places
 
 
@@ -43,9 +44,19 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], styles: Mappin
     places = dict(zip(at_edge, spread(np.clip(list(at_edge.values()), 0, 1)), strict=True))
     for name, end in ends.items():
         colour = styles[name]["color"]
-        text = {"va": "center", "fontsize": FONT_SIZE, "color": [DARKER * part for part in to_rgb(colour)]}
+        text: dict[str, Any] = {
+            "va": "center",
+            "fontsize": FONT_SIZE,
+            "color": [DARKER * part for part in to_rgb(colour)],
+        }
         if name in places:
-            connection = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4}
+            connection: dict[str, Any] = {
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 4,
+            }
             connection["linestyle"] = styles[name]["linestyle"]
             place = (1.04, places[name])
             ax.annotate(name, end, place, textcoords="axes fraction", arrowprops=connection, **text)
@@ -67,14 +78,14 @@ def free_place(points: np.ndarray, size: np.ndarray, near: np.ndarray) -> np.nda
 def label_in_free_place(ax: Axes, text: str, place: tuple[float, float]) -> None:
     """Writes text that belongs to a place in data coordinates, where it covers no line. Call it after drawing."""
     paths = [line.get_path().transformed(line.get_transform() - ax.transAxes) for line in ax.lines]
-    points = np.concatenate([path.interpolated(STEPS).vertices for path in paths if len(path.vertices) > 1])
+    points = np.concatenate([path.interpolated(STEPS).vertices for path in paths if len(np.asarray(path.vertices)) > 1])
     lines = text.split("\n")
     size = np.array([LETTER * max(map(len, lines)), LINE * len(lines)])
     near = (ax.transData - ax.transAxes).transform(place)
     ax.annotate(
         text,
         place,
-        free_place(points, size, near),
+        tuple(free_place(points, size, near)),
         textcoords="axes fraction",
         arrowprops={"arrowstyle": "-", "color": "0.4", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2},
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},

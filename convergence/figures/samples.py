@@ -47,10 +47,10 @@ def preview_grid(
 def samples_grid(
     grids: Mapping[str, Mapping[int, Path | None]], steps: Mapping[int, int], seed: int, real: np.ndarray, path: Path
 ) -> None:
-    """Draws the samples of one seed and saves the figure: a row per arm, a column per trained checkpoint (four at most).
+    """Draws the samples of one seed and saves the figure: a row per arm, a column per trained checkpoint.
 
-    The last row shows real images. Small images are enlarged by a whole factor without smoothing, large ones are
-    reduced by a whole factor.
+    It has four columns at most, and the last row shows real images. Small images are enlarged by a whole factor without
+    smoothing, large ones are reduced by a whole factor.
 
     Args:
         grids: arm -> training images -> path of the preview; None if there is none, for instance after a divergence.
@@ -105,7 +105,9 @@ def _draw_grid(rows: Mapping[str, list[Image.Image | None]], heads: list[str], s
     for ax, head in zip(axes[0], heads, strict=True):
         ax.set_title(head)
     caption = f"Seed {seed}: all cells start from\nthe same latents, in the same order."
-    figure.text(GAP_PIXELS / full_width, 0.45 * CAPTION_PIXELS / full_height, caption, va="center", fontsize=8, color="0.25")
+    figure.text(
+        GAP_PIXELS / full_width, 0.45 * CAPTION_PIXELS / full_height, caption, va="center", fontsize=8, color="0.25"
+    )
     return figure
 
 
@@ -118,7 +120,9 @@ def _strips(real: np.ndarray, count: int) -> list[Image.Image | None]:
     """Returns `count` strips of real images, with the gaps of a preview."""
     chosen = np.linspace(0, len(real) - 1, count * CELL_COLUMNS).round().astype(int)
     framed = np.pad(real[chosen], ((0, 0), (1, 1), (1, 0), (0, 0)), constant_values=255)  # [N, H + 2, W + 1, 3]
-    strips = [np.pad(np.hstack(part), ((0, 0), (0, 1), (0, 0)), constant_values=255) for part in np.split(framed, count)]
+    strips = [
+        np.pad(np.hstack(list(part)), ((0, 0), (0, 1), (0, 0)), constant_values=255) for part in np.split(framed, count)
+    ]
     return [Image.fromarray(strip) for strip in strips]
 
 

@@ -27,7 +27,7 @@ WIDTH_INCHES = 12.0
 CURVES_INCHES = 6.0
 ARM_INCHES = 0.27
 LINE_INCHES = 0.16
-CAPTION_CHARACTERS = 165
+CAPTION_CHARACTERS = 150
 LINE_WIDTHS = (3.2, 1.5)  # of the first and the last arm: the first of two equal curves stays visible below the last
 MARKERS_PER_LINE = 5
 LOG_AXIS_FROM_RATIO = 20
@@ -68,7 +68,8 @@ def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path])
     The figure shows the density, the weight of the MSE and their product against t; the density, the weight of the vb
     and the product of density and weight of the MSE against log SNR; and the share of each tenth of the timesteps in
     the draws and in the expected weight. Against log SNR, a density is per unit of log SNR: p_t / |d log SNR / dt|
-    (Kingma & Gao 2023, arXiv 2303.00848, sec. 2). A weight keeps its value at each t. A density that is learned is drawn as it is at the start of training. Equal runs give equal bytes.
+    (Kingma & Gao 2023, arXiv 2303.00848, sec. 2). A weight keeps its value at each t. A density that is learned is
+    drawn as it is at the start of training. Equal runs give equal bytes.
 
     Args:
         study: its name, for the title.
@@ -167,8 +168,8 @@ def axis_limits(
     """Chooses the scale ("linear" or "log") and the limits of a y axis that shows all lines [T].
 
     The typical value of a line is its median over the draws [T] of its arm. The axis is logarithmic if the largest
-    value is more than `log_from` times the smallest typical value, which would be invisible on a linear axis. A log axis
-    extends at most a factor of 1,000 beyond the typical values, because densities can have tails of any depth.
+    value is more than `log_from` times the smallest typical value, which would be invisible on a linear axis. A log
+    axis extends at most a factor of 1,000 beyond the typical values, because densities can have tails of any depth.
 
     Args:
         lines: the curve of each arm; zeros and NaN are ignored.
@@ -219,7 +220,12 @@ def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
 
     equal = [
         f"{name} of {_listed(group)}"
-        for name, field in (("draws", "draws"), ("MSE weight", "weight"), ("vb weight", "vb_weight"), ("expected MSE weight", "product"))
+        for name, field in (
+            ("draws", "draws"),
+            ("MSE weight", "weight"),
+            ("vb weight", "vb_weight"),
+            ("expected MSE weight", "product"),
+        )
         for group in _equal({arm: getattr(arm_curves, field) for arm, arm_curves in arms.items()})
     ]
     if equal:

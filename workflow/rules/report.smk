@@ -194,6 +194,7 @@ rule overview:
         # Not read: they make this target draw all figures.
         figures=expand(rules.figures.output, study=EXPERIMENTS),
     output:
+        **STUDIES_OUTPUT,
         curves=report(
             layout.FIGURE,
             caption="../report/curves.rst",
@@ -202,7 +203,6 @@ rule overview:
         ),
         curves_svg=layout.FIGURE.with_suffix(".svg"),
         front=layout.FRONT_PAGE,
-        **STUDIES_OUTPUT,
     log:
         layout.RESULTS / "overview.log",
     conda:
