@@ -27,7 +27,7 @@ WIDTH_INCHES = 12.0
 CURVES_INCHES = 6.0
 ARM_INCHES = 0.27
 LINE_INCHES = 0.16
-CAPTION_CHARACTERS = 150
+CAPTION_CHARACTERS = 165
 LINE_WIDTHS = (3.2, 1.5)  # of the first and the last arm: the first of two equal curves stays visible below the last
 MARKERS_PER_LINE = 5
 LOG_AXIS_FROM_RATIO = 20
@@ -102,8 +102,8 @@ def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Table
     upper, lower = figure.subfigures(2, squeeze=False, height_ratios=heights)[:, 0]
     _draw_curves(upper, schedule, arms, styles)
     shares = {
-        "Share of the draws in each tenth of the timesteps, %": [tenths(c.draws) for c in arms.values()],
-        "Share of the expected weight of the MSE in each tenth, %": [tenths(c.product) for c in arms.values()],
+        "Draws in each tenth of the timesteps, %": [tenths(c.draws) for c in arms.values()],
+        "Expected MSE weight in each tenth, %": [tenths(c.product) for c in arms.values()],
     }
     left, right = lower.subplots(1, 2)
     for ax, (title, rows) in zip((left, right), shares.items(), strict=True):
