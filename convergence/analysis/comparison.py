@@ -260,7 +260,9 @@ def _outcome(pairs: Pairs, average: Effect, final: Effect, images: Effect | None
 def _last_crossing(pairs: Pairs) -> float:
     """Returns the training images where the arm that is better on average last becomes the worse one; NaN if never."""
     used = ~pairs.failed.any(axis=1)
-    difference = (pairs.levels[used, 1] - pairs.levels[used, 0]).mean(axis=0) if used.any() else np.zeros(1)
+    if not used.any():
+        return math.nan
+    difference = (pairs.levels[used, 1] - pairs.levels[used, 0]).mean(axis=0)
     lead = np.sign(mean_over_images(difference, pairs.images)) * difference
     changes = np.flatnonzero((lead[:-1] > 0) & (lead[1:] < 0))
     if not len(changes):
