@@ -282,6 +282,23 @@ def test_a_new_seed_arm_or_study_trains_only_what_is_new(project):
 
 
 @pytest.mark.slow
+def test_several_studies_are_compared_in_one_figure(project):
+    assert not (project / "reports/studies.png").exists()  # of one study
+    shutil.copy(project / "experiments/openmoji.yaml", project / "experiments/other.yaml")
+    edit(project, lambda study: study.update(name="other"), "other")
+    shutil.copytree(project / "reports/openmoji", project / "reports/other")
+    for name in ("metrics.csv", "verdict.json"):
+        path = project / "reports/other" / name
+        path.write_text(path.read_text().replace("openmoji", "other"))
+    options = ["--allowed-rules", "overview", "--config", "experiments=openmoji,other", "tracking=off"]
+    done = snakemake(project, *options, target="reports/studies.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project / "reports/studies.png").stat().st_size > 10_000
+    table = pd.read_csv(project / "reports/studies.csv")
+    assert set(table["study"]) == {"openmoji", "other"} and set(table["role"]) == {"primary"}
+
+
+@pytest.mark.slow
 def test_changed_code_is_reported_with_the_command_that_trains_again(project):
     source = project / "diffusion/timesteps.py"
     source.write_text(source.read_text() + "\n\ndef unused():\n    return 1\n")

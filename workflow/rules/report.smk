@@ -64,6 +64,8 @@ rule verdict:
 
 rule figures:
     input:
+        # For a row of real images.
+        unpack(lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])),
         metrics=layout.REPORT / "metrics.csv",
         mechanism=layout.REPORT / "mechanism.csv",
         verdict=layout.REPORT / "verdict.json",
@@ -109,6 +111,7 @@ rule figures:
         "../../environment.yml"
     params:
         cells=lambda wildcards: preview_cells(EXPERIMENTS[wildcards.study]),
+        seed=lambda wildcards: EXPERIMENTS[wildcards.study].seeds[0],
         compare=lambda wildcards: {
             key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
         },
@@ -162,6 +165,27 @@ rule pages:
         "../scripts/pages.py"
 
 
+# Outputs of `overview` that need several studies.
+STUDIES_OUTPUT = (
+    {
+        "studies": report(
+            layout.STUDIES_FIGURE,
+            caption="../report/studies.rst",
+            category="1. Verdict",
+            labels={"study": "all", "content": "Forest plot"},
+        ),
+        "studies_table": report(
+            layout.STUDIES_FIGURE.with_suffix(".csv"),
+            caption="../report/effects.rst",
+            category="1. Verdict",
+            labels={"study": "all", "content": "Numbers (CSV)"},
+        ),
+    }
+    if len(EXPERIMENTS) > 1
+    else {}
+)
+
+
 rule overview:
     input:
         metrics=expand(rules.verdict.output.metrics, study=EXPERIMENTS),
@@ -170,6 +194,7 @@ rule overview:
         # Not read: they make this target draw all figures.
         figures=expand(rules.figures.output, study=EXPERIMENTS),
     output:
+        **STUDIES_OUTPUT,
         curves=report(
             layout.FIGURE,
             caption="../report/curves.rst",
@@ -183,6 +208,7 @@ rule overview:
     conda:
         "../../environment.yml"
     params:
+        arms={study: list(experiment.arms) for study, experiment in EXPERIMENTS.items()},
         external={study: str(path) for study in EXPERIMENTS for path in external_curves(study)},
         introduction=(layout.ROOT / "workflow/report/front.rst").read_text(encoding="utf-8"),
     message:
