@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from convergence.analysis.curves import mean_over_images
-from convergence.analysis.effects import JSON_CONFIG
+from convergence.analysis.effects import JSON_CONFIG, interval_in_unit
 from convergence.analysis.intervals import t_interval
 from convergence.failures import failed
 from convergence.tables import ALL
@@ -31,8 +31,7 @@ Quantity = Literal["mse", "vb", "baseline_share", "candidate_share", "variance",
 class ProbeEffect:
     """What the probes of two arms show about one quantity, over all seeds.
 
-    Shares are fractions of the variance of an arm's whole gradient. All other quantities are factors, candidate /
-    baseline. An unknown number is NaN, and an unknown bound is infinite.
+    An unknown estimate is NaN; an unknown bound is infinite, or 0 for the lower bound of a factor.
     """
 
     __pydantic_config__ = JSON_CONFIG
@@ -40,16 +39,16 @@ class ProbeEffect:
     timesteps: str
     """A bin of timesteps such as "0-99", "all", or "between bins"."""
     quantity: Quantity
-    """`mse`, `vb`: the unweighted terms of the loss. `variance`: what the bin contributes to the variance of the whole
-    gradient, on the common scale. It is the product of `by_tables`, the factor that would result if the gradient of the
-    unweighted mse had the same variance in both arms and at all timesteps of the bin, and of `remaining`.
-    `noise_scale`: tr(Sigma) / |g|^2."""
+    """In percent: the changes of the unweighted terms of the loss, `mse` and `vb`; and the shares of the bin in the
+    variance of the whole gradient. As factors, candidate / baseline: `variance`, what the bin contributes to this
+    variance on the common scale; its factors `by_tables`, which follows from the tables of the arms, and `remaining`;
+    and `noise_scale`, tr(Sigma) / |g|^2."""
     estimate: float
     low: float
     high: float
     pairs: int
     not_positive: int = 0
-    """Pairs in which the pooled estimate of |g|^2 of an arm is not above 0: these have no noise scale."""
+    """Pairs without a noise scale, because the mean estimate of |g|^2 of an arm is not above 0."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,13 @@ class Mechanism:
     baseline: str
     candidate: str
     scale: float
-    """The sum over t of p_t w_t, the expected weight of the mse, candidate / baseline; NaN if a density is learned."""
+    """The sum over t of p_t w_t of the mse, candidate / baseline; NaN if a density is learned."""
     mse_factor: float
-    """The factor between the expected gradients of the mse at equal parameters; NaN if they are not proportional."""
+    """The factor between the expected gradients of the mse at equal parameters; NaN if it depends on t."""
     vb_factor: float
     """The same for the vb term."""
     checkpoints: int = 0
-    """Number of checkpoints that are averaged."""
+    """How many the probes of all runs cover."""
     first_images: int | float = 0
     """Training images of the first of them."""
     last_images: int | float = 0
@@ -77,9 +76,13 @@ class Mechanism:
     """Whether training does not see these images."""
     effects: tuple[ProbeEffect, ...] = ()
 
+    def of(self, quantity: Quantity) -> dict[str, ProbeEffect]:
+        """Returns the effects on a quantity by timesteps."""
+        return {effect.timesteps: effect for effect in self.effects if effect.quantity == quantity}
+
 
 def mechanisms(
-    probes: pd.DataFrame, baseline: str, candidates: Sequence[str], tables: Mapping[str, "Tables | None"]
+    probes: pd.DataFrame, baseline: str, candidates: Sequence[str], tables: Mapping[str, "Tables"]
 ) -> tuple[Mechanism, ...]:
     """Compares each candidate with the baseline.
 
@@ -87,29 +90,46 @@ def mechanisms(
         probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`) of one study, which may be empty.
         baseline: an arm.
         candidates: other arms.
-        tables: the tables of each arm; None if its density is learned.
+        tables: the tables of each arm, except of those whose density is learned.
     """
-    draws = {arm: _draws(table) for arm, table in tables.items() if table}
-    return tuple(_mechanism(probes, baseline, candidate, draws) for candidate in candidates)
+    return tuple(_mechanism(probes, baseline, candidate, tables) for candidate in candidates)
+
+
+def _mechanism(probes: pd.DataFrame, baseline: str, candidate: str, tables: Mapping[str, "Tables"]) -> Mechanism:
+    arms = (baseline, candidate)
+    draws = tuple(_draws(tables[arm]) for arm in arms if arm in tables)
+    scale = mse_factor = vb_factor = np.nan
+    if len(draws) == 2:
+        scale = draws[1].mse.sum() / draws[0].mse.sum()
+        mse_factor, vb_factor = _factor(draws[0].mse, draws[1].mse), _factor(draws[0].vb, draws[1].vb)
+    found = Mechanism(baseline, candidate, float(scale), mse_factor, vb_factor)
+    pairs = _pairs(probes, arms)
+    if pairs is None:
+        return found
+    return replace(
+        found,
+        checkpoints=len(pairs.images),
+        first_images=pairs.images[0].item(),
+        last_images=pairs.images[-1].item(),
+        n=int(probes["n"].max()),
+        held_out=bool(probes["held_out"].all()),
+        effects=(*_loss_effects(pairs), *(_gradient_effects(pairs, draws) if len(draws) == 2 else ())),
+    )
 
 
 class _Draws(NamedTuple):
-    """What an arm's tables determine, each [T]; the weights are divided by the arm's scale."""
+    """What the tables of an arm determine, each [T]."""
 
-    scale: float
     probabilities: np.ndarray
     mse: np.ndarray
-    """p_t w_t: the weight of timestep t in the expected gradient of the mse."""
+    """p_t w_t, the weight of the mse at t in the expected gradient."""
     vb: np.ndarray
-    square: np.ndarray
-    """p_t w_t^2 of the mse: its weight in the second moment of the gradient."""
 
 
 def _draws(tables: "Tables") -> _Draws:
     columns = (tables.probabilities, tables.mse_weight, tables.vb_weight)
     p, mse, vb = (np.asarray(column, float) for column in columns)
-    scale = (p * mse).sum()
-    return _Draws(scale, p, p * mse / scale, p * vb / scale, p * (mse / scale) ** 2)
+    return _Draws(p, p * mse, p * vb)
 
 
 def _factor(baseline: np.ndarray, candidate: np.ndarray) -> float:
@@ -120,78 +140,69 @@ def _factor(baseline: np.ndarray, candidate: np.ndarray) -> float:
     return float(factor) if np.allclose(candidate, factor * baseline, rtol=1e-9, atol=0) else np.nan
 
 
-def _mechanism(probes: pd.DataFrame, baseline: str, candidate: str, draws: Mapping[str, _Draws]) -> Mechanism:
-    scale = mse_factor = vb_factor = np.nan
-    if baseline in draws and candidate in draws:
-        base, cand = draws[baseline], draws[candidate]
-        scale = float(cand.scale / base.scale)
-        mse_factor, vb_factor = scale * _factor(base.mse, cand.mse), scale * _factor(base.vb, cand.vb)
-    found = Mechanism(baseline, candidate, scale, mse_factor, vb_factor)
-    rows = probes[probes["arm"].isin([baseline, candidate])]
-    rows = rows[~failed(rows).groupby([rows["arm"], rows["seed"]]).transform("any")]
+class _Pairs(NamedTuple):
+    """The probes of the pairs of S seeds, over the training images [K] that all of them cover."""
+
+    bins: list[str]
+    """With `ALL`, which is the last one."""
+    images: np.ndarray
+    values: dict[str, np.ndarray]
+    """[2, bins, S, K] of the baseline and of the candidate for each metric."""
+
+
+def _pairs(probes: pd.DataFrame, arms: tuple[str, str]) -> _Pairs | None:
+    """Pairs the probes of two arms by seed, without failed runs; returns None if there is no pair."""
+    rows = probes[probes["arm"].isin(arms)]
+    rows = rows[~failed(rows).groupby([rows["arm"], rows["seed"]]).transform("any").astype(bool)]
     rows = rows[rows.groupby("seed")["arm"].transform("nunique") == 2]
-    means, images = _means(rows)
-    if not len(images):
-        return found
-    effects = [*_loss_effects(means, baseline, candidate)]
-    if baseline in draws and candidate in draws:
-        effects += _gradient_effects(*(_gradient(means, arm, draws[arm]) for arm in (baseline, candidate)))
-    return replace(
-        found,
-        checkpoints=len(images),
-        first_images=images[0].item(),
-        last_images=images[-1].item(),
-        n=int(rows["n"].max()),
-        held_out=bool(rows["held_out"].all()),
-        effects=tuple(effects),
-    )
-
-
-def _means(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """Averages each quantity of each run over the training images that all runs cover; losses as logs.
-
-    Returns:
-        The means, a row per seed, with the columns (metric, arm, timesteps); and the training images.
-    """
     covered = rows.groupby(["arm", "seed"])["images"]
     first, last = covered.min().max(), covered.max().min()
-    is_loss = rows["metric"].isin(LOSSES)
-    rows = rows.assign(value=rows["value"].mask(is_loss, np.log(rows["value"].where(rows["value"] > 0))))
+    if rows.empty or first > last:
+        return None
+    bins = sorted(rows["timesteps"].unique(), key=lambda name: name == ALL)
+    seeds = sorted(rows["seed"].unique())
     curves = rows.pivot(index="images", columns=["metric", "arm", "timesteps", "seed"], values="value")
     curves = curves.interpolate(method="index", limit_area="inside").loc[first:last]  # arms may have other checkpoints
-    images = curves.index.to_numpy()
-    if not len(images):
-        return pd.DataFrame(), images
-    means = pd.Series(mean_over_images(curves.to_numpy().T, images), curves.columns).unstack("seed")
-    return means.reindex(rows.set_index(["metric", "arm", "timesteps"]).index.unique()).T, images
+    order = pd.MultiIndex.from_product([arms, bins, seeds])
+    shape = (2, len(bins), len(seeds), len(curves))
+    values = {metric: curves[metric][order].to_numpy().T.reshape(shape) for metric in rows["metric"].unique()}
+    return _Pairs(bins, curves.index.to_numpy(), values)
 
 
-def _loss_effects(means: pd.DataFrame, baseline: str, candidate: str) -> Iterator[ProbeEffect]:
+def _loss_effects(pairs: _Pairs) -> Iterator[ProbeEffect]:
     for loss in LOSSES:
-        changes = means[loss][candidate] - means[loss][baseline]
-        yield from (_effect(name, loss, changes[name]) for name in changes if changes[name].notna().any())
+        baseline, candidate = pairs.values[loss]
+        if (pairs.values[loss] > 0).all():  # a net that does not predict the variance has no vb
+            yield from _effects(pairs.bins, loss, mean_over_images(np.log(candidate / baseline), pairs.images))
 
 
-class _Gradient(NamedTuple):
-    """What each bin contributes to the moments of an arm's whole gradient, on the common scale: [seeds, bins]."""
+def _gradient_effects(pairs: _Pairs, draws: Sequence[_Draws]) -> Iterator[ProbeEffect]:
+    # [2, bins] of baseline and candidate
+    probability, weight = (
+        np.array([[column[_timesteps(name)].sum() for name in pairs.bins] for column in columns])
+        for columns in ([arm.probabilities for arm in draws], [arm.mse / arm.mse.sum() for arm in draws])
+    )
+    drawn = probability > 0
+    factor = (probability / np.array([[arm.mse.sum() ** 2] for arm in draws]))[..., None, None]
+    variance = np.where(drawn[..., None, None], factor * pairs.values["gradient_variance"], 0)
+    squared_norm = factor * pairs.values["gradient_squared_norm"]
 
-    variance: pd.DataFrame
-    squared_norm: pd.DataFrame
-    share: pd.DataFrame
-    """Of the variance of the whole gradient; with the column `BETWEEN`."""
-    by_tables: pd.Series
-    """[bins] the variance if that of the gradient of the unweighted mse is 1 at all timesteps."""
+    share = 100 * (variance / variance[:, -1:]).mean(axis=-1)
+    share = np.insert(share, -1, 100 - share[:, :-1].sum(axis=1), axis=1)
+    names = [*pairs.bins[:-1], BETWEEN, ALL]
+    yield from _effects(names, "baseline_share", share[0])
+    yield from _effects(names, "candidate_share", share[1])
 
-
-def _gradient(means: pd.DataFrame, arm: str, draws: _Draws) -> _Gradient:
-    variance, squared_norm = means["gradient_variance"][arm], means["gradient_squared_norm"][arm]
-    bins = {name: _timesteps(name) for name in variance}
-    probability = pd.Series({name: draws.probabilities[t].sum() for name, t in bins.items()})
-    variance = (variance * probability / draws.scale**2).mask(probability == 0, 0, axis=1)
-    share = variance.div(variance[ALL], axis=0)
-    share[BETWEEN] = 1 - share.drop(columns=ALL).sum(axis=1)
-    by_tables = pd.Series({name: draws.square[t].sum() for name, t in bins.items()})
-    return _Gradient(variance, squared_norm * probability / draws.scale**2, share, by_tables)
+    both = (weight > 0).all(axis=0)
+    names = [name for name, known in zip(pairs.bins, both, strict=True) if known]
+    variance, squared_norm, probability, weight = (x[:, both] for x in (variance, squared_norm, probability, weight))
+    ratio = np.log(variance[1] / variance[0]).mean(axis=-1)
+    # For the same expected gradient, a bin that is drawn half as often has twice the weight and twice the variance.
+    by_tables = np.diff(np.log(weight**2 / probability), axis=0)[0]
+    yield from _effects(names, "variance", ratio)
+    yield from (ProbeEffect(name, "by_tables", x, x, x, 0) for name, x in zip(names, np.exp(by_tables).tolist(), strict=True))
+    yield from _effects(names, "remaining", ratio - by_tables[:, None])
+    yield from map(_noise_scale, names, *variance.mean(axis=-1), *squared_norm.mean(axis=-1))
 
 
 def _timesteps(name: str) -> slice:
@@ -201,35 +212,25 @@ def _timesteps(name: str) -> slice:
     return slice(first, last + 1)
 
 
-def _gradient_effects(base: _Gradient, cand: _Gradient) -> Iterator[ProbeEffect]:
-    with np.errstate(divide="ignore", invalid="ignore"):  # a bin that an arm never draws
-        variance = np.log(cand.variance / base.variance)
-        by_tables = np.log(cand.by_tables / base.by_tables)
-    for name in base.share:
-        yield _effect(name, "baseline_share", base.share[name])
-        yield _effect(name, "candidate_share", cand.share[name])
-    for name in variance.columns[np.isfinite(by_tables)]:
-        factor = float(np.exp(by_tables[name]))
-        yield _effect(name, "variance", variance[name])
-        yield ProbeEffect(name, "by_tables", factor, factor, factor, pairs=0)
-        yield _effect(name, "remaining", variance[name] - by_tables[name])
-        yield _noise_scale(name, base, cand)
-
-
-def _noise_scale(name: str, base: _Gradient, cand: _Gradient) -> ProbeEffect:
-    """Returns the effect on tr(Sigma) / |g|^2; no pair is left out because its |g|^2 is not above 0."""
-    moments = [(arm.variance[name], arm.squared_norm[name]) for arm in (base, cand)]
-    not_positive = int(((moments[0][1] <= 0) | (moments[1][1] <= 0)).sum())
+def _noise_scale(
+    timesteps: str, base_variance: np.ndarray, variance: np.ndarray, base_squared_norm: np.ndarray, squared_norm: np.ndarray
+) -> ProbeEffect:
+    """Returns the effect on the noise scale from means [S]; no pair is left out because |g|^2 is not above 0."""
+    not_positive = int(((base_squared_norm <= 0) | (squared_norm <= 0)).sum())
     if not not_positive:
-        baseline, candidate = (np.log(variance / squared_norm) for variance, squared_norm in moments)
-        return _effect(name, "noise_scale", candidate - baseline)
-    baseline, candidate = (variance.sum() / squared_norm.sum() for variance, squared_norm in moments)
-    ratio = candidate / baseline if min(baseline, candidate) > 0 else np.nan
-    return ProbeEffect(name, "noise_scale", float(ratio), 0.0, np.inf, len(base.variance), not_positive)
+        ratio = np.log(variance / squared_norm) - np.log(base_variance / base_squared_norm)
+        (effect,) = _effects([timesteps], "noise_scale", ratio[None])
+        return effect
+    estimate = np.nan
+    if squared_norm.sum() > 0 and base_squared_norm.sum() > 0:
+        estimate = float(variance.sum() / squared_norm.sum() / (base_variance.sum() / base_squared_norm.sum()))
+    return ProbeEffect(timesteps, "noise_scale", estimate, 0.0, np.inf, len(variance), not_positive)
 
 
-def _effect(timesteps: str, quantity: Quantity, values: pd.Series) -> ProbeEffect:
-    """Returns the mean over seeds with its t-interval; values are logs, except for shares."""
-    interval = t_interval(values.to_numpy())
-    estimate, low, high = interval if quantity.endswith("share") else np.exp(interval)
-    return ProbeEffect(timesteps, quantity, float(estimate), float(low), float(high), len(values))
+def _effects(bins: Sequence[str], quantity: Quantity, values: np.ndarray) -> Iterator[ProbeEffect]:
+    """Yields the mean over seeds of values [bins, S] with its t-interval; values are logs, except for shares."""
+    for name, of_seeds in zip(bins, values, strict=True):
+        interval = t_interval(of_seeds)
+        if not quantity.endswith("share"):
+            interval = interval_in_unit(interval, "percent" if quantity in LOSSES else "factor", quantity)
+        yield ProbeEffect(name, quantity, *map(float, interval), len(of_seeds))

@@ -1,7 +1,7 @@
 """The figure of the mechanism: at which timesteps arms differ in their losses and in the variance of their gradients."""
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +20,7 @@ HEIGHT_INCHES = 8.2
 CAPTION_CHARACTERS = 155
 SPREAD = 0.6  # width of the arms of a bin, side by side, over the width of the bin
 MAX_BINS = 10  # with more bins, some of their edges have no label
-TABLE_MARK = {"marker": "_", "markersize": 15, "markeredgewidth": 1.6, "alpha": 0.6, "linestyle": ""}
-BY_TABLES = "what densities and weights alone give"
+TABLE_MARK = {"marker": "_", "markersize": 12, "markeredgewidth": 1.6, "alpha": 0.6, "linestyle": ""}
 CAPTION = (
     "Variance: tr(Σ) of the gradient of one image times the probability of the bin, after each arm's gradient is divided "
     "by its expected weight of the MSE."
@@ -48,7 +47,7 @@ def draw_mechanism(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[s
 def _draw(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str]) -> Figure:
     if not mechanisms:
         figure = Figure((WIDTH_INCHES, 1))
-        figure.text(0.5, 0.5, "The study has no probes of two arms.", ha="center", va="center")
+        figure.text(0.5, 0.5, "There are no probes of a baseline and a candidate.", ha="center", va="center")
         return figure
     first = mechanisms[0]
     names = dict.fromkeys(effect.timesteps for effect in first.effects)
@@ -61,48 +60,45 @@ def _draw(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str]) -> F
     (mse, vb), (share, variance) = panels.subplots(2, 2, sharex=True)
     vb.sharey(mse)
 
-    def effects(quantity: Quantity, names: Sequence[str]) -> dict[str, list[ProbeEffect]]:
-        return {
-            found.candidate: [e for e in found.effects if e.quantity == quantity and e.timesteps in names]
-            for found in mechanisms
-        }
+    def of(quantity: Quantity) -> dict[str, dict[str, ProbeEffect]]:
+        return {found.candidate: found.of(quantity) for found in mechanisms}
 
-    for ax, loss, title in ((mse, "mse", "Where is the MSE higher?"), (vb, "vb", "Where is the variational bound higher?")):
-        _draw_effects(ax, effects(loss, [*bins, ALL]), bins, styles, lambda factor: 100 * (factor - 1))
+    for ax, loss, title in (
+        (mse, of("mse"), "Where is the MSE higher or lower?"),
+        (vb, of("vb"), "Where is the variational bound higher or lower?"),
+    ):
+        _draw_effects(ax, loss, bins, styles)
         ax.axhline(0, color="0.3", linewidth=0.8, zorder=1)
-        ax.set(title=title, ylabel=f"change from {first.baseline}, %  (above 0: worse)")
-    of_baseline = [e for e in first.effects if e.quantity == "baseline_share" and e.timesteps in bins]
-    shares = {first.baseline: of_baseline} | effects("candidate_share", bins)
-    _draw_effects(share, shares, bins, styles, lambda fraction: 100 * fraction)
+        ax.set_title(title)
+    mse.set_ylabel(f"change from {first.baseline}, %   (above 0: worse)")
+    shares = {first.baseline: first.of("baseline_share")} | of("candidate_share")
+    _draw_effects(share, {arm: {name: of_arm[name] for name in bins if of_arm} for arm, of_arm in shares.items()}, bins, styles)
     share.set(title="Where does the variance of the gradient come from?", ylabel="share of the arm's variance, %")
     share.set_ylim(bottom=0)
-    by_tables = {arm: style | TABLE_MARK for arm, style in styles.items()}
-    _draw_effects(variance, effects("by_tables", [*bins, ALL]), bins, by_tables, lambda factor: factor)
-    _draw_effects(variance, effects("variance", [*bins, ALL]), bins, styles, lambda factor: factor)
-    variance.set(title="Where is the gradient noisier?", ylabel=f"variance / that of {first.baseline}")
+    _draw_effects(variance, of("by_tables"), bins, {arm: style | TABLE_MARK for arm, style in styles.items()})
+    _draw_effects(variance, of("variance"), bins, styles)
     variance.axhline(1, color="0.3", linewidth=0.8, zorder=1)
+    variance.set(title="Where is the gradient noisier?", ylabel=f"variance / that of {first.baseline}")
     set_log_axis(variance)
+    by_tables = Line2D([], [], label="what densities and weights alone give", color="0.3", **TABLE_MARK)
+    variance.legend(handles=[by_tables], loc="upper right", frameon=False, fontsize=9)
     for ax in (share, variance):
         ax.set_xlabel("timestep t  (0: least noise)")
     shown = [first.baseline, *(found.candidate for found in mechanisms)]
     handles = [Line2D([], [], label=arm, **styles[arm]) for arm in shown]
-    handles.append(Line2D([], [], label=BY_TABLES, color="0.3", **TABLE_MARK))
     draw_legend(panels, handles, WIDTH_INCHES, "outside upper center")
     return figure
 
 
 def _draw_effects(
-    ax: Axes,
-    effects: Mapping[str, Sequence[ProbeEffect]],
-    bins: Sequence[str],
-    styles: Mapping[str, Style],
-    to_axis: Callable[[np.ndarray], np.ndarray],
+    ax: Axes, effects: Mapping[str, Mapping[str, ProbeEffect]], bins: Sequence[str], styles: Mapping[str, Style]
 ) -> None:
     """Draws effects with their intervals, the arms side by side in each bin, and all timesteps on the right."""
-    places = {name: place for place, name in enumerate([*bins, ALL])}
-    for index, (arm, shown) in enumerate(effects.items()):
+    places = {name: place for place, name in enumerate(bins)} | {ALL: len(bins) + 0.4}
+    for index, (arm, of_arm) in enumerate(effects.items()):
+        shown = [effect for name, effect in of_arm.items() if name in places]
         place = np.array([places[e.timesteps] for e in shown]) + SPREAD * ((index + 0.5) / len(effects) - 0.5)
-        value, low, high = to_axis(np.array([[e.estimate, e.low, e.high] for e in shown]).reshape(-1, 3)).T
+        value, low, high = np.array([[e.estimate, e.low, e.high] for e in shown]).reshape(-1, 3).T
         known = np.isfinite(high)
         ax.vlines(place[known], low[known], high[known], color=styles[arm]["color"], linewidth=1.4)
         ax.plot(place, value, **styles[arm])
@@ -111,10 +107,10 @@ def _draw_effects(
     every = -(-len(bins) // MAX_BINS)
     edges = [*(int(name.split("-")[0]) for name in bins), int(bins[-1].split("-")[1]) + 1]
     labels = {place - 0.5: str(edge) for place, edge in list(enumerate(edges))[::every]}
-    ax.set_xticks([*labels, len(bins) + 0.2], [*labels.values(), ALL])
-    ax.set_xlim(-0.6, len(bins) + 0.7)
-    ax.axvline(len(bins) - 0.5, color="0.8", linewidth=0.8)
+    ax.set_xticks([*labels, places[ALL]], [*labels.values(), ALL])
+    ax.set_xlim(-0.6, places[ALL] + 0.6)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
+    ax.vlines(np.arange(len(bins) + 1) - 0.5, 0, 1, color="0.9", linewidth=0.6, transform=ax.get_xaxis_transform(), zorder=0)
     ax.set_axisbelow(True)
     ax.spines["top"].set_visible(False)
 
