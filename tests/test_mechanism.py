@@ -76,11 +76,11 @@ def exact(tables, means, variances, timesteps):
     p, w = tables.probabilities.numpy(), tables.mse_weight.numpy()
     p = np.where(np.isin(np.arange(T), timesteps), p, 0)
     p = p / p.sum()
-    squared_norm = ((p * w) @ means) ** 2
+    squared_norm = (p * w * means).sum() ** 2
     return squared_norm, p @ (w**2 * (variances + means**2)) - squared_norm
 
 
-def exact_probes(arms, variances, means=np.zeros(T), seeds=3):
+def exact_probes(arms, variances, means=0, seeds=3):
     """Probes of arms whose gradients have known moments at each t; `variances` has those of each arm, [T]."""
     bins = {"0-49": np.arange(50), "50-99": np.arange(50, 100), "all": np.arange(T)}
     rows = [
@@ -99,9 +99,9 @@ def exact_probes(arms, variances, means=np.zeros(T), seeds=3):
         ("uni", "uni", 1, 1, "The expected gradient is that of `base`. This holds at equal parameters"),
         ("uni", "matched", 1, 1, "The expected gradient is that of `base`. This holds at equal parameters"),
         ("uni", "under", FACTOR, np.nan,
-         f"mse is {FACTOR:.4g} times that of `base`; apart from a constant factor, only that of vb differs. This holds"),
+         f"mse is {FACTOR:.4g} times that of `base`; apart from this factor, only that of vb differs. This holds"),
         ("under", "uni", 1 / FACTOR, np.nan, "only that of vb differs"),
-        ("uni", "epsilon", 1, np.nan, "mse is that of `base`; apart from a constant factor, only that of vb differs. This holds"),
+        ("uni", "epsilon", 1, np.nan, "mse is that of `base`; only that of vb differs. This holds"),
         ("uniform", "uni", np.nan, 1, "vb is that of `base`; that of the mse differs by a factor that depends on t."),
         ("uniform", "under", np.nan, np.nan, "differ from the baseline's by factors that depend on t."),
         ("uniform", "learned", np.nan, np.nan, "a density is learned"),
@@ -220,9 +220,8 @@ def test_pairs_and_checkpoints_behind_the_rows_are_printed():
     )  # fmt: skip
     found = mechanism(table)
     assert {effect.pairs for effect in found.effects if effect.quantity != "by_tables"} == {2}
-    assert "`cand` against `base`, 3 checkpoints from 3,200 to 9,600 training images, probed with 64 held-out images:" in (
-        text := text_of(table)
-    )
+    text = text_of(table)
+    assert "base`, 3 checkpoints from 3,200 to 9,600 training images, probed with 64 held-out images:" in text
     rows = [line for line in text.splitlines() if line.startswith(("| 0-49", "| 50-99", "| all", "| between"))]
     assert len(rows) == 7 and all(row.endswith("| 2 |") for row in rows)
     longer = table[(table["arm"] == "base") | (table["step"] < 300)]

@@ -61,7 +61,12 @@ def to_markdown(verdict: StudyVerdict) -> str:
         parts.append(f"**Answer.** {_answer(verdict)}")
         parts += _plan(verdict)
     if verdict.comparisons:
-        parts += [LEGEND, *_comparisons(verdict.comparisons), *_sensitivity(verdict), *mechanism_section(verdict.mechanism)]
+        parts += [
+            LEGEND,
+            *_comparisons(verdict.comparisons),
+            *_sensitivity(verdict),
+            *mechanism_section(verdict.mechanism),
+        ]
     runs = [f"- {markdown_code(run.arm)} seed {run.seed}: {markdown_text(run.reason)}" for run in verdict.failed]
     parts += ["## Diverged and collapsed runs", "\n".join(runs) or "None."]
     if verdict.comparisons:

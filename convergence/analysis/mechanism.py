@@ -23,8 +23,10 @@ if TYPE_CHECKING:  # importing torch takes seconds
     from diffusion.schemes import Tables
 
 BETWEEN = "between bins"
-LOSSES = ("mse", "vb")
-Quantity = Literal["mse", "vb", "baseline_share", "candidate_share", "variance", "by_tables", "remaining", "noise_scale"]
+Quantity = Literal[
+    "mse", "vb", "baseline_share", "candidate_share", "variance", "by_tables", "remaining", "noise_scale"
+]  # fmt: skip
+LOSSES: tuple[Quantity, ...] = ("mse", "vb")
 
 
 @dataclass(frozen=True)
@@ -177,14 +179,12 @@ def _loss_effects(pairs: _Pairs) -> Iterator[ProbeEffect]:
 
 
 def _gradient_effects(pairs: _Pairs, draws: Sequence[_Draws]) -> Iterator[ProbeEffect]:
+    parts = [slice(None) if name == ALL else _timesteps(name) for name in pairs.bins]
     # [2, bins] of baseline and candidate
-    probability, weight = (
-        np.array([[column[_timesteps(name)].sum() for name in pairs.bins] for column in columns])
-        for columns in ([arm.probabilities for arm in draws], [arm.mse / arm.mse.sum() for arm in draws])
-    )
-    drawn = probability > 0
+    probability = np.array([[arm.probabilities[part].sum() for part in parts] for arm in draws])
+    weight = np.array([[arm.mse[part].sum() / arm.mse.sum() for part in parts] for arm in draws])
     factor = (probability / np.array([[arm.mse.sum() ** 2] for arm in draws]))[..., None, None]
-    variance = np.where(drawn[..., None, None], factor * pairs.values["gradient_variance"], 0)
+    variance = np.where(factor > 0, factor * pairs.values["gradient_variance"], 0)
     squared_norm = factor * pairs.values["gradient_squared_norm"]
 
     share = 100 * (variance / variance[:, -1:]).mean(axis=-1)
@@ -193,38 +193,36 @@ def _gradient_effects(pairs: _Pairs, draws: Sequence[_Draws]) -> Iterator[ProbeE
     yield from _effects(names, "baseline_share", share[0])
     yield from _effects(names, "candidate_share", share[1])
 
-    both = (weight > 0).all(axis=0)
-    names = [name for name, known in zip(pairs.bins, both, strict=True) if known]
-    variance, squared_norm, probability, weight = (x[:, both] for x in (variance, squared_norm, probability, weight))
+    in_both = np.flatnonzero((weight > 0).all(axis=0))
+    names = [pairs.bins[index] for index in in_both]
+    variance, squared_norm = variance[:, in_both], squared_norm[:, in_both]
     ratio = np.log(variance[1] / variance[0]).mean(axis=-1)
     # For the same expected gradient, a bin that is drawn half as often has twice the weight and twice the variance.
-    by_tables = np.diff(np.log(weight**2 / probability), axis=0)[0]
+    by_tables = np.diff(np.log(weight[:, in_both] ** 2 / probability[:, in_both]), axis=0)[0]
     yield from _effects(names, "variance", ratio)
-    yield from (ProbeEffect(name, "by_tables", x, x, x, 0) for name, x in zip(names, np.exp(by_tables).tolist(), strict=True))
+    for name, value in zip(names, np.exp(by_tables).tolist(), strict=True):
+        yield ProbeEffect(name, "by_tables", value, value, value, pairs=0)
     yield from _effects(names, "remaining", ratio - by_tables[:, None])
-    yield from map(_noise_scale, names, *variance.mean(axis=-1), *squared_norm.mean(axis=-1))
+    for index, name in enumerate(names):
+        yield _noise_scale(name, variance[:, index].mean(axis=-1), squared_norm[:, index].mean(axis=-1))
 
 
 def _timesteps(name: str) -> slice:
-    if name == ALL:
-        return slice(None)
     first, last = map(int, name.split("-"))
     return slice(first, last + 1)
 
 
-def _noise_scale(
-    timesteps: str, base_variance: np.ndarray, variance: np.ndarray, base_squared_norm: np.ndarray, squared_norm: np.ndarray
-) -> ProbeEffect:
-    """Returns the effect on the noise scale from means [S]; no pair is left out because |g|^2 is not above 0."""
-    not_positive = int(((base_squared_norm <= 0) | (squared_norm <= 0)).sum())
+def _noise_scale(timesteps: str, variance: np.ndarray, squared_norm: np.ndarray) -> ProbeEffect:
+    """Returns the effect on the noise scale from means [2, S]; no pair is left out because |g|^2 is not above 0."""
+    not_positive = int((squared_norm <= 0).any(axis=0).sum())
     if not not_positive:
-        ratio = np.log(variance / squared_norm) - np.log(base_variance / base_squared_norm)
-        (effect,) = _effects([timesteps], "noise_scale", ratio[None])
-        return effect
-    estimate = np.nan
-    if squared_norm.sum() > 0 and base_squared_norm.sum() > 0:
-        estimate = float(variance.sum() / squared_norm.sum() / (base_variance.sum() / base_squared_norm.sum()))
-    return ProbeEffect(timesteps, "noise_scale", estimate, 0.0, np.inf, len(variance), not_positive)
+        baseline, candidate = np.log(variance / squared_norm)
+        return next(_effects([timesteps], "noise_scale", (candidate - baseline)[None]))
+    estimate, over_seeds = np.nan, squared_norm.sum(axis=1)
+    if (over_seeds > 0).all():
+        baseline, candidate = variance.sum(axis=1) / over_seeds
+        estimate = float(candidate / baseline)
+    return ProbeEffect(timesteps, "noise_scale", estimate, 0.0, np.inf, variance.shape[1], not_positive)
 
 
 def _effects(bins: Sequence[str], quantity: Quantity, values: np.ndarray) -> Iterator[ProbeEffect]:
@@ -233,4 +231,5 @@ def _effects(bins: Sequence[str], quantity: Quantity, values: np.ndarray) -> Ite
         interval = t_interval(of_seeds)
         if not quantity.endswith("share"):
             interval = interval_in_unit(interval, "percent" if quantity in LOSSES else "factor", quantity)
-        yield ProbeEffect(name, quantity, *map(float, interval), len(of_seeds))
+        estimate, low, high = map(float, interval)
+        yield ProbeEffect(name, quantity, estimate, low, high, len(of_seeds))

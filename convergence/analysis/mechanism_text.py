@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from convergence.analysis.mechanism import BETWEEN, LOSSES, Mechanism, ProbeEffect
+from convergence.analysis.effects import Unit
+from convergence.analysis.mechanism import LOSSES, Mechanism, ProbeEffect
 from convergence.analysis.wording import count_text, interval_text, number_text
 from convergence.tables import ALL, markdown_code, markdown_table
 
@@ -12,18 +13,19 @@ NOT_MEASURED = "Not measured: the study has no probes of both arms (section `pro
 INTRODUCTION = """\
 Measured at every checkpoint, on images and noise that all arms share. Brackets contain 95% t-intervals over paired
 seeds, not corrected for the number of bins. Losses are the unweighted terms, averaged over training images; changes are
-in percent, above 0 is worse. Gradients are those of one image in each arm's own weighted loss, averaged over checkpoints;
-ratios are the candidate's value divided by the baseline's. AdamW removes a constant factor of the loss, so the gradients
-of an arm are divided by the sum over t of p_t w_t, where p_t is the probability of t and w_t the weight of the mse.
+in percent, above 0 is worse. Gradients are those of one image in each arm's own weighted loss, averaged over
+checkpoints; ratios are the candidate's value divided by the baseline's. AdamW removes a constant factor of the loss, so
+the gradients of an arm are divided by the sum over t of p_t w_t, where p_t is the probability of t and w_t the weight
+of the mse.
 
-- *Share of the variance*: p_b tr(Sigma_b) divided by the variance of the whole gradient, where p_b is the probability of
-  the bin and Sigma_b the covariance within it. The rest is the variance between the bins.
+- *Share of the variance*: p_b tr(Sigma_b) divided by the variance of the whole gradient, where p_b is the probability
+  of the bin and Sigma_b the covariance within it. The rest is the variance between the bins.
 - *Variance*: the ratio of p_b tr(Sigma_b). It is the product of the next two columns.
 - *By tables*: what p_t and w_t alone give, the ratio of (sum of p_t w_t in the bin)^2 / p_b. For the same expected
   gradient, a bin that is drawn half as often has twice the weight, and so contributes twice the variance.
 - *Remaining*: what p_t and w_t do not explain.
-- *Noise scale*: the ratio of tr(Sigma) / |g|^2, which is the batch size in images at which noise and gradient are equally
-  large. Estimates of |g|^2 may be negative; all of them are averaged before the ratio is taken."""
+- *Noise scale*: the ratio of tr(Sigma) / |g|^2, which is the batch size in images at which noise and gradient are
+  equally large. Estimates of |g|^2 may be negative; all of them are averaged before the ratio is taken."""
 EQUAL_PARAMETERS = (
     "This holds at equal parameters of the net. AdamW divides by the root of the mean squared gradient, which includes "
     "the variance, so a noisier gradient also makes the steps along the expected gradient smaller."
@@ -63,7 +65,8 @@ def _expected_gradient(found: Mechanism) -> str:
     if np.isclose(mse, vb, rtol=1e-9) or (found.effects and not found.of("vb")):
         text = f"The expected gradient is {times(mse)}."
     elif np.isnan(vb):
-        text = f"The expected gradient of the mse is {times(mse)}; apart from a constant factor, only that of vb differs."
+        apart = "" if times(mse) == times(1) else "apart from this factor, "
+        text = f"The expected gradient of the mse is {times(mse)}; {apart}only that of vb differs."
     else:
         text = f"The expected gradient of the mse is {times(mse)}, and that of vb is {times(vb)}."
     return f"{text} {EQUAL_PARAMETERS}"
@@ -123,5 +126,5 @@ def _text(effect: ProbeEffect | None) -> str:
         low = max(effect.low, min(effect.estimate, 0))  # no share is below 0, but estimates can be
         interval = "no interval" if effect.pairs == 1 else f"{low:.1f} to {effect.high:.1f}"
         return f"{effect.estimate:.1f} ({interval})" if effect.timesteps != ALL else "100"
-    unit = "percent" if effect.quantity in LOSSES else "factor"
+    unit: Unit = "percent" if effect.quantity in LOSSES else "factor"
     return interval_text(effect.estimate, effect.low, effect.high, unit)

@@ -67,6 +67,7 @@ def judge(
     comparisons = compare_study(metrics, plan, costs)
     primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
     planned = _planned(metrics, plan)
+    planned_probes = _planned(probes[probes["study"] == study], plan)
     return StudyVerdict(
         study,
         question=f"Does {plan.candidate} converge in fewer training images than {plan.baseline}, "
@@ -77,7 +78,7 @@ def judge(
         plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
         sensitivity=sensitivity(planned, plan),
-        mechanism=mechanisms(_planned(probes[probes["study"] == study], plan), plan.baseline, plan.candidates, tables or {}),
+        mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
         failed=failed_runs,
         warnings=tuple(warnings),
     )

@@ -1,4 +1,4 @@
-"""The figure of the mechanism: at which timesteps arms differ in their losses and in the variance of their gradients."""
+"""The figure of the mechanism: at which timesteps arms differ in their losses and in the variance of gradients."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ HEIGHT_INCHES = 8.2
 CAPTION_CHARACTERS = 155
 SPREAD = 0.6  # width of the arms of a bin, side by side, over the width of the bin
 MAX_BINS = 10  # with more bins, some of their edges have no label
-TABLE_MARK = {"marker": "_", "markersize": 12, "markeredgewidth": 1.6, "alpha": 0.6, "linestyle": ""}
+TABLE_MARK: Style = {"marker": "_", "markersize": 12, "markeredgewidth": 1.6, "alpha": 0.6, "linestyle": ""}
 CAPTION = (
-    "Variance: tr(Σ) of the gradient of one image times the probability of the bin, after each arm's gradient is divided "
-    "by its expected weight of the MSE."
+    "Variance: tr(Σ) of the gradient of one image times the probability of the bin, after each arm's gradient is "
+    "divided by its expected weight of the MSE."
 )
 
 
@@ -72,7 +72,8 @@ def _draw(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str]) -> F
         ax.set_title(title)
     mse.set_ylabel(f"change from {first.baseline}, %   (above 0: worse)")
     shares = {first.baseline: first.of("baseline_share")} | of("candidate_share")
-    _draw_effects(share, {arm: {name: of_arm[name] for name in bins if of_arm} for arm, of_arm in shares.items()}, bins, styles)
+    in_bins = {arm: {name: of_arm[name] for name in bins if name in of_arm} for arm, of_arm in shares.items()}
+    _draw_effects(share, in_bins, bins, styles)
     share.set(title="Where does the variance of the gradient come from?", ylabel="share of the arm's variance, %")
     share.set_ylim(bottom=0)
     _draw_effects(variance, of("by_tables"), bins, {arm: style | TABLE_MARK for arm, style in styles.items()})
@@ -110,7 +111,8 @@ def _draw_effects(
     ax.set_xticks([*labels, places[ALL]], [*labels.values(), ALL])
     ax.set_xlim(-0.6, places[ALL] + 0.6)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
-    ax.vlines(np.arange(len(bins) + 1) - 0.5, 0, 1, color="0.9", linewidth=0.6, transform=ax.get_xaxis_transform(), zorder=0)
+    for edge in range(len(bins) + 1):
+        ax.axvline(edge - 0.5, color="0.9", linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     ax.spines["top"].set_visible(False)
 
@@ -123,7 +125,7 @@ def _caption(mechanisms: Sequence[Mechanism]) -> str:
         "One pair of runs gives no interval."
     )  # fmt: skip
     means = (
-        f"Means over {first.checkpoints} checkpoints from {first.first_images:,.0f} to {first.last_images:,.0f} training "
-        f"images, each on {first.n:,} {subset} images."
+        f"Means over {first.checkpoints} checkpoints from {first.first_images:,.0f} to {first.last_images:,.0f} "
+        f"training images, each on {first.n:,} {subset} images."
     )
     return "\n".join(textwrap.fill(text, CAPTION_CHARACTERS) for text in (f"{means} {seeds}", CAPTION))
