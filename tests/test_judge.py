@@ -75,7 +75,6 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
         ("arm,images,value\n", "a", "there are no rows: add one per run and checkpoint"),
         ("arm,images,value,value\na,1,2,3\nb,1,2,3\n", "a", "there are two columns value: remove one"),
         ("arm,images,value\na,1,2\nb,1,2,3,4\n", "a", "not a table (Error tokenizing data"),
-        ("arm,images,value\na,1,inf\nb,1,2\n", "a", "value must be finite, but is inf: correct it"),
         ("arm,images,value\na,inf,1\nb,1,2\n", "a", "images must be finite, but is inf: correct it"),
         ("arm,images,value\na,-5,1\nb,1,2\n", "a", "images must be at least 0, but is -5: correct it"),
         ("arm,images,value\na,1e300,1\nb,1,2\n", "a", "images must be below 1e15, but is 1e\\+300: correct it"),
@@ -125,6 +124,13 @@ def test_spaces_after_commas_and_a_byte_order_mark_are_ignored(tmp_path, encodin
         ["a", 1, 2],
         ["b", 1, 3],
     ]
+
+
+def test_an_infinite_value_counts_as_missing_and_is_reported(tmp_path):
+    (tmp_path / "curves.csv").write_text("arm,images,value\na,1,9\na,2,inf\na,4,7\nb,1,8\nb,2,7\nb,4,6\n")
+    verdict = judge(tmp_path / "curves.csv", tmp_path / "out", "a", "b")
+    assert verdict.warnings == ("a seed 0 has no fd at 1 checkpoint (the value is not finite): they are left out.",)
+    assert "> **Warning.** a seed 0 has no fd" in (tmp_path / "out/verdict.md").read_text()
 
 
 def test_the_number_of_samples_may_be_blank(tmp_path):
