@@ -11,7 +11,7 @@ from projects import REPORT, TINY_MODEL, copy_project, edit, snakemake, write_pi
 from test_mechanism import probes
 
 from convergence.analysis.comparison import compare_pair
-from convergence.analysis.mechanism import probe_effects
+from convergence.analysis.mechanism import mechanisms
 from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown
 from convergence.failures import failed, without_failed_runs, without_failures
 from convergence.tables import COLUMNS, PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
@@ -128,8 +128,9 @@ def test_the_probes_of_a_failed_run_win_nothing_either():
     cut = without_failed_runs(table, without_failures(metrics))
     gone = (cut["arm"] == "cand") & (cut["seed"] == 1) & (cut["step"] == 300)
     assert gone.any() and cut["value"].isna().equals(gone) and set(cut.loc[gone, "reason"]) == {"collapsed at step 400"}
-    assert {effect.average.pairs for effect in probe_effects(table, "base", ["cand"])} == {2}
-    assert {effect.average.pairs for effect in probe_effects(cut, "base", ["cand"])} == {1}
+    for rows, pairs in ((table, 2), (cut, 1)):
+        (mechanism,) = mechanisms(rows, "base", ["cand"], {})
+        assert {effect.pairs for effect in mechanism.effects} == {pairs}
     pd.testing.assert_frame_equal(without_failed_runs(table, study(curves(2, 1.0), curves(2, 0.9))), table)
 
 

@@ -32,7 +32,6 @@ from convergence.analysis.power import noise_over_seeds
 from convergence.analysis.results import Comparison, Role
 from convergence.errors import StudyError
 from convergence.tables import HIGHER_IS_BETTER, check_curves
-from diffusion.errors import InputError
 
 # Thresholds of tables, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
@@ -149,15 +148,6 @@ def compare_pair(
     if margin is None and pairs.scale == "ratio":
         margin = DEFAULT_MARGIN
     return _comparison(pairs, rows, times, primary, margin, role)
-
-
-def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> Comparison | None:
-    """Compares as `compare_pair`, without times; returns None also if the arms share no range of training images."""
-    try:
-        pairs = pair_runs(rows, baseline, candidate)
-    except InputError:  # a probe may lack any value
-        pairs = None
-    return _comparison(pairs, rows, [], math.nan, None, "secondary") if pairs else None
 
 
 def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:

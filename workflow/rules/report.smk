@@ -48,7 +48,6 @@ rule verdict:
         arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
         plan=lambda wildcards: plan_text(study_plan.frozen_plan(EXPERIMENTS[wildcards.study])),
         current=lambda wildcards: plan_text(study_plan.current_plan(EXPERIMENTS[wildcards.study])),
-        matched=lambda wildcards: EXPERIMENTS[wildcards.study].comparison["matched"],
         trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
         runs=lambda wildcards: run_settings(wildcards.study),
         rows=lambda wildcards: evaluated_metrics(EXPERIMENTS[wildcards.study]),
@@ -67,7 +66,6 @@ rule figures:
         # For a row of real images.
         unpack(lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])),
         metrics=layout.REPORT / "metrics.csv",
-        mechanism=layout.REPORT / "mechanism.csv",
         verdict=layout.REPORT / "verdict.json",
         previews=lambda wildcards: checkpoint_files(wildcards.study, "preview.png"),
         external=lambda wildcards: external_curves(wildcards.study),
@@ -112,9 +110,6 @@ rule figures:
     params:
         cells=lambda wildcards: preview_cells(EXPERIMENTS[wildcards.study]),
         seed=lambda wildcards: EXPERIMENTS[wildcards.study].seeds[0],
-        compare=lambda wildcards: {
-            key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
-        },
         runs=lambda wildcards: run_settings(wildcards.study),
     message:
         "Draw the figures of {wildcards.study}"

@@ -11,6 +11,7 @@ from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
 from convergence.study_plan import StudyPlan, plan_changes
 from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
+from diffusion.build import constant_tables
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows
 from diffusion.files import read_json
@@ -33,5 +34,5 @@ with job(snakemake):
     metrics, probes = read_table(output.metrics), read_table(output.mechanism, PROBE_COLUMNS)
     plan, current = (StudyPlan.model_validate_json(text) if text else None for text in (params.plan, params.current))
     changes = plan_changes(plan, current) if plan and current else ()
-    verdict = judge(metrics, probes, study, plan, changes, matched=params.matched, warnings=warnings)
+    verdict = judge(metrics, probes, study, plan, changes, tables=constant_tables(runs), warnings=warnings)
     write_verdict(verdict, Path(output.verdict).parent)
