@@ -21,7 +21,7 @@ COLUMNS = [
     "seed",
     "step",
     "images",
-    "seconds",
+    "contended_seconds",
     "features",
     "metric",
     "value",

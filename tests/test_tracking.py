@@ -297,6 +297,7 @@ def test_a_finished_run_is_forwarded_completely(study):
     reports = layout.report_directory("toy")
     reports.mkdir()
     (reports / "metrics.csv").write_text("study,value\ntoy,1\n")
+    (reports / "cost.csv").write_text("study,arm\ntoy,uniform\n")
     (reports / "fid_curves.png").write_bytes(b"figure of this study")
     table = pd.DataFrame(columns=COLUMNS)
     written = judge(table, pd.DataFrame(columns=PROBE_COLUMNS), "toy", COMPARE, ["The code has changed."])
@@ -307,7 +308,8 @@ def test_a_finished_run_is_forwarded_completely(study):
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
     assert len(client().list_artifacts(run.info.run_id, "images")) == 6
     artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
-    assert artifacts == {"toy.yaml", "metrics.csv", "speedup.csv", "verdict.json", "verdict.md", "fid_curves.png"}
+    tables = {"metrics.csv", "cost.csv", "speedup.csv"}
+    assert artifacts == {"toy.yaml", *tables, "verdict.json", "verdict.md", "fid_curves.png"}
     note = runs()["toy"].data.tags["mlflow.note.content"]
     assert note.startswith("**Warning.** The code has changed.") and note.endswith(row)
     assert f"**Question.** {written.question}\n\n**Answer.** {written.answer}\n\n" in note

@@ -1,0 +1,95 @@
+"""The cost of an arm: training steps timed in turns, and their ratios with intervals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_training import IMAGES, P2, UNI05, tiny
+
+from convergence import resources
+from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs, round_table
+from convergence.tables import read_table, write_table
+from diffusion.config import Scheme
+from diffusion.training import timing
+from diffusion.training.timing import in_turns, time_steps
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 8), (5, 4), (50, 3)])
+def test_arms_take_turns_until_the_time_is_over(seconds, rounds):
+    """With a clock that advances in each turn; two arms have 40 s together."""
+    now, calls = 0.0, []
+
+    def turn(arm):
+        nonlocal now
+        now += seconds
+        calls.append(arm)
+        return float(len(calls))
+
+    results = in_turns([lambda: turn("a"), lambda: turn("b")], lambda: now)
+    assert calls == ["a", "b"] * rounds
+    np.testing.assert_array_equal(results, np.arange(1, 2 * rounds + 1).reshape(rounds, 2))
+
+
+def test_each_arm_trains_from_the_untrained_net_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps, threads = [], []
+    train_step = timing.train_step
+
+    def recorded(state, batches):
+        before = state.parameters[0].detach().clone()
+        train_step(state, batches)
+        assert not torch.equal(before, state.parameters[0])
+        steps.append((state.run.scheme.timesteps.chosen[0], state.step, batches.size))
+        threads.append(torch.get_num_threads())
+
+    monkeypatch.setattr(timing, "train_step", recorded)
+    learned = Scheme(timesteps={"loss_second_moment": {"history": 2}})
+    runs = [tiny(UNI05), tiny(Scheme(timesteps=P2), micro_batch=2), tiny(learned)]
+    seconds = time_steps(runs, IMAGES, "cpu", processes=2)
+    assert seconds.shape[1] == 3 and 3 <= len(seconds) <= 8 and (seconds > 0).all()
+    turn = [(name, step, 4) for name in ("uniform", "p2", "loss_second_moment") for step in range(1, 7)]
+    assert steps == turn * len(seconds) and set(threads) == {1}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ratio_of_arms_that_share_the_drift_of_the_machine_is_exact():
+    drift = np.array([1.0, 1.5, 2.0, 1.2])
+    rounds = round_table(np.stack([drift, 1.1 * drift], 1) / 1000, ["plain", "2024"], "a GPU")
+    table = cost_table(rounds, "small", "plain").set_index("arm")
+    plain, other = table.loc["plain"], table.loc["2024"]
+    np.testing.assert_allclose(plain["seconds_per_1000_images"], np.exp(np.log(drift).mean()))
+    assert plain["low"] < 1.05 and plain["high"] > 1.8
+    np.testing.assert_allclose(other[["ratio", "ratio_low", "ratio_high"]].astype(float), 1.1)
+    np.testing.assert_allclose(other["seconds_per_1000_images"] / plain["seconds_per_1000_images"], 1.1)
+    assert plain["ratio_low"] == plain["ratio_high"] == 1 and (table["rounds"] == 4).all()
+
+
+def test_the_interval_of_a_ratio_is_that_of_paired_rounds():
+    seconds = np.random.default_rng(0).lognormal(size=(6, 2))
+    row = cost_table(round_table(seconds, ["a", "b"], "cpu"), "small", "a").iloc[1]
+    logs = np.log(seconds[:, 1] / seconds[:, 0])
+    half = 2.5706 * logs.std(ddof=1) / np.sqrt(6)
+    expected = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+    np.testing.assert_allclose(row[["ratio", "ratio_low", "ratio_high"]].astype(float), expected, rtol=1e-4)
+
+
+def test_the_tables_keep_names_and_values(tmp_path):
+    rounds = round_table(np.array([[0.5, 0.25], [0.5, 0.25]]), ["nan", "05"], "CPU, 2 cores")
+    write_table(rounds, tmp_path / "rounds.csv", ROUND_COLUMNS)
+    table = cost_table(read_table(tmp_path / "rounds.csv", ROUND_COLUMNS), "2024", None)
+    write_table(table, tmp_path / "cost.csv", COLUMNS)
+    read = read_table(tmp_path / "cost.csv", COLUMNS)
+    pd.testing.assert_frame_equal(read, table)
+    assert costs(read) == {"nan": 500.0, "05": 250.0} and read["ratio"].isna().all()
+
+
+def test_the_job_requests_the_memory_of_one_process_and_the_time_of_all_arms():
+    runs = [tiny(batch_size=32)] * 3
+    one, three = (resources.cost(runs[:count], images=10, gpus=0, processes=4) for count in (1, 3))
+    whole = resources.train(runs[0], 48, images=10, gpus=0, processes=4)
+    assert one.megabytes == three.megabytes == whole.megabytes // 4
+    assert three.minutes - resources.START_MINUTES == 3 * (one.minutes - resources.START_MINUTES)
+
+
+def test_the_steps_that_the_request_counts_are_those_that_are_timed():
+    assert resources.COST_STEPS == timing.MAX_ROUNDS * (timing.WARM_UP + timing.TIMED)
