@@ -308,7 +308,7 @@ def test_a_finished_run_is_forwarded_completely(study):
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
     assert len(client().list_artifacts(run.info.run_id, "images")) == 6
     artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
-    tables = {"metrics.csv", "cost.csv", "speedup.csv"}
+    tables = {"metrics.csv", "cost.csv", "effects.csv"}
     assert artifacts == {"toy.yaml", *tables, "verdict.json", "verdict.md", "fid_curves.png"}
     note = runs()["toy"].data.tags["mlflow.note.content"]
     assert note.startswith("**Warning.** The code has changed.") and note.endswith(row)
