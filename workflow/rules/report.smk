@@ -17,7 +17,7 @@ rule verdict:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
         probes=lambda wildcards: probe_files(wildcards.study),
         provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
-        cost=rules.cost.output,
+        cost=rules.cost.output[0],
         # Not read: without kept samples, a checkpoint is evaluated again, also after other changes of its settings.
         samples=lambda wildcards: kept_samples(wildcards.study),
     output:
