@@ -4,11 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from metric_tables import PLAN, curves, study
 from test_training import IMAGES, P2, UNI05, tiny
 
 from convergence import resources
+from convergence.analysis.results import save_verdict
+from convergence.analysis.verdict import judge
 from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs, round_table
-from convergence.tables import read_table, write_table
+from convergence.tables import PROBE_COLUMNS, read_curves, read_table, write_table
 from diffusion.config import Scheme
 from diffusion.training import timing
 from diffusion.training.timing import in_turns, time_steps
@@ -94,3 +97,26 @@ def test_the_job_requests_the_memory_of_one_process_and_the_time_of_all_arms():
 
 def test_the_steps_that_the_request_counts_are_those_that_are_timed():
     assert resources.COST_STEPS == timing.MAX_ROUNDS * (timing.WARM_UP + timing.TIMED)
+
+
+@pytest.mark.parametrize("with_costs", [True, False])
+def test_contended_seconds_do_not_reach_the_verdict(tmp_path, with_costs):
+    metrics, probes = study(curves(3, 1.0), curves(3, 0.8, seed=1)), pd.DataFrame(columns=PROBE_COLUMNS)
+    known = {"base": 2.0, "cand": 3.0} if with_costs else None
+    texts = []
+    for name, table in (("a", metrics), ("b", metrics.assign(contended_seconds=np.nan))):
+        verdict = judge(table, probes, "small", PLAN, costs=known)
+        save_verdict(verdict, tmp_path / name)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1] and "seconds" not in texts[0]
+    primary = verdict.comparisons[0]
+    assert (primary.hours is not None) == with_costs
+    if with_costs:
+        np.testing.assert_allclose(primary.hours.estimate, primary.images.estimate * 1.5)
+
+
+def test_seconds_in_a_table_from_elsewhere_are_ignored(tmp_path):
+    plain, timed = tmp_path / "plain.csv", tmp_path / "timed.csv"
+    plain.write_text("arm,images,value\na,1,2\nb,1,3\n")
+    timed.write_text("arm,images,value,seconds\na,1,2,-1\nb,1,3,soon\n")
+    pd.testing.assert_frame_equal(read_curves(plain), read_curves(timed))

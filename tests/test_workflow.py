@@ -37,10 +37,10 @@ def test_one_command_makes_all_tables_and_figures(finished):
     assert sorted(table["images"].unique()) == [0, 32, 64]
     at_start = table[table["step"] == 0]
     assert at_start.groupby("seed")["value"].nunique().tolist() == [1, 1]
-    speedups = pd.read_csv(reports / "speedup.csv")
-    assert set(speedups["quantity"]) == {"average", "final", "images", "seconds"} and speedups["primary"].all()
+    effects = pd.read_csv(reports / "effects.csv")
+    assert {"average", "final", "images"} <= set(effects["quantity"]) and effects["role"].eq("primary").all()
     verdict = (reports / "verdict.md").read_text()
-    assert re.search(r"two seeds .* more seeds", verdict) and "`under05` against `uni05`:" in verdict
+    assert "seeds 0, 1; margin 2%" in verdict and "`under05` against `uni05`:" in verdict
     probes = pd.read_csv(reports / "mechanism.csv")
     assert len(probes) == 4 * 2 * (3 + 1) * 5 and probes["held_out"].all() and (probes["n"] == 8).all()
     assert probes.loc[probes["metric"].isin(["mse", "gradient_variance"]), "value"].gt(0).all()
@@ -70,7 +70,7 @@ def test_the_cost_of_the_arms_is_measured_while_no_other_job_runs(finished):
 def test_the_last_lines_give_the_answer_and_the_files(finished):
     log = (finished / "run.log").read_text()
     answer = read_verdict(finished / REPORT / "verdict.json").answer
-    assert re.search(r"under05.* uni05 in FD .*2 paired seeds", answer)
+    assert "FD" in answer and "on average (" in answer
     assert f"\nopenmoji: {answer}\n" in log and str(finished / REPORT / "verdict.md") in log
     assert str(finished / "reports/fid_curves.png") in log and "`make report EXPERIMENTS=openmoji`" in log
     assert re.search(r"^about \d+ min \d+ s left$", log, re.M) and "Traceback" not in log
