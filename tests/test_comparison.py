@@ -237,7 +237,7 @@ def test_compare_equals_the_comparison_of_a_study():
         ({"seed": "first"}, {}, "seed has a value that is not a number"),
         ({"seed": 0}, {}, "two values"),
         ({"study": list("ab") * 10}, {}, "the column study has several values (a, b): select the rows of one"),
-        ({"value": np.nan}, {}, "no seed has values of fd of both base and cand"),
+        ({"value": np.nan}, {}, "no seed has fd values of both base and cand"),
     ],
 )
 def test_compare_rejects_what_it_cannot_use(change, arguments, message):

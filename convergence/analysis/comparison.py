@@ -96,7 +96,9 @@ def compare(
             raise StudyError(f"curves: the column {column} has several values ({choices}): select the rows of one")
     comparison = compare_pair(rows, baseline, candidate, thresholds, margin, role="primary")
     if comparison is None:
-        raise StudyError(f"curves: no seed has values of {metric} of both {baseline} and {candidate}")
+        raise StudyError(
+            f"curves: no seed has {metric} values of both {baseline} and {candidate}: add rows of a common seed"
+        )
     return comparison
 
 
