@@ -34,13 +34,13 @@ def cost_table(rounds: pd.DataFrame, study: str, baseline: str | None) -> pd.Dat
     Args:
         rounds: what `round_table` returns.
         study: its name.
-        baseline: the arm to compare with; None if the study compares nothing: the ratios are then missing.
+        baseline: the arm to compare with. Without it, or if it was not timed, the ratios are missing.
     """
     devices = rounds.groupby("arm")["device"].first()
     logs = np.log(rounds.pivot(index="round", columns="arm", values="seconds_per_1000_images"))
     rows = []
     for arm in rounds["arm"].unique():
-        ratio = _exp(logs[arm] - logs[baseline]) if baseline else (np.nan,) * 3
+        ratio = _exp(logs[arm] - logs[baseline]) if baseline in logs else (np.nan,) * 3
         rows.append([study, arm, *_exp(logs[arm]), *ratio, len(logs), devices[arm]])
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -77,10 +77,11 @@ def test_the_interval_of_a_ratio_is_that_of_paired_rounds():
     np.testing.assert_allclose(row[["ratio", "ratio_low", "ratio_high"]].astype(float), expected, rtol=1e-4)
 
 
-def test_the_tables_keep_names_and_values(tmp_path):
+@pytest.mark.parametrize("baseline", [None, "removed"])
+def test_the_tables_keep_names_and_values(tmp_path, baseline):
     rounds = round_table(np.array([[0.5, 0.25], [0.5, 0.25]]), ["nan", "05"], "CPU, 2 cores")
     write_table(rounds, tmp_path / "rounds.csv", ROUND_COLUMNS)
-    table = cost_table(read_table(tmp_path / "rounds.csv", ROUND_COLUMNS), "2024", None)
+    table = cost_table(read_table(tmp_path / "rounds.csv", ROUND_COLUMNS), "2024", baseline)
     write_table(table, tmp_path / "cost.csv", COLUMNS)
     read = read_table(tmp_path / "cost.csv", COLUMNS)
     pd.testing.assert_frame_equal(read, table)
