@@ -89,7 +89,9 @@ def assert_equal_results(ours, theirs):
         if path.name in ("weights.safetensors", "images.npy"):
             assert (ours / path.relative_to(theirs)).read_bytes() == path.read_bytes(), path
     for table in ("metrics.csv", "mechanism.csv"):
-        found, expected = (pd.read_csv(root / REPORT / table).drop(columns="seconds") for root in (ours, theirs))
+        found, expected = (
+            pd.read_csv(root / REPORT / table).drop(columns="contended_seconds") for root in (ours, theirs)
+        )
         pd.testing.assert_frame_equal(found, expected)
     left = [path for path in ours.glob("results/**/.*") if not path.name.endswith(".lock")]
     assert not left and not list(ours.glob("results/**/state.partial.pt"))

@@ -53,6 +53,21 @@ def test_one_command_makes_all_tables_and_figures(finished):
 
 
 @pytest.mark.slow
+def test_the_cost_of_the_arms_is_measured_while_no_other_job_runs(finished):
+    events = re.findall(r"^(Job|Finished jobid:) (\d+)(?:: (Time))?", (finished / "run.log").read_text(), re.M)
+    start = next(index for index, (*_, word) in enumerate(events) if word == "Time")
+    running = {job for kind, job, _ in events[:start] if kind == "Job"}
+    assert running == {job for kind, job, _ in events[:start] if kind != "Job"}
+    assert events[start + 1] == ("Finished jobid:", events[start][1], "")
+    cost = pd.read_csv(finished / REPORT / "cost.csv").set_index("arm")
+    assert list(cost.index) == ["uni05", "under05"] and (cost["seconds_per_1000_images"] > 0).all()
+    uni05, under05 = cost.loc["uni05"], cost.loc["under05"]
+    assert uni05["ratio"] == 1 and under05["ratio_low"] < under05["ratio"] < under05["ratio_high"]
+    np.testing.assert_allclose(under05["ratio"] * uni05["seconds_per_1000_images"], under05["seconds_per_1000_images"])
+    assert '"seconds"' not in (finished / REPORT / "verdict.json").read_text()
+
+
+@pytest.mark.slow
 def test_the_last_lines_give_the_answer_and_the_files(finished):
     log = (finished / "run.log").read_text()
     answer = read_verdict(finished / REPORT / "verdict.json").answer

@@ -132,6 +132,14 @@ def processes_of(wildcards):
     return experiment_of(wildcards).processes
 
 
+def cores_of_cost(wildcards):
+    """All cores of this machine; elsewhere the threads of the arms."""
+    if workflow.non_local_exec or workflow.remote_exec:
+        experiment = EXPERIMENTS[wildcards.study]
+        return max(experiment.run(arm).train.threads for arm in experiment.arms)
+    return workflow.cores
+
+
 def previous_step(wildcards):
     """The checkpoint that a segment starts from; 0 if it starts from the untrained net."""
     return max((s for s in experiment_of(wildcards).steps if s < int(wildcards.step)), default=0)
@@ -257,6 +265,12 @@ def evaluate_request(wildcards, input):
     experiment = experiment_of(wildcards)
     images = images_of(experiment, input)
     return resources.evaluate(experiment, run_of(wildcards), images, gpus_of(wildcards))
+
+
+def cost_request(wildcards, input):
+    experiment = EXPERIMENTS[wildcards.study]
+    runs = [experiment.run(arm) for arm in experiment.arms]
+    return resources.cost(runs, images_of(experiment, input), gpus_for(experiment), experiment.processes)
 
 
 def probe_request(wildcards, input):

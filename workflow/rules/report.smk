@@ -17,6 +17,7 @@ rule verdict:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
         probes=lambda wildcards: probe_files(wildcards.study),
         provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
+        cost=rules.cost.output[0],
         # Not read: without kept samples, a checkpoint is evaluated again, also after other changes of its settings.
         samples=lambda wildcards: kept_samples(wildcards.study),
     output:
@@ -30,6 +31,12 @@ rule verdict:
             layout.REPORT / "mechanism.csv",
             caption="../report/mechanism_table.rst",
             category="5. Mechanism",
+            labels={"study": "{study}", "content": "Numbers (CSV)"},
+        ),
+        cost=report(
+            layout.REPORT / "cost.csv",
+            caption="../report/cost_table.rst",
+            category="8. Cost",
             labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
         verdict=layout.REPORT / "verdict.json",
@@ -121,6 +128,7 @@ rule pages:
     input:
         verdict=layout.REPORT / "verdict.json",
         metrics=layout.REPORT / "metrics.csv",
+        cost=layout.REPORT / "cost.csv",
         manifest=lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])["manifest"],
         provenances=lambda wildcards: checkpoint_files(wildcards.study, "provenance.json"),
     output:
