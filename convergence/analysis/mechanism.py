@@ -173,9 +173,9 @@ def _pairs(probes: pd.DataFrame, arms: tuple[str, str]) -> _Pairs | None:
 
 def _loss_effects(pairs: _Pairs) -> Iterator[ProbeEffect]:
     for loss in LOSSES:
-        baseline, candidate = pairs.values[loss]
-        if (pairs.values[loss] > 0).all():  # a net that does not predict the variance has no vb
-            yield from _effects(pairs.bins, loss, mean_over_images(np.log(candidate / baseline), pairs.images))
+        for name, (baseline, candidate) in zip(pairs.bins, pairs.values[loss].swapaxes(0, 1), strict=True):
+            if (baseline > 0).all() and (candidate > 0).all():  # a net that does not predict the variance has no vb
+                yield from _effects([name], loss, mean_over_images(np.log(candidate / baseline), pairs.images)[None])
 
 
 def _gradient_effects(pairs: _Pairs, draws: Sequence[_Draws]) -> Iterator[ProbeEffect]:
