@@ -83,7 +83,7 @@ def fid_curves(
         StudyError: no row has this metric, or the values of one panel are of different numbers of samples.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric, comparisons, external_curves, arms or {}), paths)
+        save_figure(_draw_curves(metrics, metric, comparisons, external_curves, arms), paths)
 
 
 def _draw_curves(
@@ -91,7 +91,7 @@ def _draw_curves(
     metric: str,
     comparisons: Sequence[Comparison] = (),
     external_curves: pd.DataFrame | None = None,
-    arms: Mapping[str, Iterable[str]] = {},  # noqa: B006
+    arms: Mapping[str, Iterable[str]] | None = None,
 ) -> Figure:
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
@@ -113,7 +113,7 @@ def _draw_curves(
         ax.remove()
     titles, captions = [], []
     for ax, ((study, features), panel) in zip(axes, panels, strict=False):
-        order = dict.fromkeys([*arms.get(study, ()), *panel["arm"]])
+        order = dict.fromkeys([*(arms or {}).get(study, ()), *panel["arm"]])
         styles = {arm: line_style(place) for place, arm in enumerate(order)}
         comparison = primary.get((study, features))
         others = external.query("study == @study and features == @features and images <= @panel.images.max()")

@@ -88,7 +88,6 @@ def label_in_free_place(ax: Axes, text: str, place: tuple[float, float]) -> None
         tuple(free_place(points, size, near)),
         textcoords="axes fraction",
         arrowprops={"arrowstyle": "-", "color": "0.4", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2},
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
         ha="center",
         va="center",
         fontsize=FONT_SIZE,
