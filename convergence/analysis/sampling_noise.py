@@ -1,9 +1,9 @@
 """The part of the noise of a comparison that comes from the finite number of samples.
 
 Both arms and all checkpoints of a seed are sampled from the same latents. The influence of sample i on the difference
-of a pair is therefore a weighted sum of its influences on all values of the pair, and the variance of these sums over i,
-divided by N, is the variance of the difference over other latents (infinitesimal jackknife, Efron 1982, ch. 6). What
-else differs between pairs comes from the seeds.
+of a pair is therefore a weighted sum of its influences on all values of the pair. The variance of these sums over i,
+divided by N, is the variance of the difference over other latents (infinitesimal jackknife, Efron 1982, ch. 6). The
+rest of the variance between pairs comes from the seeds.
 """
 
 import numpy as np
