@@ -9,13 +9,14 @@ from convergence.analysis.verdict import judge, write_verdict
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.figures.forest import draw_forest
-from convergence.tables import PROBE_COLUMNS
+from convergence.study_plan import StudyPlan
+from convergence.tables import PROBE_COLUMNS, check_sample_counts
 
 
 def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path) -> list[StudyVerdict]:
     """Compares two arms in every study of a table, and writes the verdicts and figures.
 
-    The files of one study (verdict.json, verdict.md, speedup.csv, speedups.png, fid_curves.png) are written to the
+    The files of one study (verdict.json, verdict.md, effects.csv, speedups.png, fid_curves.png) are written to the
     directory itself; those of several studies to a directory per study, next to a fid_curves.png of all of them.
 
     Args:
@@ -34,6 +35,7 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
     for arm in (baseline, candidate):
         if arm not in set(metrics["arm"]):
             raise StudyError(f"no row has the arm {arm}: choose from {', '.join(metrics['arm'].unique())}")
+    check_sample_counts(metrics)
     studies = list(metrics["study"].unique())
     if len(studies) > 1 and (wrong := [study for study in studies if "/" in study or study in {".", ".."}]):
         raise StudyError(f"the study {wrong[0]} cannot be the name of a directory: use a name without /")
@@ -43,11 +45,18 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
         target = directory / study if len(studies) > 1 else directory
         target.mkdir(parents=True, exist_ok=True)
         metric = rows["metric"].iloc[0]
-        compare = {
-            "baseline": baseline, "candidates": [candidate], "primary": {"candidate": candidate, "metric": metric},
-            "thresholds": None, "features": rows["features"].iloc[0], "matched": [],
-        }  # fmt: skip
-        verdict = judge(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, compare)
+        plan = StudyPlan(
+            baseline=baseline,
+            candidates=(candidate,),
+            candidate=candidate,
+            features=rows["features"].iloc[0],
+            metric=metric,
+            thresholds=None,
+            margin=None,
+            seeds=None,
+            last_step=None,
+        )
+        verdict = judge(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, plan)
         write_verdict(verdict, target)
         draw_forest(verdict.comparisons, [target / "speedups.png"])
         fid_curves(rows, [target / "fid_curves.png"], metric, verdict.comparisons)

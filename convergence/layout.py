@@ -73,6 +73,11 @@ def study_file(study: str) -> Path:
     return EXPERIMENTS / f"{study}.yaml"
 
 
+def plan_path(study: str) -> Path:
+    """File with the recorded plan of a study: `results/<study>/plan.json`."""
+    return RESULTS / study / "plan.json"
+
+
 def untracked(study: str) -> Path:
     """File that exists while MLflow may lack results of a study: `results/<study>.untracked`."""
     return RESULTS / f"{study}.untracked"

@@ -54,6 +54,8 @@ def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
 
 
 Distinct = AfterValidator(_distinct)
+Percent = Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")]
+DEFAULT_MARGIN = "2%"
 
 
 class TrainKeys:
@@ -205,8 +207,14 @@ class Compare(Section):
     primary: Primary
     """The comparison that the study is made for; declare it before the first result."""
     thresholds: Annotated[tuple[PositiveFloat, ...] | None, Distinct] = Field(None, min_length=1)
-    """Values of the primary metric at which speed-ups are measured; \
-unset: at 1/4, 1/2 and 3/4 of the improvement of the baseline."""
+    """Values of the primary metric until which training images are compared, the middle one in the verdict; \
+unset: the lowest value that all planned runs reach."""
+    planned_seeds: Annotated[tuple[Seed, ...] | None, Distinct] = Field(None, min_length=1)
+    """Seeds that decide the verdict, which is interim until all of them are evaluated; \
+unset: `seeds` when the first checkpoint is evaluated."""
+    margin: Percent | PositiveFloat | None = None
+    """Largest change of the primary metric that counts as the same: a percentage for fd (unset: 2%), for other \
+metrics a number without default."""
 
     @model_validator(mode="after")
     def _arms_differ(self) -> "Compare":
@@ -354,10 +362,12 @@ timesteps and latents."""
             raise ValueError(
                 f"compare.primary: {compare.primary.candidate} is not among the candidates: choose from {known}"
             )
-        if compare.primary.metric not in self.evaluate.metrics:
-            raise ValueError(
-                f"compare.primary.metric: {compare.primary.metric} is not evaluated: add it to evaluate.metrics"
-            )
+        metric, margin = compare.primary.metric, compare.margin
+        if metric not in self.evaluate.metrics:
+            raise ValueError(f"compare.primary.metric: {metric} is not evaluated: add it to evaluate.metrics")
+        if margin is not None and (metric == "fd") != isinstance(margin, str):
+            kind = "a percentage such as 2%" if metric == "fd" else "a change of it, without %"
+            raise ValueError(f"compare.margin: {margin} does not fit the metric {metric}: write {kind}")
 
     @property
     def text(self) -> str:
@@ -373,15 +383,15 @@ timesteps and latents."""
     def comparison(self) -> dict[str, Any]:
         """The compared arms as plain data for the jobs of the study.
 
-        Keys: `baseline` and `candidates` (of the section `compare`; without it, the first arm and all others),
-        `features` (extractor of the primary comparison), `matched` (candidates with `match: <baseline>`); and, from the
-        section `compare` if there is one, `primary` (`candidate`, `metric`) and `thresholds` (list or None).
+        Keys: `baseline` and `candidates` (of the section `compare`; without it, the first arm and all others), and
+        `matched` (candidates with `match: <baseline>`).
         """
         first, *others = self.arms
-        compare = {"baseline": first, "candidates": others}
-        compare |= self.compare.model_dump(mode="json") if self.compare else {}
-        matched = [arm for arm in compare["candidates"] if self.arms[arm].match == compare["baseline"]]
-        return compare | {"features": self.evaluate.features[0], "matched": matched}
+        baseline, candidates = (
+            (self.compare.baseline, list(self.compare.candidates)) if self.compare else (first, others)
+        )
+        matched = [arm for arm in candidates if self.arms[arm].match == baseline]
+        return {"baseline": baseline, "candidates": candidates, "matched": matched}
 
     def run(self, arm_name: str) -> RunConfig:
         """Returns the settings of a run of an arm: the shared sections, the arm's own `train` keys, and its scheme."""

@@ -22,7 +22,8 @@ PROBE_COLUMNS = [
 ]  # fmt: skip
 ALL = "all"  # timesteps of a probe that is not limited to a bin
 HIGHER_IS_BETTER = {"precision", "recall"}
-SHARES = HIGHER_IS_BETTER | {"memorised"}  # compared by differences; distances are compared by ratios
+SHARES = HIGHER_IS_BETTER | {"memorised"}
+DIFFERENCES = SHARES | {"kid"}  # can be 0 or negative: compared by differences; the others are compared by ratios
 FEATURE_NAMES = {
     INCEPTION: "Inception-v3",
     LITE0: "EfficientNet-Lite0",

@@ -3,18 +3,23 @@
 import numpy as np
 import pandas as pd
 
+from convergence.study_plan import StudyPlan
 from convergence.tables import COLUMNS
 
 STEPS = (0, 100, 200, 300, 400)
 
-COMPARE = {
-    "baseline": "base",
-    "candidates": ["cand"],
-    "primary": {"candidate": "cand", "metric": "fd"},
-    "thresholds": None,
-    "features": "lite0",
-    "matched": [],
-}
+COMPARE = {"baseline": "base", "candidates": ["cand"]}
+PLAN = StudyPlan(
+    baseline="base",
+    candidates=("cand",),
+    candidate="cand",
+    features="lite0",
+    metric="fd",
+    thresholds=None,
+    margin=2.0,
+    seeds=None,
+    last_step=None,
+)
 
 
 def study(base, cand, metric="fd", steps=STEPS, seconds_per_step=(0.5, 0.6), features="lite0", name="small"):

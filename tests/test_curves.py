@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from convergence.analysis.curves import isotonic_fit, log_speedup, mean_over_images, time_to_threshold
+from convergence.analysis.curves import isotonic_fit, log_factor, mean_over_images, time_to_threshold
 
 
 @pytest.mark.parametrize("power_law", [0.3, 1.0])
@@ -57,12 +57,12 @@ def test_many_curves_at_once_give_the_result_of_each_curve():
         assert time_to_threshold(levels[index], images, thresholds[index]) == (low[index], high[index])
 
 
-def test_the_bounds_of_a_speedup_follow_from_the_bounds_of_the_times():
-    cases = {((200, 200), (100, 100)): (np.log(2),) * 2, ((400, np.inf), (100, 100)): (np.log(4), np.inf)}
-    cases |= {((200, 200), (400, np.inf)): (-np.inf, np.log(0.5)), ((4, np.inf), (4, np.inf)): (-np.inf, np.inf)}
-    cases |= {((200, 200), (0, 100)): (np.log(2), np.inf)}
+def test_the_bounds_of_a_factor_follow_from_the_bounds_of_the_times():
+    cases = {((200, 200), (100, 100)): (np.log(0.5),) * 2, ((400, np.inf), (100, 100)): (-np.inf, np.log(0.25))}
+    cases |= {((200, 200), (400, np.inf)): (np.log(2), np.inf), ((4, np.inf), (4, np.inf)): (-np.inf, np.inf)}
+    cases |= {((200, 200), (0, 100)): (-np.inf, np.log(0.5))}
     for (baseline, candidate), expected in cases.items():
-        np.testing.assert_allclose(log_speedup(baseline, candidate), expected)
+        np.testing.assert_allclose(log_factor(baseline, candidate), expected)
 
 
 def test_the_mean_is_weighted_by_images():

@@ -2,34 +2,50 @@
 
 All statistics are *paired*: seed k of the candidate is compared with seed k of the baseline. A metric is converted to a
 *level*, for which lower is better: the log of a distance, or minus a share such as precision. Times are the training
-images, or training seconds, until the level, smoothed so that it never increases, reaches a threshold.
+images until the level, smoothed so that it never increases, reaches a threshold.
 
-The primary endpoint is the advantage in level, averaged over the training images that both arms cover.
+The primary endpoint is the difference in level, averaged over the training images that both arms cover.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ttest_1samp
 
-from convergence.analysis.curves import from_level, log_speedup, mean_over_images, time_to_threshold, to_level
-from convergence.analysis.effects import Effect, Quantity, Scale, decide
+from convergence.analysis.curves import (
+    from_level,
+    isotonic_fit,
+    log_factor,
+    time_to_threshold,
+    to_level,
+)
+from convergence.analysis.decision import Outcome, decide
+from convergence.analysis.effects import Effect, Quantity, Unit, in_unit, interval_in_unit, shown
 from convergence.analysis.intervals import Interval, censored_interval, t_interval
+from convergence.analysis.notes import notes_on
+from convergence.analysis.pairs import Pairs, pair_runs
 from convergence.analysis.power import noise_over_seeds
-from convergence.analysis.results import Comparison
+from convergence.analysis.results import Comparison, Role
 from convergence.errors import StudyError
-from convergence.failures import failed
-from convergence.tables import SHARES, check_curves
+from convergence.tables import HIGHER_IS_BETTER, check_curves
 from diffusion.errors import InputError
 
-# Thresholds, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
+# Thresholds of tables, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
+# Digits to which the primary threshold is rounded, to the side that is easier to reach.
+THRESHOLD_DIGITS = 4
+DEFAULT_MARGIN = 2.0  # percent of a distance
+# Differences in level below this are rounding errors.
+NO_DIFFERENCE = 1e-9
 
-SPEEDUP_COLUMNS = [
-    "study", "features", "metric", "baseline", "candidate", "primary", "scale", "quantity", "threshold", "seed",
-    "of_baseline", "of_candidate", "effect", "low", "high", "pairs", "censored", "failed_baseline",
-    "failed_candidate", "first_images", "last_images",
+EFFECT_COLUMNS = [
+    "study", "features", "metric", "baseline", "candidate", "role", "quantity", "threshold", "unit", "seed",
+    "of_baseline", "of_candidate", "estimate", "low", "high", "shown", "p_value", "p_holm", "pairs", "censored",
+    "failed_baseline", "failed_candidate", "first_images", "last_images",
 ]  # fmt: skip
 
 
@@ -39,6 +55,7 @@ def compare(
     candidate: str,
     metric: str = "fd",
     thresholds: Iterable[float] | None = None,
+    margin: float | None = None,
 ) -> Comparison:
     """Compares two arms in one metric over training images.
 
@@ -46,19 +63,19 @@ def compare(
         >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 75.0), ("b", 2000, 50.0)]
         >>> curves = pd.DataFrame(rows, columns=["arm", "images", "value"])
         >>> print(compare(curves, baseline="a", candidate="b"))
-        No difference shown between b and a in FID: -11.6% (no interval) on average over 1,000 to 2,000 training images,
-        1 paired seed. Speed-up in images to FID 69.28: 1.23 (no interval). With one seed there is no interval, and
-        nothing can be concluded.
+        Undecided: FID -11.6% (no interval) on average. One pair of runs gives no interval, so nothing can be concluded.
 
     Args:
         curves: a row per run and checkpoint, with the columns `arm`, `images` (training images seen) and `value`.
-            Optional columns are `seed`, `metric`, `features`, `study`, `seconds`, `n` (generated images) and `reason`
+            Optional columns are `seed`, `metric`, `features`, `study`, `n` (generated images) and `reason`
             ("diverged ..." or "collapsed ..." where a run has no value for this reason).
         baseline: an arm.
         candidate: the arm that is compared with it.
         metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall` or `memorised`.
-        thresholds: values of the metric at which speed-ups are measured; by default three values between the
-            baseline's first and last trained checkpoint.
+        thresholds: values of the metric until which training images are compared; the middle one is the primary one.
+            By default it is the lowest value that all runs reach.
+        margin: largest change of the average that counts as the same: in percent for `fd` (default 2), a change of the
+            metric itself for the others (no default).
 
     Raises:
         StudyError: a column is missing or has invalid values, an arm or the metric is not in the table, the table has
@@ -74,34 +91,10 @@ def compare(
         if rows[column].nunique() > 1:
             choices = ", ".join(rows[column].unique())
             raise StudyError(f"curves: the column {column} has several values ({choices}): select the rows of one")
-    comparison = compare_pair(rows, baseline, candidate, thresholds, primary=True)
+    comparison = compare_pair(rows, baseline, candidate, thresholds, margin, role="primary")
     if comparison is None:
         raise StudyError(f"curves: no seed has values of {metric} of both {baseline} and {candidate}")
     return comparison
-
-
-def compare_study(metrics: pd.DataFrame, compare: Mapping[str, Any]) -> list[Comparison]:
-    """Compares every candidate of a study with its baseline, in every metric and with every feature extractor.
-
-    Args:
-        metrics: the long table of metrics (`convergence.tables`) of one study.
-        compare: `convergence.schema.Experiment.comparison`: `baseline`, `candidates`, `primary`, `thresholds` (of the
-            primary metric) and `features` (of the primary comparison).
-    """
-    comparisons = []
-    for (features, metric), rows in metrics.groupby(["features", "metric"], sort=False):
-        is_main = features == compare["features"] and metric == compare["primary"]["metric"]
-        for candidate in compare["candidates"]:
-            comparison = compare_pair(
-                rows,
-                compare["baseline"],
-                candidate,
-                compare["thresholds"] if is_main else None,
-                primary=is_main and candidate == compare["primary"]["candidate"],
-            )
-            if comparison is not None:
-                comparisons.append(comparison)
-    return comparisons
 
 
 def compare_pair(
@@ -109,168 +102,225 @@ def compare_pair(
     baseline: str,
     candidate: str,
     thresholds: Iterable[float] | None = None,
-    primary: bool = False,
+    margin: float | None = None,
+    role: Role = "secondary",
+    costs: Mapping[str, float] | None = None,
 ) -> Comparison | None:
     """Compares two arms in one metric; returns None if no seed has values of both.
 
-    If a run of a seed failed, the seed is left out of `average` and `final`, and counted; for times the run is one
+    If a run of a seed failed, the seed is left out of `average` and `final`, and counted; for images the run is one
     that never reaches a threshold. Values that are missing for another reason are left out one by one.
 
     Args:
         rows: the long table of one study, extractor and metric.
         baseline: an arm.
         candidate: another arm.
-        thresholds: values of the metric. By default those at 1/4, 1/2 and 3/4 of the progress, in level, from the
-            baseline's mean at the first trained checkpoint to its mean at the last, whatever the candidate does.
-        primary: whether this is the primary comparison of the study.
+        thresholds: values of the metric; the middle one is primary. By default the primary one is the lowest value that
+            every run reaches that did not fail, and the others are at 1/4, 1/2 and 3/4 of the progress, in level, from
+            the baseline's mean at the first trained checkpoint to its mean at the last.
+        margin: of equivalence, in the unit of the average; by default 2% for distances.
+        role: of the comparison in its study.
+        costs: training seconds per 1000 images of each arm, when it trains alone.
 
     Raises:
         StudyError: the arms share no range of training images.
     """
-    pairs = _pair_runs(rows, baseline, candidate)
+    pairs = pair_runs(rows, baseline, candidate)
     if pairs is None:
         return None
     if thresholds is None:
-        thresholds = _default_thresholds(pairs)
-    from_easy_to_hard = sorted(thresholds, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
-    axes: tuple[Quantity, Quantity] = ("images", "seconds")
-    times = [_time_effect(pairs, axis, threshold) for threshold in from_easy_to_hard for axis in axes]
-    return _comparison(pairs, rows, baseline, candidate, times, primary)
+        primary, others = _reached_by_all(pairs), progress_thresholds(pairs)
+    else:
+        others = sorted(set(thresholds), key=lambda value: -to_level(value, pairs.metric, pairs.scale))
+        primary = others[(len(others) - 1) // 2]
+    values = {*others} if math.isnan(primary) else {primary, *others}
+    from_easy_to_hard = sorted(values, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
+    times = [time_effect(pairs, threshold) for threshold in from_easy_to_hard]
+    if math.isnan(primary) and times:
+        primary = from_easy_to_hard[(len(times) - 1) // 2]
+    images = next((effect for effect in times if effect.threshold == primary), None)
+    if images and costs and {baseline, candidate} <= costs.keys():
+        times.append(_in_hours(images, costs[baseline], costs[candidate]))
+    if margin is None and pairs.scale == "ratio":
+        margin = DEFAULT_MARGIN
+    return _comparison(pairs, rows, times, primary, margin, role)
 
 
 def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> Comparison | None:
     """Compares as `compare_pair`, without times; returns None also if the arms share no range of training images."""
     try:
-        pairs = _pair_runs(rows, baseline, candidate)
+        pairs = pair_runs(rows, baseline, candidate)
     except InputError:  # a probe may lack any value
         pairs = None
-    return _comparison(pairs, rows, baseline, candidate, []) if pairs else None
+    return _comparison(pairs, rows, [], math.nan, None, "secondary") if pairs else None
 
 
-def speedup_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """Returns comparisons as the table `speedup.csv`: for each effect a row per seed, then one over all seeds.
+def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Returns comparisons as the table `effects.csv`: for each effect a row per seed, then one over all seeds.
 
-    The row over all seeds has no `seed`. `of_baseline` and `of_candidate` are the metric or the time, `effect` is the
-    estimate; `convergence.analysis.effects.Effect` describes the columns.
+    The row over all seeds has no `seed`. `of_baseline` and `of_candidate` are the metric, or the images or hours;
+    `convergence.analysis.effects.Effect` describes the other columns.
     """
     rows = [
         # Both have a baseline and a candidate: arms, and values.
-        vars(effect)
-        | vars(comparison)
-        | {"of_baseline": effect.baseline, "of_candidate": effect.candidate, "effect": effect.estimate}
+        vars(effect) | vars(comparison) | {"of_baseline": effect.baseline, "of_candidate": effect.candidate}
         for comparison in comparisons
         for total in comparison.effects
         for effect in (*total.per_seed, total)
     ]
-    return pd.DataFrame(rows, columns=SPEEDUP_COLUMNS).astype({"seed": "Int64"})
+    return pd.DataFrame(rows, columns=EFFECT_COLUMNS).astype({"seed": "Int64"})
 
 
-class _Pairs(NamedTuple):
-    """The runs of S seeds in two arms, over the training images that all of them cover."""
-
-    metric: str
-    scale: Scale
-    seeds: list[int]
-    runs: list[tuple[pd.DataFrame, pd.DataFrame]]
-    """Rows of the baseline and of the candidate for each seed, with the column `level`."""
-    images: np.ndarray
-    """[K] training images of the trained checkpoints of any run."""
-    levels: np.ndarray
-    """[S, 2, K], linear in images between the checkpoints of a run."""
-    failed: np.ndarray
-    """[S, 2] whether a run diverged or collapsed."""
-
-
-def _pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> _Pairs | None:
-    """Pairs the runs of one metric by seed; returns None if there is no pair.
-
-    Raises:
-        StudyError: the runs share no range of training images.
-    """
-    rows = rows[rows["arm"].isin([baseline, candidate]) & (rows["value"].notna() | failed(rows))]
-    metric = "".join(rows["metric"].unique())
-    scale: Scale = "plain" if metric in SHARES or (rows["value"] <= 0).any() else "log"
-    rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
-    runs = {key: run for key, run in rows.groupby(["arm", "seed"]) if (run["images"] > 0).any()}
-    seeds = sorted(seed for arm, seed in runs if arm == baseline and (candidate, seed) in runs)
-    if not seeds:
-        return None
-    pairs = [(runs[baseline, seed], runs[candidate, seed]) for seed in seeds]
-    checkpoints = [run["images"] for pair in pairs for run in pair]
-    first = max(images[images > 0].min() for images in checkpoints)
-    last = min(images.max() for images in checkpoints)
-    if first > last:
-        raise StudyError(
-            f"Study '{rows['study'].iloc[0]}': {baseline} and {candidate} share no range of training images, so they "
-            "cannot be compared: give them checkpoints over the same images."
-        )
-    pairs = [(base[base["images"] <= last], cand[cand["images"] <= last]) for base, cand in pairs]
-    grid = np.unique(np.concatenate([[first, last], *(images[images.between(first, last)] for images in checkpoints)]))
-    levels = np.array([[np.interp(grid, run["images"], run["level"]) for run in pair] for pair in pairs])
-    has_failed = np.array([[run["level"].isna().any() for run in pair] for pair in pairs])
-    return _Pairs(metric, scale, seeds, pairs, grid, levels, has_failed)
-
-
-def _default_thresholds(pairs: _Pairs) -> np.ndarray:
+def progress_thresholds(pairs: Pairs) -> list[float]:
     """Returns values between the baseline's first and last checkpoint; none if all runs of the baseline failed."""
     complete = ~pairs.failed[:, 0]
     if not complete.any():
-        return np.array([])
+        return []
     start, end = pairs.levels[complete, 0][:, [0, -1]].mean(axis=0)
-    return from_level(start + np.array(THRESHOLD_SHARES) * (end - start), pairs.metric, pairs.scale)
+    levels = start + np.array(THRESHOLD_SHARES) * (end - start)
+    return [float(value) for value in from_level(levels, pairs.metric, pairs.scale)]
+
+
+def _reached_by_all(pairs: Pairs) -> float:
+    """Returns the lowest level that every run reaches that did not fail, as a value of the metric; NaN without any.
+
+    It is rounded to the side that is easier to reach, so that the printed number is the one that was used.
+    """
+    ends = [
+        isotonic_fit(run["level"].to_numpy())[-1]
+        for pair, has_failed in zip(pairs.runs, pairs.failed, strict=True)
+        for run, run_failed in zip(pair, has_failed, strict=True)
+        if not run_failed
+    ]
+    if not ends:
+        return math.nan
+    value = float(from_level(np.array(max(ends)), pairs.metric, pairs.scale))
+    if value == 0:
+        return 0.0
+    digit = 10.0 ** (math.floor(math.log10(abs(value))) + 1 - THRESHOLD_DIGITS)
+    round_to = math.floor if pairs.metric in HIGHER_IS_BETTER else math.ceil
+    return float(f"{round_to(value / digit) * digit:.{THRESHOLD_DIGITS + 1}g}")
 
 
 def _comparison(
-    pairs: _Pairs, rows: pd.DataFrame, baseline: str, candidate: str, times: list[Effect], primary: bool = False
+    pairs: Pairs,
+    rows: pd.DataFrame,
+    times: list[Effect],
+    primary_threshold: float,
+    margin: float | None,
+    role: Role,
 ) -> Comparison:
-    means = mean_over_images(pairs.levels, pairs.images)  # [S, 2]
+    means = pairs.means
     average = _level_effect(pairs, "average", means)
     final = _level_effect(pairs, "final", pairs.levels[..., -1])
+    images = next((effect for effect in times if effect.threshold == primary_threshold), None)
+    differences = _known(means[:, 1] - means[:, 0])
+    _, low, high = t_interval(differences, confidence=0.9)  # two one-sided tests at 5%
+    average_90 = in_unit(float(low), float(high), average.unit, pairs.metric)
+    within_margin = margin is not None and -margin <= average_90[0] and average_90[1] <= margin
+    outcome = _outcome(pairs, average, final, images, within_margin)
     study, features, metric = (rows[name].iloc[0] for name in ("study", "features", "metric"))
     return Comparison(
         study=study,
         features=features,
         metric=metric,
-        baseline=baseline,
-        candidate=candidate,
-        primary=primary,
+        baseline=pairs.baseline,
+        candidate=pairs.candidate,
+        role=role,
         scale=pairs.scale,
         first_images=pairs.images[0].item(),
         last_images=pairs.images[-1].item(),
-        seeds=tuple(map(int, pairs.seeds)),
+        seeds=tuple(pairs.seeds),
         effects=(average, final, *times),
+        primary_threshold=primary_threshold,
+        margin=margin,
+        average_90=average_90,
+        within_margin=within_margin,
+        outcome=outcome,
+        cross_images=_last_crossing(pairs),
+        p_holm=math.nan,
         noise=noise_over_seeds(means),
-        outcome=decide(average.low, average.high, average.failed_baseline, average.failed_candidate),
+        notes=notes_on(pairs, average, images, is_conclusion=outcome not in ("undecided", "identical")),
     )
 
 
-def _level_effect(pairs: _Pairs, quantity: Quantity, levels: np.ndarray) -> Effect:
-    """Returns an advantage in level, from levels [S, 2] that are NaN for runs that failed."""
-    advantage = levels[:, 0] - levels[:, 1]
-    used = ~np.isnan(advantage)
+def _outcome(pairs: Pairs, average: Effect, final: Effect, images: Effect | None, within_margin: bool) -> Outcome:
+    if not pairs.failed.any() and np.ptp(pairs.levels, axis=1).max() < NO_DIFFERENCE:
+        return "identical"
+    same = within_margin and average.failed_baseline == average.failed_candidate
+    return decide(average.shown, final.shown, images.shown if images else "not shown", same)
+
+
+def _last_crossing(pairs: Pairs) -> float:
+    """Returns the training images where the mean difference in level last changes its sign; NaN if it never does."""
+    used = ~pairs.failed.any(axis=1)
+    difference = (pairs.levels[used, 1] - pairs.levels[used, 0]).mean(axis=0) if used.any() else np.zeros(1)
+    changes = np.flatnonzero(difference[:-1] * difference[1:] < 0)
+    if not len(changes):
+        return math.nan
+    left = changes[-1]
+    share = difference[left] / (difference[left] - difference[left + 1])
+    return float(np.exp(np.interp(share, (0, 1), np.log(pairs.images[[left, left + 1]]))))
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
+
+
+def _level_effect(pairs: Pairs, quantity: Quantity, levels: np.ndarray) -> Effect:
+    """Returns the effect on a level, from levels [S, 2] that are NaN for runs that failed."""
+    difference = levels[:, 1] - levels[:, 0]
+    used = ~np.isnan(difference)
     mean = levels[used].mean(axis=0) if used.any() else np.full(2, np.nan)
     values = from_level(np.vstack([levels, mean]), pairs.metric, pairs.scale)
-    return _effect(pairs, quantity, np.nan, values, (advantage, advantage), t_interval(advantage[used]))
+    unit: Unit = "percent" if pairs.scale == "ratio" else "difference"
+    known = difference[used]
+    p_value = math.nan
+    if len(known) > 1:
+        p_value = float(ttest_1samp(known, 0).pvalue) if np.ptp(known) else float(known[0] == 0)
+    bounds = (difference, difference)
+    return _effect(pairs, quantity, np.nan, unit, values, bounds, t_interval(known), p_value)
 
 
-def _time_effect(pairs: _Pairs, axis: Quantity, threshold: float) -> Effect:
-    """Returns the log speed-up at a threshold, which is a value of the metric."""
+def time_effect(pairs: Pairs, threshold: float) -> Effect:
+    """Returns the effect on the training images until a threshold, which is a value of the metric."""
     level = to_level(threshold, pairs.metric, pairs.scale)
-    times = np.array([[time_to_threshold(run["level"], run[axis], level) for run in pair] for pair in pairs.runs])
-    low, high = log_speedup(tuple(times[:, 0].T), tuple(times[:, 1].T))
+    times = np.array([[time_to_threshold(run["level"], run["images"], level) for run in pair] for pair in pairs.runs])
+    low, high = log_factor(tuple(times[:, 0].T), tuple(times[:, 1].T))
     seen = np.where(times[..., 0] == 0, np.nan, times[..., 1])  # [S, 2]
     mean = np.exp(np.log(seen).mean(axis=0))
     values = np.vstack([seen, np.where(np.isfinite(mean), mean, np.nan)])
-    return _effect(pairs, axis, float(threshold), values, (low, high), censored_interval(low, high))
+    return _effect(
+        pairs, "images", float(threshold), "factor", values, (low, high), censored_interval(low, high), math.nan
+    )
+
+
+def _in_hours(images: Effect, baseline: float, candidate: float) -> Effect:
+    """Returns the effect on reference hours, from that on images and the seconds per 1000 images of both arms."""
+    ratio = candidate / baseline
+    low, high = images.low * ratio, images.high * ratio
+    return replace(
+        images,
+        quantity="hours",
+        baseline=images.baseline * baseline / 3.6e6,
+        candidate=images.candidate * candidate / 3.6e6,
+        estimate=images.estimate * ratio,
+        low=low,
+        high=high,
+        shown="better" if high < 1 else "worse" if low > 1 else "not shown",
+        per_seed=tuple(_in_hours(seed, baseline, candidate) for seed in images.per_seed),
+    )
 
 
 def _effect(
-    pairs: _Pairs,
+    pairs: Pairs,
     quantity: Quantity,
     threshold: float,
+    unit: Unit,
     values: np.ndarray,
     bounds: tuple[np.ndarray, np.ndarray],
     interval: Interval,
+    p_value: float,
 ) -> Effect:
     """Returns an effect over all seeds with those of each seed.
 
@@ -278,9 +328,11 @@ def _effect(
         pairs: the runs.
         quantity: what is compared.
         threshold: a value of the metric, or NaN.
+        unit: of the printed effect.
         values: [S + 1, 2] of both arms, for each seed and over all seeds.
-        bounds: lower and upper bounds [S] of the advantages.
+        bounds: lower and upper bounds [S] of the differences in level.
         interval: the interval over all seeds.
+        p_value: over all seeds.
     """
     low, high = bounds
     used, censored = ~np.isnan(low), low < high
@@ -288,14 +340,15 @@ def _effect(
     def effect(
         values: np.ndarray, interval: Interval, used: int, censored: int, failed: np.ndarray, **of_seeds: Any
     ) -> Effect:
+        printed = interval_in_unit(interval, unit, pairs.metric)
         return Effect(
             quantity=quantity,
             threshold=threshold,
+            unit=unit,
             baseline=float(values[0]),
             candidate=float(values[1]),
-            estimate=float(interval.estimate),
-            low=float(interval.low),
-            high=float(interval.high),
+            **printed._asdict(),
+            shown=shown(float(interval.low), float(interval.high), *map(int, failed)),
             pairs=int(used),
             censored=int(censored),
             failed_baseline=int(failed[0]),
@@ -305,5 +358,7 @@ def _effect(
 
     intervals = map(Interval, np.where(censored, np.nan, low), low, high)
     columns = zip(values[:-1], intervals, used, censored, pairs.failed, pairs.seeds, strict=True)
-    per_seed = tuple(effect(*row, seed=int(seed)) for *row, seed in columns)
-    return effect(values[-1], interval, used.sum(), censored.sum(), pairs.failed.sum(axis=0), per_seed=per_seed)
+    per_seed = tuple(effect(*row, seed=seed, p_value=math.nan) for *row, seed in columns)
+    failures = pairs.failed.sum(axis=0)
+    totals = (values[-1], interval, int(used.sum()), int(censored.sum()), failures)
+    return effect(*totals, p_value=p_value, per_seed=per_seed)

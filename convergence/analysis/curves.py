@@ -38,7 +38,7 @@ def time_to_threshold(
 
     The bounds are equal if the crossing is between two checkpoints. Between trained checkpoints the level is linear in
     the log of the axis, as for a power law; between the untrained net and the first trained checkpoint it is linear in
-    the axis. (Linear interpolation throughout made speed-ups of power laws with ten checkpoints up to 4% too small.)
+    the axis. (Linear interpolation throughout made the ratios of power laws with ten checkpoints up to 4% too small.)
 
     - A curve whose fit ends above the threshold has not reached it: (end of the axis, inf).
     - A curve whose fit starts at or below the threshold reached it before its first trained checkpoint:
@@ -67,10 +67,10 @@ def time_to_threshold(
     return low, high
 
 
-def log_speedup(
+def log_factor(
     baseline: tuple[np.ndarray, np.ndarray], candidate: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bounds (low, high) of log(time of the baseline / time of the candidate).
+    """Returns bounds (low, high) of log(time of the candidate / time of the baseline); above 0 is slower.
 
     Args:
         baseline: bounds (low, high) of its times, each [...].
@@ -78,7 +78,7 @@ def log_speedup(
     """
     with np.errstate(divide="ignore"):
         base_low, base_high, cand_low, cand_high = np.log([*baseline, *candidate])
-    return base_low - cand_high, base_high - cand_low
+    return cand_low - base_high, cand_high - base_low
 
 
 def mean_over_images(level: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -92,12 +92,12 @@ def mean_over_images(level: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def to_level(values: Values, metric: str, scale: str) -> Values:
-    """Converts values of a metric to levels, for which lower is better. `scale` is "log" or "plain"."""
-    if scale == "log":
+    """Converts values of a metric to levels, for which lower is better. `scale` is "ratio" or "difference"."""
+    if scale == "ratio":
         return np.log(values)
     return -values if metric in HIGHER_IS_BETTER else values
 
 
 def from_level(levels: np.ndarray, metric: str, scale: str) -> np.ndarray:
     """Converts levels [...] back to values of the metric."""
-    return np.exp(levels) if scale == "log" else to_level(levels, metric, scale)
+    return np.exp(levels) if scale == "ratio" else to_level(levels, metric, scale)

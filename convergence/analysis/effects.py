@@ -1,7 +1,8 @@
-"""The effect of a candidate on one quantity: its data, its sign, and the decision that it supports.
+"""The effect of a candidate on one quantity, as data in the units that reports print.
 
-Every effect is an *advantage*: positive if the candidate is better than the baseline. For times and for metrics on the
-scale "log" it is a natural logarithm of a ratio; on the scale "plain" it is a difference of the metric.
+Statistics are computed on *differences in level*: candidate minus baseline, above 0 is worse. A level is the log of a
+distance, or of training images; for other metrics it is the metric, with a minus sign if more is better. An `Effect`
+has the same numbers in printed units.
 """
 
 from dataclasses import dataclass
@@ -10,38 +11,46 @@ from typing import Literal
 import numpy as np
 from pydantic import ConfigDict
 
+from convergence.analysis.intervals import Interval
 from convergence.tables import HIGHER_IS_BETTER
 
-Quantity = Literal["average", "final", "images", "seconds"]
-Scale = Literal["log", "plain"]
-Outcome = Literal["faster", "slower", "no difference shown"]
-NO_DIFFERENCE: Outcome = "no difference shown"
+Quantity = Literal["average", "final", "images", "hours"]
+Scale = Literal["ratio", "difference"]
+Unit = Literal["percent", "factor", "difference"]
+Shown = Literal["better", "worse", "not shown"]
 # JSON has no infinity and no NaN: they are written as the strings "Infinity", "-Infinity" and "NaN".
 JSON_CONFIG = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The advantage of a candidate in one quantity, over all seeds or of one seed.
+    """The effect of a candidate on one quantity, over all seeds or of one seed.
 
-    An unknown number is NaN; an unknown bound is infinite.
+    `estimate`, `low` and `high` have the unit `percent` (change of the metric, above 0 is worse), `factor` (images or
+    hours of the candidate divided by those of the baseline, above 1 is slower) or `difference` (change of the metric
+    itself). An unknown estimate is NaN; an unknown bound is infinite, or 0 for the lower bound of a factor.
     """
 
     __pydantic_config__ = JSON_CONFIG
 
     quantity: Quantity
     """`average`: the metric averaged over training images. `final`: the metric at the last common checkpoint.
-    `images`, `seconds`: the time until the metric reaches `threshold`."""
+    `images`: training images until the metric reaches `threshold`. `hours`: the same, multiplied by the arm's cost."""
     threshold: float
     """A value of the metric; NaN for `average` and `final`."""
+    unit: Unit
     baseline: float
-    """The metric, or the time in training images or seconds. A time is infinite if the run never reaches the threshold,
-    and NaN if it reached it before its first trained checkpoint."""
+    """The metric, or the training images or hours. Images are infinite if the run never reaches the threshold, and NaN
+    if it reached it before its first trained checkpoint."""
     candidate: float
     estimate: float
     low: float
     """Over all seeds: the ends of the 95% interval. Of one seed: the bounds of a censored pair."""
     high: float
+    shown: Shown
+    """Whether the interval excludes no effect. The arm with more failed runs is never better."""
+    p_value: float
+    """Of the paired t-test; NaN if it is unknown. For images and hours it is always NaN."""
     pairs: int
     """Pairs of runs that the effect uses."""
     censored: int
@@ -55,28 +64,30 @@ class Effect:
     """The effect of each seed, in the order of the comparison's seeds."""
 
 
-def decide(low: float, high: float, failed_baseline: int = 0, failed_candidate: int = 0) -> Outcome:
-    """Returns the outcome of a comparison from the 95% interval of its average advantage.
+def shown(low: float, high: float, failed_baseline: int = 0, failed_candidate: int = 0) -> Shown:
+    """Returns what the interval (low, high) of a difference in level shows about the candidate.
 
-    The outcome never favours the arm with more failed runs.
+    The arm with more failed runs cannot be better.
     """
-    if low > 0 and failed_candidate <= failed_baseline:
-        return "faster"
-    if high < 0 and failed_baseline <= failed_candidate:
-        return "slower"
-    return NO_DIFFERENCE
+    if high < 0 and failed_candidate <= failed_baseline:
+        return "better"
+    if low > 0 and failed_baseline <= failed_candidate:
+        return "worse"
+    return "not shown"
 
 
-def to_change(advantage: float, metric: str, scale: Scale) -> float:
-    """Returns the change of the metric that an advantage corresponds to, candidate against baseline.
+def in_unit(low: float, high: float, unit: Unit, metric: str) -> tuple[float, float]:
+    """Returns an interval (low, high) of a difference in level as the interval of the change in a printed unit."""
+    with np.errstate(over="ignore"):
+        if unit == "percent":
+            # A bound of -100% would look known.
+            return -np.inf if np.isneginf(low) else float(100 * np.expm1(low)), float(100 * np.expm1(high))
+        if unit == "factor":
+            return float(np.exp(low)), float(np.exp(high))
+    return (-high, -low) if metric in HIGHER_IS_BETTER else (low, high)
 
-    It is relative on the scale "log" (-0.1: 10% lower) and a difference on the scale "plain".
-    """
-    if scale == "log":
-        return float(np.expm1(-advantage))
-    return advantage if metric in HIGHER_IS_BETTER else -advantage
 
-
-def falls_with_advantage(metric: str, scale: Scale) -> bool:
-    """Returns whether a larger advantage is a smaller metric; its low end is then the high end of the change."""
-    return scale == "log" or metric not in HIGHER_IS_BETTER
+def interval_in_unit(interval: Interval, unit: Unit, metric: str) -> Interval:
+    """Returns the interval of a difference in level as that of the change in a printed unit."""
+    estimate, low, high = map(float, interval)
+    return Interval(in_unit(estimate, estimate, unit, metric)[0], *in_unit(low, high, unit, metric))

@@ -22,8 +22,8 @@ class Interval(NamedTuple):
     high: Any
 
 
-def t_interval(values: np.ndarray) -> Interval:
-    """Returns the mean over the last axis of values [..., S] and its 95% t-interval.
+def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+    """Returns the mean over the last axis of values [..., S] and its t-interval.
 
     One value has infinite bounds; no value has the estimate NaN.
     """
@@ -34,7 +34,7 @@ def t_interval(values: np.ndarray) -> Interval:
     mean = values.mean(axis=-1)
     half = np.full_like(mean, np.inf)
     if size > 1:
-        half = student_t.ppf(1 - TAIL, size - 1) * values.std(axis=-1, ddof=1) / np.sqrt(size)
+        half = student_t.ppf((1 + confidence) / 2, size - 1) * values.std(axis=-1, ddof=1) / np.sqrt(size)
     return Interval(mean, mean - half, mean + half)
 
 

@@ -4,18 +4,31 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from convergence.analysis.effects import Effect, Quantity
 from convergence.analysis.power import POWER, cautious_sd, detectable, seeds_needed
-from convergence.analysis.results import Comparison, ProbeEffect, StudyVerdict
-from convergence.analysis.wording import change_text, count_text, ratio_text, size_text, speedup_text
+from convergence.analysis.results import Comparison, ProbeEffect, Sensitivity, StudyVerdict
+from convergence.analysis.wording import (
+    count_text,
+    effect_text,
+    interval_text,
+    margin_text,
+    size_text,
+)
 from convergence.errors import StudyError
-from convergence.tables import ALL, markdown_code, markdown_table, markdown_text
+from convergence.tables import (
+    ALL,
+    HIGHER_IS_BETTER,
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    metric_name,
+)
 
 PLANNED_EFFECTS = (0.01, 0.02, 0.05)
+BOLD_FROM_PAIRS = 3
 LEGEND = """\
-Brackets contain 95% confidence intervals over seeds. Changes compare the candidate's metric with the baseline's: lower
-is better for FID, FD, KID and KD (KD is the KID estimator on features other than Inception's), higher is better for
-precision and recall. A speed-up above 1 means that the candidate reaches the threshold earlier."""
+Brackets contain 95% confidence intervals over seeds. A change of FID or FD is in percent of the baseline's: above 0 is
+worse. KID, KD (the KID estimator on features other than Inception's), precision and recall show the change of the
+metric itself. Images and hours are factors, the candidate's divided by the baseline's: above 1 is slower."""
 MECHANISM = """\
 Measured at every checkpoint, on images and noise that all arms share: the unweighted terms of the loss, and the
 gradient of each arm's own weighted loss with its noise scale tr(Sigma) / |g|^2, the batch size in images at which noise
@@ -23,23 +36,23 @@ and gradient are equally large. Losses are shown as changes of the candidate's a
 ratios, both averaged over training images like the metric. Intervals are not corrected for the number of bins."""
 METHOD = """\
 - Seeds are paired: seed k of the candidate with seed k of the baseline. Intervals are 95% t-intervals of the mean
-  difference over seeds, computed on logs for distances and times.
-- The primary endpoint is the mean over training images (trapezoidal rule, from the first trained checkpoint to the last
-  common one). One comparison, declared in the study, is primary. The others are secondary and not corrected for their
-  number.
+  difference over the planned seeds, computed on logs for FID, FD and images. Only the primary comparison decides, and
+  it is not adjusted. Secondary ones show the p-value of the average, adjusted for their number (Holm).
+- *Average* is the mean over training images (trapezoidal rule, from the first trained checkpoint to the last common
+  one), *at the end* is the last common checkpoint. *The same* means that two one-sided tests at 5% show a change of the
+  average within the margin, which is that the 90% interval is within it.
 - A run reaches a threshold where its metric, smoothed by isotonic regression so that it never gets worse, crosses it.
-  Between checkpoints the log of the metric is linear in the log of images. Unless the study declares thresholds, they
-  are at 1/4, 1/2 and 3/4 of the baseline's progress in level from its first trained checkpoint to its last, and do not
-  depend on the candidate.
-- A run that does not reach a threshold is censored, not dropped: it still bounds the speed-up of its pair. If some
-  pairs are unbounded on one side, that end of the interval comes from the sign test (no bound below six seeds). The
-  other end comes from the known pairs and the worst values that the unbounded pairs can have.
+  Between checkpoints the log of the metric is linear in the log of images. Unless the study declares thresholds, the
+  primary one is the lowest value that every run reaches; the others are at 1/4, 1/2 and 3/4 of the baseline's progress.
+- A run that does not reach a threshold is censored, not dropped: it still bounds the factor of its pair. If some pairs
+  are unbounded on one side, that end of the interval comes from the sign test (no bound below six seeds). The other end
+  comes from the known pairs and the worst values that the unbounded pairs can have.
 - A run diverged if its loss, a weight or a sample is not finite. It collapsed if, at its last checkpoint, its mse is
   above that of an untrained net or its samples are nearly equal. Such a run reaches no threshold, and its pair is left
-  out of averages. No verdict favours the arm with more of them.
-- Seconds are measured training time, without sampling and evaluation. They are only roughly comparable if jobs shared
-  cores or a GPU.
+  out of averages. The arm with more such runs is never better, and the arms are not the same then.
+- Hours are images multiplied by the cost of an arm, measured alone on the machine that trains.
 """
+DIRECTIONS = {True: "higher is better", False: "lower is better"}
 
 
 def to_markdown(verdict: StudyVerdict) -> str:
@@ -50,9 +63,10 @@ def to_markdown(verdict: StudyVerdict) -> str:
         parts.append("This study compares nothing: it has no section `compare`.")
     else:
         parts.append(f"**Question.** {markdown_text(verdict.question)}")
-        parts.append(f"**Answer.** {markdown_text(verdict.answer or '')}")
+        parts.append(f"**Answer.** {_answer(verdict)}")
+        parts += _plan(verdict)
     if verdict.comparisons:
-        parts += [LEGEND, *_comparisons(verdict.comparisons), *_mechanism(verdict)]
+        parts += [LEGEND, *_comparisons(verdict.comparisons), *_sensitivity(verdict), *_mechanism(verdict)]
     runs = [f"- {markdown_code(run.arm)} seed {run.seed}: {markdown_text(run.reason)}" for run in verdict.failed]
     parts += ["## Diverged and collapsed runs", "\n".join(runs) or "None."]
     if verdict.comparisons:
@@ -60,41 +74,69 @@ def to_markdown(verdict: StudyVerdict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _answer(verdict: StudyVerdict) -> str:
+    """The answer with its conclusion in bold, unless too few pairs support it."""
+    answer, primary = verdict.answer or "", verdict.primary
+    if primary is None or primary.average.pairs < BOLD_FROM_PAIRS:
+        return markdown_text(answer)
+    lead = primary.headline
+    return f"**{markdown_text(lead)}**{markdown_text(answer.removeprefix(lead))}"
+
+
+def _plan(verdict: StudyVerdict) -> list[str]:
+    """What was planned before the first result, and what was changed after it."""
+    plan = verdict.plan
+    if plan is None:
+        return []
+    thresholds = ", ".join(f"{value:g}" for value in plan.thresholds or ()) or "the lowest value that every run reaches"
+    seeds = "all" if plan.seeds is None else ", ".join(map(str, plan.seeds))
+    metric = markdown_text(metric_name(plan.features, plan.metric))
+    margin = "none" if plan.margin is None else margin_text(plan.margin, plan.scale)
+    last = "the last common checkpoint" if plan.last_step is None else f"step {plan.last_step:,}"
+    text = f"**Plan.** {metric}, {plan.endpoint}, until {last}; seeds {seeds}; margin {margin}; threshold {thresholds}."
+    if verdict.plan_changes:
+        text += "\n\n**Changed after results were seen.** The verdict judges by the plan."
+        text += "\n\n" + "\n".join(f"- {markdown_text(change)}" for change in verdict.plan_changes)
+    return [text]
+
+
 def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
-    ordered = sorted(comparisons, key=lambda comparison: not comparison.primary)
-    secondary = [comparison for comparison in ordered if not comparison.primary]
+    ordered = sorted(comparisons, key=lambda comparison: comparison.role != "primary")
+    planned = [comparison for comparison in ordered if comparison.role != "replication"]
     parts = [
         f"## Compared with {markdown_code(ordered[0].baseline)}",
-        "Speed-ups are those at the middle threshold.",
-        _overview(ordered),
-        "## Speed-up at each threshold",
-        _thresholds(ordered),
+        "Images are those to the primary threshold.",
+        _overview(planned),
+        "## Images to each threshold",
+        _thresholds(planned),
         "## Noise and power",
-        "Standard deviations over seeds of the average over images: of the runs of one arm, and of the paired "
-        "differences. The smallest detectable effect and the seeds that an effect needs are for "
-        f"{100 * POWER:.0f}% power. Brackets contain the seeds for a standard deviation at its 80% upper confidence "
-        "bound.",
-        _noise(ordered),
+        "Standard deviations over seeds of the average: of the runs of each arm, and of the paired differences. The "
+        f"smallest detectable effect and the seeds that an effect needs are for {100 * POWER:.0f}% power. Brackets "
+        "contain the seeds for a standard deviation at its 80% upper confidence bound.",
+        _noise(planned),
     ]
-    if secondary:
-        sentences = "\n".join(f"- {markdown_text(str(comparison))}" for comparison in secondary)
-        parts += ["## Secondary comparisons", "Not corrected for their number: treat them as hints.", sentences]
+    if replications := [comparison for comparison in ordered if comparison.role == "replication"]:
+        parts += [
+            "## Replication",
+            "Seeds that were not planned. They do not enter the verdict.",
+            "\n".join(f"- Seeds {', '.join(map(str, c.seeds))}: {markdown_text(str(c))}" for c in replications),
+        ]
     return parts
 
 
 def _overview(comparisons: Iterable[Comparison]) -> str:
-    axes: tuple[Quantity, Quantity] = ("images", "seconds")
     rows = [
         [
             *_names(comparison),
-            "**primary**" if comparison.primary else "secondary",
-            *(_change(comparison, comparison.effect(quantity)) for quantity in ("average", "final")),
-            *(speedup_text(comparison.effect(axis)) if comparison.thresholds else "–" for axis in axes),
-            comparison.outcome,
+            "**primary**" if comparison.role == "primary" else comparison.role,
+            *map(effect_text, (comparison.average, comparison.final)),
+            *("–" if effect is None else effect_text(effect) for effect in (comparison.images, comparison.hours)),
+            comparison.average.shown if comparison.role == "secondary" else comparison.outcome,
+            "–" if np.isnan(comparison.p_holm) else f"{comparison.p_holm:.2g}",
         ]
         for comparison in comparisons
     ]
-    head = ["candidate", "metric", "role", "average", "at the end", "speed-up, images", "speed-up, seconds", "verdict"]
+    head = ["candidate", "metric", "role", "average", "at the end", "images", "hours", "result", "p (Holm)"]
     return markdown_table(head, rows)
 
 
@@ -102,14 +144,14 @@ def _thresholds(comparisons: Iterable[Comparison]) -> str:
     rows = []
     for comparison in comparisons:
         for threshold in comparison.thresholds:
-            images, seconds = (comparison.effect(axis, threshold) for axis in ("images", "seconds"))
+            images = comparison.effect("images", threshold)
+            name = f"{threshold:.4g}" + (" (primary)" if threshold == comparison.primary_threshold else "")
             baseline = _time([effect.baseline for effect in images.per_seed], images.baseline)
             candidate = _time([effect.candidate for effect in images.per_seed], images.candidate)
-            speedups = [speedup_text(images), speedup_text(seconds)]
             censored = f"{images.censored} of {images.pairs}"
-            rows.append([*_names(comparison), f"{threshold:.4g}", baseline, candidate, *speedups, censored])
-    head = ["candidate", "metric", "threshold", "images, baseline", "images, candidate"]
-    return markdown_table([*head, "speed-up, images", "speed-up, seconds", "censored pairs"], rows)
+            rows.append([*_names(comparison), name, baseline, candidate, effect_text(images), censored])
+    head = ["candidate", "metric", "threshold", "images, baseline", "images, candidate", "factor", "censored pairs"]
+    return markdown_table(head, rows)
 
 
 def _time(times: list[float], mean: float) -> str:
@@ -125,17 +167,18 @@ def _noise(comparisons: Iterable[Comparison]) -> str:
     for comparison in comparisons:
         noise, pairs, scale = comparison.noise, comparison.average.pairs, comparison.scale
         if np.isnan(noise.paired):
-            rows.append([*_names(comparison), pairs, *["–"] * (3 + len(PLANNED_EFFECTS))])
+            rows.append([*_names(comparison), pairs, *["–"] * (4 + len(PLANNED_EFFECTS))])
             continue
-        sizes = [size_text(sd, scale) for sd in (noise.between, noise.paired, detectable(noise.paired, pairs))]
+        sizes = [size_text(sd, scale) for sd in (*noise.between, noise.paired, detectable(noise.paired, pairs))]
         cautious = cautious_sd(noise.paired, pairs)
         seeds = [
-            f"{_seeds(effect, noise.paired)} ({_seeds(effect, cautious)})" if scale == "log" else "–"
+            f"{_seeds(effect, noise.paired)} ({_seeds(effect, cautious)})" if scale == "ratio" else "–"
             for effect in PLANNED_EFFECTS
         ]
         rows.append([*_names(comparison), pairs, *sizes, *seeds])
-    head = ["candidate", "metric", "seeds", "sd of runs", "sd of paired differences", "smallest detectable effect"]
-    return markdown_table([*head, *(f"seeds for {100 * effect:.0f}%" for effect in PLANNED_EFFECTS)], rows)
+    head = ["candidate", "metric", "pairs", "sd, baseline", "sd, candidate", "sd of paired differences"]
+    effects = [f"seeds for {100 * effect:.0f}%" for effect in PLANNED_EFFECTS]
+    return markdown_table([*head, "smallest detectable effect", *effects], rows)
 
 
 def _seeds(effect: float, sd: float) -> str:
@@ -143,6 +186,40 @@ def _seeds(effect: float, sd: float) -> str:
         return str(seeds_needed(float(np.log1p(effect)), sd))
     except StudyError:
         return "too many"
+
+
+def _sensitivity(verdict: StudyVerdict) -> list[str]:
+    """The primary comparison by each endpoint and metric, and how many of them agree."""
+    rows, primary = verdict.sensitivity, verdict.primary
+    if not rows or primary is None:
+        return []
+    columns = list(dict.fromkeys((row.features, row.metric) for row in rows))
+    cells: dict[str, dict[tuple[str, str], Sensitivity]] = {}
+    for row in rows:
+        # The thresholds of different metrics differ, but are at the same fractions of the baseline's progress.
+        cells.setdefault(row.endpoint, {})[row.features, row.metric] = row
+    head = [
+        "endpoint",
+        *(f"{markdown_text(metric_name(*column))}, {DIRECTIONS[column[1] in HIGHER_IS_BETTER]}" for column in columns),
+    ]
+    table = [
+        [endpoint, *(_cell(of_columns[column]) if column in of_columns else "–" for column in columns)]
+        for endpoint, of_columns in cells.items()
+    ]
+    shown = [row.shown for row in rows]
+    counts = f"{shown.count('better')} show better, {shown.count('worse')} worse, {shown.count('not shown')} neither"
+    same = f"{shown.count(primary.average.shown)} of {len(rows)} agree with the primary endpoint"
+    return [
+        "## Sensitivity",
+        f"The primary comparison by other endpoints and metrics, not adjusted. Of {len(rows)}, {counts}: {same} "
+        f"({primary.average.shown}).",
+        markdown_table(head, table),
+    ]
+
+
+def _cell(row: Sensitivity) -> str:
+    text = interval_text(row.estimate, row.low, row.high, row.unit)
+    return text if row.shown == "not shown" else f"{text}, **{row.shown}**"
 
 
 def _mechanism(verdict: StudyVerdict) -> list[str]:
@@ -159,17 +236,17 @@ def _mechanism(verdict: StudyVerdict) -> list[str]:
             sentences.append("- Both have the same expected gradient; only its variance differs.")
         sentences += [f"- {_loss(probes, timesteps, term)}" for term in ("mse", "vb")]
         sentences.append(f"- {_gradient_noise(probes.get((ALL, 'noise_scale')))}")
-        cells = [[name, *(_cell(probes.get((name, metric))) for metric in ("mse", "vb", "noise_scale"))]
+        cells = [[name, *(_probe_cell(probes.get((name, metric))) for metric in ("mse", "vb", "noise_scale"))]
                  for name in [*timesteps, ALL]]  # fmt: skip
-        parts += ["\n".join(sentences), markdown_table(["timesteps", "mse", "vb", "noise scale, ratio"], cells)]
+        parts += ["\n".join(sentences), markdown_table(["timesteps", "mse", "vb", "noise scale"], cells)]
     return parts
 
 
 def _loss(probes: dict[tuple[str, str], ProbeEffect], timesteps: list[str], term: str) -> str:
     """In which bins of timesteps a term of the loss is lower or higher."""
     known = {name: probes[name, term].average for name in timesteps if (name, term) in probes}
-    lower = [name for name, average in known.items() if average.low > 0]
-    higher = [name for name, average in known.items() if average.high < 0]
+    lower = [name for name, average in known.items() if average.shown == "better"]
+    higher = [name for name, average in known.items() if average.shown == "worse"]
     texts = [f"{word} at t {', '.join(names)}" for word, names in (("lower", lower), ("higher", higher)) if names]
     if len(lower) + len(higher) < len(known):
         texts.append("no difference shown elsewhere" if texts else "no difference shown at any t")
@@ -184,21 +261,15 @@ def _gradient_noise(probe: ProbeEffect | None) -> str:
             "`probe.images`."
         )
     average = probe.average
-    text = "less noisy" if average.low > 0 else "noisier" if average.high < 0 else "no difference shown"
-    return f"Gradient noise: **{text}**, noise scale {ratio_text(average)} times that of the baseline."
+    text = {"better": "less noisy", "worse": "noisier", "not shown": "no difference shown"}[average.shown]
+    return f"Gradient noise: **{text}**, noise scale {effect_text(average)} of the baseline's."
 
 
-def _cell(probe: ProbeEffect | None) -> str:
+def _probe_cell(probe: ProbeEffect | None) -> str:
     if probe is None:
         return "–"
-    if probe.metric == "noise_scale":
-        return ratio_text(probe.average)
-    return change_text(probe.average, probe.metric, probe.scale)
+    return effect_text(probe.average)
 
 
 def _names(comparison: Comparison) -> list[str]:
     return [markdown_code(comparison.candidate), markdown_text(comparison.metric_name)]
-
-
-def _change(comparison: Comparison, effect: Effect) -> str:
-    return change_text(effect, comparison.metric, comparison.scale)

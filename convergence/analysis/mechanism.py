@@ -1,8 +1,7 @@
 """Comparison of the probes: loss per bin of timesteps, and gradient noise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
@@ -10,12 +9,13 @@ from convergence.analysis.comparison import compare_levels
 from convergence.analysis.results import ProbeEffect
 
 
-def probe_effects(probes: pd.DataFrame, compare: Mapping[str, Any]) -> list[ProbeEffect]:
-    """Returns the advantage of each candidate in each quantity of the probes of one study, over all seeds.
+def probe_effects(probes: pd.DataFrame, baseline: str, candidates: Iterable[str]) -> list[ProbeEffect]:
+    """Returns the effect of each candidate in each quantity of the probes of one study, over all seeds.
 
     Args:
         probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`), which may be empty.
-        compare: `baseline` and `candidates`.
+        baseline: an arm.
+        candidates: the arms that are compared with it.
     """
     tables = probes.rename(columns={"timesteps": "features"}).groupby(["features", "metric"], sort=False)
     return [
@@ -28,6 +28,6 @@ def probe_effects(probes: pd.DataFrame, compare: Mapping[str, Any]) -> list[Prob
             average=replace(comparison.average, per_seed=()),
         )
         for _, rows in tables
-        for candidate in compare["candidates"]
-        if (comparison := compare_levels(rows, compare["baseline"], candidate))
+        for candidate in candidates
+        if (comparison := compare_levels(rows, baseline, candidate))
     ]

@@ -3,12 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from convergence.analysis.comparison import compare_pair
+from convergence.analysis.comparison import NO_DIFFERENCE, compare_pair
 from convergence.analysis.power import POWER, cautious_sd, seeds_needed
 from convergence.analysis.wording import size_text
 from convergence.errors import StudyError
-
-NO_NOISE = 1e-12  # a smaller standard deviation is a rounding error
 
 
 def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) -> str:
@@ -31,12 +29,14 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
             "standard deviation needs at least two: train more seeds."
         )
     scale, sd = comparison.scale, comparison.noise.paired
-    if sd < NO_NOISE:
+    if comparison.outcome == "identical":
+        raise StudyError(f"{baseline} and {candidate} are identical in the pilot: every value of every seed is equal.")
+    if sd < NO_DIFFERENCE:
         raise StudyError(
             f"All pairs of {baseline} and {candidate} have the same difference, so the pilot shows no noise: use runs "
             "that were trained with different seeds."
         )
-    target = float(np.log1p(effect)) if scale == "log" else effect
+    target = float(np.log1p(effect)) if scale == "ratio" else effect
     seconds = metrics[metrics["arm"].isin([baseline, candidate])].groupby(["arm", "seed"])["seconds"].max()
     hours = seconds.groupby("arm").mean().sum() / 3600  # of one pair
     lines = [

@@ -16,7 +16,7 @@ MAX_SEEDS = 10_000
 
 
 def power(effect: float, sd: float, pairs: int) -> float:
-    """Returns the probability that a two-sided 5% paired t-test detects an advantage.
+    """Returns the probability that a two-sided 5% paired t-test detects a difference.
 
     The square of t has an F distribution with 1 and pairs - 1 degrees of freedom and noncentrality
     pairs (effect / sd)^2.
@@ -33,14 +33,14 @@ def power(effect: float, sd: float, pairs: int) -> float:
 
 
 def detectable(sd: float, pairs: int) -> float:
-    """Returns the smallest advantage that this number of pairs detects with 80% power; infinite for one pair."""
+    """Returns the smallest difference that this number of pairs detects with 80% power; infinite for one pair."""
     if pairs < 2:
         return np.inf
     return sd * brentq(lambda ratio: power(ratio, 1, pairs) - POWER, 1e-3, 1e3) if sd else 0.0
 
 
 def seeds_needed(effect: float, sd: float) -> int:
-    """Returns the smallest number of pairs, at least 2, that detects an advantage with 80% power.
+    """Returns the smallest number of pairs, at least 2, that detects a difference with 80% power.
 
     Raises:
         StudyError: more than 10,000 pairs are needed.
@@ -72,6 +72,6 @@ def noise_over_seeds(levels: np.ndarray) -> Noise:
     """
     known = levels[~np.isnan(levels).any(axis=1)]
     if len(known) < 2:
-        return Noise(np.nan, np.nan)
-    between = np.sqrt(known.var(axis=0, ddof=1).mean())
-    return Noise(float(between), float((known[:, 0] - known[:, 1]).std(ddof=1)))
+        return Noise((np.nan, np.nan), np.nan, np.nan)
+    baseline, candidate = map(float, known.std(axis=0, ddof=1))
+    return Noise((baseline, candidate), float((known[:, 1] - known[:, 0]).std(ddof=1)), np.nan)

@@ -2,30 +2,36 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from convergence.analysis.effects import JSON_CONFIG, NO_DIFFERENCE, Effect, Outcome, Quantity, Scale
-from convergence.analysis.wording import change_text, count_text, speedup_text
-from convergence.tables import metric_name
+from convergence.analysis.decision import Outcome
+from convergence.analysis.effects import JSON_CONFIG, Effect, Quantity, Scale, Shown, Unit
+from convergence.analysis.wording import effect_text, interval_text, margin_text
+from convergence.study_plan import StudyPlan
+from convergence.tables import HIGHER_IS_BETTER, metric_name
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
+
+Role = Literal["primary", "secondary", "replication"]
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations over seeds of the metric averaged over training images, on the scale of the comparison.
+    """Standard deviations over seeds of the metric averaged over training images, as differences in level.
 
     They are NaN with fewer than two pairs.
     """
 
     __pydantic_config__ = JSON_CONFIG
 
-    between: float
-    """Of the runs of one arm, pooled over both arms."""
+    between: tuple[float, float]
+    """Of the runs of the baseline and of the candidate."""
     paired: float
     """Of the paired differences."""
+    samples: float
+    """The part of `paired` that comes from the finite number of samples; NaN if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -42,100 +48,153 @@ class Comparison:
     metric: str
     baseline: str
     candidate: str
-    primary: bool
-    """Whether this is the comparison that the study was made for."""
+    role: Role
+    """`primary`: the comparison that the study was made for. `replication`: the same, of seeds added later."""
     scale: Scale
-    """"log": the metric is compared by ratios; "plain": by differences."""
+    """`ratio`: the metric is compared by ratios; `difference`: by differences."""
     first_images: int | float
     """Training images of the first common checkpoint."""
     last_images: int | float
     seeds: tuple[int, ...]
     effects: tuple[Effect, ...]
-    """`average`, `final`, then `images` and `seconds` at each threshold, from easy to hard."""
-    noise: Noise
+    """`average`, `final`, `images` at each threshold from easy to hard, and `hours` at the primary threshold."""
+    primary_threshold: float
+    """NaN: there is no threshold."""
+    margin: float | None
+    """Largest change of the average, in its unit, that counts as the same; None: equivalence is not tested."""
+    average_90: tuple[float, float]
+    """The 90% interval of the average: it is within the margin if two one-sided tests at 5% show equivalence."""
+    within_margin: bool
     outcome: Outcome
-    """Of the candidate, from the effect `average`."""
+    cross_images: float
+    """Training images where the mean curves cross last; NaN if they do not."""
+    p_holm: float
+    """The p-value of the average, adjusted for the number of secondary comparisons (Holm 1979, A simple sequentially
+    rejective multiple test procedure); NaN for the primary comparison, which is not adjusted."""
+    noise: Noise
+    notes: tuple[str, ...]
+    """Sentences about what the data do not allow to conclude."""
 
     @property
     def thresholds(self) -> list[float]:
-        """Values of the metric at which speed-ups are measured, from easy to hard."""
+        """Values of the metric at which images are compared, from easy to hard."""
         return [effect.threshold for effect in self.effects if effect.quantity == "images"]
 
     @property
-    def middle_threshold(self) -> float:
-        """The middle threshold, the easier of two; NaN if there is none."""
-        thresholds = self.thresholds
-        return thresholds[(len(thresholds) - 1) // 2] if thresholds else np.nan
+    def average(self) -> Effect:
+        """A, the primary endpoint: the effect on the metric averaged over training images."""
+        return self.effects[0]
 
     @property
-    def average(self) -> Effect:
-        """The primary endpoint: the advantage in the metric averaged over training images."""
-        return self.effect("average")
+    def final(self) -> Effect:
+        """E: the effect on the metric at the last common checkpoint."""
+        return self.effects[1]
+
+    @property
+    def images(self) -> Effect | None:
+        """S: the effect on the images until the primary threshold; None without a threshold."""
+        return self.effect("images", self.primary_threshold) if self.thresholds else None
+
+    @property
+    def hours(self) -> Effect | None:
+        """The same for reference hours; None if the cost of the arms is unknown."""
+        return next((effect for effect in self.effects if effect.quantity == "hours"), None)
 
     @property
     def metric_name(self) -> str:
         """What was measured, such as "FD (EfficientNet-Lite0)"."""
         return metric_name(self.features, self.metric)
 
-    def effect(self, quantity: Quantity, threshold: float | None = None) -> Effect:
-        """Returns the effect on a quantity over all seeds; times are those to the middle threshold by default.
+    @property
+    def short_name(self) -> str:
+        """The same without the features, such as "FD"."""
+        return self.metric_name.partition(" (")[0]
+
+    @property
+    def headline(self) -> str:
+        """The outcome in a few words."""
+        return self.sentence()[0]
+
+    def effect(self, quantity: Quantity, threshold: float) -> Effect:
+        """Returns the effect on images or hours until a threshold, over all seeds.
 
         Raises:
             KeyError: the comparison has no such effect.
         """
-        if quantity in ("images", "seconds") and threshold is None:
-            threshold = self.middle_threshold
         for effect in self.effects:
-            if effect.quantity == quantity and (threshold is None or effect.threshold == threshold):
+            if effect.quantity == quantity and effect.threshold == threshold:
                 return effect
         raise KeyError(f"no effect on {quantity} at the threshold {threshold}")
 
+    def sentence(self) -> tuple[str, str]:
+        """Returns the outcome in words, and the numbers that show it: "b is faster than a", "it needs ..."."""
+        baseline, candidate, metric = self.baseline, self.candidate, self.short_name
+        average, final, images = self.average, self.final, self.images
+        on_average = f"{metric} {effect_text(average, 'on average')}"
+        at_the_end = f"{metric} {effect_text(final, 'at the last checkpoint')}"
+        needs = ""
+        if images:
+            needs = f"needs {effect_text(images, 'times the images')} to reach {metric} {images.threshold:.4g}"
+        both = f"{candidate} and {baseline}"
+        margin = margin_text(self.margin, self.scale) if self.margin else ""
+        in_margin = f", within the margin of {margin}" if self.within_margin else ""
+        match self.outcome:
+            case "faster" | "slower":
+                return f"{candidate} is {self.outcome} than {baseline}", f"it {needs}; {on_average}{in_margin}"
+            case "better on average" | "worse on average":
+                change = "higher" if (average.shown == "better") == (self.metric in HIGHER_IS_BETTER) else "lower"
+                return (
+                    f"{candidate} has a {change} {metric} on average than {baseline}",
+                    f"{effect_text(average)}{in_margin}; a difference in images is not shown",
+                )
+            case "curves cross":
+                place = f" at about {self.cross_images:,.0f} images" if self.cross_images > 0 else ""
+                first, then = ("better", "worse") if average.shown == "better" else ("worse", "better")
+                last = at_the_end if final.shown == then else f"{candidate} {needs}"
+                order = f"{candidate} is {first} before and {then} after"
+                numbers = f"{order}; {on_average}{in_margin}; {last}; no single answer"
+                return f"The curves of {both} cross{place}", numbers
+            case "the same":
+                interval = interval_text(average.estimate, *self.average_90, average.unit, "on average")
+                return f"{both} are the same within {margin}", f"{metric} {interval.replace('(', '(90% interval: ')}"
+            case "the same on average" if final.shown != "not shown":
+                lead = f"{both} are the same within {margin} on average, not at the end"
+                return lead, f"{at_the_end}; no single answer"
+            case "the same on average":
+                return f"{both} are the same within {margin} on average", f"but {candidate} {needs}; no single answer"
+            case "identical":
+                return f"{both} are identical", "every value of every seed is equal"
+            case outcome:
+                listed = [on_average]
+                if outcome == "interim" or final.shown != "not shown":
+                    listed.append(at_the_end)
+                if images and (outcome == "interim" or images.shown != "not shown"):
+                    listed.append(f"{candidate} {needs}")
+                return outcome.capitalize(), "; ".join(listed)
+
     def __str__(self) -> str:
-        average, name = self.average, self.metric_name
-        if self.outcome == NO_DIFFERENCE:
-            text = f"No difference shown between {self.candidate} and {self.baseline} in {name}"
-        else:
-            text = f"{self.candidate} is {self.outcome} than {self.baseline} in {name}"
-        images = f"{self.first_images:,.0f} to {self.last_images:,.0f} training images"
-        if average.pairs:
-            change = change_text(average, self.metric, self.scale)
-            text += f": {change} on average over {images}, {count_text(average.pairs, 'paired seed')}."
-        else:
-            text += f": in every pair of runs over {images} at least one diverged or collapsed."
-        if self.thresholds:
-            effect = self.effect("images")
-            speedup = speedup_text(effect)
-            reason = f", because {_why_unknown(effect)}" if speedup == "unknown" else ""
-            text += f" Speed-up in images to {name} {self.middle_threshold:.4g}: {speedup}{reason}."
-        return text + self._cautions()
-
-    def _cautions(self) -> str:
-        """What the number of seeds and the failed runs do not allow to conclude."""
-        average, text = self.average, ""
-        if average.pairs == 1:
-            text += " With one seed there is no interval, and nothing can be concluded."
-        if average.pairs == 2:
-            text += " With two seeds the interval extends 12.7 standard errors to each side"
-            text += "." if self.outcome == NO_DIFFERENCE else ": confirm this result with more seeds."
-        for arm, count in ((self.baseline, average.failed_baseline), (self.candidate, average.failed_candidate)):
-            if count:
-                text += f" {count_text(count, 'run')} of {arm} diverged or collapsed."
-        return text
+        return " ".join([f"{': '.join(self.sentence())}.", *self.notes])
 
 
-def _why_unknown(effect: Effect) -> str:
-    """Why the pairs of runs give no speed-up at a threshold."""
-    times = np.array([(seed.baseline, seed.candidate) for seed in effect.per_seed])
-    if np.isnan(times).all():
-        return "all runs reach it before their first checkpoint"
-    if np.isposinf(times).all():
-        return "no run reaches it"
-    return "too few runs cross it between their checkpoints"
+@dataclass(frozen=True)
+class Sensitivity:
+    """The effect of the primary candidate by another endpoint or metric."""
+
+    __pydantic_config__ = JSON_CONFIG
+
+    endpoint: str
+    features: str
+    metric: str
+    unit: Unit
+    estimate: float
+    low: float
+    high: float
+    shown: Shown
 
 
 @dataclass(frozen=True)
 class ProbeEffect:
-    """The advantage of a candidate in one quantity that the probes measure, averaged over training images."""
+    """The effect of a candidate on one quantity that the probes measure, averaged over training images."""
 
     __pydantic_config__ = JSON_CONFIG
 
@@ -172,13 +231,23 @@ class StudyVerdict:
     """The answer in plain text, without markup; None if there is no question."""
     outcome: Outcome | None = None
     """Of the primary comparison; None if it has no value in both arms."""
+    plan: StudyPlan | None = None
+    """What the verdict judges by, as it was recorded before the first result."""
+    plan_changes: tuple[str, ...] = ()
+    """What the study file changed after that."""
     comparisons: tuple[Comparison, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
     mechanism: tuple[ProbeEffect, ...] = ()
     matched: tuple[str, ...] = ()
     """Candidates with the same expected gradient as the baseline."""
     failed: tuple[FailedRun, ...] = ()
     warnings: tuple[str, ...] = ()
     """Sentences that restrict the verdict, such as that the code has changed since training."""
+
+    @property
+    def primary(self) -> Comparison | None:
+        """The primary comparison."""
+        return next((comparison for comparison in self.comparisons if comparison.role == "primary"), None)
 
 
 _ADAPTER = TypeAdapter(StudyVerdict)

@@ -1,27 +1,33 @@
 """The verdict on a study: question, answer and numbers, as data and as files."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from convergence.analysis.comparison import SPEEDUP_COLUMNS, compare_study, speedup_table
+from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pair, effects_table
 from convergence.analysis.markdown import to_markdown
 from convergence.analysis.mechanism import probe_effects
 from convergence.analysis.power import POWER, detectable
-from convergence.analysis.results import Comparison, FailedRun, StudyVerdict, read_verdict, save_verdict
-from convergence.analysis.wording import count_text, size_text
+from convergence.analysis.results import Comparison, FailedRun, Role, StudyVerdict, read_verdict, save_verdict
+from convergence.analysis.sensitivity import sensitivity
+from convergence.analysis.wording import count_text, effect_text, size_text
 from convergence.failures import failed
-from convergence.tables import write_table
+from convergence.study_plan import StudyPlan
+from convergence.tables import metric_name, write_table
 from diffusion.files import atomic_write
 
 __all__ = ["StudyVerdict", "judge", "read_verdict", "to_markdown", "write_verdict"]
 
+# Estimates without the bias of the Frechet distance, which falls with the number of samples; the best one first.
+UNBIASED = ("kid", "fd_infinity")
+
 
 def write_verdict(verdict: StudyVerdict, directory: Path) -> None:
-    """Writes verdict.json, verdict.md and speedup.csv of one study into an existing directory."""
-    write_table(speedup_table(verdict.comparisons), directory / "speedup.csv", SPEEDUP_COLUMNS)
+    """Writes verdict.json, verdict.md and effects.csv of one study into an existing directory."""
+    write_table(effects_table(verdict.comparisons), directory / "effects.csv", EFFECT_COLUMNS)
     save_verdict(verdict, directory / "verdict.json")
     with atomic_write(directory / "verdict.md") as file:
         file.write(to_markdown(verdict).encode())
@@ -31,7 +37,10 @@ def judge(
     metrics: pd.DataFrame,
     probes: pd.DataFrame,
     study: str,
-    compare: Mapping[str, Any] | None,
+    plan: StudyPlan | None,
+    plan_changes: Sequence[str] = (),
+    costs: Mapping[str, float] | None = None,
+    matched: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> StudyVerdict:
     """Returns the verdict on one study.
@@ -40,42 +49,135 @@ def judge(
         metrics: the long table of metrics (`convergence.tables`); rows of other studies are ignored.
         probes: the long table of probes, which may be empty.
         study: the name of the study.
-        compare: `convergence.schema.Experiment.comparison`; None if the study compares nothing.
+        plan: what the verdict judges by; None if the study compares nothing.
+        plan_changes: sentences about what the study file changed after the plan was recorded.
+        costs: training seconds per 1000 images of each arm, when it trains alone; None if they are unknown.
+        matched: candidates with the same expected gradient as the baseline.
         warnings: sentences that restrict the verdict.
     """
     metrics = metrics[metrics["study"] == study]
     runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     failed_runs = tuple(FailedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
-    if compare is None:
+    if plan is None:
         return StudyVerdict(study, failed=failed_runs, warnings=tuple(warnings))
-    comparisons = compare_study(metrics, compare)
-    primary = next((comparison for comparison in comparisons if comparison.primary), None)
-    candidate = compare["primary"]["candidate"]
+    comparisons = compare_study(metrics, plan, costs)
+    primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
+    planned = _planned(metrics, plan)
     return StudyVerdict(
         study,
-        question=f"Does {candidate} converge in fewer training images than {compare['baseline']}?",
-        answer=f"{primary} {_detectable(primary)}".rstrip() if primary else _no_answer(comparisons),
+        question=f"Does {plan.candidate} converge in fewer training images than {plan.baseline}, "
+        f"by {metric_name(plan.features, plan.metric)}?",
+        answer=_answer(primary, comparisons),
         outcome=primary.outcome if primary else None,
+        plan=plan,
+        plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
-        mechanism=tuple(probe_effects(probes[probes["study"] == study], compare)),
-        matched=tuple(compare["matched"]),
+        sensitivity=sensitivity(planned, plan),
+        mechanism=tuple(probe_effects(probes[probes["study"] == study], plan.baseline, plan.candidates)),
+        matched=tuple(matched),
         failed=failed_runs,
         warnings=tuple(warnings),
     )
 
 
-def _no_answer(comparisons: Sequence[Comparison]) -> str:
-    if comparisons:
-        return "No answer: no seed has a value of the primary metric in both arms."
-    return "No answer: no seed has a value in both arms."
+def compare_study(metrics: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, float] | None = None) -> list[Comparison]:
+    """Compares every candidate of a study with its baseline, in every metric and with every feature extractor.
+
+    The planned seeds are compared up to the last planned checkpoint. If there are other seeds, the primary comparison
+    of those is the last one of the list, with the role "replication".
+
+    Args:
+        metrics: the long table of metrics (`convergence.tables`) of one study.
+        plan: what is compared.
+        costs: training seconds per 1000 images of each arm, when it trains alone; None if they are unknown.
+    """
+    planned = _planned(metrics, plan)
+    comparisons = []
+    for (features, metric), rows in planned.groupby(["features", "metric"], sort=False):
+        is_main = features == plan.features and metric == plan.metric
+        for candidate in plan.candidates:
+            is_primary = is_main and candidate == plan.candidate
+            thresholds, margin = (plan.thresholds, plan.margin) if is_main else (None, None)
+            role: Role = "primary" if is_primary else "secondary"
+            comparisons.append(compare_pair(rows, plan.baseline, candidate, thresholds, margin, role, costs))
+    known = adjust([comparison for comparison in comparisons if comparison])
+    if missing := missing_runs(metrics, plan):
+        known = [as_interim(c, missing) if c.role == "primary" else c for c in known]
+    later = metrics[~metrics["seed"].isin(planned["seed"])]
+    later = later[(later["features"] == plan.features) & (later["metric"] == plan.metric)]
+    replication = compare_pair(later, plan.baseline, plan.candidate, plan.thresholds, plan.margin, "replication", costs)
+    return [*known, replication] if replication else known
 
 
-def _detectable(comparison: Comparison) -> str:
-    """What this number of seeds can detect; "" below three pairs, from which the spread is hardly known."""
+def _planned(metrics: pd.DataFrame, plan: StudyPlan) -> pd.DataFrame:
+    """Returns the rows of the planned seeds up to the last planned checkpoint."""
+    seeds = metrics["seed"] if plan.seeds is None else plan.seeds
+    rows = metrics[metrics["seed"].isin(seeds)]
+    return rows if plan.last_step is None else rows[rows["step"] <= plan.last_step]
+
+
+def missing_runs(metrics: pd.DataFrame, plan: StudyPlan) -> list[tuple[str, int]]:
+    """Returns (arm, seed) of the planned runs of the primary comparison whose last checkpoint is not evaluated yet."""
+    if plan.seeds is None or plan.last_step is None:
+        return []
+    last = metrics[metrics["step"] == plan.last_step]
+    evaluated = set(zip(last["arm"], last["seed"], strict=True))
+    planned = [(arm, seed) for seed in plan.seeds for arm in (plan.baseline, plan.candidate)]
+    return [run for run in planned if run not in evaluated]
+
+
+def as_interim(comparison: Comparison, missing: Sequence[tuple[str, int]]) -> Comparison:
+    """Returns a comparison that concludes nothing, since planned runs are missing."""
+    runs = ", ".join(f"{arm} seed {seed}" for arm, seed in missing)
+    note = f"Planned runs are not evaluated yet ({runs}), so nothing is concluded."
+    return replace(comparison, outcome="interim", notes=(note, *comparison.notes))
+
+
+def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Returns comparisons with the p-values of the secondary ones adjusted by the method of Holm (1979)."""
+    secondary = [c for c in comparisons if c.role == "secondary" and not math.isnan(c.average.p_value)]
+    ordered = sorted(secondary, key=lambda comparison: comparison.average.p_value)
+    adjusted, largest = {}, 0.0
+    for place, comparison in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - place) * comparison.average.p_value))
+        adjusted[id(comparison)] = largest
+    return [replace(c, p_holm=adjusted.get(id(c), math.nan)) for c in comparisons]
+
+
+def _answer(primary: Comparison | None, comparisons: Sequence[Comparison]) -> str:
+    if primary is None:
+        where = "of the primary metric " if comparisons else ""
+        return f"No answer: no seed has a value {where}in both arms."
+    return " ".join([str(primary), *_bias(primary, comparisons), *_detectable(primary)])
+
+
+def _bias(primary: Comparison, comparisons: Sequence[Comparison]) -> list[str]:
+    """Whether an unbiased metric agrees with the Frechet distance."""
+    if primary.metric != "fd":
+        return []
+    arms = (primary.features, primary.baseline, primary.candidate)
+    others = {c.metric: c for c in comparisons if (c.features, c.baseline, c.candidate) == arms}
+    unbiased = next((others[metric] for metric in UNBIASED if metric in others), None)
+    name = primary.short_name
+    if unbiased is None:
+        return [f"{name} of a finite number of samples is biased upwards, so the true change may be larger."]
+    ours, theirs = primary.average, unbiased.average
+    if ours.shown == theirs.shown:
+        agrees = "it agrees"
+    elif (ours.estimate > 0) == (theirs.estimate > 0):
+        agrees = "it has the same sign, but does not show the same"
+    else:
+        agrees = "it does not agree"
+    change = f"the unbiased {unbiased.short_name} changes by {effect_text(theirs)}"
+    return [f"{name} is biased upwards, which makes its changes too small; {change}: {agrees}."]
+
+
+def _detectable(comparison: Comparison) -> list[str]:
+    """What this number of seeds can detect; nothing below three pairs, from which the spread is hardly known."""
     pairs = comparison.average.pairs
-    if pairs < 3:
-        return ""
+    if pairs < 3 or comparison.outcome not in ("undecided", "interim"):
+        return []
     smallest = size_text(detectable(comparison.noise.paired, pairs), comparison.scale)
-    return (
+    return [
         f"At this noise, {count_text(pairs, 'seed')} detect a difference of {smallest} with {100 * POWER:.0f}% power."
-    )
+    ]

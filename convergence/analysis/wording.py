@@ -1,35 +1,54 @@
-"""Effects in words: changes, ratios and speed-ups with their intervals."""
+"""Effects in words: changes, factors and the sentence of the verdict."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-from convergence.analysis.effects import Effect, Scale, falls_with_advantage, to_change
+from convergence.analysis.effects import Effect, Scale, Unit
+
+UNKNOWN = "unknown"
 
 
-def change_text(effect: Effect, metric: str, scale: Scale) -> str:
-    """Returns the change of the metric with its interval: "+4.4% (-0.5% to +9.5%)", a difference on the plain scale."""
+def effect_text(effect: Effect, context: str = "") -> str:
+    """Returns an effect with its interval: "-6.0% (-7.1 to -4.9)", "0.70 (0.61 to 0.80)" or "+0.012 (...)".
 
-    def text(advantage: float) -> str:
-        change = to_change(advantage, metric, scale)
-        return f"{100 * change:+.1f}%" if scale == "log" else f"{change:+.3g}"
-
-    return _with_interval(effect, text, falls_with_advantage(metric, scale))
-
-
-def ratio_text(effect: Effect) -> str:
-    """Returns the candidate's value divided by the baseline's, with its interval. The effect is a logarithm."""
-    return _with_interval(effect, lambda advantage: f"{np.exp(-advantage):.3g}", mirrored=True)
+    Args:
+        effect: the effect.
+        context: words between the estimate and its interval, such as "on average".
+    """
+    return interval_text(effect.estimate, effect.low, effect.high, effect.unit, context)
 
 
-def speedup_text(effect: Effect) -> str:
-    """Returns the baseline's time divided by the candidate's, with its interval."""
-    return _with_interval(effect, lambda advantage: f"{np.exp(advantage):.2f}", mirrored=False)
+def interval_text(estimate: float, low: float, high: float, unit: Unit, context: str = "") -> str:
+    """Returns an estimate with its interval in a printed unit; `UNKNOWN` if nothing is known."""
+    text = NUMBERS[unit]
+    no_low, no_high = np.isneginf(low) or (unit == "factor" and low == 0), np.isposinf(high)
+    if no_low and no_high:
+        interval = "no interval"
+    elif no_high:
+        interval = f"{text(low)} or more"
+    elif no_low:
+        interval = f"{text(high)} or less"
+    else:
+        interval = f"{text(low)} to {text(high)}"
+    if np.isnan(estimate):
+        return " ".join([UNKNOWN if no_low and no_high else interval, context]).rstrip()
+    return " ".join(filter(None, [number_text(estimate, unit), context, f"({interval})"]))
+
+
+def number_text(value: float, unit: Unit) -> str:
+    """Returns one number in a printed unit: "-6.0%", "0.70" or "+0.012"."""
+    return NUMBERS[unit](value) + ("%" if unit == "percent" else "")
+
+
+def margin_text(margin: float, scale: Scale) -> str:
+    """Returns a margin of equivalence, such as "2%"."""
+    return f"{margin:g}%" if scale == "ratio" else f"{margin:g}"
 
 
 def size_text(value: float, scale: Scale) -> str:
-    """Returns the size of an effect or of a standard deviation, without sign."""
-    return f"{100 * np.expm1(value):.2g}%" if scale == "log" else f"{value:.2g}"
+    """Returns the size of a difference in level or of its standard deviation, without sign."""
+    return f"{100 * np.expm1(value):.2g}%" if scale == "ratio" else f"{value:.2g}"
 
 
 def count_text(number: int, noun: str) -> str:
@@ -37,16 +56,13 @@ def count_text(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _with_interval(effect: Effect, text: Callable[[float], str], mirrored: bool) -> str:
-    low, high = (effect.high, effect.low) if mirrored else (effect.low, effect.high)
-    if np.isinf([low, high]).all():
-        interval = "no interval"
-        if np.isnan(effect.estimate):
-            return "unknown"
-    elif np.isinf(high):
-        interval = f"{text(low)} or more"
-    elif np.isinf(low):
-        interval = f"{text(high)} or less"
-    else:
-        interval = f"{text(low)} to {text(high)}"
-    return interval if np.isnan(effect.estimate) else f"{text(effect.estimate)} ({interval})"
+def _signed(digits: str) -> Callable[[float], str]:
+    # Adding 0 turns -0.0 into 0.0: a number that rounds to zero has no sign of its own.
+    return lambda value: format(float(format(value, digits)) + 0.0, f"+{digits}")
+
+
+NUMBERS: dict[Unit, Callable[[float], str]] = {
+    "percent": _signed(".1f"),
+    "difference": _signed(".3g"),
+    "factor": lambda value: f"{value:.2f}",
+}

@@ -213,9 +213,10 @@ def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -
 
 
 def _mark_crossings(ax: Axes, comparisons: Sequence[Comparison], styles: Mapping[str, Style]) -> list[str]:
-    """Marks the middle threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
+    """Marks the primary threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
     for comparison in comparisons:
-        threshold, runs = comparison.middle_threshold, comparison.effect("images").per_seed
+        threshold = comparison.primary_threshold
+        runs = comparison.effect("images", threshold).per_seed
         for arm, times in (
             (comparison.baseline, [run.baseline for run in runs]),
             (comparison.candidate, [run.candidate for run in runs]),
@@ -223,7 +224,7 @@ def _mark_crossings(ax: Axes, comparisons: Sequence[Comparison], styles: Mapping
             reached = [time for time in times if np.isfinite(time)]
             ax.plot(reached, [threshold] * len(reached), "|", markersize=13, color=styles[arm]["color"], zorder=5)
         ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
-    thresholds = ", ".join(dict.fromkeys(f"{comparison.middle_threshold:.4g}" for comparison in comparisons))
+    thresholds = ", ".join(dict.fromkeys(f"{comparison.primary_threshold:.4g}" for comparison in comparisons))
     return [f"Dotted: threshold {thresholds}. Ticks: smoothed runs reach it."] if comparisons else []
 
 

@@ -60,7 +60,7 @@ def _draw(comparisons: Sequence[Comparison]) -> Figure:
         for panel, ax in enumerate(axes):
             rows = [effect for effect in effects if PANELS[effect.quantity] == panel]
             for row, effect in enumerate(rows):
-                colour = PRIMARY if comparison.primary and effect.quantity == "average" else SECONDARY
+                colour = PRIMARY if comparison.role == "primary" and effect.quantity == "average" else SECONDARY
                 _draw_effect(ax, top - row, effect, limits[panel], colour)
                 labels[panel][top - row] = LABELS.get(effect.quantity, f"{effect.quantity} to {effect.threshold:.4g}")
                 lowest = min(lowest, top - row)
@@ -145,6 +145,6 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
 
 
 def _title(comparison: Comparison) -> str:
-    role = "primary" if comparison.primary else "secondary"
+    role = "primary" if comparison.role == "primary" else "secondary"
     arms = f"{comparison.candidate} against {comparison.baseline}"
     return f"{comparison.study}: {arms}, {comparison.metric_name} ({role}): {comparison.outcome}"

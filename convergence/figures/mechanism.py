@@ -54,7 +54,7 @@ def _draw(probes: pd.DataFrame, compare: Mapping[str, Any]) -> Figure:
     styles = {arm: line_style(index) for index, arm in enumerate(probes["arm"].unique())}
     binned = probes[probes["timesteps"] != ALL]
     bins = {name: place for place, name in enumerate(binned["timesteps"].unique())}
-    changes = probe_effects(binned, compare)
+    changes = probe_effects(binned, compare["baseline"], compare["candidates"])
     subset = "held-out" if probes["held_out"].all() else "training"
     figure = Figure((WIDTH_INCHES, HEIGHT_INCHES), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     title = f"{probes['study'].iloc[0]}: probes on {probes['n'].max():,} {subset} images"

@@ -1,13 +1,12 @@
 # Loads the selected studies, and finds the settings of a job from its wildcards.
 
-import json
 import sys
 from pathlib import Path
 
 # The packages that this file and the scripts import are next to the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
-from convergence import layout, resources, snakefile, start_checks, start_warnings, terminal
+from convergence import layout, resources, snakefile, start_checks, start_warnings, study_plan, terminal
 from convergence.errors import SAME_COMMAND, exit_on_user_error
 from convergence.provenance import trained_on
 from convergence.schema import Evaluate
@@ -57,6 +56,8 @@ onstart:
     if workflow.executor_plugin.name == "slurm":
         snakefile.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
     snakefile.save_study_files(EXPERIMENTS)
+    for experiment in EXPERIMENTS.values():
+        study_plan.freeze_plan(experiment)
     process.start_tracking(TRACKED)
 
 
@@ -194,9 +195,9 @@ def run_settings(study):
     return [(arm, EXPERIMENTS[study].run(arm).canonical()) for arm in EXPERIMENTS[study].arms]
 
 
-def comparison_settings(experiment):
-    """The arms and thresholds of the verdict as JSON; null if the study compares nothing."""
-    return json.dumps(experiment.comparison if experiment.compare else None, sort_keys=True)
+def plan_text(plan):
+    """A plan as JSON; an empty text if the study compares nothing."""
+    return plan.canonical() if plan else ""
 
 
 def evaluated_metrics(experiment):

@@ -34,9 +34,9 @@ rule verdict:
         ),
         verdict=layout.REPORT / "verdict.json",
         markdown=layout.REPORT / "verdict.md",
-        speedups=report(
-            layout.REPORT / "speedup.csv",
-            caption="../report/speedup.rst",
+        effects=report(
+            layout.REPORT / "effects.csv",
+            caption="../report/effects.rst",
             category="1. Verdict",
             labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
@@ -46,7 +46,9 @@ rule verdict:
         "../../environment.yml"
     params:
         arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
-        compare=lambda wildcards: comparison_settings(EXPERIMENTS[wildcards.study]),
+        plan=lambda wildcards: plan_text(study_plan.frozen_plan(EXPERIMENTS[wildcards.study])),
+        current=lambda wildcards: plan_text(study_plan.current_plan(EXPERIMENTS[wildcards.study])),
+        matched=lambda wildcards: EXPERIMENTS[wildcards.study].comparison["matched"],
         trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
         runs=lambda wildcards: run_settings(wildcards.study),
         rows=lambda wildcards: evaluated_metrics(EXPERIMENTS[wildcards.study]),

@@ -1,6 +1,5 @@
-"""Compare the arms of one study: metrics.csv, mechanism.csv, verdict.json, verdict.md and speedup.csv."""
+"""Compare the arms of one study: metrics.csv, mechanism.csv, verdict.json, verdict.md, effects.csv and plan.json."""
 
-import json
 from pathlib import Path
 
 from convergence.jobs import job  # isort: split
@@ -10,6 +9,7 @@ import pandas as pd
 from convergence.analysis.verdict import judge, write_verdict
 from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
+from convergence.study_plan import StudyPlan, plan_changes
 from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows
@@ -31,4 +31,7 @@ with job(snakemake):
     warnings = [*stale_runs(study, newest), *changed_tables(study, newest, runs), *params.few_images]
     # From the tables as they are written, so that everybody can compute the verdict again.
     metrics, probes = read_table(output.metrics), read_table(output.mechanism, PROBE_COLUMNS)
-    write_verdict(judge(metrics, probes, study, json.loads(params.compare), warnings), Path(output.verdict).parent)
+    plan, current = (StudyPlan.model_validate_json(text) if text else None for text in (params.plan, params.current))
+    changes = plan_changes(plan, current) if plan and current else ()
+    verdict = judge(metrics, probes, study, plan, changes, matched=params.matched, warnings=warnings)
+    write_verdict(verdict, Path(output.verdict).parent)

@@ -1,0 +1,136 @@
+"""Sentences about what the runs of a comparison do not allow to conclude."""
+
+import math
+
+import numpy as np
+from scipy.stats import binomtest, skew
+from scipy.stats import t as student_t
+
+from convergence.analysis.effects import Effect, Unit, in_unit, interval_in_unit
+from convergence.analysis.intervals import t_interval
+from convergence.analysis.pairs import Pairs
+from convergence.analysis.wording import count_text, interval_text, number_text
+
+ERROR_RATE = 0.05  # of the tests for outliers and skew in normal samples
+MIN_SKEW_PAIRS = 5
+STILL_FALLING = 0.1  # decrease of the baseline over the last doubling of images that the verdict mentions
+
+
+def outlier(values: np.ndarray) -> int | None:
+    """Returns the index of the value that does not fit the others, or None.
+
+    It is outside of the prediction interval of the others for a normal distribution (the deleted t residual; Cook &
+    Weisberg 1982, Residuals and influence in regression, ch. 2.2), with an error rate of 5% over all values.
+
+    Args:
+        values: [S]; fewer than three give None.
+    """
+    size = len(values)
+    if size < 3:
+        return None
+    others = np.array([np.delete(values, index) for index in range(size)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        residuals = np.abs(values - others.mean(axis=1)) / (others.std(axis=1, ddof=1) * math.sqrt(1 + 1 / (size - 1)))
+    residuals = np.nan_to_num(residuals, nan=0.0)
+    index = int(residuals.argmax())
+    limit = student_t.ppf(1 - ERROR_RATE / (2 * size), size - 2)
+    return index if residuals[index] > limit else None
+
+
+def is_skewed(values: np.ndarray) -> bool:
+    """Returns whether the skewness of values [S] is larger than in 95% of normal samples; False below five values.
+
+    The standard error is that of a normal sample (Cramér 1946, Mathematical methods of statistics, 29.3).
+    """
+    size = len(values)
+    if size < MIN_SKEW_PAIRS or np.ptp(values) == 0:
+        return False
+    stderr = math.sqrt(6 * size * (size - 1) / ((size - 2) * (size + 1) * (size + 3)))
+    return bool(abs(skew(values, bias=False)) > 2 * stderr)
+
+
+def notes_on(pairs: Pairs, average: Effect, images: Effect | None, is_conclusion: bool) -> tuple[str, ...]:
+    """Returns the notes of a comparison, the most important first.
+
+    Args:
+        pairs: its runs.
+        average: its effect on the metric averaged over training images.
+        images: its effect on the images until the primary threshold.
+        is_conclusion: whether its outcome is more than "undecided".
+    """
+    notes = _few_pairs(average.pairs, is_conclusion)
+    for arm, count in ((pairs.baseline, average.failed_baseline), (pairs.candidate, average.failed_candidate)):
+        if count:
+            notes.append(f"{count_text(count, 'run')} of {arm} of {len(pairs.seeds)} diverged or collapsed.")
+    if images and np.isnan(images.estimate) and not np.isfinite([images.low, images.high]).any():
+        notes.append(f"The images to {images.threshold:.4g} are unknown, because {_why_unknown(images)}.")
+    if pairs.shortened:
+        arm, seed = pairs.shortest
+        notes.append(
+            f"{arm} seed {seed} ends at {pairs.images[-1]:,.0f} training images: all runs are compared up to there, "
+            f"although {count_text(pairs.shortened, 'run')} went on."
+        )
+    notes += _unusual(pairs, average.unit)
+    falling = _decrease(pairs)
+    if falling > STILL_FALLING:
+        notes.append(
+            f"The metric of {pairs.baseline} still falls by {100 * falling:.0f}% over the last doubling of images: the "
+            "comparison holds for this stage of training."
+        )
+    return tuple(notes)
+
+
+def _few_pairs(pairs: int, is_conclusion: bool) -> list[str]:
+    if pairs == 0:
+        return ["In every pair at least one run diverged or collapsed."]
+    if pairs == 1:
+        return ["One pair of runs gives no interval, so nothing can be concluded."]
+    if pairs == 2 and is_conclusion:
+        return ["The interval of two pairs extends 12.7 standard errors to each side: confirm with more seeds."]
+    return []
+
+
+def _why_unknown(images: Effect) -> str:
+    """Why the pairs of runs give no factor of images."""
+    times = np.array([(seed.baseline, seed.candidate) for seed in images.per_seed])
+    if np.isnan(times).all():
+        return "all runs reach it before their first checkpoint"
+    if np.isposinf(times).all():
+        return "no run reaches it"
+    return "too few runs cross it between their checkpoints"
+
+
+def _unusual(pairs: Pairs, unit: Unit) -> list[str]:
+    """Notes about single runs and pairs that do not fit the others, and about skewed pairs."""
+    means = pairs.means
+    notes = []
+    for arm, levels in zip((pairs.baseline, pairs.candidate), means.T, strict=True):
+        sound = np.flatnonzero(~np.isnan(levels))
+        if (index := outlier(levels[sound])) is not None:
+            others = np.delete(levels[sound], index)
+            distance = float(levels[sound][index] - others.mean())
+            change = number_text(in_unit(distance, distance, unit, pairs.metric)[0], unit)
+            notes.append(f"{arm} seed {pairs.seeds[sound[index]]} is unlike the other runs of its arm ({change}).")
+    used = np.flatnonzero(~np.isnan(means).any(axis=1))
+    differences = means[used, 1] - means[used, 0]
+    index = outlier(differences)
+    if index is None and not is_skewed(differences):
+        return notes
+    lower = int((differences < 0).sum())
+    p = binomtest(lower, len(differences)).pvalue
+    text = "The pairs are skewed" if index is None else f"The pair of seed {pairs.seeds[used[index]]} is an outlier"
+    text += f": {lower} of {len(differences)} pairs are better (sign test p = {p:.2g})"
+    if index is not None:
+        interval = interval_in_unit(t_interval(np.delete(differences, index)), unit, pairs.metric)
+        text += f"; without it the average is {interval_text(*interval, unit)}"
+    return [*notes, text + "."]
+
+
+def _decrease(pairs: Pairs) -> float:
+    """Returns the relative decrease of the baseline's mean over the last doubling of images; NaN if it is unknown."""
+    levels = pairs.levels[~pairs.failed[:, 0], 0]
+    half = pairs.images[-1] / 2
+    if pairs.scale != "ratio" or not len(levels) or pairs.images[0] > half:
+        return math.nan
+    mean = levels.mean(axis=0)
+    return float(-np.expm1(mean[-1] - np.interp(math.log(half), np.log(pairs.images), mean)))

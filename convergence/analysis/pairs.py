@@ -1,0 +1,83 @@
+"""The runs of two arms, paired by seed over the training images that all of them cover."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from convergence.analysis.curves import mean_over_images, to_level
+from convergence.analysis.effects import Scale
+from convergence.errors import StudyError
+from convergence.failures import failed
+from convergence.tables import DIFFERENCES
+
+
+class Pairs(NamedTuple):
+    """The runs of S seeds in two arms, over the training images that all of them cover."""
+
+    baseline: str
+    candidate: str
+    metric: str
+    scale: Scale
+    seeds: list[int]
+    runs: list[tuple[pd.DataFrame, pd.DataFrame]]
+    """Rows of the baseline and of the candidate for each seed, with the column `level`."""
+    images: np.ndarray
+    """[K] training images of the trained checkpoints of any run."""
+    levels: np.ndarray
+    """[S, 2, K], linear in images between the checkpoints of a run."""
+    failed: np.ndarray
+    """[S, 2] whether a run diverged or collapsed."""
+    shortened: int
+    """Number of runs that have checkpoints after the last common one."""
+    shortest: tuple[str, int]
+    """(arm, seed) of a run that ends at the last common checkpoint."""
+
+    @property
+    def means(self) -> np.ndarray:
+        """Levels averaged over training images, [S, 2]; NaN for failed runs."""
+        return mean_over_images(self.levels, self.images)
+
+
+def pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> Pairs | None:
+    """Pairs the runs of one metric by seed; returns None if there is no pair.
+
+    Values that are not finite count as missing.
+
+    Raises:
+        StudyError: the runs share no range of training images.
+    """
+    rows = rows[rows["arm"].isin([baseline, candidate]) & (np.isfinite(rows["value"]) | failed(rows))]
+    metric = "".join(rows["metric"].unique())
+    scale: Scale = "difference" if metric in DIFFERENCES or (rows["value"] <= 0).any() else "ratio"
+    rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
+    runs = {key: run for key, run in rows.groupby(["arm", "seed"]) if (run["images"] > 0).any()}
+    seeds = sorted(seed for arm, seed in runs if arm == baseline and (candidate, seed) in runs)
+    if not seeds:
+        return None
+    pairs = [(runs[baseline, seed], runs[candidate, seed]) for seed in seeds]
+    checkpoints = {(arm, seed): runs[arm, seed]["images"] for seed in seeds for arm in (baseline, candidate)}
+    first = max(images[images > 0].min() for images in checkpoints.values())
+    shortest = min(checkpoints, key=lambda run: checkpoints[run].max())
+    last = checkpoints[shortest].max()
+    if first > last:
+        raise StudyError(
+            f"Study '{rows['study'].iloc[0]}': {baseline} and {candidate} share no range of training images, so they "
+            "cannot be compared: give them checkpoints over the same images."
+        )
+    pairs = [(base[base["images"] <= last], cand[cand["images"] <= last]) for base, cand in pairs]
+    within = [images[images.between(first, last)] for images in checkpoints.values()]
+    grid = np.unique(np.concatenate([[first, last], *within]))
+    return Pairs(
+        baseline=baseline,
+        candidate=candidate,
+        metric=metric,
+        scale=scale,
+        seeds=[int(seed) for seed in seeds],
+        runs=pairs,
+        images=grid,
+        levels=np.array([[np.interp(grid, run["images"], run["level"]) for run in pair] for pair in pairs]),
+        failed=np.array([[run["level"].isna().any() for run in pair] for pair in pairs]),
+        shortened=sum(int(images.max() > last) for images in checkpoints.values()),
+        shortest=shortest,
+    )

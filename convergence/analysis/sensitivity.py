@@ -1,0 +1,58 @@
+"""The primary comparison by other endpoints and metrics: does the conclusion depend on a choice?"""
+
+import numpy as np
+import pandas as pd
+
+from convergence.analysis.comparison import THRESHOLD_SHARES, progress_thresholds, time_effect
+from convergence.analysis.curves import mean_over_images
+from convergence.analysis.effects import Unit, interval_in_unit, shown
+from convergence.analysis.intervals import t_interval
+from convergence.analysis.pairs import Pairs, pair_runs
+from convergence.analysis.results import Sensitivity
+from convergence.study_plan import StudyPlan
+
+
+def sensitivity(metrics: pd.DataFrame, plan: StudyPlan) -> tuple[Sensitivity, ...]:
+    """Returns the effects of the primary candidate on each endpoint, in every metric and with every extractor.
+
+    The endpoints are averages over images, over the log of images and over the last half of the images, the last
+    checkpoint, and the images until 25, 50 and 75% of the baseline's progress.
+
+    Args:
+        metrics: the long table of metrics of one study, of the planned seeds.
+        plan: names the arms.
+    """
+    rows: list[Sensitivity] = []
+    for (features, _), table in metrics.groupby(["features", "metric"], sort=False):
+        pairs = pair_runs(table, plan.baseline, plan.candidate)
+        if pairs is None:
+            continue
+        rows += [_row(endpoint, features, pairs, levels) for endpoint, levels in endpoints(pairs).items()]
+        for share, threshold in zip(THRESHOLD_SHARES, progress_thresholds(pairs), strict=False):
+            effect = time_effect(pairs, threshold)
+            name = f"images to {share:.0%} of the progress"
+            interval = (effect.estimate, effect.low, effect.high)
+            rows.append(Sensitivity(name, features, pairs.metric, effect.unit, *interval, effect.shown))
+    return tuple(rows)
+
+
+def endpoints(pairs: Pairs) -> dict[str, np.ndarray]:
+    """Returns levels [S, 2] by endpoint; NaN for failed runs."""
+    images, levels = pairs.images, pairs.levels
+    half = np.unique(np.concatenate([[images[-1] / 2], images[images > images[-1] / 2]]))
+    half = half[half >= images[0]]
+    last_half = np.apply_along_axis(lambda level: np.interp(half, images, level), -1, levels)
+    return {
+        "average over images": pairs.means,
+        "average over log images": mean_over_images(levels, np.log(images)),
+        "average over the last half": mean_over_images(last_half, half),
+        "last checkpoint": levels[..., -1],
+    }
+
+
+def _row(endpoint: str, features: str, pairs: Pairs, levels: np.ndarray) -> Sensitivity:
+    unit: Unit = "percent" if pairs.scale == "ratio" else "difference"
+    difference = levels[:, 1] - levels[:, 0]
+    interval = t_interval(difference[~np.isnan(difference)])
+    result = shown(float(interval.low), float(interval.high), *map(int, pairs.failed.sum(axis=0)))
+    return Sensitivity(endpoint, features, pairs.metric, unit, *interval_in_unit(interval, unit, pairs.metric), result)
