@@ -7,8 +7,21 @@ rest of the variance between pairs comes from the seeds.
 """
 
 import numpy as np
+import pandas as pd
 
-from convergence.analysis.curves import mean_over_images
+from convergence.analysis.curves import mean_over_images, to_level
+from convergence.analysis.pairs import Pairs
+
+
+def noise_of_samples(pairs: Pairs) -> float:
+    """Returns the standard deviation of a paired difference in average level that comes from the samples.
+
+    It is NaN if the rows of a run have no column `influences`, with an array [N] per row, or no pair is complete.
+    """
+    complete = [pair for pair, failed in zip(pairs.runs, pairs.failed, strict=True) if not failed.any()]
+    if not complete or not all("influences" in run for pair in complete for run in pair):
+        return np.nan
+    return sampling_sd(np.array([[_on_levels(run, pairs) for run in pair] for pair in complete]), pairs.images)
 
 
 def sampling_sd(influences: np.ndarray, images: np.ndarray) -> float:
@@ -21,3 +34,12 @@ def sampling_sd(influences: np.ndarray, images: np.ndarray) -> float:
     """
     of_difference = mean_over_images(np.moveaxis(influences[:, 1] - influences[:, 0], 1, 2), images)  # [S, N]
     return float(np.sqrt(of_difference.var(axis=1).mean() / of_difference.shape[1]))
+
+
+def _on_levels(run: pd.DataFrame, pairs: Pairs) -> np.ndarray:
+    """Returns the influences of the samples on the levels of a run at the images of `pairs`, [K, N]."""
+    values = run["value"].to_numpy()
+    slopes = 1 / values if pairs.scale == "ratio" else to_level(np.ones(len(run)), pairs.metric, pairs.scale)
+    # Levels are interpolated linearly, so their influences are, too.
+    weights = [np.interp(pairs.images, run["images"], checkpoint) for checkpoint in np.diag(slopes)]
+    return np.transpose(weights) @ np.stack(run["influences"].to_list())

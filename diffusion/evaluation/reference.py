@@ -295,9 +295,10 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
             name: estimate if math.isnan(estimate.value) else Estimate(estimate.value, note=unknown_error)
             for name, estimate in estimates.items()
         }
-    unknown_influences = np.full(n, np.nan)
-    return [
-        MetricRow(name, value, stderr, n, note, np.float32(unknown_influences if influences is None else influences))
-        for name in metrics
-        for value, stderr, note, influences in [estimates[name]]
-    ]
+
+    def row(name: str) -> MetricRow:
+        value, stderr, note, influences = estimates[name]
+        known = np.full(n, math.nan) if influences is None else influences
+        return MetricRow(name, value, stderr, n, note, known.astype(np.float32))
+
+    return [row(name) for name in metrics]
