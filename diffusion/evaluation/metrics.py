@@ -73,8 +73,10 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
 
     The standard error is the infinitesimal jackknife's (Efron 1982, ch. 6): the standard deviation of the influences
     of the images, divided by sqrt(N). The bootstrap is not suitable: the distance is biased (it falls as N grows), and
-    a bootstrap sample contains only about 63% of the images. The standard error is accurate if the distance is large
-    compared to its noise; if both sets have the same distribution, it is too large by a factor of sqrt(2).
+    a bootstrap sample contains only about 63% of the images. In simulations with D = 64 the standard error holds within
+    20% from N = 3 to N = 4 D if the distributions differ and the variances of the features do, as those of real ones. It
+    is 1.3 times too large for N between D / 2 and D if the variances are equal, and up to 1.6 times if both sets have
+    the same distribution. With two images it is not known.
 
     Args:
         features: [N, D], N at least 2.
@@ -85,7 +87,8 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
     """
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
-    return Estimate(distance, influences.std().item() / math.sqrt(len(x)), influences=influences.numpy())
+    stderr = influences.std().item() / math.sqrt(len(x)) if len(x) > 2 else math.nan
+    return Estimate(distance, stderr, influences=influences.numpy())
 
 
 def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor | Gaussian) -> float:
