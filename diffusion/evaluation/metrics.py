@@ -74,9 +74,9 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
     The standard error is the infinitesimal jackknife's (Efron 1982, ch. 6): the standard deviation of the influences
     of the images, divided by sqrt(N). The bootstrap is not suitable: the distance is biased (it falls as N grows), and
     a bootstrap sample contains only about 63% of the images. In simulations with D = 64 the standard error holds within
-    20% from N = 3 to N = 4 D if the distributions differ and the variances of the features do, as those of real ones. It
-    is 1.3 times too large for N between D / 2 and D if the variances are equal, and up to 1.6 times if both sets have
-    the same distribution. With two images it is not known.
+    20% from N = 3 to N = 4 D if the distributions differ and the variances of the features are unequal, as those of
+    real ones. It is 1.3 times too large for N between D / 2 and D if the variances are equal, and up to 1.6 times if
+    both sets have the same distribution. With two images it is not known.
 
     Args:
         features: [N, D], N at least 2.
