@@ -59,8 +59,8 @@ def date_back() -> None:
 def gpus(experiment: Experiment, elsewhere: bool) -> int:
     """Returns the number of GPUs that a process of a job needs, 0 or 1.
 
-    With `device: auto` it is 1 if this machine has a GPU, or if jobs run elsewhere: the machine that submits jobs to a
-    cluster often has none.
+    With `device: auto` it is 1 if this machine has a GPU, or if jobs run elsewhere, because the machine that submits
+    jobs to a cluster often has no GPU itself.
 
     Args:
         experiment: the study of the job.

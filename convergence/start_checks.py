@@ -84,7 +84,9 @@ def _check_images(experiment: Experiment, file: Path) -> None:
     if manifest.exists():
         count = read_json(manifest).get("count")
         if not isinstance(count, int):
-            raise FileError(manifest, "is damaged (it has no number of images)")
+            raise FileError(
+                manifest, "is damaged (the number of images is missing): delete it, and the dataset is prepared again"
+            )
         _check_count(experiment, count, file)
     elif isinstance(dataset, Folder):
         if not dataset.path.exists():

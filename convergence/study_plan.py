@@ -46,7 +46,7 @@ class StudyPlan(Section):
 
 
 def current_plan(experiment: Experiment) -> StudyPlan | None:
-    """Returns the plan that the study file describes now; None if the study compares nothing."""
+    """Returns the plan that follows from a study, whatever was recorded; None if the study has no section `compare`."""
     compare = experiment.compare
     if compare is None:
         return None

@@ -164,7 +164,7 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
 
     Args:
         curves: a row per run and checkpoint, with at least the columns `arm`, `images` (seen in training) and `value`.
-            Other columns of the long table are optional.
+            Other columns of the long table are optional. An infinite value counts as missing.
         study: the study of a table without the column `study`.
         source: the file or variable that messages name.
 
@@ -193,6 +193,8 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
         except (ValueError, TypeError) as error:
             raise StudyError(f"{source}: {column} has a value that is not a number ({error}): correct it") from None
     table["n"] = table["n"].fillna(0)
+    table["reason"] = table["reason"].mask(np.isinf(table["value"]), "the value is not finite")
+    table["value"] = table["value"].mask(np.isinf(table["value"]))
     _check_values(table, source)
     table["n"] = table["n"].astype(int)
     key = ["study", "features", "metric", "arm", "seed", "images"]

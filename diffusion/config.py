@@ -389,7 +389,9 @@ def check_image_size(image_size: int, model: Model) -> None:
     # The middle block always has attention.
     for width in [levels[r] for r in model.attention_resolutions] + [list(levels.values())[-1]]:
         if width % divisor:
-            raise InputError(f"{key}: {divisor} does not divide the {width} channels of attention: choose a divisor")
+            raise InputError(
+                f"{key}: {divisor} does not divide the {width} channels of an attention block: choose a divisor"
+            )
 
 
 def check_sampling_steps(sample: Sample, timesteps: int) -> None:

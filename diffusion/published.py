@@ -208,7 +208,9 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
     except KeyError as error:
         raise ValueError(f"not in the layout of guided-diffusion (it has no {error})") from None
     except IndexError:
-        raise ValueError("not in the layout of guided-diffusion (a tensor has too few dimensions)") from None
+        raise ValueError(
+            "not in the layout of guided-diffusion (a weight has too few dimensions, as of another kind of net)"
+        ) from None
     if channels_in != 3:
         kind = "an upsampler" if channels_in == 6 else "another kind of net"
         raise ValueError(
@@ -244,8 +246,8 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
         if key.endswith("qkv.weight") and len(shape) == 3 and shape[1] % divisor:
             default = "" if attention else "the default "
             raise ValueError(
-                f"{name}: {default}{divisor} does not divide the {shape[1]} channels of attention; give the number "
-                "with which the net was trained"
+                f"{name}: {default}{divisor} does not divide the {shape[1]} channels of an attention block; set it to "
+                "the value with which the net was trained"
             )
     return model
 

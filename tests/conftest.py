@@ -6,6 +6,9 @@ import torch
 from made import scenes
 from projects import copy_project, edit, reduce, snakemake
 
+# nohup ignores the signal, and processes inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # Results then do not depend on the number of cores, and tests that run at the same time share them.
 torch.set_num_threads(1)
 # Without a GPU, Triton's kernels run in its interpreter. Triton reads this variable when it is first imported.

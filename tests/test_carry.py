@@ -76,7 +76,7 @@ def test_a_study_runs_without_a_network_and_its_results_are_collected(tmp_path):
         assert sum(member.size for member in archive) < 5e6
         assert not [name for name in archive.getnames() if name.endswith((".safetensors", ".pt", ".npy"))]
         archive.extractall(home, filter="data")
-    for report in ("metrics.csv", "speedup.csv", "verdict.json"):
+    for report in ("metrics.csv", "effects.csv", "verdict.json"):
         assert (home / "reports/openmoji" / report).read_bytes() == (there / "reports/openmoji" / report).read_bytes()
     # Nothing is trained again, although the dataset is missing, and the results can be forwarded to MLflow.
     shutil.rmtree(next(home.glob("results/datasets/*")), ignore_errors=True)

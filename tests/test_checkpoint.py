@@ -321,7 +321,7 @@ def test_heads_must_divide_every_attended_width(heads):
     model = Model(channels=32, channel_mult=(3, 1, 2), attention_resolutions=(32, 16), heads=heads)
     check_image_size(32, model)
     for wrong in (3, 64):
-        with pytest.raises(ValueError, match=f"^heads: {wrong} does not divide the .* channels of attention"):
+        with pytest.raises(ValueError, match=f"^heads: {wrong} does not divide the .* channels of an attention block"):
             check_image_size(32, model.model_copy(update={"heads": wrong}))
 
 

@@ -138,9 +138,9 @@ def test_a_directory_stands_for_the_weights_in_it(tmp_path, capsys):
         (["--image-size", "0"], "--image-size: 0 cannot be halved 1 times"),
         (
             ["--image-size", "32", "--head-channels", "48"],
-            "--head-channels: 48 does not divide the 64 channels of attention",
+            "--head-channels: 48 does not divide the 64 channels of an attention block",
         ),
-        (["--image-size", "32", "--heads", "3"], "--heads: 3 does not divide the 64 channels of attention"),
+        (["--image-size", "32", "--heads", "3"], "--heads: 3 does not divide the 64 channels of an attention block"),
         (["--image-size", "32", "--heads", "0"], "--heads: input should be greater than 0, but it is 0"),
         ([*PUBLISHED, "--timesteps", "1"], "--timesteps: input should be greater than or equal to 2, but it is 1"),
         ([*PUBLISHED, "--images", "1"], "--images: input should be greater than or equal to 2"),
@@ -167,7 +167,9 @@ def test_attention_that_the_default_does_not_fit_is_reported_with_the_option(tmp
     net = build_net(32, config(channel_mult=(1,), attention_resolutions=(), head_channels=32).model)
     path = save_pt(tmp_path / "model.pt", net.state_dict())
     message = error_message("sample", path, "--out", tmp_path / "out", *SHORT, "--image-size", "32")
-    assert re.search(r"model.pt: --head-channels: the default 64 does not divide the 32 channels of attention", message)
+    assert re.search(
+        r"model.pt: --head-channels: the default 64 does not divide the 32 channels of an attention block", message
+    )
 
 
 def test_options_of_published_checkpoints_are_refused_for_others(tmp_path):

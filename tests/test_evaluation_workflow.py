@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from metric_tables import PLAN
 from projects import REPORT, copy_project, edit, jobs, reduce, snakemake
 from test_extractors import write_random_inception
 
 from convergence import layout
-from convergence.analysis.comparison import SPEEDUP_COLUMNS, compare_study, speedup_table
+from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
+from convergence.analysis.verdict import compare_study
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.schema import Evaluate, Experiment
@@ -109,12 +111,11 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
     write_table(collect(paths, arms, ROWS), tmp_path / "metrics.csv")
     table = read_table(tmp_path / "metrics.csv")
     assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
-    compare = {"baseline": "1", "candidates": [arm], "thresholds": None, "features": LITE0}
-    compare["primary"] = {"candidate": arm, "metric": "fd"}
-    comparisons = compare_study(table, compare)
-    speedup_table(comparisons).to_csv(tmp_path / "speedup.csv", index=False)
-    speedups = read_table(tmp_path / "speedup.csv", SPEEDUP_COLUMNS)
-    assert len(speedups) and speedups["baseline"].eq("1").all() and speedups["candidate"].eq(arm).all()
+    plan = PLAN.model_copy(update={"baseline": "1", "candidates": (arm,), "candidate": arm, "features": LITE0})
+    comparisons = compare_study(table, plan)
+    effects_table(comparisons).to_csv(tmp_path / "effects.csv", index=False)
+    effects = read_table(tmp_path / "effects.csv", EFFECT_COLUMNS)
+    assert len(effects) and effects["baseline"].eq("1").all() and effects["candidate"].eq(arm).all()
     fid_curves(table, [tmp_path / "curves.png"], comparisons=comparisons)
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from made import scenes
-from metric_tables import COMPARE, curves, study
+from metric_tables import PLAN, curves, study
 from PIL import Image
 from projects import REPORT, copy_project, edit, snakemake
 from test_mechanism import probes
 
-from convergence.analysis.comparison import compare_pair, compare_study
+from convergence.analysis.comparison import compare_pair
 from convergence.analysis.mechanism import probe_effects
-from convergence.analysis.verdict import judge, read_verdict, to_markdown
+from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown
 from convergence.failures import failed, without_failed_runs, without_failures
 from convergence.tables import COLUMNS, PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
 from diffusion.errors import FileError
@@ -105,10 +105,10 @@ def test_a_collapsed_run_is_treated_as_a_diverged_one_and_wins_nothing():
     collapsed = without_failures(marked(study(base, collapsing), "cand", 2, 300, 400))
     found, expected = (compare_pair(rows, "base", "cand") for rows in (collapsed, study(base, diverging)))
     assert repr(found) == repr(expected)
-    assert (found.average.pairs, found.average.failed_candidate, found.outcome) == (3, 1, "no difference shown")
-    assert np.isinf(found.effect("images").per_seed[2].candidate)
-    verdict = judge(collapsed, pd.DataFrame(columns=PROBE_COLUMNS), "small", COMPARE)
-    assert "1 run of cand diverged or collapsed." in verdict.answer
+    assert (found.average.pairs, found.average.failed_candidate, found.outcome) == (3, 1, "undecided")
+    assert np.isinf(found.images.per_seed[2].candidate)
+    verdict = judge(collapsed, pd.DataFrame(columns=PROBE_COLUMNS), "small", PLAN)
+    assert "1 run of cand of 4 diverged or collapsed." in verdict.answer
     assert [(run.arm, run.seed, run.reason) for run in verdict.failed] == [("cand", 2, "collapsed at step 400")]
     assert "## Diverged and collapsed runs\n\n- `cand` seed 2: collapsed at step 400\n" in to_markdown(verdict)
 
@@ -118,9 +118,9 @@ def test_an_arm_that_collapses_wins_no_comparison():
     metrics = study(base, cand)
     for seed in range(3):
         metrics = marked(metrics, "cand", seed, 100, 200, 300, 400)
-    (comparison,) = compare_study(without_failures(metrics), COMPARE)
-    assert comparison.outcome == "no difference shown" and "at least one diverged or collapsed" in str(comparison)
-    assert all(effect.high == -np.inf or np.isnan(effect.estimate) for effect in comparison.effects)
+    (comparison,) = compare_study(without_failures(metrics), PLAN)
+    assert comparison.outcome == "undecided" and "at least one run diverged or collapsed" in str(comparison)
+    assert all(effect.shown != "better" and np.isnan(effect.estimate) for effect in comparison.effects)
 
 
 def test_the_probes_of_a_failed_run_win_nothing_either():
@@ -129,8 +129,8 @@ def test_the_probes_of_a_failed_run_win_nothing_either():
     cut = without_failed_runs(table, without_failures(metrics))
     gone = (cut["arm"] == "cand") & (cut["seed"] == 1) & (cut["step"] == 300)
     assert gone.any() and cut["value"].isna().equals(gone) and set(cut.loc[gone, "reason"]) == {"collapsed at step 400"}
-    assert {effect.average.pairs for effect in probe_effects(table, COMPARE)} == {2}
-    assert {effect.average.pairs for effect in probe_effects(cut, COMPARE)} == {1}
+    assert {effect.average.pairs for effect in probe_effects(table, "base", ["cand"])} == {2}
+    assert {effect.average.pairs for effect in probe_effects(cut, "base", ["cand"])} == {1}
     pd.testing.assert_frame_equal(without_failed_runs(table, study(curves(2, 1.0), curves(2, 0.9))), table)
 
 
@@ -156,7 +156,7 @@ def test_a_study_marks_its_failed_runs_and_names_a_table_without_rows(tmp_path):
     reasons = {run.arm: run.reason for run in verdict.failed}
     assert reasons.keys() == {"grey", "broken"} and reasons["broken"] == "diverged at step 3"
     assert re.fullmatch(r"collapsed at step 3 \(mse .*, an untrained net has 1\)", reasons["grey"])
-    assert {comparison.outcome for comparison in verdict.comparisons} == {"no difference shown"}
+    assert {comparison.outcome for comparison in verdict.comparisons} == {"undecided"}
     table = read_table(project / REPORT / "metrics.csv").set_index("arm")["value"]
     assert table.notna().to_dict() == {"sound": True, "grey": False, "broken": False}
     assert f"grey seed 0 {reasons['grey']}" in done.stderr and "has 8 images" not in done.stderr

@@ -12,7 +12,7 @@ from convergence.judge import judge_curves
 from convergence.tables import read_curves
 
 CLAIM = ROOT / "reports/published/claim"
-FILES = {"verdict.json", "verdict.md", "speedup.csv", "speedups.png", "fid_curves.png"}
+FILES = {"verdict.json", "verdict.md", "effects.csv", "speedups.png", "fid_curves.png"}
 
 
 def judge(path, directory, baseline, candidate):
@@ -30,17 +30,17 @@ def test_the_published_verdict_on_the_claim_is_reproduced(tmp_path):
         directory, published = tmp_path / verdict.study, CLAIM / verdict.study
         assert (directory / "verdict.md").read_text() == (published / "verdict.md").read_text()
         assert to_markdown(read_verdict(published / "verdict.json")) == to_markdown(verdict)
-        table = pd.read_csv(directory / "speedup.csv")
-        pd.testing.assert_frame_equal(table, pd.read_csv(published / "speedup.csv"))
+        table = pd.read_csv(directory / "effects.csv")
+        pd.testing.assert_frame_equal(table, pd.read_csv(published / "effects.csv"))
         assert {path.name for path in directory.iterdir()} == FILES
         rows = metrics[metrics["study"] == verdict.study]
         uni05, under05 = (np.log(rows.loc[rows["arm"] == arm, "value"].to_numpy()) for arm in ("uni05", "under05"))
-        difference = uni05 - under05
+        difference = under05 - uni05
         expected = (difference.sum() - (difference[0] + difference[-1]) / 2) / 9
         average = verdict.comparisons[0].average
-        assert average.estimate == pytest.approx(expected) and np.isinf(average.low)
+        assert average.estimate == pytest.approx(100 * np.expm1(expected)) and np.isinf(average.low)
         row = table[(table["quantity"] == "average") & table["seed"].isna()]
-        assert row["effect"].item() == average.estimate
+        assert row["estimate"].item() == average.estimate
     assert (tmp_path / "fid_curves.png").stat().st_size > 10_000
 
 
@@ -61,8 +61,10 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
     assert panel.get_ylabel().startswith("FID\n") and not panel.child_axes
     three = judge(tmp_path / "three.csv", tmp_path / "three", "theirs", "ours")
     # FID is 20% lower everywhere and decreases as images^(-1/2): the candidate needs 0.64 of the images.
-    assert three.answer.startswith("ours is faster than theirs in FID: -20.0% (-20.0% to -20.0%)")
-    assert "1.56" in three.answer
+    assert three.answer.startswith(
+        "ours is faster than theirs: it needs 0.64 times the images (0.64 to 0.64) to reach FID "
+    )
+    assert "FID -20.0% on average (-20.0 to -20.0)" in three.answer
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,6 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
         ("arm,images,value\n", "a", "there are no rows: add one per run and checkpoint"),
         ("arm,images,value,value\na,1,2,3\nb,1,2,3\n", "a", "there are two columns value: remove one"),
         ("arm,images,value\na,1,2\nb,1,2,3,4\n", "a", "not a table (Error tokenizing data"),
-        ("arm,images,value\na,1,inf\nb,1,2\n", "a", "value must be finite, but is inf: correct it"),
         ("arm,images,value\na,inf,1\nb,1,2\n", "a", "images must be finite, but is inf: correct it"),
         ("arm,images,value\na,-5,1\nb,1,2\n", "a", "images must be at least 0, but is -5: correct it"),
         ("arm,images,value\na,1e300,1\nb,1,2\n", "a", "images must be below 1e15, but is 1e\\+300: correct it"),
@@ -125,17 +126,25 @@ def test_spaces_after_commas_and_a_byte_order_mark_are_ignored(tmp_path, encodin
     ]
 
 
+def test_an_infinite_value_counts_as_missing_and_is_reported(tmp_path):
+    (tmp_path / "curves.csv").write_text("arm,images,value\na,1,9\na,2,inf\na,4,7\nb,1,8\nb,2,7\nb,4,6\n")
+    verdict = judge(tmp_path / "curves.csv", tmp_path / "out", "a", "b")
+    assert verdict.warnings == ("a seed 0 has no fd at 1 checkpoint (the value is not finite): they are left out.",)
+    assert "> **Warning.** a seed 0 has no fd" in (tmp_path / "out/verdict.md").read_text()
+
+
 def test_the_number_of_samples_may_be_blank(tmp_path):
     (tmp_path / "curves.csv").write_text("arm,images,value,n\na,1,2,\na,2,1,\nb,1,2,500\nb,2,1,500\n")
     assert read_curves(tmp_path / "curves.csv")["n"].tolist() == [0, 0, 500, 500]
     with pytest.raises(StudyError, match="n per study"):
         judge(tmp_path / "curves.csv", tmp_path / "out", "a", "b")
+    assert not (tmp_path / "out").exists()
 
 
 def test_arms_named_by_numbers_are_compared(tmp_path):
     (tmp_path / "curves.csv").write_text("study,arm,images,value\n2024,05,1,2\n2024,05,2,1\n2024,5,1,2\n2024,5,2,1.5\n")
     verdict = judge(tmp_path / "curves.csv", tmp_path / "out", "05", "5")
-    assert verdict.study == "2024" and "between 5 and 05" in verdict.answer
+    assert verdict.study == "2024" and verdict.question.startswith("Does 5 converge in fewer training images than 05,")
 
 
 def test_curves_without_a_study_belong_to_the_study_that_names_them(tmp_path):

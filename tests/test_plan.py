@@ -41,6 +41,13 @@ def test_a_plan_that_is_impossible_says_why(seeds, effect, message):
         plan(metrics, "base", "cand", effect)
 
 
+def test_arms_that_differ_below_the_last_digit_are_identical():
+    base = curves(3, 1.0)
+    cand = base * (1 + 1e-14 * np.random.default_rng(0).standard_normal(base.shape))
+    with pytest.raises(StudyError, match="base and cand are identical in the pilot"):
+        plan(study(base, cand), "base", "cand", 0.02)
+
+
 def test_arms_without_common_seeds_have_no_plan():
     metrics = study(curves(2, 1.0), curves(2, 0.9))
     apart = metrics.assign(seed=metrics["seed"] + 10 * (metrics["arm"] == "cand"))

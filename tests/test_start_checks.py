@@ -82,7 +82,11 @@ def test_external_curves_with_braces_in_their_path(load, tmp_path):
 
 @pytest.mark.parametrize(
     ("manifest", "part"),
-    [("{}", "no number of images"), ('{"count": "x"}', "no number of images"), ("[" * 10**5, "is damaged")],
+    [
+        ("{}", "number of images is missing"),
+        ('{"count": "x"}', "number of images is missing"),
+        ("[" * 10**5, "is damaged"),
+    ],
 )
 def test_damaged_manifest(load, tmp_path, manifest, part):
     load()

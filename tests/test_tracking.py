@@ -19,12 +19,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
+from metric_tables import PLAN
 from PIL import Image
 
 from convergence import layout, study_file
 from convergence.analysis.verdict import StudyVerdict, judge, write_verdict
 from convergence.tables import COLUMNS, PROBE_COLUMNS
 from convergence.tracking import content, follow, problem
+from diffusion.evaluation.weights import LITE0
 
 ROOT = Path(__file__).parents[1]
 FILE = layout.study_file("toy")
@@ -41,14 +43,7 @@ arms:
   matched05: {timesteps: {p2: {gamma: 0.5, k: 1}}, match: uni05}
 """
 LOG_COLUMNS = ["step", "images", "seconds", "loss", "mse", "vb", "loss_q0", "grad_norm", "images_per_second"]
-COMPARE = {
-    "baseline": "uni05",
-    "candidates": ["matched05"],
-    "primary": {"candidate": "matched05", "metric": "fd"},
-    "thresholds": None,
-    "features": "efficientnet-lite0",
-    "matched": ["matched05"],
-}
+ARMS = {"baseline": "uni05", "candidates": ("matched05",), "candidate": "matched05", "features": LITE0}
 
 
 @pytest.fixture
@@ -299,7 +294,8 @@ def test_a_finished_run_is_forwarded_completely(study):
     (reports / "metrics.csv").write_text("study,value\ntoy,1\n")
     (reports / "fid_curves.png").write_bytes(b"figure of this study")
     table = pd.DataFrame(columns=COLUMNS)
-    written = judge(table, pd.DataFrame(columns=PROBE_COLUMNS), "toy", COMPARE, ["The code has changed."])
+    plan, warnings = PLAN.model_copy(update=ARMS), ["The code has changed."]
+    written = judge(table, pd.DataFrame(columns=PROBE_COLUMNS), "toy", plan, warnings=warnings)
     write_verdict(written, reports)
     os.utime(directory(study, 100) / "metrics.csv")
     sync()
@@ -307,7 +303,7 @@ def test_a_finished_run_is_forwarded_completely(study):
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
     assert len(client().list_artifacts(run.info.run_id, "images")) == 6
     artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
-    assert artifacts == {"toy.yaml", "metrics.csv", "speedup.csv", "verdict.json", "verdict.md", "fid_curves.png"}
+    assert artifacts == {"toy.yaml", "metrics.csv", "effects.csv", "verdict.json", "verdict.md", "fid_curves.png"}
     note = runs()["toy"].data.tags["mlflow.note.content"]
     assert note.startswith("**Warning.** The code has changed.") and note.endswith(row)
     assert f"**Question.** {written.question}\n\n**Answer.** {written.answer}\n\n" in note

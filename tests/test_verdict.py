@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import COMPARE, curves, study
+from metric_tables import PLAN, curves, study
 from PIL import Image
 from test_mechanism import probes
 
-from convergence.analysis.comparison import compare_study, speedup_table
-from convergence.analysis.verdict import judge, read_verdict, to_markdown, write_verdict
+from convergence.analysis.comparison import effects_table
+from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown, write_verdict
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.figures.forest import _draw, draw_forest
 from convergence.pages import to_html
@@ -20,47 +20,43 @@ from diffusion.errors import FileError
 NO_PROBES = pd.DataFrame(columns=PROBE_COLUMNS)
 
 
-def verdict_on(metrics, compare=COMPARE, **options):
-    return judge(metrics, NO_PROBES, "small", compare, **options)
+def verdict_on(metrics, plan=PLAN, **options):
+    return judge(metrics, NO_PROBES, "small", plan, **options)
 
 
-def markdown_of(metrics, compare=COMPARE):
-    return to_markdown(verdict_on(metrics, compare))
+def markdown_of(metrics, plan=PLAN):
+    return to_markdown(verdict_on(metrics, plan))
 
 
 # The answer
 
 
-@pytest.mark.parametrize(
-    ("factor", "outcome", "expected"),
-    [
-        (0.8, "faster", "cand is faster than base in FD (lite0): -"),
-        (1.2, "slower", "cand is slower than base in FD (lite0): +"),
-        (1.0, "no difference shown", "No difference shown between cand and base in FD (lite0): "),
-    ],
-)
-def test_the_answer_has_the_outcome_and_its_numbers(factor, outcome, expected):
-    verdict = verdict_on(study(curves(5, 1.0, noise=0.01), curves(5, factor, seed=1, noise=0.01)))
+def test_the_answer_has_the_outcome_and_its_numbers():
+    verdict = verdict_on(study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01)))
     (comparison,) = verdict.comparisons
-    average = comparison.average
-    assert verdict.question == "Does cand converge in fewer training images than base?"
-    assert verdict.outcome == comparison.outcome == outcome and verdict.answer.startswith(expected)
-    assert "5 paired seeds" in verdict.answer and "3,200 to 12,800 training images" in verdict.answer
-    change, low, high = (100 * np.expm1(-bound) for bound in (average.estimate, average.high, average.low))
-    assert f"{change:+.1f}% ({low:+.1f}% to {high:+.1f}%)" in verdict.answer
+    assert verdict.question == "Does cand converge in fewer training images than base, by FD (lite0)?"
+    assert verdict.outcome == comparison.outcome == "faster"
+    average, images = comparison.average, comparison.images
+    assert verdict.answer.startswith(
+        f"cand is faster than base: it needs {images.estimate:.2f} times the images ({images.low:.2f} to "
+        f"{images.high:.2f}) to reach FD {comparison.primary_threshold:.4g}; FD {average.estimate:+.1f}% on average "
+        f"({average.low:+.1f} to {average.high:+.1f}). "
+    )
     assert not set("*`\n") & set(verdict.answer)
+    assert to_markdown(verdict).split("\n\n")[2].startswith("**Answer.** **cand is faster than base**: it needs")
 
 
 def test_few_seeds_state_what_cannot_be_concluded():
-    for seeds, caution in ((1, "With one seed there is no interval"), (2, "the interval extends 12.7 standard errors")):
-        verdict = verdict_on(study(curves(seeds, 1.0), curves(seeds, 0.5)))
-        text = to_markdown(verdict)
-        assert caution in verdict.answer and "nan" not in text and "inf" not in text
-    assert "no interval" in markdown_of(study(curves(1, 1.0), curves(1, 0.5)))
-    assert "standard errors" not in verdict_on(study(curves(3, 1.0), curves(3, 0.5))).answer
+    one, two, three = (verdict_on(study(curves(n, 1.0, noise=0), curves(n, 0.5, seed=1))) for n in (1, 2, 3))
+    assert one.outcome == "undecided" and "so nothing can be concluded" in one.answer
+    assert two.outcome == "faster" and "confirm with more seeds" in two.answer
+    assert "**Answer.** cand is faster" in to_markdown(two)  # not in bold
+    assert "confirm" not in three.answer and "**Answer.** **cand is faster" in to_markdown(three)
+    for verdict in (one, two, three):
+        assert "nan" not in to_markdown(verdict) and "inf" not in to_markdown(verdict)
 
 
-def test_the_answer_says_what_the_seeds_can_detect():
+def test_an_undecided_answer_says_what_the_seeds_can_detect():
     noisy = study(curves(3, 1.0), curves(3, 1.0, seed=1))
     assert "At this noise, 3 seeds detect a difference of " in verdict_on(noisy).answer
     assert "detect a difference" not in verdict_on(noisy[noisy["seed"] < 2]).answer
@@ -71,17 +67,61 @@ def test_diverged_runs_are_listed_and_unbounded_intervals_say_so():
     cand[3, 2:] = np.nan
     verdict = verdict_on(study(base, cand))
     text = to_markdown(verdict)
-    assert "- `cand` seed 3: diverged at step 7" in text and "1 run of cand diverged or collapsed." in verdict.answer
-    assert verdict.outcome == "no difference shown" and "or less" in verdict.answer
+    assert (
+        "- `cand` seed 3: diverged at step 7" in text and "1 run of cand of 4 diverged or collapsed." in verdict.answer
+    )
+    assert verdict.outcome == "undecided" and " or more)" in text
     assert "| 1 of 4 |" in text and "| 3 seeds of 4 |" in text
 
 
-def test_secondary_comparisons_are_marked():
-    metrics = pd.concat([study(curves(3, 1.0), curves(3, 0.9), metric=metric) for metric in ("kid", "fd")])
-    text = markdown_of(metrics)
-    assert text.count("**primary**") == 1 and text.count("| secondary |") == 1 and "## Secondary comparisons" in text
+def test_secondary_comparisons_have_p_values_adjusted_for_their_number():
+    arms = [("one", 0.97), ("two", 0.99), ("three", 1.0)]
+    base = curves(5, 1.0, noise=0.01)
+    tables = [
+        study(base, curves(5, factor, seed=k, noise=0.01)).replace({"arm": {"cand": arm}})
+        for k, (arm, factor) in enumerate([("cand", 0.9), *arms])
+    ]
+    metrics = pd.concat([tables[0], *(table[table["arm"] != "base"] for table in tables[1:])])
+    plan = PLAN.model_copy(update={"candidates": ("cand", *(arm for arm, _ in arms))})
+    verdict = verdict_on(metrics, plan)
+    primary, *secondary = verdict.comparisons
+    assert primary.role == "primary" and np.isnan(primary.p_holm)
+    p = sorted(comparison.average.p_value for comparison in secondary)
+    # Holm's procedure by its definition: reject in ascending order while p <= level / (number left).
+    for level in np.linspace(0.001, 1, 300):
+        rejected = next((k for k in range(3) if p[k] > level / (3 - k)), 3)
+        assert sum(comparison.p_holm <= level for comparison in secondary) == rejected
+    text = to_markdown(verdict)
+    assert text.count("**primary**") == 1 and text.count("| secondary |") == 3
     assert text.index("**primary**") < text.index("| secondary |")
-    assert "## Secondary comparisons" not in markdown_of(metrics[metrics["metric"] == "fd"])
+
+
+def test_an_unbiased_metric_shows_whether_it_agrees():
+    fd = study(curves(4, 1.0, noise=0.01), curves(4, 1.1, seed=1, noise=0.01))
+    assert "biased upwards, so the true change may be larger" in verdict_on(fd).answer
+    cases = {1.1: "it agrees", 1.01: "it has the same sign, but does not show the same", 0.9: "it does not agree"}
+    for factor, expected in cases.items():
+        kid = study(curves(4, 1e-3, noise=0.02), curves(4, 1e-3 * factor, seed=3, noise=0.02), metric="kid")
+        answer = verdict_on(pd.concat([fd, kid])).answer
+        assert "the unbiased KD changes by " in answer and answer.rstrip(".").endswith(expected)
+
+
+def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
+    base, cand = curves(4, 1.0, noise=0.01), curves(4, 1.1, seed=1, noise=0.01)
+    verdict = verdict_on(study(base, cand))
+    by_name = {row.endpoint: row for row in verdict.sensitivity}
+    assert len(by_name) == 7 and {row.shown for row in verdict.sensitivity} == {"worse"}
+    average = verdict.primary.average
+    assert by_name["average over images"].estimate == average.estimate
+    assert by_name["last checkpoint"].estimate == verdict.primary.final.estimate
+    logs, images = np.log(cand / base)[:, 1:], np.array([100.0, 200, 300, 400])
+    expected = np.trapezoid(logs, np.log(images), axis=1).mean() / np.log(4)
+    np.testing.assert_allclose(by_name["average over log images"].estimate, 100 * np.expm1(expected))
+    expected = np.trapezoid(logs[:, 1:], images[1:], axis=1).mean() / 200
+    np.testing.assert_allclose(by_name["average over the last half"].estimate, 100 * np.expm1(expected))
+    assert "Of 7, 0 show better, 7 worse, 0 neither: 7 of 7 agree with the primary endpoint (worse)." in to_markdown(
+        verdict
+    )
 
 
 def test_studies_without_a_result_say_so():
@@ -108,7 +148,7 @@ def test_other_studies_of_a_table_are_ignored():
 def test_every_row_of_a_markdown_table_has_equal_cells():
     text = markdown_of(study(curves(3, 1.0), curves(3, 0.9)))
     tables = [block for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(tables) == 3
+    assert len(tables) == 4
     for block in tables:
         assert len({line.count("|") for line in block.splitlines()}) == 1
 
@@ -118,34 +158,34 @@ def test_names_are_shown_as_text(arm):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
     metrics.loc[metrics["arm"] == "cand", "arm"] = arm
     metrics["features"] = f"{arm}features"
-    compare = COMPARE | {"candidates": [arm], "primary": {"candidate": arm, "metric": "fd"}}
-    page = to_html(markdown_of(metrics, compare | {"features": f"{arm}features"}), "Verdict")
+    plan = PLAN.model_copy(update={"candidates": (arm,), "candidate": arm, "features": f"{arm}features"})
+    page = to_html(markdown_of(metrics, plan), "Verdict")
     cells = re.findall(r"<td>(?:<code>)?(.*?)(?:</code>)?</td>", page)
-    assert cells.count(html.escape(arm)) == 5 and cells.count(f"FD ({html.escape(arm)}features)") == 5
-    assert f"</strong> {html.escape(arm)} is faster than base in FD ({html.escape(arm)}features)" in page
+    assert cells.count(html.escape(arm)) == 6 and cells.count(f"FD ({html.escape(arm)}features)") == 6
+    assert f"<strong>{html.escape(arm)} is faster than base</strong>" in page
     assert not re.search("<(img|a|em)[ >]", page)
 
 
 # Files
 
 
-@pytest.mark.parametrize("compare", [COMPARE, None])
-def test_a_verdict_survives_its_file(tmp_path, compare):
+@pytest.mark.parametrize("plan", [PLAN, None])
+def test_a_verdict_survives_its_file(tmp_path, plan):
     base, cand = curves(4, 1.0), curves(4, 0.7)
     cand[3, 2:] = np.nan
     cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
     metrics = study(base, cand)
-    compare = compare and compare | {"matched": ["cand"]}
-    verdict = judge(metrics, probes({}), "small", compare, ["The code has changed: train again."])
+    changes, warnings = ["seeds was 0 and is 1 in the study file."], ["The code has changed: train again."]
+    verdict = judge(metrics, probes({}), "small", plan, changes, matched=["cand"], warnings=warnings)
     write_verdict(verdict, tmp_path)
     written = read_verdict(tmp_path / "verdict.json")
     assert to_markdown(written) == to_markdown(verdict) == (tmp_path / "verdict.md").read_text()
     assert repr(written) == repr(verdict)
     json.loads((tmp_path / "verdict.json").read_text(), parse_constant=pytest.fail)  # NaN and Infinity are not JSON
-    speedup_table(written.comparisons).to_csv(tmp_path / "again.csv", index=False)
-    assert (tmp_path / "again.csv").read_text() == (tmp_path / "speedup.csv").read_text()
-    if compare:
-        times = written.comparisons[0].effect("images").per_seed
+    effects_table(written.comparisons).to_csv(tmp_path / "again.csv", index=False)
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "effects.csv").read_text()
+    if plan:
+        times = [images for images in written.primary.effects if images.quantity == "images"][0].per_seed
         assert times[3].candidate == np.inf and np.isnan(times[2].candidate)
 
 
@@ -171,7 +211,7 @@ def test_a_file_that_is_not_a_verdict_is_rejected(tmp_path, content):
 def test_forest_shows_estimates_intervals_and_seeds(tmp_path):
     base, cand = curves(4, 1.0), curves(4, 0.9)
     cand[0] *= 1.6  # never reaches a threshold
-    comparisons = compare_study(study(base, cand), COMPARE)
+    comparisons = compare_study(study(base, cand), PLAN)
     left, right = _draw(comparisons).axes
     squares = [line.get_xdata()[0] for ax in (left, right) for line in ax.lines if line.get_marker() == "s"]
     estimates = [effect.estimate for effect in comparisons[0].effects]
@@ -188,18 +228,18 @@ def test_forest_shows_estimates_intervals_and_seeds(tmp_path):
 
 def test_forest_keeps_its_panels_if_every_seed_is_censored(tmp_path):
     base, cand = curves(2, 1.0), 3 * curves(2, 1.0)  # the candidate never reaches a threshold
-    figure = _draw(compare_study(study(base, cand), COMPARE))
+    figure = _draw(compare_study(study(base, cand), PLAN))
     figure.savefig(tmp_path / "a.png")
     assert all(ax.get_position().width > 0.25 for ax in figure.axes)
 
 
-def test_curves_mark_the_middle_threshold_and_its_crossings(tmp_path):
+def test_curves_mark_the_primary_threshold_and_its_crossings(tmp_path):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
-    (comparison,) = compare_study(metrics, COMPARE)
-    middle = comparison.middle_threshold
+    (comparison,) = compare_study(metrics, PLAN)
+    middle = comparison.primary_threshold
     (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     ticks = [line for line in ax.lines if line.get_marker() == "|"]
-    seeds = comparison.effect("images").per_seed
+    seeds = comparison.images.per_seed
     times = [[seed.baseline for seed in seeds], [seed.candidate for seed in seeds]]
     np.testing.assert_allclose([line.get_xdata() for line in ticks], times)
     np.testing.assert_allclose([line.get_ydata() for line in ticks], middle)
@@ -214,8 +254,8 @@ def test_curves_mark_the_middle_threshold_and_its_crossings(tmp_path):
 
 def test_a_comparison_without_thresholds_marks_none():
     base = curves(3, 1.0)
-    base[:, 2:] = np.nan  # every run of the baseline diverges
-    metrics = study(base, curves(3, 0.9))
-    (comparison,) = compare_study(metrics, COMPARE)
+    base[:, 2:] = np.nan  # every run diverges
+    metrics = study(base, base)
+    (comparison,) = compare_study(metrics, PLAN)
     (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     assert not comparison.thresholds and "threshold" not in " ".join(text.get_text() for text in ax.texts)

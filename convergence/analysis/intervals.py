@@ -38,6 +38,15 @@ def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def t_test(values: np.ndarray) -> float:
+    """Returns the two-sided p-value of the t-test that values [S] have the mean 0; NaN for fewer than two values."""
+    if len(values) < 2:
+        return np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = values.mean() / (values.std(ddof=1) / np.sqrt(len(values)))
+    return 1.0 if np.isnan(t) else float(2 * student_t.sf(abs(t), len(values) - 1))
+
+
 def censored_interval(low: np.ndarray, high: np.ndarray) -> Interval:
     """Returns a 95% interval of the centre of S values that are known only up to bounds: low <= value <= high.
 

@@ -38,8 +38,8 @@ METHOD = """\
 - Seeds are paired: seed k of the candidate with seed k of the baseline. Intervals are 95% t-intervals of the mean
   difference over the planned seeds, computed on logs for FID, FD and images. Only the primary comparison decides, and
   it is not adjusted. Secondary ones show the p-value of the average, adjusted for their number (Holm).
-- *Average* is the mean over training images (trapezoidal rule, from the first trained checkpoint to the last common
-  one), *at the end* is the last common checkpoint. *The same* means that two one-sided tests at 5% show a change of the
+- "Average" is the mean over training images (trapezoidal rule, from the first trained checkpoint to the last common
+  one), "at the end" is the last common checkpoint. "The same" means that two one-sided tests at 5% show a change of the
   average within the margin, which is that the 90% interval is within it.
 - A run reaches a threshold where its metric, smoothed by isotonic regression so that it never gets worse, crosses it.
   Between checkpoints the log of the metric is linear in the log of images. Unless the study declares thresholds, the

@@ -62,7 +62,7 @@ def notes_on(pairs: Pairs, average: Effect, images: Effect | None, is_conclusion
     for arm, count in ((pairs.baseline, average.failed_baseline), (pairs.candidate, average.failed_candidate)):
         if count:
             notes.append(f"{count_text(count, 'run')} of {arm} of {len(pairs.seeds)} diverged or collapsed.")
-    if images and np.isnan(images.estimate) and not np.isfinite([images.low, images.high]).any():
+    if images and np.isnan(images.estimate) and images.low == 0 and np.isposinf(images.high):
         notes.append(f"The images to {images.threshold:.4g} are unknown, because {_why_unknown(images)}.")
     if pairs.shortened:
         arm, seed = pairs.shortest

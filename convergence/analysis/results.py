@@ -73,7 +73,7 @@ class Comparison:
     within_margin: bool
     outcome: Outcome
     cross_images: float
-    """Training images where the mean curves cross last; NaN if they do not."""
+    """Training images where the arm that is better on average last becomes the worse one; NaN if it never does."""
     p_holm: float
     """The p-value of the average, adjusted for the number of secondary comparisons (Holm 1979, A simple sequentially
     rejective multiple test procedure); NaN for the primary comparison, which is not adjusted."""

@@ -58,8 +58,9 @@ def judge(
     metrics = metrics[metrics["study"] == study]
     runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     failed_runs = tuple(FailedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
+    warnings = (*warnings, *_missing_values(metrics))
     if plan is None:
-        return StudyVerdict(study, failed=failed_runs, warnings=tuple(warnings))
+        return StudyVerdict(study, failed=failed_runs, warnings=warnings)
     comparisons = compare_study(metrics, plan, costs)
     primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
     planned = _planned(metrics, plan)
@@ -76,8 +77,19 @@ def judge(
         mechanism=tuple(probe_effects(probes[probes["study"] == study], plan.baseline, plan.candidates)),
         matched=tuple(matched),
         failed=failed_runs,
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
+
+
+def _missing_values(metrics: pd.DataFrame) -> list[str]:
+    """Sentences about values that are missing for another reason than a failed run. Each is left out alone."""
+    missing = metrics[metrics["value"].isna() & ~failed(metrics)]
+    reasons = missing["reason"].fillna("").replace("", "no reason is given")
+    groups = missing.groupby([missing["arm"], missing["seed"], missing["metric"], reasons], sort=False)
+    return [
+        f"{arm} seed {seed} has no {metric} at {count_text(len(rows), 'checkpoint')} ({reason}): they are left out."
+        for (arm, seed, metric, reason), rows in groups
+    ]
 
 
 def compare_study(metrics: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, float] | None = None) -> list[Comparison]:

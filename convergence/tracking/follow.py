@@ -27,12 +27,12 @@ SYNC_ADVICE = ", then run `convergence sync {name}` again"
 def follow(uri: str, paths: Iterable[Path], parent: int) -> None:
     """Forwards studies to MLflow until this process receives SIGTERM or its parent process ends.
 
-    Errors of the store are only logged: a study must not fail because of them.
+    Errors of MLflow are logged and not raised: they must not stop a study.
 
     Args:
         uri: address of MLflow's store or server.
         paths: study files.
-        parent: number of the process that started this one.
+        parent: process ID of the process that started this one.
 
     Raises:
         InputError: if a study file has a mistake.

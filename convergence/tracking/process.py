@@ -15,7 +15,7 @@ _tracker: subprocess.Popen | None = None
 
 
 def start_tracking(studies: Collection[str]) -> None:
-    """Start the process that forwards the results of these studies to MLflow."""
+    """Starts the process that forwards the results of the studies with these names to MLflow."""
     global _tracker
     if not studies:
         return
@@ -29,10 +29,10 @@ def start_tracking(studies: Collection[str]) -> None:
 
 
 def stop_tracking(studies: Collection[str]) -> list[str]:
-    """Let the tracking process forward the rest and end, and print what it could not forward.
+    """Stops the tracking process after it has forwarded the remaining results, and prints what it could not forward.
 
     Args:
-        studies: their names, for the hint that is printed if the process does not end properly.
+        studies: names of the studies, for the hint that is printed if the process does not end properly.
 
     Returns:
         One line per study in MLflow: its name and its address.

@@ -236,14 +236,14 @@ def _read_state(path: Path, key: str) -> tuple[int, dict[str, str]]:
 
 
 def write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray], manifest: dict[str, Any]) -> None:
-    """Write images to `directory` one by one as `images.npy`, then `manifest.json`.
+    """Write images one by one to `images.npy` in a directory, then `manifest.json`.
 
     Args:
         directory: Receives the files; created if missing.
         image_size: Height and width of the images, in pixels.
         images: Each uint8 [image_size, image_size, 3].
-        manifest: Entries of the manifest, read after the last image; the number of images, their size and their
-            sha256 are added.
+        manifest: Entries of `manifest.json`. The iterator `images` may still change them, since they are read after
+            its last image. The number of images, the image size, and the SHA-256 of all pixels are added.
     """
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / "images.partial.npy"

@@ -1,0 +1,284 @@
+"""What a verdict concludes: the decision table, the cases that it exists for, the frozen plan."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from metric_tables import PLAN, STEPS, curves, study
+
+from convergence import layout
+from convergence.analysis.comparison import compare_pair
+from convergence.analysis.decision import decide
+from convergence.analysis.effects import shown
+from convergence.analysis.notes import is_skewed, outlier
+from convergence.analysis.verdict import judge, to_markdown
+from convergence.schema import Experiment
+from convergence.study_plan import current_plan, freeze_plan, frozen_plan, plan_changes
+from convergence.tables import PROBE_COLUMNS
+from diffusion.errors import FileError
+
+MIRROR = {
+    "better": "worse", "worse": "better", "faster": "slower", "better on average": "worse on average",
+}  # fmt: skip
+MIRROR |= {after: before for before, after in MIRROR.items()}
+
+
+def compared(base, cand, thresholds=None, margin=None):
+    return compare_pair(study(base, cand), "base", "cand", thresholds, margin, role="primary")
+
+
+def verdict_on(metrics, plan=PLAN, changes=()):
+    return judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, changes)
+
+
+# The table
+
+
+@pytest.mark.parametrize("margin", [False, True])
+@pytest.mark.parametrize(
+    ("average", "final", "images"), list(itertools.product(["better", "worse", "not shown"], repeat=3))
+)
+def test_every_combination_has_its_row(average, final, images, margin):
+    mirrored = average == "worse"
+    a, e, s = (MIRROR.get(value, value) if mirrored else value for value in (average, final, images))
+    if a == "better":
+        if e == "worse" or s == "worse":
+            expected = "curves cross"
+        else:
+            expected = {"better": "faster", "not shown": "better on average"}[s]
+    elif not margin:
+        expected = "undecided"
+    else:
+        expected = "the same" if (e, s) == ("not shown", "not shown") else "the same on average"
+    expected = MIRROR.get(expected, expected) if mirrored else expected
+    assert decide(average, final, images, margin) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "baseline", "candidate", "expected"),
+    [
+        (0.01, 0.1, 0, 0, "worse"),
+        (-0.1, -0.01, 0, 0, "better"),
+        (-0.01, 0.1, 0, 0, "not shown"),
+        (0.0, 0.0, 0, 0, "not shown"),
+        (-np.inf, np.inf, 0, 0, "not shown"),
+        (0.01, 0.1, 1, 0, "not shown"),
+        (0.01, 0.1, 0, 1, "worse"),
+        (-0.1, -0.01, 0, 1, "not shown"),
+        (-0.1, -0.01, 1, 0, "better"),
+    ],
+)
+def test_the_interval_decides_unless_the_better_arm_failed_more(low, high, baseline, candidate, expected):
+    assert shown(low, high, baseline, candidate) == expected
+
+
+# Curves that give each row
+
+PLATEAU = np.array([300.0, 110, 105, 102, 121])  # leads early, ends 21% above the baseline
+LATE = np.array([300.0, 125, 124, 123, 100])  # leads early, is above the baseline at the third checkpoint
+BASE = np.array([300.0, 200, 150, 120, 100])
+JITTER = np.exp(0.001 * np.random.default_rng(6).standard_normal((2, 3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("cand", "outcome", "lead", "numbers"),
+    [
+        (0.9 * BASE, "faster", "cand is faster than base", "it needs 0."),
+        (1.1 * BASE, "slower", "cand is slower than base", "it needs 1."),
+        (PLATEAU, "curves cross", "The curves of cand and base cross at about 10,9", "at the last checkpoint (+20."),
+        (BASE, "the same", "cand and base are the same within 2%", "on average (90% interval: "),
+        (
+            [300, 200 / 1.21, 150, 120, 121],
+            "the same on average",
+            "cand and base are the same within 2% on average, not at the end",
+            "FD +21.0% at the last checkpoint",
+        ),
+        (LATE, "curves cross", "The curves of cand and base cross at about 9,1", "times the images (1.0"),
+    ],
+)
+def test_curves_give_the_row_that_describes_them(cand, outcome, lead, numbers):
+    comparison = compared(BASE * JITTER[0], np.array(cand) * JITTER[1], [121.0] if cand is LATE else None)
+    said, evidence = comparison.sentence()
+    assert comparison.outcome == outcome, str(comparison)
+    assert said.startswith(lead) and numbers in evidence
+
+
+def test_an_arm_that_ends_worse_is_not_faster():
+    """Its level is lower on average, with an interval that excludes 0: the mean alone would call it faster."""
+    comparison = compared(BASE * JITTER[0], PLATEAU * JITTER[1])
+    assert comparison.average.shown == "better" and comparison.final.low > 20
+    assert comparison.outcome == "curves cross" and "no single answer" in str(comparison)
+    np.testing.assert_allclose(comparison.cross_images, 11_000, rtol=0.05)
+
+
+def test_an_arm_that_arrives_later_is_not_faster():
+    comparison = compared(BASE * JITTER[0], LATE * JITTER[1], [121.0])
+    assert comparison.average.shown == "better" and comparison.images.low > 1
+    assert comparison.outcome == "curves cross"
+
+
+def test_equivalence_needs_the_90_interval_within_the_margin():
+    base, cand = curves(5, 1.0, noise=0.01), curves(5, 1.0, noise=0.01, seed=1)
+    low, high = compared(base, cand).average_90
+    for margin, outcome in ((1.001 * max(-low, high), "the same"), (0.999 * max(-low, high), "undecided")):
+        comparison = compared(base, cand, margin=margin)
+        assert (comparison.outcome, comparison.within_margin) == (outcome, outcome == "the same")
+
+
+def test_a_shown_difference_within_the_margin_says_so():
+    comparison = compared(BASE * JITTER[0], 1.01 * BASE * JITTER[1])
+    assert comparison.outcome in ("slower", "worse on average") and ", within the margin of 2%" in str(comparison)
+
+
+def test_arms_with_failed_runs_are_not_the_same():
+    base, cand = BASE * np.ones((4, 1)), BASE * np.exp(0.001 * np.random.default_rng(1).standard_normal((4, 5)))
+    assert compared(base, cand).outcome == "the same"
+    cand[3, 3:] = np.nan
+    comparison = compared(base, cand)
+    assert comparison.within_margin and comparison.outcome == "undecided"
+    assert "1 run of cand of 4 diverged or collapsed." in comparison.notes
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_arms_with_equal_values_are_identical(seeds):
+    base = curves(seeds, 1.0)
+    comparison = compared(base, base)
+    assert comparison.outcome == "identical" and comparison.headline == "cand and base are identical"
+    assert compared(base, base * (1 + 1e-13)).outcome == "identical"
+    assert compared(base, base * (1 + 1e-5)).outcome != "identical"
+
+
+# Unusual pairs
+
+
+def test_an_outlier_is_outside_of_the_prediction_interval_of_the_others():
+    rng = np.random.default_rng(0)
+    for size in (3, 5, 10):
+        found = [outlier(rng.standard_normal(size)) is not None for _ in range(4000)]
+        assert 0.035 < np.mean(found) < 0.065
+    assert outlier(np.array([0.01, 0.012, 0.011, 0.013, 0.2])) == 4
+    assert outlier(np.array([1.0, 9.0])) is None and outlier(np.zeros(4)) is None
+
+
+def test_skewness_is_rarely_found_in_normal_pairs():
+    rng = np.random.default_rng(0)
+    for size in (5, 10, 30):
+        assert np.mean([is_skewed(rng.standard_normal(size)) for _ in range(4000)]) < 0.09
+        assert np.mean([is_skewed(rng.exponential(size=size) ** 3) for _ in range(400)]) > 0.3
+    assert not is_skewed(np.array([0.0, 0, 0, 9]))
+
+
+def test_an_outlier_is_reported_with_the_sign_test_and_the_result_without_it():
+    base, cand = curves(6, 1.0, noise=0.002), curves(6, 0.99, noise=0.002, seed=1)
+    cand[4] *= 1.5
+    comparison = compared(base, cand)
+    without = compared(np.delete(base, 4, 0), np.delete(cand, 4, 0)).average
+    (note,) = [note for note in comparison.notes if "outlier" in note]
+    assert note.startswith("The pair of seed 4 is an outlier: 5 of 6 pairs are better (sign test p = 0.22)")
+    assert note.endswith(
+        f"without it the average is {without.estimate:+.1f}% ({without.low:+.1f} to {without.high:+.1f})."
+    )
+    assert any(note.startswith("cand seed 4 is unlike the other runs of its arm (+") for note in comparison.notes)
+
+
+# Planned seeds
+
+
+def test_nothing_is_concluded_before_the_planned_seeds_are_complete():
+    base, cand = curves(4, 1.0), curves(4, 0.8)
+    plan = PLAN.model_copy(update={"seeds": (0, 1, 2, 3, 4), "last_step": 400})
+    verdict = verdict_on(study(base, cand), plan)
+    assert verdict.outcome == "interim" and verdict.answer.startswith("Interim: FD -20.0% on average (-20.0 to -20.0);")
+    assert "Planned runs are not evaluated yet (base seed 4, cand seed 4), so nothing is concluded." in verdict.answer
+    complete = plan.model_copy(update={"seeds": (0, 1, 2, 3)})
+    assert verdict_on(study(base, cand), complete).outcome == "faster"
+    unfinished = study(base, cand).query("not (arm == 'cand' and seed == 3 and step == 400)")
+    assert verdict_on(unfinished, complete).outcome == "interim"
+
+
+def test_seeds_that_were_not_planned_do_not_decide():
+    base, cand = curves(6, 1.0, noise=0), curves(6, 1.0, noise=0.003)
+    cand[3:] *= 0.7
+    plan = PLAN.model_copy(update={"seeds": (0, 1, 2), "last_step": 400})
+    verdict = verdict_on(study(base, cand), plan)
+    planned, replication = verdict.comparisons
+    assert verdict.outcome == planned.outcome == verdict_on(study(base[:3], cand[:3]), plan).outcome
+    assert (planned.seeds, replication.seeds, replication.role) == ((0, 1, 2), (3, 4, 5), "replication")
+    assert replication.outcome == "faster" and "- Seeds 3, 4, 5: cand is faster than base" in to_markdown(verdict)
+
+
+def test_checkpoints_after_the_last_planned_one_do_not_decide():
+    base, cand = curves(3, 1.0), curves(3, 0.9)
+    plan = PLAN.model_copy(update={"last_step": 300})
+    cut = verdict_on(study(base[:, :4], cand[:, :4], steps=STEPS[:4]), plan)
+    assert verdict_on(study(base, cand), plan).answer == cut.answer
+
+
+# The frozen plan
+
+
+def experiment(**compare):
+    compare = {"baseline": "a", "candidates": ["b"], "primary": {"candidate": "b"}} | compare
+    evaluate = {"features": ["efficientnet-lite0"], "metrics": ["fd", "kid"]}
+    return Experiment(
+        name="mine", dataset={"source": "openmoji", "image_size": 16}, checkpoints=[4, 8], seeds=[0, 1],
+        arms={"a": {}, "b": {}}, compare=compare, evaluate=evaluate, probe=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("compare", "margin", "scale"),
+    [
+        ({}, 2.0, "ratio"),
+        ({"margin": "0.5%"}, 0.5, "ratio"),
+        ({"primary": {"candidate": "b", "metric": "kid"}}, None, "difference"),
+        ({"primary": {"candidate": "b", "metric": "kid"}, "margin": 0.001}, 0.001, "difference"),
+    ],
+)
+def test_the_margin_has_the_unit_of_the_metric(compare, margin, scale):
+    plan = current_plan(experiment(**compare))
+    assert (plan.margin, plan.scale, plan.seeds, plan.last_step) == (margin, scale, (0, 1), 8)
+
+
+@pytest.mark.parametrize(
+    ("metric", "margin"), [("fd", 0.02), ("fd", "2"), ("fd", "-1%"), ("kid", "2%"), ("kid", 0), ("kid", "x%")]
+)
+def test_a_margin_in_another_unit_is_refused(metric, margin):
+    with pytest.raises(ValueError, match="margin"):
+        experiment(primary={"candidate": "b", "metric": metric}, margin=margin)
+
+
+def test_the_plan_is_frozen_when_the_first_checkpoint_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = experiment(), experiment(planned_seeds=[0, 1, 2], margin="5%", thresholds=[90, 80])
+    freeze_plan(first)
+    freeze_plan(second)  # nothing is evaluated yet
+    assert frozen_plan(first) == current_plan(first)
+    assert layout.plan_path("mine").read_text() == current_plan(second).model_dump_json(indent=1) + "\n"
+    table = layout.step_directory("mine", "a", first.run("a"), 0, 4) / "metrics.csv"
+    table.parent.mkdir(parents=True)
+    table.touch()
+    freeze_plan(first)
+    frozen = frozen_plan(first)
+    assert frozen == current_plan(second) and not frozen.after_results
+    assert plan_changes(frozen, current_plan(first)) == (
+        "thresholds was 90.0, 80.0 and is unset in the study file.",
+        "margin was 5.0 and is 2.0 in the study file.",
+        "seeds was 0, 1, 2 and is 0, 1 in the study file.",
+    )
+    layout.plan_path("mine").write_text("{}")
+    with pytest.raises(FileError, match=r"plan\.json: is not the plan of a study"):
+        frozen_plan(first)
+    layout.plan_path("mine").unlink()
+    freeze_plan(first)
+    assert frozen_plan(first).after_results
+    assert "recorded after results existed" in plan_changes(frozen_plan(first), current_plan(first))[0]
+
+
+def test_the_verdict_lists_what_was_changed_after_results_were_seen():
+    metrics = study(curves(3, 1.0), curves(3, 0.9))
+    text = to_markdown(verdict_on(metrics, changes=["margin was 5.0 and is 2.0 in the study file."]))
+    assert "**Changed after results were seen.** The verdict judges by the plan." in text
+    assert "- margin was 5.0 and is 2.0 in the study file." in text
+    assert "Changed after" not in to_markdown(verdict_on(metrics))
