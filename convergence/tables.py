@@ -118,6 +118,30 @@ def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequenc
     return table
 
 
+def read_influences(path: Path | str, rows: int, n: int) -> list[np.ndarray]:
+    """Reads influences.npy of one checkpoint: the influence of each sample on each value of its metrics.csv.
+
+    Args:
+        path: the file.
+        rows: the number of rows of metrics.csv.
+        n: the number of samples.
+
+    Returns:
+        A float32 array [n] per row. It is mapped into memory.
+
+    Raises:
+        FileError: the file is missing or damaged, or its shape is not [rows, n].
+    """
+    try:
+        influences = np.load(path, mmap_mode="r" if n else None)  # an empty file cannot be mapped
+    except (OSError, ValueError, EOFError) as error:
+        raise FileError(path, f"is damaged ({error})") from None
+    if influences.shape != (rows, n) or influences.dtype != np.float32:
+        found = f"{influences.dtype} {list(influences.shape)}"
+        raise FileError(path, f"is damaged (it is {found}, not float32 {[rows, n]})")
+    return list(influences)
+
+
 def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
     """Reads a CSV file of curves from any source as the long table of metrics.
 

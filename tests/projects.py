@@ -49,7 +49,7 @@ def reduce(study):
     study["train"] |= {"batch_size": 8, "log_every": 2}
     study["checkpoints"] = {"start": 0, "every": 4, "until": 8}
     study["sample"]["images"] = 12
-    study["evaluate"]["reference_images"] = 40
+    study["evaluate"] |= {"metrics": ["fd"], "reference_images": 40}
     study["probe"] = {"images": 8, "batch_size": 4, "bins": 3}
 
 

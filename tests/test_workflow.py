@@ -19,6 +19,7 @@ from projects import REPORT, ROOT, assert_tracked_once, copy_project, edit, jobs
 from safetensors.torch import load_file
 
 from convergence.analysis.verdict import read_verdict
+from diffusion.config import EVALUATE_VERSION
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_one_command_makes_all_tables_and_figures(finished):
     assert sorted(table["images"].unique()) == [0, 32, 64]
     at_start = table[table["step"] == 0]
     assert at_start.groupby("seed")["value"].nunique().tolist() == [1, 1]
+    assert at_start["value"].nunique() == 2  # untrained nets are equal, but each seed has its own latents
     effects = pd.read_csv(reports / "effects.csv")
     assert {"average", "final", "images"} <= set(effects["quantity"]) and effects["role"].eq("primary").all()
     verdict = (reports / "verdict.md").read_text()
@@ -86,6 +88,8 @@ def test_checkpoints_keep_what_is_needed_to_continue_and_no_samples(finished):
         assert (directory / "weights.safetensors").exists() and (directory / "preview.png").exists()
         provenance = json.loads((directory / "provenance.json").read_text())
         assert provenance["step"] == int(directory.name[4:])
+        influences = np.load(directory / "influences.npy")
+        assert influences.shape == (1, 12) and influences.dtype == np.float32 and influences.std() > 0
         assert provenance["versions"]["torch"] and provenance["host"]
     manifest = json.loads(next(finished.glob("results/datasets/*/manifest.json")).read_text())
     assert manifest["count"] > 4000 and "CC" in manifest["licence"]
@@ -113,6 +117,22 @@ def test_samples_are_kept_on_request_and_nothing_is_trained_again(project):
     done = snakemake(project, "--config", "tracking=off", target=str(metrics.relative_to(project)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics.read_text() != before and not (project / target).exists()
+
+
+@pytest.mark.slow
+def test_another_version_of_the_evaluation_repeats_it_and_trains_nothing(project):
+    path = project / "diffusion/config.py"
+    content = path.read_text()
+    path.write_text(
+        content.replace(f"EVALUATE_VERSION = {EVALUATE_VERSION}", f"EVALUATE_VERSION = {EVALUATE_VERSION + 1}")
+    )
+    assert {job.split()[0] for job in jobs(project)} == {"Evaluate", "Compare", "Draw"}
+    path.write_text(content)
+    # Results of versions that did not write the influences of the samples are evaluated again.
+    for file in project.glob("results/**/influences.npy"):
+        file.unlink()
+    (project / REPORT / "verdict.json").unlink()
+    assert {job.split()[0] for job in jobs(project)} == {"Evaluate", "Compare", "Draw"}
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from convergence.analysis.notes import notes_on
 from convergence.analysis.pairs import Pairs, pair_runs
 from convergence.analysis.power import noise_over_seeds
 from convergence.analysis.results import Comparison, Role
+from convergence.analysis.sampling_noise import noise_of_samples
 from convergence.errors import StudyError
 from convergence.tables import HIGHER_IS_BETTER, check_curves
 
@@ -235,7 +236,7 @@ def _comparison(
         outcome=outcome,
         cross_images=_last_crossing(pairs),
         p_holm=math.nan,
-        noise=noise_over_seeds(means),
+        noise=replace(noise_over_seeds(means), samples=noise_of_samples(pairs)),
         notes=notes_on(pairs, average, images, is_conclusion=outcome not in ("undecided", "identical")),
     )
 

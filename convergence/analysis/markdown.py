@@ -111,8 +111,10 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
         _thresholds(planned),
         "## Noise and power",
         "Standard deviations over seeds of the average: of the runs of each arm, and of the paired differences. The "
-        f"smallest detectable effect and the seeds that an effect needs are for {100 * POWER:.0f}% power. Brackets "
-        "contain the seeds for a standard deviation at its 80% upper confidence bound.",
+        "part *from samples* is due to their finite number (infinitesimal jackknife, Efron 1982), the rest is due to "
+        "the seeds. *Increase* names the larger part: more seeds, or more `sample.images`. The smallest detectable "
+        f"effect and the seeds that an effect needs are for {100 * POWER:.0f}% power. Brackets contain the seeds for a "
+        "standard deviation at its 80% upper confidence bound.",
         _noise(planned),
     ]
     if replications := [comparison for comparison in ordered if comparison.role == "replication"]:
@@ -167,18 +169,23 @@ def _noise(comparisons: Iterable[Comparison]) -> str:
     for comparison in comparisons:
         noise, pairs, scale = comparison.noise, comparison.average.pairs, comparison.scale
         if np.isnan(noise.paired):
-            rows.append([*_names(comparison), pairs, *["–"] * (4 + len(PLANNED_EFFECTS))])
+            rows.append([*_names(comparison), pairs, *["–"] * (7 + len(PLANNED_EFFECTS))])
             continue
-        sizes = [size_text(sd, scale) for sd in (*noise.between, noise.paired, detectable(noise.paired, pairs))]
+        sizes = [size_text(sd, scale) for sd in (*noise.between, noise.paired)]
+        parts = ["–"] * 3
+        if not np.isnan(noise.samples):
+            larger = "`sample.images`" if noise.samples > noise.seeds else "seeds"
+            parts = [size_text(noise.seeds, scale), size_text(noise.samples, scale), larger]
         cautious = cautious_sd(noise.paired, pairs)
         seeds = [
             f"{_seeds(effect, noise.paired)} ({_seeds(effect, cautious)})" if scale == "ratio" else "–"
             for effect in PLANNED_EFFECTS
         ]
-        rows.append([*_names(comparison), pairs, *sizes, *seeds])
-    head = ["candidate", "metric", "pairs", "sd, baseline", "sd, candidate", "sd of paired differences"]
+        smallest = size_text(detectable(noise.paired, pairs), scale)
+        rows.append([*_names(comparison), pairs, *sizes, *parts, smallest, *seeds])
+    head = ["candidate", "metric", "pairs", "sd, baseline", "sd, candidate", "sd of paired differences", "from seeds"]
     effects = [f"seeds for {100 * effect:.0f}%" for effect in PLANNED_EFFECTS]
-    return markdown_table([*head, "smallest detectable effect", *effects], rows)
+    return markdown_table([*head, "from samples", "increase", "smallest detectable effect", *effects], rows)
 
 
 def _seeds(effect: float, sd: float) -> str:

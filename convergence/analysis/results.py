@@ -1,5 +1,6 @@
 """What the analysis of a study finds, as data: comparisons of arms, effects on the probes, the verdict."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,11 @@ class Noise:
     """Of the paired differences."""
     samples: float
     """The part of `paired` that comes from the finite number of samples; NaN if it is unknown."""
+
+    @property
+    def seeds(self) -> float:
+        """The rest of `paired`, which comes from the seeds; 0 if the samples explain all of it."""
+        return math.sqrt(max(self.paired**2 - self.samples**2, 0))
 
 
 @dataclass(frozen=True)

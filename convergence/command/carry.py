@@ -36,6 +36,7 @@ LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plug
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 SMALL_FILES = {
     "metrics.csv",
+    "influences.npy",
     "probe.csv",
     "cost.csv",
     "log.csv",

@@ -11,6 +11,7 @@ from convergence.errors import SAME_COMMAND, exit_on_user_error
 from convergence.provenance import newest_provenances, trained_on
 from convergence.schema import Evaluate
 from convergence.tracking import process
+from diffusion.config import EVALUATE_VERSION
 from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)

@@ -15,6 +15,7 @@ localrules:
 rule verdict:
     input:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
+        influences=lambda wildcards: checkpoint_files(wildcards.study, "influences.npy"),
         probes=lambda wildcards: probe_files(wildcards.study),
         provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
         cost=rules.cost.output[0],

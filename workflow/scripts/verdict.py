@@ -11,7 +11,7 @@ from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs
 from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
 from convergence.study_plan import StudyPlan, plan_changes
-from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
+from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_influences, read_table, write_table
 from diffusion.build import constant_tables
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows
@@ -36,6 +36,12 @@ with job(snakemake):
     warnings = [*stale_runs(study, newest), *changed_tables(study, newest, runs), *params.few_images]
     # From the tables as they are written, so that everybody can compute the verdict again.
     metrics, probes = read_table(output.metrics), read_table(output.mechanism, PROBE_COLUMNS)
+    counts = metrics["n"].to_numpy().reshape(len(source.influences), len(params.rows))
+    metrics["influences"] = [
+        influences
+        for path, n in zip(source.influences, counts, strict=True)
+        for influences in read_influences(path, len(n), int(n[0]))
+    ]
     changes = plan_changes(plan, current) if plan and current else ()
     tables = constant_tables(runs)
     verdict = judge(metrics, probes, study, plan, changes, costs(cost), tables=tables, warnings=warnings)
