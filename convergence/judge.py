@@ -58,7 +58,7 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
         )
         verdict = judge(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, plan)
         write_verdict(verdict, target)
-        draw_forest(verdict.comparisons, [target / "speedups.png"])
+        draw_forest(verdict.primary, [target / "speedups.png"])
         fid_curves(rows, [target / "fid_curves.png"], metric, verdict.comparisons)
         verdicts.append(verdict)
     if len(studies) > 1:

@@ -20,6 +20,8 @@ REPORTS = Path("reports")
 DOWNLOADS = Path("data")
 # Shows the curves of the selected studies together.
 FIGURE = REPORTS / "fid_curves.png"
+# Compares the selected studies, if there are several.
+STUDIES_FIGURE = REPORTS / "studies.png"
 FRONT_PAGE = REPORTS / "pages/front.rst"
 HTML_REPORT = REPORTS / "report.html"
 # Directories with the wildcards of the Snakemake rules.

@@ -84,9 +84,7 @@ def _check_images(experiment: Experiment, file: Path) -> None:
     if manifest.exists():
         count = read_json(manifest).get("count")
         if not isinstance(count, int):
-            raise FileError(
-                manifest, "is damaged (the number of images is missing): delete it, and the dataset is prepared again"
-            )
+            raise FileError(manifest, "is damaged (the number of images is missing)")
         _check_count(experiment, count, file)
     elif isinstance(dataset, Folder):
         if not dataset.path.exists():

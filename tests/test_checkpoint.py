@@ -175,7 +175,7 @@ WRONG = [
     (lambda: {key: value / 0 for key, value in det_weights().items()}, "has values that are NaN or infinite"),
     (lambda: {f"a.{key}": value for key, value in det_weights().items()} | {"b": torch.zeros(2)},
         "weights besides those of the net with the prefix a.; save"),
-    (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(3)}, "a tensor has too few dimensions"),
+    (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(3)}, "a weight has too few dimensions"),
     (lambda: det_weights() | {"time_embed.0.weight": torch.zeros(2, 0)}, "not all multiples of the 0"),
     (lambda: [torch.zeros(3)], "holds a list, not a state dict"),
     (lambda: torch.zeros(3), "holds a Tensor, not a state dict"),

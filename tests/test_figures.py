@@ -7,8 +7,11 @@ from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 from scipy import stats
 
+from convergence.analysis.comparison import compare
+from convergence.analysis.wording import effect_text
 from convergence.errors import StudyError
 from convergence.figures import curves, samples, style
+from convergence.figures import labels as labels_module
 from convergence.figures.curves import fid_curves, metric_label
 from convergence.figures.samples import preview_grid, samples_grid
 from diffusion.checkpoints import preview
@@ -21,7 +24,7 @@ COLUMNS = [
     "seed",
     "step",
     "images",
-    "seconds",
+    "contended_seconds",
     "features",
     "metric",
     "value",
@@ -77,8 +80,12 @@ def error_bars(ax):
     return [artist for artist in ax.collections if isinstance(artist, LineCollection)]
 
 
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
 def caption(ax):
-    return " ".join(text.get_text() for text in ax.texts).replace("\n", " ")
+    return texts(ax)[-1].replace("\n", " ")
 
 
 # Curves
@@ -197,10 +204,114 @@ def test_a_panel_per_study_and_features_with_one_style_per_arm():
         [table(arms=3), table(arms=3, features=INCEPTION), table(arms=1, study="large").assign(arm="under05")]
     )
     first, second, large = axes_of(metrics)
-    assert [ax.get_title() for ax in (first, second, large)] == ["small", "small", "large"]
-    assert mean_lines(large)[0].get_color() == mean_lines(first)[1].get_color()
-    (legend,) = first.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(ARMS[:3])
+    assert [ax.get_title(loc="left") for ax in (first, second, large)] == ["small", "small", "large"]
+    for one, other in zip(mean_lines(first), mean_lines(second), strict=True):
+        assert (one.get_color(), one.get_marker()) == (other.get_color(), other.get_marker())
+
+
+def test_the_place_of_an_arm_in_the_study_fixes_its_style():
+    metrics = table(arms=3)
+    order = {"small": ARMS[:3]}
+    (ax,) = curves._draw_curves(metrics, "fd", arms=order).axes
+    expected = {arm: style.line_style(place) for place, arm in enumerate(ARMS[:3])}
+    reversed_rows = metrics.iloc[::-1]
+    for rows in (metrics, reversed_rows, reversed_rows[reversed_rows["arm"] != "uni05"]):
+        (ax,) = curves._draw_curves(rows, "fd", arms=order).axes
+        for arm, line in zip(rows["arm"].unique(), mean_lines(ax), strict=True):
+            assert line.get_color() == expected[arm]["color"] and line.get_marker() == expected[arm]["marker"]
+
+
+def test_no_marker_of_an_arm_looks_like_the_cross_of_a_failed_run():
+    assert not {"x", "X", "+", "P"} & {style.line_style(place)["marker"] for place in range(20)}
+
+
+def test_lines_are_labelled_at_their_ends_in_place_of_a_legend():
+    metrics = diverge(table(arms=4, seeds=1), "matched05", 0, 400)
+    (ax,) = axes_of(metrics)
+    assert not ax.figure.legends
+    labels = {text.get_text(): text for text in ax.texts[:4]}
+    assert set(labels) == set(ARMS[:4])
+    for arm, line in zip(ARMS, mean_lines(ax), strict=False):
+        assert labels[arm].xy == tuple(line.get_xydata()[-1])
+    # The name of a line that ends earlier is next to its end.
+    assert labels["matched05"].xyann == (9, 0)
+    heights = sorted(labels[arm].xyann[1] for arm in ARMS[:4] if arm != "matched05")
+    assert np.diff(heights).min() > labels_module.GAP - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([0.5], [0.5]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.55, 0.5, 0.9], [0.575, 0.475, 0.9]),
+        ([0.0, 0.0, 0.0], [0.0, 0.1, 0.2]),
+        ([1.0, 1.0], [0.9, 1.0]),
+    ],
+)
+def test_labels_keep_their_order_and_a_distance(places, expected):
+    np.testing.assert_allclose(labels_module.spread(np.array(places), gap=0.1), expected)
+    many = labels_module.spread(np.full(40, 0.3))
+    assert many.min() >= 0 and many.max() <= 1 and (np.diff(many) > 0).all()
+
+
+def test_a_label_is_put_in_the_nearest_free_place():
+    size, near = np.array([0.4, 0.1]), np.array([0.5, 0.5])
+    diagonal = np.column_stack([np.linspace(0, 1, 500)] * 2)
+    place = labels_module.free_place(diagonal, size, near)
+    assert not (np.abs(diagonal - place) < size / 2).all(axis=1).any()
+    assert np.linalg.norm(place - near) < 0.35
+    np.testing.assert_allclose(labels_module.free_place(np.array([[0.0, 0.0]]), size, near), near)
+
+
+def test_the_untrained_net_is_outside_the_value_axis():
+    metrics = table(seeds=1, steps=(0, 100, 200, 400))
+    (ax,) = axes_of(metrics)
+    trained = metrics.loc[metrics["step"] > 0, "value"]
+    assert ax.get_ylim()[0] < trained.min() and trained.max() < ax.get_ylim()[1] < metrics["value"].max()
+    for line in mean_lines(ax):
+        np.testing.assert_array_equal(line.get_xdata(), [3200, 6400, 12800])
+    untrained = metrics.loc[metrics["step"] == 0, "value"]
+    assert f"↑ untrained: {untrained.min():.3g} to {untrained.max():.3g}" in texts(ax)
+    # Inside the axis it is a point like others.
+    inside = metrics.assign(value=metrics["value"].mask(metrics["step"] == 0, 50.0))
+    (ax,) = axes_of(inside)
+    assert mean_lines(ax)[0].get_xdata()[0] == 0 and not any("untrained" in text for text in texts(ax))
+    # A study without a trained value shows the untrained net.
+    (ax,) = axes_of(metrics[metrics["step"] == 0])
+    assert len(mean_lines(ax)[0].get_xdata()) == 1
+
+
+def test_a_wide_band_does_not_stretch_the_axis():
+    metrics = table(arms=1, seeds=3, lowest=200.0)
+    metrics.loc[metrics["seed"] == 2, "value"] *= 3
+    (ax,) = axes_of(metrics)
+    band = bands(ax)[0].get_paths()[0].vertices[:, 1]
+    assert band.max() > ax.get_ylim()[1] > metrics["value"].max()
+
+
+@pytest.mark.parametrize(("rates", "factor"), [((100, 140), "1.39"), ((140, 100), "0.72")])
+def test_an_arrow_between_the_crossings_is_labelled_with_the_factor(rates, factor):
+    metrics = table(seeds=3)
+    metrics["value"] = 20 + 200 * np.exp(-metrics["step"] / metrics["arm"].map(dict(zip(ARMS, rates, strict=False))))
+    comparison = compare(metrics, "uni05", "under05", thresholds=[80])
+    (ax,) = curves._draw_curves(metrics, "fd", [comparison]).axes
+    arrow = next(text for text in ax.texts if text.arrow_patch and not text.get_text())
+    np.testing.assert_allclose(
+        [arrow.xyann, arrow.xy], [(comparison.images.baseline, 80), (comparison.images.candidate, 80)]
+    )
+    (label,) = (text for text in texts(ax) if "times" in text)
+    assert label.replace("\n", " ") == f"FD 80: {effect_text(comparison.images, 'times the images')}"
+    assert label.startswith(f"FD 80: {factor}")
+    assert ax.get_title(loc="left").replace("\n", " ") == f"small: {comparison.headline}"
+
+
+def test_without_a_known_factor_there_is_no_arrow():
+    metrics = diverge(table(seeds=1), "under05", 0, 200)
+    comparison = compare(metrics, "uni05", "under05", thresholds=[30])
+    (ax,) = curves._draw_curves(metrics, "fd", [comparison]).axes
+    assert "FD 30" in texts(ax) and not any("times" in text for text in texts(ax))
+    assert all(text.get_text() for text in ax.texts)
 
 
 def test_six_arms_differ_without_colour():
@@ -218,8 +329,7 @@ def test_a_diverged_run_ends_in_a_cross_and_the_mean_at_the_last_complete_checkp
     last = metrics.query("arm == 'under05' and seed == 1 and step == 200")
     np.testing.assert_allclose(cross.get_xydata(), last[["images", "value"]].to_numpy())
     np.testing.assert_array_equal(mean_lines(ax)[1].get_xdata(), [3200, 6400])
-    assert "diverged at step 400: under05 seed 1." in caption(ax)
-    assert ax.figure.legends[0].get_texts()[-1].get_text() == "run diverged"
+    assert "×: run diverged at step 400: under05 seed 1." in caption(ax)
     assert not crosses(axes_of(table())[0])
 
 
@@ -227,14 +337,9 @@ def test_a_collapsed_run_is_marked_and_its_samples_are_shown():
     collapsed = diverge(table(seeds=1), "under05", 0, 400).replace({"reason": {"diverged": "collapsed"}}, regex=True)
     metrics = collapsed.assign(n=500)
     (ax,) = axes_of(metrics)
-    assert len(crosses(ax)) == 1 and "No value, collapsed at step 400: under05 seed 0." in caption(ax)
-    assert ax.figure.legends[0].get_texts()[-1].get_text() == "run collapsed"
+    assert len(crosses(ax)) == 1 and "×: run collapsed at step 400: under05 seed 0." in caption(ax)
     grids, _ = preview_grid([("under05", 0, 400, 12800, "preview.png")], metrics)
     assert grids["under05"][12800].name == "preview.png"
-    both = axes_of(
-        pd.concat([metrics, diverge(table(arms=3, seeds=1), "matched05", 0, 400).query("arm == 'matched05'")])
-    )
-    assert both[0].figure.legends[0].get_texts()[-1].get_text() == "run collapsed or diverged"
 
 
 def test_a_table_read_from_csv_gives_the_same_figure(tmp_path):
@@ -248,7 +353,7 @@ def test_a_table_read_from_csv_gives_the_same_figure(tmp_path):
 def test_a_study_whose_only_run_diverged_at_once_is_drawn(tmp_path):
     metrics = diverge(table(arms=1, seeds=1), "uni05", 0, 50)
     (ax,) = axes_of(metrics)
-    assert "no run has a value" in caption(ax)
+    assert "no run has a value" in texts(ax)
     assert "diverged at step 50: uni05 seed 0." in caption(ax)
     fid_curves(metrics, [tmp_path / "curves.png"])
 
@@ -332,11 +437,11 @@ def test_error_bars_are_standard_errors_of_each_value():
         metrics.loc[0, "stderr"] = np.nan
         (ax,) = axes_of(metrics)
         ends = np.concatenate([bar for bars in error_bars(ax) for bar in bars.get_segments()])
-        known = metrics[metrics["stderr"].notna()].sort_values("arm", kind="stable")
+        known = metrics[metrics["stderr"].notna() & metrics["value"].notna()]
         expected = np.stack([known["value"] - known["stderr"], known["value"] + known["stderr"]], axis=1)
         np.testing.assert_allclose(ends, np.stack([known["images"].repeat(2), expected.ravel()], axis=1))
         colours = [line.get_color() for line in mean_lines(ax)]
-        assert [to_hex(bars.get_color()[0]) for bars in error_bars(ax)] == [colours[1].lower(), colours[0].lower()]
+        assert [to_hex(bars.get_color()[0]) for bars in error_bars(ax)] == [colour.lower() for colour in colours]
         assert "± each seed's standard error over other sets of generated images" in caption(ax)
     (ax,) = axes_of(table())
     assert not error_bars(ax) and "standard error" not in caption(ax)
@@ -395,46 +500,59 @@ def test_samples_grid_shows_the_pixels_enlarged_without_smoothing(tmp_path):
             preview(noise(seed=3 * row + column), path)
             grids[arm][images] = path
     grids["under05"][12800] = None
-    samples_grid(grids, tmp_path / "samples.png", steps={3200: 100, 6400: 200})
+    real = noise(count=23, seed=9)
+    samples_grid(grids, {3200: 100, 6400: 200}, 0, real, tmp_path / "samples.png")
     page = pixels(tmp_path / "samples.png")
-
-    height, width = 4 * 69, 4 * 137  # a preview is 69 x 137 pixels; 4 is the least factor to 480 pixels
-    margin = page.shape[1] - 3 * (width + samples.GAP_PIXELS)
+    # A cell has 2 x 4 images of 16 pixels, with gaps of 1; 8 is the factor that makes an image 128 pixels large.
+    height, width, gap = 8 * 35, 8 * 69, samples.GAP_PIXELS
+    margin = page.shape[1] - 3 * (width + gap)
     for row, arm in enumerate(ARMS[:2]):
         for column, images in enumerate((3200, 6400, 12800)):
-            top = samples.HEAD_PIXELS + row * (height + samples.GAP_PIXELS)
-            left = margin + column * (width + samples.GAP_PIXELS)
+            top, left = samples.HEAD_PIXELS + row * (height + gap), margin + column * (width + gap)
             cell = page[top : top + height, left : left + width]
             if path := grids[arm][images]:
-                np.testing.assert_array_equal(cell, pixels(path).repeat(4, 0).repeat(4, 1))
+                np.testing.assert_array_equal(cell, pixels(path)[:35, :69].repeat(8, 0).repeat(8, 1))
             else:
                 assert (cell[0] == EMPTY).all()
                 assert len(np.unique(cell)) > 1  # the words
+    top = samples.HEAD_PIXELS + 2 * (height + gap)
+    for index, of_dataset in enumerate(range(0, 23, 2)):  # 12 images from the first to the last
+        left = margin + index // 4 * (width + gap) + 8 * (1 + index % 4 * 17)
+        shown = page[top + 8 : top + 8 * 17, left : left + 8 * 16]
+        np.testing.assert_array_equal(shown, real[of_dataset].repeat(8, 0).repeat(8, 1))
     heads, labels = page[: samples.HEAD_PIXELS, margin:], page[:, :margin]
-    for part in (*np.split(heads, 3, axis=1), *np.array_split(labels[samples.HEAD_PIXELS :], 2)):
+    for part in (*np.split(heads, 3, axis=1), *np.array_split(labels[samples.HEAD_PIXELS :], 3)):
         assert (part < 100).any()
     for edge in (page[0], page[-1], page[:, 0], page[:, -1]):
         assert (edge == 255).all()
 
 
-def test_samples_grid_takes_six_columns_from_first_to_last_and_reduces_large_previews(tmp_path):
+def test_samples_grid_takes_four_columns_from_first_to_last_and_reduces_large_images(tmp_path):
     grids = {"uni05": {}}
     for step in range(10):
         path = tmp_path / f"{step}.png"
-        Image.new("RGB", (960, 480), (step, 0, 0)).save(path)
+        preview(np.full((32, 256, 256, 3), step, np.uint8), path)
         grids["uni05"][step] = path
-    samples_grid(grids, tmp_path / "samples.png", steps={})
+    samples_grid(grids, {}, 0, noise(size=256), tmp_path / "samples.png")
     page = pixels(tmp_path / "samples.png")
-    left = page.shape[1] - 6 * (480 + samples.GAP_PIXELS)
-    line = page[samples.HEAD_PIXELS + 120, left + 240 :: 480 + samples.GAP_PIXELS, 0]
-    np.testing.assert_array_equal(line, [0, 2, 4, 5, 7, 9])
+    width = 515  # half of 4 * 257 + 1
+    left = page.shape[1] - 4 * (width + samples.GAP_PIXELS)
+    line = page[samples.HEAD_PIXELS + 60, left + 60 :: width + samples.GAP_PIXELS, 0]
+    np.testing.assert_array_equal(line, [1, 4, 6, 9])  # step 0 shows noise
 
 
-@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 100, 128])
+def test_the_figure_of_samples_names_its_seed(tmp_path):
+    preview(noise(), tmp_path / "preview.png")
+    shown = [Image.open(tmp_path / "preview.png")]
+    texts = samples._draw_grid({"uni05": shown}, ["3.2k images"], 7, 16).texts
+    assert any("Seed 7:" in text.get_text() for text in texts)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 90, 100, 128, 256])
 def test_nothing_of_a_single_cell_is_cut_off(tmp_path, size):
     preview(noise(size=size), tmp_path / "preview.png")
-    arm = "x" * 39
-    samples_grid({arm: {123_000_000: tmp_path / "preview.png"}}, tmp_path / "samples.png", {123_000_000: 1_000_000})
+    grids = {"x" * 39: {123_000_000: tmp_path / "preview.png"}}
+    samples_grid(grids, {123_000_000: 1_000_000}, 1000, noise(2, size), tmp_path / "samples.png")
     page = pixels(tmp_path / "samples.png")
     for edge in (page[0], page[-1], page[:, 0], page[:, -samples.GAP_PIXELS :]):
         assert (edge == 255).all()
@@ -457,7 +575,7 @@ def test_previews_are_put_in_rows_by_arm():
 
 
 def test_a_study_that_diverged_everywhere_has_a_grid_without_samples(tmp_path):
-    samples_grid({"uni05": {100: None, 200: None}}, tmp_path / "samples.png", {})
+    samples_grid({"uni05": {100: None, 200: None}}, {}, 0, noise(), tmp_path / "samples.png")
     empty = (pixels(tmp_path / "samples.png") == EMPTY).all(-1).sum(0) > 100
     assert np.diff(empty.astype(int)).tolist().count(1) == 2
 
@@ -466,7 +584,7 @@ def test_samples_grid_names_a_preview_that_it_cannot_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     for name in ("broken.png", "absent.png"):
         with pytest.raises(FileError, match=f"{name}: is not a readable image") as error:
-            samples_grid({"uni05": {100: tmp_path / name}}, tmp_path / "samples.png", {})
+            samples_grid({"uni05": {100: tmp_path / name}}, {}, 0, noise(), tmp_path / "samples.png")
         assert error.value.path == tmp_path / name
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
 

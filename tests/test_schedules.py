@@ -98,6 +98,15 @@ def test_a_constant_has_a_linear_axis_from_zero():
     assert axis_limits([0 * ones], [ones]) == ("linear", 0, 1)
 
 
+def test_the_weight_of_the_vb_has_a_log_axis():
+    assert axis_limits([np.ones(10)], [np.ones(10)], log_from=0) == ("log", pytest.approx(1 / 1.5), 1.5)
+    panels, *_ = drawn(tables("uni05", "matched05"))
+    (vb,) = (ax for ax in panels if ax.get_title() == schedules.VB_TITLE)
+    assert vb.get_yscale() == "log" and vb.get_ylim()[1] > 80.6
+    assert vb.lines[1].get_ydata()[0] == pytest.approx(80.6, abs=0.05)
+    assert len({ax.get_title() for ax in panels}) == 6  # nothing is shown twice
+
+
 def test_a_weight_of_four_decades_fits_on_a_log_axis():
     weight, ones = LINEAR.snr.rsqrt().numpy(), np.ones(1000)
     for lines in ([weight], [weight, ones]):
@@ -164,9 +173,10 @@ def test_lines_are_the_curves_and_densities_of_log_snr_integrate_to_one():
     panels, *_ = drawn(arms)
     for index, table in enumerate(arms.values()):
         lines = [ax.lines[index] for ax in panels]
-        for line, expected in zip(lines, curves(table), strict=False):
+        of_arm = curves(table)
+        for line, expected in zip(lines, (of_arm.draws, of_arm.weight, of_arm.product), strict=False):
             np.testing.assert_array_equal(line.get_ydata(), expected)
-        np.testing.assert_array_equal(lines[4].get_ydata(), lines[1].get_ydata())
+        np.testing.assert_array_equal(lines[4].get_ydata(), table.vb_weight)
         for line, total in ((lines[3], 1), (lines[5], curves(table).product.mean())):
             log_snr, density = line.get_data()
             np.testing.assert_allclose(np.trapezoid(density[::-1], log_snr[::-1]), total, rtol=2e-3)
@@ -185,15 +195,19 @@ def test_caption_states_shares_equal_curves_and_proportions():
     *_, caption = drawn(tables("uniform", "uni05", "under05", "matched05", "learned_density"), ["learned_density"])
     assert "t < 100: 10.0% in uniform, uni05 and learned_density; 2.1% in under05 and matched05." in caption
     assert "draws of under05 and matched05;" in caption
-    assert "weight of uniform, under05 and learned_density;" in caption
-    assert "expected weight of uni05 and matched05." in caption
-    assert "under05 = 1.24 × uni05." in caption
+    assert "MSE weight of uniform, under05 and learned_density;" in caption
+    assert "vb weight of uniform, uni05, under05 and learned_density;" in caption
+    assert "expected MSE weight of uni05 and matched05." in caption
+    assert "Expected weights of the MSE that are proportional at every t: under05 = 1.24 × uni05." in caption
     assert "The density of learned_density is learned during training; the figure shows its initial values." in caption
 
 
 def test_caption_has_no_sentence_without_content():
     *_, caption = drawn(tables("uniform", "lognormal"))
-    assert "Equal curves, which overlap: weight of uniform and lognormal." in caption
+    assert (
+        "Equal curves, which overlap: MSE weight of uniform and lognormal; vb weight of uniform and lognormal."
+        in caption
+    )
     assert "proportion" not in caption and "learned" not in caption
 
 

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from metric_tables import PLAN, curves, study
-from PIL import Image
-from test_mechanism import probes
+from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
 from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown, write_verdict
 from convergence.figures.curves import _draw_curves, fid_curves
-from convergence.figures.forest import _draw, draw_forest
 from convergence.pages import to_html
 from convergence.tables import PROBE_COLUMNS
 from diffusion.errors import FileError
@@ -176,7 +174,7 @@ def test_a_verdict_survives_its_file(tmp_path, plan):
     cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
     metrics = study(base, cand)
     changes, warnings = ["seeds was 0 and is 1 in the study file."], ["The code has changed: train again."]
-    verdict = judge(metrics, probes({}), "small", plan, changes, matched=["cand"], warnings=warnings)
+    verdict = judge(metrics, probes({}), "small", plan, changes, tables=EQUAL, warnings=warnings)
     write_verdict(verdict, tmp_path)
     written = read_verdict(tmp_path / "verdict.json")
     assert to_markdown(written) == to_markdown(verdict) == (tmp_path / "verdict.md").read_text()
@@ -208,31 +206,6 @@ def test_a_file_that_is_not_a_verdict_is_rejected(tmp_path, content):
 # Figures
 
 
-def test_forest_shows_estimates_intervals_and_seeds(tmp_path):
-    base, cand = curves(4, 1.0), curves(4, 0.9)
-    cand[0] *= 1.6  # never reaches a threshold
-    comparisons = compare_study(study(base, cand), PLAN)
-    left, right = _draw(comparisons).axes
-    squares = [line.get_xdata()[0] for ax in (left, right) for line in ax.lines if line.get_marker() == "s"]
-    estimates = [effect.estimate for effect in comparisons[0].effects]
-    np.testing.assert_allclose(squares, [*(100 * -np.expm1(-np.array(estimates[:2]))), *estimates[2:]])
-    assert sum(line.get_marker() == "o" and len(line.get_xdata()) == 3 for line in right.lines) >= 2
-    assert [text.get_text() for text in left.get_yticklabels()] == ["average", "at the end"]
-    paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    for path in paths:
-        draw_forest(comparisons, [path])
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    draw_forest([], [tmp_path / "empty.png"])
-    assert min(Image.open(tmp_path / "empty.png").size) > 100
-
-
-def test_forest_keeps_its_panels_if_every_seed_is_censored(tmp_path):
-    base, cand = curves(2, 1.0), 3 * curves(2, 1.0)  # the candidate never reaches a threshold
-    figure = _draw(compare_study(study(base, cand), PLAN))
-    figure.savefig(tmp_path / "a.png")
-    assert all(ax.get_position().width > 0.25 for ax in figure.axes)
-
-
 def test_curves_mark_the_primary_threshold_and_its_crossings(tmp_path):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
     (comparison,) = compare_study(metrics, PLAN)
@@ -243,7 +216,7 @@ def test_curves_mark_the_primary_threshold_and_its_crossings(tmp_path):
     times = [[seed.baseline for seed in seeds], [seed.candidate for seed in seeds]]
     np.testing.assert_allclose([line.get_xdata() for line in ticks], times)
     np.testing.assert_allclose([line.get_ydata() for line in ticks], middle)
-    assert f"threshold {middle:.4g}" in " ".join(text.get_text() for text in ax.texts).replace("\n", " ")
+    assert any(text.get_text().startswith(f"FD {middle:.4g}: ") for text in ax.texts)
     write_verdict(verdict_on(metrics), tmp_path)
     written = read_verdict(tmp_path / "verdict.json").comparisons
     for name, comparisons in (("a.png", [comparison]), ("b.png", written), ("plain.png", [])):

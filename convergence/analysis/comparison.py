@@ -33,7 +33,6 @@ from convergence.analysis.results import Comparison, Role
 from convergence.analysis.sampling_noise import noise_of_samples
 from convergence.errors import StudyError
 from convergence.tables import HIGHER_IS_BETTER, check_curves
-from diffusion.errors import InputError
 
 # Thresholds of tables, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
@@ -152,15 +151,6 @@ def compare_pair(
     return _comparison(pairs, rows, times, primary, margin, role)
 
 
-def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> Comparison | None:
-    """Compares as `compare_pair`, without times; returns None also if the arms share no range of training images."""
-    try:
-        pairs = pair_runs(rows, baseline, candidate)
-    except InputError:  # a probe may lack any value
-        pairs = None
-    return _comparison(pairs, rows, [], math.nan, None, "secondary") if pairs else None
-
-
 def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """Returns comparisons as the table `effects.csv`: for each effect a row per seed, then one over all seeds.
 
@@ -261,7 +251,9 @@ def _outcome(pairs: Pairs, average: Effect, final: Effect, images: Effect | None
 def _last_crossing(pairs: Pairs) -> float:
     """Returns the training images where the arm that is better on average last becomes the worse one; NaN if never."""
     used = ~pairs.failed.any(axis=1)
-    difference = (pairs.levels[used, 1] - pairs.levels[used, 0]).mean(axis=0) if used.any() else np.zeros(1)
+    if not used.any():
+        return math.nan
+    difference = (pairs.levels[used, 1] - pairs.levels[used, 0]).mean(axis=0)
     lead = np.sign(mean_over_images(difference, pairs.images)) * difference
     changes = np.flatnonzero((lead[:-1] > 0) & (lead[1:] < 0))
     if not len(changes):
@@ -312,7 +304,7 @@ def _in_hours(images: Effect, baseline: float, candidate: float) -> Effect:
         estimate=images.estimate * ratio,
         low=low,
         high=high,
-        shown="better" if high < 1 else "worse" if low > 1 else "not shown",
+        shown=shown(low - 1, high - 1, images.failed_baseline, images.failed_candidate),
         per_seed=tuple(_in_hours(seed, baseline, candidate) for seed in images.per_seed),
     )
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from convergence.analysis.mechanism_text import mechanism_section
 from convergence.analysis.power import POWER, cautious_sd, detectable, seeds_needed
-from convergence.analysis.results import Comparison, ProbeEffect, Sensitivity, StudyVerdict
+from convergence.analysis.results import Comparison, Sensitivity, StudyVerdict
 from convergence.analysis.wording import (
     count_text,
     effect_text,
@@ -15,7 +16,6 @@ from convergence.analysis.wording import (
 )
 from convergence.errors import StudyError
 from convergence.tables import (
-    ALL,
     HIGHER_IS_BETTER,
     markdown_code,
     markdown_table,
@@ -29,11 +29,6 @@ LEGEND = """\
 Brackets contain 95% confidence intervals over seeds. A change of FID or FD is in percent of the baseline's: above 0 is
 worse. KID, KD (the KID estimator on features other than Inception's), precision and recall show the change of the
 metric itself. Images and hours are factors, the candidate's divided by the baseline's: above 1 is slower."""
-MECHANISM = """\
-Measured at every checkpoint, on images and noise that all arms share: the unweighted terms of the loss, and the
-gradient of each arm's own weighted loss with its noise scale tr(Sigma) / |g|^2, the batch size in images at which noise
-and gradient are equally large. Losses are shown as changes of the candidate's against the baseline's, noise scales as
-ratios, both averaged over training images like the metric. Intervals are not corrected for the number of bins."""
 METHOD = """\
 - Seeds are paired: seed k of the candidate with seed k of the baseline. Intervals are 95% t-intervals of the mean
   difference over the planned seeds, computed on logs for FID, FD and images. Only the primary comparison decides, and
@@ -66,7 +61,12 @@ def to_markdown(verdict: StudyVerdict) -> str:
         parts.append(f"**Answer.** {_answer(verdict)}")
         parts += _plan(verdict)
     if verdict.comparisons:
-        parts += [LEGEND, *_comparisons(verdict.comparisons), *_sensitivity(verdict), *_mechanism(verdict)]
+        parts += [
+            LEGEND,
+            *_comparisons(verdict.comparisons),
+            *_sensitivity(verdict),
+            *mechanism_section(verdict.mechanism),
+        ]
     runs = [f"- {markdown_code(run.arm)} seed {run.seed}: {markdown_text(run.reason)}" for run in verdict.failed]
     parts += ["## Diverged and collapsed runs", "\n".join(runs) or "None."]
     if verdict.comparisons:
@@ -227,55 +227,6 @@ def _sensitivity(verdict: StudyVerdict) -> list[str]:
 def _cell(row: Sensitivity) -> str:
     text = interval_text(row.estimate, row.low, row.high, row.unit)
     return text if row.shown == "not shown" else f"{text}, **{row.shown}**"
-
-
-def _mechanism(verdict: StudyVerdict) -> list[str]:
-    """Which timesteps profit, and whether the gradient is less noisy."""
-    if not verdict.mechanism:
-        return ["## Mechanism", "Not measured: the study has no probes of both arms (section `probe`)."]
-    parts = ["## Mechanism", MECHANISM]
-    for candidate in dict.fromkeys(probe.candidate for probe in verdict.mechanism):
-        probes = {(probe.timesteps, probe.metric): probe for probe in verdict.mechanism if probe.candidate == candidate}
-        timesteps = [name for name in dict.fromkeys(name for name, _ in probes) if name != ALL]
-        baseline = next(iter(probes.values())).baseline
-        sentences = [f"{markdown_code(candidate)} against {markdown_code(baseline)}:\n"]
-        if candidate in verdict.matched:
-            sentences.append("- Both have the same expected gradient; only its variance differs.")
-        sentences += [f"- {_loss(probes, timesteps, term)}" for term in ("mse", "vb")]
-        sentences.append(f"- {_gradient_noise(probes.get((ALL, 'noise_scale')))}")
-        cells = [[name, *(_probe_cell(probes.get((name, metric))) for metric in ("mse", "vb", "noise_scale"))]
-                 for name in [*timesteps, ALL]]  # fmt: skip
-        parts += ["\n".join(sentences), markdown_table(["timesteps", "mse", "vb", "noise scale"], cells)]
-    return parts
-
-
-def _loss(probes: dict[tuple[str, str], ProbeEffect], timesteps: list[str], term: str) -> str:
-    """In which bins of timesteps a term of the loss is lower or higher."""
-    known = {name: probes[name, term].average for name in timesteps if (name, term) in probes}
-    lower = [name for name, average in known.items() if average.shown == "better"]
-    higher = [name for name, average in known.items() if average.shown == "worse"]
-    texts = [f"{word} at t {', '.join(names)}" for word, names in (("lower", lower), ("higher", higher)) if names]
-    if len(lower) + len(higher) < len(known):
-        texts.append("no difference shown elsewhere" if texts else "no difference shown at any t")
-    return f"Loss, {term}: {'; '.join(texts)}."
-
-
-def _gradient_noise(probe: ProbeEffect | None) -> str:
-    """Whether the candidate's gradient is less noisy."""
-    if probe is None:
-        return (
-            "Gradient noise: unknown, because the mean gradient is too small compared with its noise: increase "
-            "`probe.images`."
-        )
-    average = probe.average
-    text = {"better": "less noisy", "worse": "noisier", "not shown": "no difference shown"}[average.shown]
-    return f"Gradient noise: **{text}**, noise scale {effect_text(average)} of the baseline's."
-
-
-def _probe_cell(probe: ProbeEffect | None) -> str:
-    if probe is None:
-        return "–"
-    return effect_text(probe.average)
 
 
 def _names(comparison: Comparison) -> list[str]:

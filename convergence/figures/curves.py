@@ -1,7 +1,7 @@
 """The figure of metric curves over training images."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,17 +10,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 
+from convergence.analysis.effects import Effect
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.results import Comparison
+from convergence.analysis.wording import UNKNOWN, effect_text
 from convergence.errors import StudyError
 from convergence.failures import failed
+from convergence.figures.labels import label_ends, label_in_free_place
 from convergence.figures.style import (
     LOG_AXIS_FROM_RATIO,
     STYLE,
     Style,
-    draw_legend,
     line_style,
     save_figure,
     set_image_axis,
@@ -31,12 +32,16 @@ from convergence.tables import HIGHER_IS_BETTER, SHARES, check_sample_counts, me
 EXTERNAL: Style = {"color": "0.72", "linewidth": 1, "markersize": 4}
 CROSS: Style = {"marker": "x", "markersize": 10, "markeredgewidth": 2}
 
-PANEL_INCHES = (4.4, 4.1)
+PANEL_INCHES = (5.0, 4.0)  # without the labels of the lines, the title and the caption
 PANELS_PER_ROW = 3
-CAPTION_CHARACTERS = 58
-CAPTION_LINE_INCHES = 0.14
-LEGEND_ROW_INCHES = 0.21
+LETTER_INCHES = 0.085  # of the label of a line
+TITLE_CHARACTERS, TITLE_LINE_INCHES = 56, 0.18
+CAPTION_CHARACTERS, CAPTION_LINE_INCHES = 72, 0.14
+ARROW_CHARACTERS = 28
 MARKERS_PER_LINE = 12
+# How far the y axis extends beyond the values of trained nets, as a fraction of their span; longer bands are cut.
+MAX_EXTENSION = 0.3
+AXIS_MARGIN = 0.06
 
 
 def metric_label(features: str, metric: str, n: int) -> str:
@@ -50,13 +55,16 @@ def fid_curves(
     metric: str = "fd",
     comparisons: Sequence[Comparison] = (),
     external_curves: pd.DataFrame | None = None,
+    arms: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
     """Draws one metric over training images, one panel per study and features, and saves the figure to each path.
 
-    Each arm is a line: the mean over its seeds (geometric for distances above 0, arithmetic otherwise) at the
-    checkpoints where all of its seeds have a value. Thin lines are single seeds. The band is the range of two seeds;
-    for three and more it is the 95% t-interval of the mean (of the log for distances). Error bars are standard errors
-    of single values. A cross marks the last value of a run that diverged or collapsed. Equal tables give equal bytes.
+    Each arm is a line with its name at the right: the mean over its seeds (geometric for distances above 0, arithmetic
+    otherwise) at the checkpoints where all of its seeds have a value. Thin lines are single seeds. The band is the
+    range of two seeds; for three and more it is the 95% t-interval of the mean (of the log for distances). Error bars
+    are standard errors of single values. A cross marks the last value of a run that diverged or collapsed. The y axis
+    shows trained nets; the value of an untrained net outside of it is written at its edge. Equal tables give equal
+    bytes.
 
     Args:
         metrics: long table with the columns study, arm, seed, step, images, features, metric, value, stderr, n and
@@ -65,15 +73,17 @@ def fid_curves(
             for a failed run.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
-        comparisons: those of the verdicts. The middle threshold of each and the places where runs reach it are marked.
+        comparisons: those of the verdicts. The headline of a primary comparison is the title of its panel, and an
+            arrow connects the places where its arms reach the primary threshold.
         external_curves: table like `metrics` with curves from other people. They are drawn in grey in the panel of
             the same study and features.
+        arms: study -> all of its arms, whose order fixes their styles; by default the order of the rows.
 
     Raises:
         StudyError: no row has this metric, or the values of one panel are of different numbers of samples.
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_curves(metrics, metric, comparisons, external_curves), paths)
+        save_figure(_draw_curves(metrics, metric, comparisons, external_curves, arms), paths)
 
 
 def _draw_curves(
@@ -81,6 +91,7 @@ def _draw_curves(
     metric: str,
     comparisons: Sequence[Comparison] = (),
     external_curves: pd.DataFrame | None = None,
+    arms: Mapping[str, Iterable[str]] | None = None,
 ) -> Figure:
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
@@ -90,9 +101,9 @@ def _draw_curves(
         )
     check_sample_counts(rows)
     panels = list(rows.groupby(["study", "features"], sort=False))
-    styles = {arm: line_style(index) for index, arm in enumerate(rows["arm"].unique())}
     external = metrics.iloc[:0] if external_curves is None else external_curves
     external = external[external["metric"] == metric]
+    primary = {(c.study, c.features): c for c in comparisons if c.role == "primary" and c.metric == metric}
 
     columns = min(len(panels), PANELS_PER_ROW)
     lines = -(-len(panels) // columns)
@@ -100,64 +111,62 @@ def _draw_curves(
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.remove()
-    caption_lines = max(
-        _draw_panel(ax, panel, study, features, metric, styles, comparisons, external)
-        for ax, ((study, features), panel) in zip(axes, panels, strict=False)
-    )
-    handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
-    if kinds := sorted({reason.split()[0] for reason in rows.loc[failed(rows), "reason"]}):
-        handles.append(Line2D([], [], color="0.3", linestyle="", **CROSS, label=f"run {' or '.join(kinds)}"))
-    width = PANEL_INCHES[0] * columns
-    legend_rows = draw_legend(figure, handles, width, "outside lower center")
-    height = (PANEL_INCHES[1] + CAPTION_LINE_INCHES * caption_lines) * lines + LEGEND_ROW_INCHES * (legend_rows - 1)
-    figure.set_size_inches(width, height)
+    titles, captions = [], []
+    for ax, ((study, features), panel) in zip(axes, panels, strict=False):
+        order = dict.fromkeys([*(arms or {}).get(study, ()), *panel["arm"]])
+        styles = {arm: line_style(place) for place, arm in enumerate(order)}
+        comparison = primary.get((study, features))
+        others = external.query("study == @study and features == @features and images <= @panel.images.max()")
+        captions.append(_draw_panel(ax, panel, styles, comparison, others))
+        titles.append(textwrap.fill(f"{study}: {comparison.headline}" if comparison else study, TITLE_CHARACTERS))
+        ax.set_title(titles[-1], loc="left", weight="bold")
+    width = PANEL_INCHES[0] + LETTER_INCHES * rows["arm"].str.len().max()
+    height = PANEL_INCHES[1] + TITLE_LINE_INCHES * _most_lines(titles) + CAPTION_LINE_INCHES * _most_lines(captions)
+    figure.set_size_inches(width * columns, height * lines)
     return figure
 
 
-def _draw_panel(
-    ax: Axes,
-    panel: pd.DataFrame,
-    study: str,
-    features: str,
-    metric: str,
-    styles: Mapping[str, Style],
-    comparisons: Sequence[Comparison],
-    external: pd.DataFrame,
-) -> int:
-    """Draws one study in one kind of features. Returns the number of lines of its caption."""
-    measured = panel[panel["value"].notna()]
-    values = {
-        arm: rows.pivot(index="images", columns="seed", values="value")
-        for arm, rows in panel.groupby("arm", sort=False)
-    }
-    ratios = metric not in SHARES and bool((measured["value"] > 0).all())
-    external = external.query("study == @study and features == @features and images <= @panel.images.max()")
-    for (arm, _), run in external.groupby(["arm", "seed"], sort=False):
-        style = styles.get(arm, line_style(len(styles))) | EXTERNAL
-        ax.plot(run["images"], run["value"], zorder=1, **style)
-    for arm, seeds in values.items():
-        _draw_arm(ax, seeds, styles[arm], ratios)
-    known = measured[measured["stderr"].notna()]
-    for arm, rows in known.groupby("arm"):
-        _draw_error_bars(ax, rows, styles[arm], single=values[arm].shape[1] == 1)
-    for (arm, seed), _ in panel[failed(panel)].groupby(["arm", "seed"]):
-        last = values[arm][seed].dropna().tail(1)
-        ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
+def _most_lines(texts: list[str]) -> int:
+    return max(text.count("\n") + 1 for text in texts)
 
-    ax.set_title(study)
+
+def _draw_panel(
+    ax: Axes, panel: pd.DataFrame, styles: Mapping[str, Style], comparison: Comparison | None, external: pd.DataFrame
+) -> str:
+    """Draws one metric of one study in one kind of features. Returns the caption."""
+    features, metric = panel[["features", "metric"]].iloc[0]
+    measured = panel[panel["value"].notna()]
+    ratios = metric not in SHARES and bool((measured["value"] > 0).all())
+    sentences = _caption(panel, ratios)
     direction = "higher is better →" if metric in HIGHER_IS_BETTER else "← lower is better"  # rotated: down, up
     label = metric_label(features, metric, int(measured["n"].max()) if len(measured) else 0)
     ax.set_ylabel(f"{label}\n{direction}")
-    if ratios and len(measured) and measured["value"].max() > LOG_AXIS_FROM_RATIO * measured["value"].min():
-        set_log_axis(ax)
+    set_image_axis(ax, panel)
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
-    set_image_axis(ax, panel)
     if measured.empty:
         ax.set_yticks([])
         ax.text(0.5, 0.5, "no run has a value", transform=ax.transAxes, ha="center", color="0.3")
-    sentences = _caption(panel, values, ratios)
-    if len(known):
+    else:
+        panel = _set_value_axis(ax, panel, ratios)
+
+    for (arm, _), run in external.groupby(["arm", "seed"], sort=False):
+        style = styles.get(arm, line_style(len(styles))) | EXTERNAL
+        ax.plot(run["images"], run["value"], zorder=1, **style)
+    ends = {}
+    for arm, rows in panel.groupby("arm", sort=False):
+        values = _by_seed(rows)
+        line = _draw_arm(ax, values, styles[arm], ratios)
+        _draw_error_bars(ax, rows, styles[arm], single=values.shape[1] == 1)
+        for seed in rows.loc[failed(rows), "seed"].unique():
+            last = values[seed].dropna().tail(1)
+            ax.plot(last.index, last, color=styles[arm]["color"], linestyle="", zorder=5, **CROSS)
+        if len(of_any_run := values.mean(axis=1).dropna()):
+            last = of_any_run.index[-1]
+            ends[arm] = (last, line.get(last, of_any_run[last]))
+    label_ends(ax, ends, styles)
+
+    if measured["stderr"].notna().any():
         sentences.append(
             "Error bars: ± each seed's standard error over other sets of generated images; bars inside a marker are "
             "hidden."
@@ -165,8 +174,9 @@ def _draw_panel(
     if len(external):
         n = external["n"].max()
         sentences.append(f"Grey: external curves{f' ({n:,} samples)' if n else ''}, with the markers of their arms.")
-    shown = [c for c in comparisons if (c.study, c.features, c.metric) == (study, features, metric) and c.thresholds]
-    sentences += _mark_crossings(ax, shown, styles)
+    if comparison and comparison.images:
+        _mark_crossings(ax, comparison, comparison.images, styles)
+        sentences.append("Ticks: smoothed runs reach the dotted threshold; arrow: from the baseline to the candidate.")
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
         caption,
@@ -178,11 +188,52 @@ def _draw_panel(
         fontsize=8,
         color="0.25",
     )
-    return caption.count("\n") + 1
+    return caption
 
 
-def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> None:
-    """Draws the lines of one arm; `values` has one row per number of training images and one column per seed."""
+def _by_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the values of one arm: a row per number of training images, a column per seed."""
+    return rows.pivot(index="images", columns="seed", values="value")
+
+
+def _set_value_axis(ax: Axes, panel: pd.DataFrame, ratios: bool) -> pd.DataFrame:
+    """Makes the y axis show trained nets. Returns the rows to draw: those of an untrained net only if it is inside."""
+    is_trained = panel["step"] > 0
+    shown = panel[is_trained] if panel.loc[is_trained, "value"].notna().any() else panel
+    values, stderr = shown["value"], shown["stderr"].fillna(0)
+    is_log = ratios and values.max() > LOG_AXIS_FROM_RATIO * values.min()
+    to_axis, from_axis = (np.log, np.exp) if is_log else (np.asarray, np.asarray)
+    bands = [_mean_and_band(_by_seed(rows).dropna().to_numpy(), ratios) for _, rows in shown.groupby("arm")]
+    ends = np.concatenate([values - stderr, values + stderr, *(edge for band in bands for edge in band)])
+    lowest, highest = to_axis([values.min(), values.max()])
+    extension = MAX_EXTENSION * (highest - lowest or 1.0)
+    ends = to_axis(ends[(ends > 0) | (not is_log)]).clip(lowest - extension, highest + extension)
+    low, high = np.nanmin(ends), np.nanmax(ends)
+    margin = AXIS_MARGIN * (high - low or 1.0)
+    untrained = panel.loc[~is_trained, "value"].dropna()
+    is_above, is_below = untrained.max() > from_axis(high + margin), untrained.min() < from_axis(low - margin)
+    ends = from_axis([low - margin * (1 + is_below), high + margin * (1 + is_above)])
+    ax.set_ylim(*map(float, ends))
+    if is_log:
+        set_log_axis(ax)
+    if not is_above and not is_below:
+        return panel
+    value = " to ".join(dict.fromkeys(f"{edge:.3g}" for edge in (untrained.min(), untrained.max())))
+    arrow, height = ("↑", 0.985) if is_above else ("↓", 0.015)
+    ax.text(
+        0.012,
+        height,
+        f"{arrow} untrained: {value}",
+        transform=ax.transAxes,
+        va="top" if is_above else "bottom",
+        fontsize=8,
+        color="0.3",
+    )
+    return panel[is_trained]
+
+
+def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> pd.Series:
+    """Draws the lines of one arm, of values by training images and seed. Returns the mean over its seeds."""
     if values.shape[1] > 1:
         for seed in values:
             line = values[seed].dropna()
@@ -204,28 +255,37 @@ def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> Non
     if len(complete) == 1:  # a band of one checkpoint has no width
         ax.vlines(complete.index, low, high, color=style["color"], linewidth=1.2)
     ax.fill_between(complete.index, low, high, color=style["color"], alpha=0.14, linewidth=0)
+    return pd.Series(mean, complete.index)
 
 
 def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -> None:
     """Draws the standard errors of one arm's values, as faint as its thin lines unless it has a `single` seed."""
+    rows = rows[rows["value"].notna() & rows["stderr"].notna()]
+    if rows.empty:
+        return
     low, high = rows["value"] - rows["stderr"], rows["value"] + rows["stderr"]
     ax.vlines(rows["images"], low, high, color=style["color"], linewidth=1, alpha=1 if single else 0.5)
 
 
-def _mark_crossings(ax: Axes, comparisons: Sequence[Comparison], styles: Mapping[str, Style]) -> list[str]:
-    """Marks the primary threshold of each comparison and where the smoothed runs reach it. Returns their caption."""
-    for comparison in comparisons:
-        threshold = comparison.primary_threshold
-        runs = comparison.effect("images", threshold).per_seed
-        for arm, times in (
-            (comparison.baseline, [run.baseline for run in runs]),
-            (comparison.candidate, [run.candidate for run in runs]),
-        ):
-            reached = [time for time in times if np.isfinite(time)]
-            ax.plot(reached, [threshold] * len(reached), "|", markersize=13, color=styles[arm]["color"], zorder=5)
-        ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
-    thresholds = ", ".join(dict.fromkeys(f"{comparison.primary_threshold:.4g}" for comparison in comparisons))
-    return [f"Dotted: threshold {thresholds}. Ticks: smoothed runs reach it."] if comparisons else []
+def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Mapping[str, Style]) -> None:
+    """Marks where runs reach the primary threshold, and states the factor of images."""
+    threshold = effect.threshold
+    ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
+    for arm, times in (
+        (comparison.baseline, [run.baseline for run in effect.per_seed]),
+        (comparison.candidate, [run.candidate for run in effect.per_seed]),
+    ):
+        reached = [time for time in times if np.isfinite(time)]
+        ax.plot(reached, [threshold] * len(reached), "|", markersize=10, color=styles[arm]["color"], zorder=5)
+    factor = effect_text(effect, "times the images")
+    text = f"{comparison.short_name} {threshold:.4g}" + ("" if factor.startswith(UNKNOWN) else f": {factor}")
+    middle = ax.get_xlim()[0]  # of the dotted line that is left of the runs
+    if np.isfinite([effect.estimate, effect.baseline, effect.candidate]).all():
+        middle = (effect.baseline + effect.candidate) / 2
+        arrow = {"arrowstyle": "-|>", "color": "0.1", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
+        start, end = (effect.baseline, threshold), (effect.candidate, threshold)
+        ax.annotate("", xy=end, xytext=start, arrowprops=arrow, zorder=6)
+    label_in_free_place(ax, textwrap.fill(text, ARROW_CHARACTERS), (middle, threshold))
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -237,8 +297,9 @@ def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.nda
     return tuple(np.exp(edge) if ratios else edge for edge in (mean, low, high))
 
 
-def _caption(panel: pd.DataFrame, values: Mapping[str, pd.DataFrame], ratios: bool) -> list[str]:
+def _caption(panel: pd.DataFrame, ratios: bool) -> list[str]:
     """Returns the sentences that explain lines and bands and list the runs that lack values."""
+    values = {arm: _by_seed(rows) for arm, rows in panel.groupby("arm", sort=False)}
     arms_by_seeds: dict[int, list[str]] = {}
     for arm, seeds in values.items():
         arms_by_seeds.setdefault(seeds.shape[1], []).append(arm)
@@ -253,7 +314,8 @@ def _caption(panel: pd.DataFrame, values: Mapping[str, pd.DataFrame], ratios: bo
     missing = panel[panel["value"].isna() & (panel["reason"] != "")]
     for reason, rows in missing.groupby("reason", sort=False):
         runs = rows[["arm", "seed"]].drop_duplicates().itertuples(index=False)
-        sentences.append(f"No value, {reason}: {', '.join(f'{arm} seed {seed}' for arm, seed in runs)}.")
+        cause = f"×: run {reason}" if failed(rows).all() else f"No value, {reason}"
+        sentences.append(f"{cause}: {', '.join(f'{arm} seed {seed}' for arm, seed in runs)}.")
     return sentences
 
 

@@ -1,6 +1,5 @@
-"""The figure of sample previews: a row per arm, a column per checkpoint."""
+"""The figure of samples: a row per arm, a column per checkpoint, and a row of real images."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,12 +13,14 @@ from PIL import Image
 from convergence.figures.style import DPI, STYLE, save_figure, short_count
 from diffusion.errors import FileError
 
-MOST_COLUMNS = 6
-CELL_PIXELS = 480  # the least width of a cell: its heading fits, and images are recognisable
-GAP_PIXELS = 12
-HEAD_PIXELS = 100
-CAPTION_PIXELS = 70
+MOST_COLUMNS = 4
+CELL_ROWS, CELL_COLUMNS = 2, 4  # images of a cell: the upper left quarter of a preview
+IMAGE_PIXELS = 128  # about the size of one image: it is recognisable, and the heading of a cell fits
+GAP_PIXELS = 24
+HEAD_PIXELS = 110
+CAPTION_PIXELS = 80
 EMPTY_CELL = "0.93"
+REAL = "real images"
 
 
 def preview_grid(
@@ -43,43 +44,45 @@ def preview_grid(
     return grids, {images: step for images, (step, *others) in steps.items() if not others}
 
 
-def samples_grid(grids: Mapping[str, Mapping[int, Path | None]], path: Path, steps: Mapping[int, int]) -> None:
-    """Draws previews and saves the figure: a row per arm, a column per checkpoint (six at most).
+def samples_grid(
+    grids: Mapping[str, Mapping[int, Path | None]], steps: Mapping[int, int], seed: int, real: np.ndarray, path: Path
+) -> None:
+    """Draws the samples of one seed and saves the figure: a row per arm, a column per trained checkpoint.
 
-    Small previews are enlarged by a whole factor without smoothing, large ones are reduced by a whole factor.
+    It has four columns at most, and the last row shows real images. Small images are enlarged by a whole factor without
+    smoothing, large ones are reduced by a whole factor.
 
     Args:
         grids: arm -> training images -> path of the preview; None if there is none, for instance after a divergence.
-        path: where to save; the suffix chooses the format ("png", "svg", "pdf").
         steps: training images -> optimizer step, for the headings. A column without a step shows its images alone.
+        seed: the seed of the runs.
+        real: uint8 [N, H, H, 3], the dataset; images at equal distances are shown.
+        path: where to save; the suffix chooses the format ("png", "svg", "pdf").
 
     Raises:
         FileError: a preview cannot be read.
     """
     columns = sorted({images for row in grids.values() for images in row})
+    columns = columns[columns[0] == 0 and len(columns) > 1 :]  # an untrained net gives noise
     chosen = np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS)).round().astype(int)
     columns = [columns[index] for index in chosen]
-    cells = {(arm, images): _read(row.get(images)) for arm, row in grids.items() for images in columns}
-    shapes = (cell.shape[:2] for cell in cells.values() if cell is not None)
-    height, width = next(shapes, (CELL_PIXELS // 2, CELL_PIXELS))
-    factor = -(-CELL_PIXELS // width)
+    rows = {arm: [_read(row.get(images)) for images in columns] for arm, row in grids.items()}
+    heads = [
+        f"{short_count(images)} images" + (f"\nstep {steps[images]:,}" if images in steps else "") for images in columns
+    ]
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_grid(cells, list(grids), columns, steps, factor * height, factor * width), [path])
+        save_figure(_draw_grid(rows | {REAL: _strips(real, len(columns))}, heads, seed, real.shape[1]), [path])
 
 
-def _draw_grid(
-    cells: Mapping[tuple[str, int], np.ndarray | None],
-    arms: list[str],
-    columns: list[int],
-    steps: Mapping[int, int],
-    height: int,
-    width: int,
-) -> Figure:
-    """Draws cells, by arm and images, of exactly `height` times `width` pixels each."""
-    longest = max(TextPath((0, 0), arm, size=STYLE["axes.labelsize"]).get_extents().width for arm in arms)
-    left = round(longest / 72 * DPI) + 3 * GAP_PIXELS
-    full_width = left + len(columns) * (width + GAP_PIXELS)
-    full_height = HEAD_PIXELS + len(arms) * (height + GAP_PIXELS) - GAP_PIXELS + CAPTION_PIXELS
+def _draw_grid(rows: Mapping[str, list[Image.Image | None]], heads: list[str], seed: int, size: int) -> Figure:
+    """Draws rows of cells with images of `size` pixels, so that each of these pixels is equally large."""
+    enlarged, reduced = max(1, round(IMAGE_PIXELS / size)), max(1, round(size / IMAGE_PIXELS))
+    width = enlarged * -(-_with_gaps(size, CELL_COLUMNS) // reduced)
+    heights = [enlarged * -(-_with_gaps(size, 1 if row == REAL else CELL_ROWS) // reduced) for row in rows]
+    longest = max(TextPath((0, 0), row, size=STYLE["axes.labelsize"]).get_extents().width for row in rows)
+    left = round(longest / 72 * DPI) + 2 * GAP_PIXELS
+    full_width = left + len(heads) * (width + GAP_PIXELS)
+    full_height = HEAD_PIXELS + sum(heights) + GAP_PIXELS * (len(rows) - 1) + CAPTION_PIXELS
     figure = Figure((full_width / DPI, full_height / DPI), dpi=DPI)
     layout = {
         "left": left / full_width,
@@ -87,27 +90,44 @@ def _draw_grid(
         "bottom": CAPTION_PIXELS / full_height,
         "top": 1 - HEAD_PIXELS / full_height,
         "wspace": GAP_PIXELS / width,
-        "hspace": GAP_PIXELS / height,
+        "hspace": GAP_PIXELS / (sum(heights) / len(rows)),
     }
-    axes = figure.subplots(len(arms), len(columns), squeeze=False, gridspec_kw=layout)
-    for ax, (arm, images) in zip(axes.flat, itertools.product(arms, columns), strict=True):
-        ax.set(xticks=[], yticks=[], facecolor=EMPTY_CELL)
-        ax.spines[:].set_visible(False)
-        if (cell := cells[arm, images]) is None:
-            ax.text(0.5, 0.5, "no samples", ha="center", va="center", color="0.35", transform=ax.transAxes)
-        else:
-            ax.imshow(cell, interpolation="nearest", aspect="auto")
-    for ax, images in zip(axes[0], columns, strict=True):
-        ax.set_title(f"{short_count(images)} images" + (f"\nstep {steps[images]:,}" if images in steps else ""))
-    for ax, arm in zip(axes[:, 0], arms, strict=True):
-        ax.set_ylabel(arm, rotation=0, ha="right", va="center")
-    caption = "All cells start from the same latents,\nin the same order."
-    figure.text(left / full_width, 0.4 * CAPTION_PIXELS / full_height, caption, va="center", fontsize=8, color="0.25")
+    axes = figure.subplots(len(rows), len(heads), squeeze=False, height_ratios=heights, gridspec_kw=layout)
+    for line, (row, cells) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(row, rotation=0, ha="right", va="center")
+        for ax, cell in zip(line, cells, strict=True):
+            ax.set(xticks=[], yticks=[], facecolor=EMPTY_CELL)
+            ax.spines[:].set_visible(False)
+            if cell is None:
+                ax.text(0.5, 0.5, "no samples", ha="center", va="center", color="0.35", transform=ax.transAxes)
+            else:
+                ax.imshow(cell.reduce(reduced), interpolation="nearest", aspect="auto")
+    for ax, head in zip(axes[0], heads, strict=True):
+        ax.set_title(head)
+    caption = f"Seed {seed}: all cells start from\nthe same latents, in the same order."
+    figure.text(
+        GAP_PIXELS / full_width, 0.45 * CAPTION_PIXELS / full_height, caption, va="center", fontsize=8, color="0.25"
+    )
     return figure
 
 
-def _read(path: Path | None) -> np.ndarray | None:
-    """Reads a preview as uint8 [H, W, 3]. One of twice `CELL_PIXELS` and more is reduced by a whole factor.
+def _with_gaps(size: int, count: int) -> int:
+    """Returns the length in pixels of `count` images in a preview, which has gaps of one pixel."""
+    return count * (size + 1) + 1
+
+
+def _strips(real: np.ndarray, count: int) -> list[Image.Image | None]:
+    """Returns `count` strips of real images, with the gaps of a preview."""
+    chosen = np.linspace(0, len(real) - 1, count * CELL_COLUMNS).round().astype(int)
+    framed = np.pad(real[chosen], ((0, 0), (1, 1), (1, 0), (0, 0)), constant_values=255)  # [N, H + 2, W + 1, 3]
+    strips = [
+        np.pad(np.hstack(list(part)), ((0, 0), (0, 1), (0, 0)), constant_values=255) for part in np.split(framed, count)
+    ]
+    return [Image.fromarray(strip) for strip in strips]
+
+
+def _read(path: Path | None) -> Image.Image | None:
+    """Reads the upper left quarter of a preview.
 
     Raises:
         FileError: it cannot be read.
@@ -119,4 +139,4 @@ def _read(path: Path | None) -> np.ndarray | None:
             image = file.convert("RGB")
     except OSError as error:
         raise FileError(path, f"is not a readable image ({error})") from error
-    return np.asarray(image.reduce(max(1, image.width // CELL_PIXELS)))
+    return image.crop((0, 0, image.width // 2 + 1, image.height // 2 + 1))

@@ -1,7 +1,7 @@
 """The figure of the schedules: how often the arms of a study draw each timestep, and how they weight it."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure
+from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure, set_log_axis
 from diffusion.build import noise_schedule
 from diffusion.config import RunConfig
 from diffusion.gaussian import NoiseSchedule
@@ -22,6 +22,7 @@ from diffusion.schemes import Tables, scheme_tables
 
 TENTHS = 10
 TIME = "t  (0: least noise)"
+VB_TITLE = "Weight of the vb"  # always on a log axis: a match can need large weights where t is hardly drawn
 WIDTH_INCHES = 12.0
 CURVES_INCHES = 6.0
 ARM_INCHES = 0.27
@@ -42,6 +43,8 @@ class Curves(NamedTuple):
     """T p_t. Uniform draws have 1 everywhere; the mean is 1."""
     weight: np.ndarray
     """w_t, the weight of the MSE; NaN where t is never drawn, because no weight acts there."""
+    vb_weight: np.ndarray
+    """The weight of the vb; NaN where t is never drawn."""
     product: np.ndarray
     """T p_t w_t: the factor of the expected gradient of the MSE at t, relative to uniform draws with weight 1."""
 
@@ -49,8 +52,8 @@ class Curves(NamedTuple):
 def curves(tables: Tables) -> Curves:
     """Returns the curves of an arm from its tables on the CPU."""
     draws = len(tables.probabilities) * tables.probabilities.numpy()
-    weight = np.where(draws > 0, tables.mse_weight.numpy(), np.nan)
-    return Curves(draws, weight, np.nan_to_num(draws * weight))
+    weight, vb_weight = (np.where(draws > 0, w.numpy(), np.nan) for w in (tables.mse_weight, tables.vb_weight))
+    return Curves(draws, weight, vb_weight, np.nan_to_num(draws * weight))
 
 
 def tenths(values: np.ndarray) -> np.ndarray:
@@ -62,10 +65,11 @@ def tenths(values: np.ndarray) -> np.ndarray:
 def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path]) -> None:
     """Draws how the arms of a study draw and weight timesteps, and saves the figure to each path.
 
-    The figure shows the density, the weight of the MSE and their product against t, the same against log SNR, and the
-    share of each tenth of the timesteps in the draws and in the expected weight. Against log SNR, a density is per
-    unit of log SNR: p_t / |d log SNR / dt| (Kingma & Gao 2023, arXiv 2303.00848, sec. 2). A weight keeps its value at
-    each t. A density that is learned is drawn as it is at the start of training. Equal runs give equal bytes.
+    The figure shows the density, the weight of the MSE and their product against t; the density, the weight of the vb
+    and the product of density and weight of the MSE against log SNR; and the share of each tenth of the timesteps in
+    the draws and in the expected weight. Against log SNR, a density is per unit of log SNR: p_t / |d log SNR / dt|
+    (Kingma & Gao 2023, arXiv 2303.00848, sec. 2). A weight keeps its value at each t. A density that is learned is
+    drawn as it is at the start of training. Equal runs give equal bytes.
 
     Args:
         study: its name, for the title.
@@ -98,8 +102,8 @@ def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Table
     upper, lower = figure.subfigures(2, squeeze=False, height_ratios=heights)[:, 0]
     _draw_curves(upper, schedule, arms, styles)
     shares = {
-        "Share of the draws in each tenth of the timesteps, %": [tenths(c.draws) for c in arms.values()],
-        "Share of the expected weight in each tenth, %": [tenths(c.product) for c in arms.values()],
+        "Draws in each tenth of the timesteps, %": [tenths(c.draws) for c in arms.values()],
+        "Expected MSE weight in each tenth, %": [tenths(c.product) for c in arms.values()],
     }
     left, right = lower.subplots(1, 2)
     for ax, (title, rows) in zip((left, right), shares.items(), strict=True):
@@ -113,26 +117,32 @@ def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Table
 def _draw_curves(
     figure: SubFigure, schedule: NoiseSchedule, arms: Mapping[str, Curves], styles: Mapping[str, Style]
 ) -> None:
-    """Draws the legend and the six panels of curves: three against t, and the same against log SNR."""
+    """Draws the legend and the six panels of curves: three against t, and three against log SNR."""
     handles = [Line2D([], [], label=arm, **styles[arm]) for arm in arms]
     draw_legend(figure, handles, WIDTH_INCHES - 1, "outside upper center")
 
     log_snr = np.log(schedule.snr.numpy())
     per_log_snr = 1 / (schedule.timesteps * np.abs(np.gradient(log_snr)))
-    panels = [
-        ("How often t is drawn", "T p(t)   (uniform: 1)", {arm: c.draws for arm, c in arms.items()}),
-        ("Weight of the MSE", "w(t)", {arm: c.weight for arm, c in arms.items()}),
-        ("Expected weight: draws times weight", "T p(t) w(t)", {arm: c.product for arm, c in arms.items()}),
-        ("Draws per unit of log SNR", "p(t) / |d log SNR / dt|",
-         {arm: c.draws * per_log_snr for arm, c in arms.items()}),
-        ("Weight of the MSE", "w(t)", {arm: c.weight for arm, c in arms.items()}),
-        ("Expected weight per unit of log SNR", "p(t) w(t) / |d log SNR / dt|",
-         {arm: c.product * per_log_snr for arm, c in arms.items()}),
+    panels: list[tuple[str, str, Callable[[Curves], np.ndarray]]] = [
+        ("How often t is drawn", "T p(t)   (uniform: 1)", lambda c: c.draws),
+        ("Weight of the MSE", "w(t)", lambda c: c.weight),
+        ("Expected weight of the MSE", "T p(t) w(t)", lambda c: c.product),
+        ("Draws per unit of log SNR", "p(t) / |d log SNR / dt|", lambda c: c.draws * per_log_snr),
+        (VB_TITLE, "v(t)   (log axis)", lambda c: c.vb_weight),
+        ("Expected MSE weight per unit of log SNR", "p(t) w(t) / |d log SNR / dt|",
+         lambda c: c.product * per_log_snr),
     ]  # fmt: skip
     over_t, over_log_snr = figure.subplots(2, 3)
-    for ax, (title, y_label, lines) in zip((*over_t, *over_log_snr), panels, strict=True):
-        _draw_lines(ax, np.arange(schedule.timesteps) if ax in over_t else log_snr, lines, arms, styles)
-        ax.set(title=title, ylabel=y_label)
+    for ax, (title, y_label, line_of) in zip((*over_t, *over_log_snr), panels, strict=True):
+        lines = {arm: line_of(c) for arm, c in arms.items()}
+        _draw_lines(ax, np.arange(schedule.timesteps) if ax in over_t else log_snr, lines, styles)
+        log_from = 0 if title == VB_TITLE else LOG_AXIS_FROM_RATIO
+        scale, *limits = axis_limits(list(lines.values()), [c.draws for c in arms.values()], log_from)
+        ax.set_ylim(*limits)  # before the scale: autoscaling to a deep tail would overflow
+        if scale == "log":
+            set_log_axis(ax)
+        ax.set_title(title, fontsize=10)
+        ax.set_ylabel(y_label)
     for ax in over_t:
         ax.set_xlabel(TIME)
     for ax in over_log_snr:
@@ -140,37 +150,31 @@ def _draw_curves(
         ax.invert_xaxis()
 
 
-def _draw_lines(
-    ax: Axes,
-    x: np.ndarray,
-    lines: Mapping[str, np.ndarray],
-    arms: Mapping[str, Curves],
-    styles: Mapping[str, Style],
-) -> None:
+def _draw_lines(ax: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray], styles: Mapping[str, Style]) -> None:
     every = -(-len(x) // MARKERS_PER_LINE)
     for index, (arm, y) in enumerate(lines.items()):
         # The markers of equal curves are next to each other.
         first = int(every * (index + 0.5) / len(lines))
         ax.plot(x, y, markevery=(first, every), markeredgecolor="white", markeredgewidth=0.7, **styles[arm])
-    scale, low, high = axis_limits(list(lines.values()), [arms[arm].draws for arm in lines])
-    ax.set_ylim(low, high)  # before the scale: autoscaling to a deep tail would overflow
-    ax.set_yscale(scale)
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines["top"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10), integer=True))
 
 
-def axis_limits(lines: list[np.ndarray], draws: list[np.ndarray]) -> tuple[str, float, float]:
+def axis_limits(
+    lines: list[np.ndarray], draws: list[np.ndarray], log_from: float = LOG_AXIS_FROM_RATIO
+) -> tuple[str, float, float]:
     """Chooses the scale ("linear" or "log") and the limits of a y axis that shows all lines [T].
 
     The typical value of a line is its median over the draws [T] of its arm. The axis is logarithmic if the largest
-    value is more than 20 times the smallest typical value, which would be invisible on a linear axis. A log axis
-    extends at most a factor of 1,000 beyond the typical values, because densities can have tails of any depth.
+    value is more than `log_from` times the smallest typical value, which would be invisible on a linear axis. A log
+    axis extends at most a factor of 1,000 beyond the typical values, because densities can have tails of any depth.
 
     Args:
         lines: the curve of each arm; zeros and NaN are ignored.
         draws: T p_t of each arm.
+        log_from: the ratio above which the axis is logarithmic; 0: always.
 
     Returns:
         Scale, lower limit and upper limit.
@@ -180,7 +184,7 @@ def axis_limits(lines: list[np.ndarray], draws: list[np.ndarray]) -> tuple[str, 
         return "linear", 0.0, 1.0
     typical = [np.quantile(line, 0.5, weights=p, method="inverted_cdf") for line, p in drawn]
     lowest, highest = min(line.min() for line, _ in drawn), max(line.max() for line, _ in drawn)
-    if highest <= LOG_AXIS_FROM_RATIO * min(typical):
+    if highest <= log_from * min(typical):
         return "linear", 0.0, 1.08 * highest
     lowest, highest = max(lowest, min(typical) / LOG_AXIS_REACH), min(highest, max(typical) * LOG_AXIS_REACH)
     return "log", lowest / 1.5, highest * 1.5
@@ -216,7 +220,12 @@ def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
 
     equal = [
         f"{name} of {_listed(group)}"
-        for name, field in (("draws", "draws"), ("weight", "weight"), ("expected weight", "product"))
+        for name, field in (
+            ("draws", "draws"),
+            ("MSE weight", "weight"),
+            ("vb weight", "vb_weight"),
+            ("expected MSE weight", "product"),
+        )
         for group in _equal({arm: getattr(arm_curves, field) for arm, arm_curves in arms.items()})
     ]
     if equal:
@@ -225,7 +234,7 @@ def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
     for first, *others in _equal({arm: arm_curves.product / totals[arm] for arm, arm_curves in arms.items()}):
         factors = {arm: f"{totals[arm] / totals[first]:.3g}" for arm in others}
         if scaled := [f"{arm} = {factor} × {first}" for arm, factor in factors.items() if factor != "1"]:
-            sentences.append(f"Expected weights that are proportional at every t: {_listed(scaled)}.")
+            sentences.append(f"Expected weights of the MSE that are proportional at every t: {_listed(scaled)}.")
     if learned:
         sentences.append(
             f"The density of {_listed(learned)} is learned during training; the figure shows its initial values."

@@ -15,7 +15,7 @@ Style = dict[str, Any]  # keyword arguments of a line
 
 # Okabe & Ito 2008, "Color Universal Design", without yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "h", "X")
+MARKERS = ("o", "s", "^", "D", "v", "p", "h", ">")  # none looks like the cross of a failed run
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
 DPI = 200
 LOG_AXIS_FROM_RATIO = 3  # a range of values above this ratio is drawn on a log axis
@@ -59,7 +59,8 @@ def set_log_axis(ax: Axes) -> None:
     """Makes the y axis logarithmic with ticks at round numbers, also on a short axis. Call it after drawing."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    digits = (1,) if high > 1000 * low else (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    ax.yaxis.set_major_locator(LogLocator(subs=digits))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 

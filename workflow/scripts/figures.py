@@ -12,20 +12,25 @@ from convergence.figures.forest import draw_forest
 from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
 from convergence.figures.schedules import draw_schedules
-from convergence.tables import PROBE_COLUMNS, read_curves, read_table
+from convergence.tables import read_curves, read_table
 from diffusion.config import RunConfig
+from diffusion.data.arrays import load_images
 
 with job(snakemake):
     study, output, params = snakemake.wildcards.study, snakemake.output, snakemake.params
     metrics, verdict = read_table(snakemake.input.metrics), read_verdict(snakemake.input.verdict)
     external = [read_curves(Path(path), study) for path in snakemake.input.external]
-    paths = [Path(output.curves), Path(output.curves_svg)]
+    runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
     fid_curves(
-        metrics, paths, comparisons=verdict.comparisons, external_curves=pd.concat(external) if external else None
+        metrics,
+        [Path(output.curves), Path(output.curves_svg)],
+        comparisons=verdict.comparisons,
+        external_curves=pd.concat(external) if external else None,
+        arms={study: runs},
     )
     grids, steps = preview_grid(params.cells, metrics)
-    samples_grid(grids, Path(output.samples), steps)
-    runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
-    draw_forest(verdict.comparisons, [Path(output.forest)])
-    draw_mechanism(read_table(snakemake.input.mechanism, PROBE_COLUMNS), params.compare, [Path(output.mechanism)])
+    real = load_images(Path(snakemake.input.manifest).parent)
+    samples_grid(grids, steps, params.seed, real, Path(output.samples))
+    draw_forest(verdict.primary, [Path(output.forest)])
+    draw_mechanism(study, verdict.mechanism, list(runs), [Path(output.mechanism)])
     draw_schedules(study, runs, [Path(output.schedules), Path(output.schedules_svg)])

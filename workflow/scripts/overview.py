@@ -1,4 +1,4 @@
-"""Draw the curves of all selected studies in one figure, and write the front page of the report."""
+"""Draw the curves of all selected studies, compare the studies if there are several, and write the front page."""
 
 from pathlib import Path
 
@@ -6,10 +6,12 @@ from convergence.jobs import job  # isort: split
 
 import pandas as pd
 
+from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
 from convergence.analysis.verdict import read_verdict
 from convergence.figures.curves import fid_curves
+from convergence.figures.forest import draw_studies
 from convergence.pages import front_page
-from convergence.tables import read_curves, read_table
+from convergence.tables import read_curves, read_table, write_table
 from diffusion.files import atomic_write
 
 with job(snakemake):
@@ -21,7 +23,11 @@ with job(snakemake):
     external = [read_curves(Path(path), study).query("study == @study") for study, path in params.external.items()]
     external_curves = pd.concat(external) if external else None
     paths = [Path(output.curves), Path(output.curves_svg)]
-    fid_curves(metrics, paths, comparisons=comparisons, external_curves=external_curves)
+    fid_curves(metrics, paths, comparisons=comparisons, external_curves=external_curves, arms=params.arms)
+    if len(verdicts) > 1:
+        primary = [verdict.primary for verdict in verdicts if verdict.primary]
+        draw_studies(primary, [Path(output.studies)])
+        write_table(effects_table(primary), Path(output.studies_table), EFFECT_COLUMNS)
     answers = {verdict.study: verdict.answer for verdict in verdicts}
     with atomic_write(Path(output.front)) as file:
         file.write(front_page(params.introduction, answers).encode())

@@ -1,0 +1,96 @@
+"""Labels next to the ends of lines, in place of a legend, and a label where no line is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from scipy.optimize import isotonic_regression
+
+from convergence.figures.style import Style
+
+FONT_SIZE = 9
+GAP = 0.065  # between the middles of two labels, as a fraction of the height of the axes
+LETTER, LINE = 0.019, 0.055  # of a label in bold, as fractions of the width and height of the axes
+STEPS = 20  # points between two vertices of a line
+GRID = 41  # places in each direction where a label may be
+DARKER = 0.75  # of a colour, so that text in it is readable on white
+
+
+def spread(places: np.ndarray, gap: float = GAP) -> np.ndarray:
+    """Returns places in 0..1 that differ by `gap` or more, in the same order and as near as possible to `places`."""
+    order = np.argsort(places, kind="stable")
+    steps = np.minimum(gap, 1 / max(len(places) - 1, 1)) * np.arange(len(places))
+    free = isotonic_regression(places[order] - steps).x
+    spread_places = np.empty(len(places))
+    spread_places[order] = np.clip(free, 0, 1 - steps.max(initial=0)) + steps
+    return spread_places
+
+
+def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], styles: Mapping[str, Style]) -> None:
+    """Writes the name of each line to the right of the axes, connected with its end. Call it after setting the limits.
+
+    The name of a line that ends earlier than others is next to its end.
+
+    Args:
+        ax: the axes.
+        ends: name -> the last point of its line, in data coordinates.
+        styles: name -> style of its line.
+    """
+    to_axes = ax.transData - ax.transAxes
+    last = max((x for x, _ in ends.values()), default=0.0)
+    at_edge = {name: to_axes.transform(end)[1] for name, end in ends.items() if end[0] == last}
+    places = dict(zip(at_edge, spread(np.clip(list(at_edge.values()), 0, 1)), strict=True))
+    for name, end in ends.items():
+        colour = styles[name]["color"]
+        text: dict[str, Any] = {
+            "va": "center",
+            "fontsize": FONT_SIZE,
+            "color": [DARKER * part for part in to_rgb(colour)],
+        }
+        if name in places:
+            connection: dict[str, Any] = {
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 4,
+            }
+            connection["linestyle"] = styles[name]["linestyle"]
+            place = (1.04, places[name])
+            ax.annotate(name, end, place, textcoords="axes fraction", arrowprops=connection, **text)
+        else:
+            ax.annotate(name, end, (9, 0), textcoords="offset points", **text)
+
+
+def free_place(points: np.ndarray, size: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Returns the middle [2] of the box with the fewest `points` [P, 2] in it, and of these the one next to `near`.
+
+    All coordinates are fractions of the axes.
+    """
+    grid = np.linspace(size / 2 + 0.01, 1 - size / 2 - 0.01, GRID)  # [GRID, 2]
+    middles = np.stack(np.meshgrid(*grid.T), axis=-1).reshape(-1, 2)
+    covered = (np.abs(points[:, None] - middles) < size / 2).all(axis=-1).sum(axis=0)
+    return middles[np.lexsort((np.linalg.norm(middles - near, axis=1), covered))[0]]
+
+
+def label_in_free_place(ax: Axes, text: str, place: tuple[float, float]) -> None:
+    """Writes text that belongs to a place in data coordinates, where it covers no line. Call it after drawing."""
+    paths = [line.get_path().transformed(line.get_transform() - ax.transAxes) for line in ax.lines]
+    points = np.concatenate([path.interpolated(STEPS).vertices for path in paths if len(np.asarray(path.vertices)) > 1])
+    lines = text.split("\n")
+    size = np.array([LETTER * max(map(len, lines)), LINE * len(lines)])
+    near = (ax.transData - ax.transAxes).transform(place)
+    ax.annotate(
+        text,
+        place,
+        tuple(free_place(points, size, near)),
+        textcoords="axes fraction",
+        arrowprops={"arrowstyle": "-", "color": "0.4", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2},
+        ha="center",
+        va="center",
+        fontsize=FONT_SIZE,
+        weight="bold",
+        zorder=6,
+    )
