@@ -1,6 +1,7 @@
 """The pages of the report: its front page, and data, provenance and cost of each study."""
 
 import html
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -92,20 +93,30 @@ def provenance_page(
     return "\n\n".join(parts)
 
 
-def cost_page(study: str, metrics: pd.DataFrame) -> str:
-    """Returns the training time of each arm of a study, in Markdown, from the long table of metrics."""
-    runs = metrics[metrics["study"] == study].groupby(["arm", "seed"], sort=False)[["images", "seconds"]].max()
-    rows = [
-        [
-            arm, len(seeds), f"{seeds['images'].mean():,.0f}", f"{seeds['seconds'].mean():,.0f}",
-            f"{seeds['images'].sum() / seeds['seconds'].sum():,.0f}" if seeds["seconds"].sum() else "–",
-            f"{seeds['seconds'].sum() / 3600:,.2f}",
-        ]
-        for arm, seeds in runs.groupby("arm", sort=False)
-    ]  # fmt: skip
-    head = ["arm", "runs", "images per run", "seconds per run", "images per second", "hours of all runs"]
+def cost_page(study: str, metrics: pd.DataFrame, cost: pd.DataFrame) -> str:
+    """Returns the reference cost of each arm of a study, in Markdown.
+
+    Args:
+        study: its name.
+        metrics: the long table of its metrics.
+        cost: its cost.csv (see `convergence.cost.cost_table`).
+    """
+    runs = metrics.groupby(["arm", "seed"], sort=False)["images"].max()
+    rows = []
+    for row in cost.itertuples():
+        images = runs[row.arm]
+        hours = images.sum() / 1000 * row.seconds_per_1000_images / 3600
+        rows.append([
+            row.arm, f"{row.seconds_per_1000_images:.3g} ({row.low:.3g} to {row.high:.3g})",
+            "–" if math.isnan(row.ratio) else f"{row.ratio:.3f} ({row.ratio_low:.3f} to {row.ratio_high:.3f})",
+            len(images), f"{images.mean():,.0f}", f"{hours:,.3g}",
+        ])  # fmt: skip
+    head = ["arm", "seconds per 1000 images", "ratio to the baseline", "runs", "images per run", "hours of all runs"]
+    rounds, device = cost["rounds"].iloc[0], markdown_text(cost["device"].iloc[0])
     note = (
-        "Seconds are the training time measured in each run, without sampling and evaluation. A run takes longer when "
-        "it shares cores or a GPU with other jobs. *Statistics* in the menu of the report shows the time of all jobs."
+        f"Training steps of all arms were timed alone, in turns, in {rounds} rounds on {device}. The 95% intervals are "
+        "over rounds, and cover neither other machines nor other times. Hours are these seconds times the training "
+        "images: of one process, without sampling and evaluation. The jobs of a study take longer when they share "
+        "cores or a GPU; *Statistics* in the menu of the report shows their time."
     )
     return "\n\n".join([f"# Cost of {study}", markdown_table(head, rows), note])

@@ -9,6 +9,7 @@ In all functions, `gpus` is the number of GPUs per process, 0 or 1. With 0, a pr
 
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from convergence.schema import Evaluate, Experiment, Probe
@@ -26,6 +27,7 @@ PAIR_SECONDS = 5e-7  # per pair of images, for all metrics
 OPENMOJI_IMAGES = 5_000
 NAMED_IMAGES = 100_000  # of a dataset that is not downloaded yet: more than most suitable ones have
 FEATURES = 2048
+COST_STEPS = 48  # of each run that is timed, at most (diffusion/training/timing.py)
 START_MINUTES, LONGEST_MINUTES = 10, 24 * 60
 BASE_MEGABYTES = 4_000
 SAMPLE_BATCH = 64  # images at once on a CPU, if the study does not set sample.batch_size
@@ -70,6 +72,13 @@ def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) ->
     # Weights, their moving average and the two moments of AdamW, twice while the state is saved or loaded.
     memory = 8 * 4 * size.parameters + 3 * _pixels(images, run.dataset) + _activations(size, micro_batch, gpus)
     return _request(steps * seconds, processes * _megabytes(memory))
+
+
+def cost(runs: Sequence[RunConfig], images: int, gpus: int, processes: int) -> Request:
+    """Returns the request of a job that times one process of each run, one after another."""
+    requests = [train(run, COST_STEPS, images, gpus, processes) for run in runs]
+    minutes = START_MINUTES + sum(request.minutes - START_MINUTES for request in requests)
+    return Request(min(minutes, LONGEST_MINUTES), max(request.megabytes for request in requests) // processes)
 
 
 def reference(settings: Evaluate, images: int, threads: int, gpus: int) -> Request:

@@ -379,20 +379,6 @@ timesteps and latents."""
         """Steps of all checkpoints in ascending order; 0 is the untrained net."""
         return self.checkpoints.steps if isinstance(self.checkpoints, EveryNSteps) else list(self.checkpoints)
 
-    @property
-    def comparison(self) -> dict[str, Any]:
-        """The compared arms as plain data for the jobs of the study.
-
-        Keys: `baseline` and `candidates` (of the section `compare`; without it, the first arm and all others), and
-        `matched` (candidates with `match: <baseline>`).
-        """
-        first, *others = self.arms
-        baseline, candidates = (
-            (self.compare.baseline, list(self.compare.candidates)) if self.compare else (first, others)
-        )
-        matched = [arm for arm in candidates if self.arms[arm].match == baseline]
-        return {"baseline": baseline, "candidates": candidates, "matched": matched}
-
     def run(self, arm_name: str) -> RunConfig:
         """Returns the settings of a run of an arm: the shared sections, the arm's own `train` keys, and its scheme."""
         arm = self.arms[arm_name]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convergence import layout
-from convergence.provenance import newest_provenances, stale_runs
+from convergence.provenance import NewestProvenances, newest_provenances, stale_runs
 from convergence.resources import count_images
 from convergence.schema import Experiment
 from diffusion.config import Folder
@@ -23,7 +23,8 @@ CHECK_SECONDS = 2
 def print_warnings(experiments: Collection[Experiment]) -> None:
     """Print a warning for results of other code, for changed folders and for few images."""
     for experiment in experiments:
-        for warning in [*stale_runs(experiment.name, newest_provenances(experiment)), *few_images(experiment)]:
+        newest = newest_provenances(experiment)
+        for warning in [*stale_runs(experiment.name, newest), *few_images(experiment, newest)]:
             print(f"Warning: {warning}", file=sys.stderr)
     for warning in changed_folders(experiments):
         print(f"Warning: {warning}", file=sys.stderr)
@@ -61,17 +62,21 @@ def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
     print(f"Warning: {len(again)} trained checkpoints are trained again: {cause}", file=sys.stderr)
 
 
-def few_images(experiment: Experiment) -> list[str]:
+def few_images(experiment: Experiment, newest: NewestProvenances) -> list[str]:
     """Returns a sentence for each part of a study that has few images: training and references.
 
     It is empty if the number of images is not known yet, because a dataset must be downloaded.
+
+    Args:
+        experiment: the study.
+        newest: as for `stale_runs`.
 
     Raises:
         FileError: If the manifest of the dataset is damaged.
     """
     dataset, evaluate, file = experiment.dataset, experiment.evaluate, layout.study_file(experiment.name)
     manifest = layout.dataset_directory(dataset) / "manifest.json"
-    recorded = [facts["dataset_images"] for _, facts in newest_provenances(experiment) if "dataset_images" in facts]
+    recorded = [facts["dataset_images"] for _, facts in newest if "dataset_images" in facts]
     if manifest.exists():
         count = read_json(manifest)["count"]
     elif recorded:  # the dataset was deleted

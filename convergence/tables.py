@@ -1,4 +1,8 @@
-"""The long table of metrics: a row per checkpoint, feature extractor and metric."""
+"""The long table of metrics: a row per checkpoint, feature extractor and metric.
+
+`contended_seconds` is the training time of a run so far, measured while other jobs shared the machine. It is a record:
+nothing is computed from it (see `convergence/cost.py` for the cost of an arm).
+"""
 
 import io
 import re
@@ -16,9 +20,13 @@ from diffusion.errors import FileError
 from diffusion.evaluation.weights import INCEPTION, LITE0
 from diffusion.files import atomic_write
 
-COLUMNS = ["study", "arm", "seed", "step", "images", "seconds", "features", "metric", "value", "stderr", "n", "reason"]
+COLUMNS = [
+    "study", "arm", "seed", "step", "images", "contended_seconds", "features", "metric", "value", "stderr", "n",
+    "reason",
+]  # fmt: skip
 PROBE_COLUMNS = [
-    "study", "arm", "seed", "step", "images", "seconds", "timesteps", "metric", "value", "n", "held_out", "reason",
+    "study", "arm", "seed", "step", "images", "contended_seconds", "timesteps", "metric", "value", "n", "held_out",
+    "reason",
 ]  # fmt: skip
 ALL = "all"  # timesteps of a probe that is not limited to a bin
 HIGHER_IS_BETTER = {"precision", "recall"}
@@ -41,10 +49,10 @@ METRIC_NAMES = {
 INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
 TEXT_COLUMNS = ("study", "arm", "baseline", "candidate")
 REQUIRED_COLUMNS = ["arm", "images", "value"]
-NUMBER_COLUMNS = ["images", "value", "stderr", "seed", "step", "seconds", "n"]
+NUMBER_COLUMNS = ["images", "value", "stderr", "seed", "step", "contended_seconds", "n"]
 # Values of the columns that a table from elsewhere does not have: one run per arm, FID.
 DEFAULTS = {
-    "seed": 0, "seconds": float("nan"), "features": INCEPTION, "metric": "fd", "stderr": float("nan"), "n": 0,
+    "seed": 0, "contended_seconds": float("nan"), "features": INCEPTION, "metric": "fd", "stderr": float("nan"), "n": 0,
     "reason": "",
 }  # fmt: skip
 
@@ -108,6 +116,30 @@ def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequenc
         if pairs_of:
             raise FileError(path, f"is damaged ({problem} {', '.join(map(str, next(iter(pairs_of))))})")
     return table
+
+
+def read_influences(path: Path | str, rows: int, n: int) -> list[np.ndarray]:
+    """Reads influences.npy of one checkpoint: the influence of each sample on each value of its metrics.csv.
+
+    Args:
+        path: the file.
+        rows: the number of rows of metrics.csv.
+        n: the number of samples.
+
+    Returns:
+        A float32 array [n] per row. It is mapped into memory.
+
+    Raises:
+        FileError: the file is missing or damaged, or its shape is not [rows, n].
+    """
+    try:
+        influences = np.load(path, mmap_mode="r" if n else None)  # an empty file cannot be mapped
+    except (OSError, ValueError, EOFError) as error:
+        raise FileError(path, f"is damaged ({error})") from None
+    if influences.shape != (rows, n) or influences.dtype != np.float32:
+        found = f"{influences.dtype} {list(influences.shape)}"
+        raise FileError(path, f"is damaged (it is {found}, not float32 {[rows, n]})")
+    return list(influences)
 
 
 def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
@@ -199,7 +231,7 @@ def _check_values(table: pd.DataFrame, source: str) -> None:
     distances, shares = (table[["value"]].where(which) for which in (metric == "fd", metric.isin(SHARES)))
     for rule, wrong in (
         ("finite", np.isinf(numbers)),
-        ("at least 0", numbers[["images", "step", "seconds", "n", "stderr"]] < 0),
+        ("at least 0", numbers[["images", "step", "contended_seconds", "n", "stderr"]] < 0),
         ("a whole number", numbers[["seed", "n"]].fillna(0) % 1 != 0),
         ("below 1e15", numbers[["images", "n"]] >= 1e15),  # float64 has every integer up to 9e15
         ("at least 0 for this metric", distances < 0),
@@ -223,7 +255,9 @@ def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mappin
         study=wildcards.study,
         arm=wildcards.arm.rsplit("-", 1)[0],
         seed=int(wildcards.seed),
-        **{key: provenance[key] for key in ("step", "images", "seconds")},
+        step=provenance["step"],
+        images=provenance["images"],
+        contended_seconds=provenance["seconds"],
     )
 
 

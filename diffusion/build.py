@@ -1,8 +1,11 @@
 """The untrained net and the noise schedule that a configuration describes."""
 
-from diffusion.config import Diffusion, Initial, Model
+from collections.abc import Mapping
+
+from diffusion.config import Diffusion, Initial, Model, RunConfig
 from diffusion.gaussian import SCHEDULES, NoiseSchedule
 from diffusion.nets.unet import UNet
+from diffusion.schemes import Tables, scheme_tables
 
 
 def build_net(image_size: int, model: Model) -> UNet:
@@ -18,3 +21,19 @@ def noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
 def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
     """Returns the untrained net and the noise schedule of a run."""
     return build_net(config.dataset.image_size, config.model), noise_schedule(config.diffusion)
+
+
+def constant_tables(runs: Mapping[str, RunConfig]) -> dict[str, Tables]:
+    """Returns the tables of each arm of which training does not learn the density.
+
+    Args:
+        runs: arm -> the settings of its runs.
+
+    Raises:
+        InputError: The tables of an arm are not finite (`diffusion.schemes.scheme_tables`).
+    """
+    return {
+        arm: scheme_tables(noise_schedule(run.diffusion), run.scheme, run.match)
+        for arm, run in runs.items()
+        if not run.scheme.timesteps.learned
+    }

@@ -57,6 +57,8 @@ class Checkpoint:
     """Its noise schedule."""
     image_size: int
     """Height and width of its images in pixels."""
+    seed: int = 0
+    """Seed of its run, from which its latents are drawn."""
     diverged: bool = False
     """Whether the run diverged. Such a net cannot be sampled."""
     config: Initial | None = None
@@ -84,7 +86,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         with safe_open(path, "pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["checkpoint"])
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config, diverged = Initial.model_validate_json(about["config"]), about["diverged"]
+        config, seed, diverged = Initial.model_validate_json(about["config"]), int(about["seed"]), about["diverged"]
         if not diverged:
             check_finite(weights)
         with torch.device("meta"):
@@ -94,7 +96,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         missing = "it has no " if isinstance(error, KeyError) else ""
         reason = missing + " ".join(str(error).split())[:120]
         raise FileError(path, f"is not a complete checkpoint of a run ({reason})") from None
-    return Checkpoint(model, noise_schedule(config.diffusion), config.dataset.image_size, diverged, config)
+    return Checkpoint(model, noise_schedule(config.diffusion), config.dataset.image_size, seed, diverged, config)
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -129,7 +131,7 @@ def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.devic
 def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.device | str) -> np.ndarray:
     """Samples images from a checkpoint.
 
-    Sample i depends on the weights and on (settings.seed, i) alone, not on the other samples.
+    Sample i depends on the weights and on (settings.seed, checkpoint.seed, i) alone, not on the other samples.
 
     Args:
         checkpoint: The net, on `device`.
@@ -148,12 +150,12 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
     size = settings.batch_size or largest_batch(checkpoint.model, image, device, settings.precision)
     denoise = _reporting(checkpoint.model, count, settings, device)
     batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    start = latents(settings.seed, batches[0], image)
+    start = latents(settings.seed, checkpoint.seed, batches[0], image)
     for indices, following in pairwise([*batches, range(0)]):
         x = _sample(denoise, checkpoint, settings, indices, start.to(device))
         if following:
             # Drawn on the CPU while a GPU still computes x.
-            start = latents(settings.seed, following, image)
+            start = latents(settings.seed, checkpoint.seed, following, image)
         if not x.isfinite().all():
             return images[:0]
         images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
@@ -202,6 +204,7 @@ def _sample(denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, indices
     _, channels, height, width = x.shape
 
     def noise(step: int) -> Tensor:
-        return latents(settings.seed, indices, (channels, height, width), f"ddpm{step}").to(x.device)
+        shape = channels, height, width
+        return latents(settings.seed, checkpoint.seed, indices, shape, f"ddpm{step}").to(x.device)
 
     return ddpm_sample(denoise, checkpoint.schedule, x, settings.steps, noise)

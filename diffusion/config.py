@@ -13,6 +13,8 @@ from diffusion.section import Choice, Section
 
 # Increase this number when a change in `diffusion/` alters what a run computes: it renames every run.
 TRAIN_VERSION = 2
+# Increase this number when a change alters the samples or the metrics of a checkpoint: all are evaluated again.
+EVALUATE_VERSION = 2
 
 GROUP_NORM_GROUPS = 32
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_]*$"
@@ -335,7 +337,8 @@ class Sample(Section):
     precision: Precision = "auto"
     """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
     seed: Seed = 0
-    """Seed of the noise from which all checkpoints are sampled."""
+    """Seed of the latents, together with the seed of the run: all arms and checkpoints of one seed share their \
+latents, and each seed has its own."""
     keep: bool = False
     """Whether the sampled images are kept on disk after evaluation. They are not reused: a change of the metrics \
 samples them again."""

@@ -63,21 +63,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_npy_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    """Writes the header of a .npy file of a uint8 array of this shape, in C order. The caller writes the data."""
+def write_npy_header(file: IO[bytes], shape: tuple[int, ...], dtype: str = "|u1") -> None:
+    """Writes the header of a .npy file of an array in C order, uint8 by default. The caller writes the data."""
     import numpy as np  # slow to import: dry runs import this module
 
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
 
 
 def save_npy(path: Path, array: "np.ndarray") -> None:
-    """Writes a uint8 array [...] to a .npy file. Unlike `numpy.save`, it raises an error if the disk is full.
+    """Writes an array of numbers [...] to a .npy file. Unlike `numpy.save`, it raises an error if the disk is full.
 
     Raises:
         OSError: If the file cannot be written.
     """
     with atomic_write(path) as file:
-        write_npy_header(file, array.shape)
+        write_npy_header(file, array.shape, array.dtype.str)
         file.write(array.tobytes())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion.build import build_net, noise_schedule
 from diffusion.checkpoints import Checkpoint, check_finite, with_weights
-from diffusion.config import GROUP_NORM_GROUPS, Diffusion, Initial, Model
+from diffusion.config import GROUP_NORM_GROUPS, Diffusion, Initial, Model, Seed
 from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, read_json, sha256
 from diffusion.validation import first_mistake
@@ -36,6 +36,8 @@ class Settings(Diffusion):
     """Channels per attention head."""
     heads: PositiveInt | None = None
     """Number of attention heads, instead of `head_channels`."""
+    run_seed: Seed = 0
+    """Seed of the run, from which its latents are drawn."""
 
 
 def load_published(
@@ -46,6 +48,7 @@ def load_published(
     heads: int | None = None,
     schedule: str | None = None,
     timesteps: int | None = None,
+    run_seed: int | None = None,
 ) -> Checkpoint:
     """Rebuilds the net of a published checkpoint: a state dict of floating-point numbers, written by `torch.save`.
 
@@ -62,6 +65,7 @@ def load_published(
         heads: Number of attention heads, instead of `head_channels`.
         schedule: Noise schedule, a key of `SCHEDULES`; the default is "linear".
         timesteps: T of the noise schedule; the default is 1000.
+        run_seed: Seed of the run, from which its latents are drawn; the default is 0.
 
     Returns:
         The net with its noise schedule.
@@ -73,7 +77,7 @@ def load_published(
         OSError: If the file cannot be read.
     """
     given = {"image_size": image_size, "head_channels": head_channels, "heads": heads, "schedule": schedule,
-             "timesteps": timesteps}  # fmt: skip
+             "timesteps": timesteps, "run_seed": run_seed}  # fmt: skip
     weights = _read_state_dict(path)
     settings = _settings(path, {name: value for name, value in given.items() if value is not None})
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
@@ -93,7 +97,8 @@ def load_published(
                 f"{key} is {actual}, but {wanted} in the net that the other keys describe; only nets in the layout of "
                 "guided-diffusion can be read",
             )
-    return Checkpoint(with_weights(model, weights, device), noise_schedule(settings), settings.image_size)
+    model = with_weights(model, weights, device)
+    return Checkpoint(model, noise_schedule(settings), settings.image_size, settings.run_seed)
 
 
 def settings_file(path: Path) -> Path:
@@ -128,7 +133,9 @@ def _settings(path: Path, given: Mapping[str, Any]) -> Settings:
         raise FileError(file, f"is damaged ({first_mistake(error, Settings)}): export the weights again") from None
     for name, value in given.items():
         if value != (known := getattr(settings, name)):
-            raise InputError(f"{path}: {name}: {value} contradicts {file.name} ({known or 'unset'}): omit it")
+            raise InputError(
+                f"{path}: {name}: {value} contradicts {file.name} ({'unset' if known is None else known}): omit it"
+            )
     return settings
 
 
@@ -245,7 +252,7 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
     return model
 
 
-def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial) -> Settings:
+def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial, seed: int) -> Settings:
     """Writes weights as guided-diffusion does: a plain state dict of float32. Equal weights give equal bytes.
 
     Also writes the file of settings, which `load_published` reads.
@@ -254,13 +261,14 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial) 
         path: The file.
         weights: Maps parameter names to tensors [...].
         config: Configuration of the run.
+        seed: Seed of the run.
 
     Returns:
         The settings that `load_published` needs without that file.
     """
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     heads = config.model.model_dump(include={"head_channels", "heads"})
-    settings = Settings(image_size=config.dataset.image_size, **heads, **config.diffusion.model_dump())
+    settings = Settings(image_size=config.dataset.image_size, run_seed=seed, **heads, **config.diffusion.model_dump())
     with atomic_write(path) as file:
         torch.save(plain, file)
     content = settings.model_dump(exclude_none=True) | {"sha256": sha256(path)}

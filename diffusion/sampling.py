@@ -112,11 +112,12 @@ def ddpm_sample(
     return x
 
 
-def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
-    """Returns standard normal latents, each of which depends only on the seed, the stream and its own index.
+def latents(seed: int, run_seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
+    """Returns standard normal latents, each of which depends only on the seeds, the stream and its own index.
 
     Args:
         seed: seed of the samples.
+        run_seed: seed of the run that is sampled, so that the noise of sampling is independent between seeds.
         indices: indices of the samples.
         shape: shape of one latent, (C, H, W).
         stream: name of the random stream (see `diffusion.streams`).
@@ -124,7 +125,9 @@ def latents(seed: int, indices: range, shape: tuple[int, int, int], stream: str 
     Returns:
         float32 [B, C, H, W], on the CPU.
     """
-    return torch.stack([torch.randn(shape, generator=generator(seed, stream, index)) for index in indices])
+    return torch.stack(
+        [torch.randn(shape, generator=generator(seed, f"{stream}/{run_seed}", index)) for index in indices]
+    )
 
 
 def _repeated(t: int, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import signal
 
 import pytest
 import torch
+from filelock import FileLock
 from made import scenes
 from projects import copy_project, edit, reduce, snakemake
 
@@ -40,10 +41,13 @@ def real_features(real, extractor):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The reduced default study, run from nothing to the figure."""
-    project = copy_project(tmp_path_factory.mktemp("finished"))
-    edit(project, reduce)
-    done = snakemake(project)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (project / "run.log").write_text(done.stdout + done.stderr)
+    """The reduced default study, run from nothing to the figure. All processes of pytest read this one."""
+    place = tmp_path_factory.getbasetemp()
+    project = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "finished"
+    with FileLock(f"{project}.lock"):
+        if not (project / "run.log").exists():
+            edit(copy_project(project), reduce)
+            done = snakemake(project)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (project / "run.log").write_text(done.stdout + done.stderr)
     return project

@@ -22,11 +22,11 @@ PLAN = StudyPlan(
 )
 
 
-def study(base, cand, metric="fd", steps=STEPS, seconds_per_step=(0.5, 0.6), features="lite0", name="small"):
+def study(base, cand, metric="fd", steps=STEPS, features="lite0", name="small"):
     """The long table of two arms; `base` and `cand` have a row of values per seed, NaN for a diverged run."""
     rows = [
-        (name, arm, seed, step, 32 * step, pace * step, features, metric, value, np.nan, 500, reason)
-        for arm, values_of_seeds, pace in (("base", base, seconds_per_step[0]), ("cand", cand, seconds_per_step[1]))
+        (name, arm, seed, step, 32 * step, 0.5 * step, features, metric, value, np.nan, 500, reason)
+        for arm, values_of_seeds in (("base", base), ("cand", cand))
         for seed, values in enumerate(values_of_seeds)
         for step, value in zip(steps, values, strict=True)
         for reason in ["diverged at step 7" if np.isnan(value) else ""]

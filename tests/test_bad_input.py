@@ -128,7 +128,7 @@ def damaged_weights(project):
 
 
 def metrics(project):
-    header = "study,arm,seed,step,images,seconds,features,metric,value,stderr,n,reason\n"
+    header = "study,arm,seed,step,images,contended_seconds,features,metric,value,stderr,n,reason\n"
     rows = [f"small,{arm},0,100,3200,50,lite0,fd,10.0,,500,\n" for arm in ("base", "cand")]
     (project / "metrics.csv").write_text(header + "".join(rows))
 

@@ -52,6 +52,7 @@ def test_a_study_runs_without_a_network_and_its_results_are_collected(tmp_path):
     home, there = tmp_path / "home", tmp_path / "there/carry"
     run(["git", "clone", "--quiet", str(ROOT), str(home)], tmp_path)
     edit(home, reduce)
+    edit(home, lambda study: study.update(seeds=[0]))
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     run([sys.executable, "-m", "convergence", "carry", "pack", "openmoji", "--python", python], home)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion import progress
-from diffusion.checkpoints import load_checkpoint, sample_checkpoint
+from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Initial, Model, Sample, check_image_size
 from diffusion.errors import FileError, InputError
 from diffusion.files import sha256
@@ -50,12 +50,14 @@ def test_files_of_old_torch_are_read(tmp_path):
 def test_writing_and_reading_returns_equal_weights(tmp_path):
     weights = det_weights()
     for name in ("one.pt", "other.pt"):
-        write_published(tmp_path / name, weights, config())
+        write_published(tmp_path / name, weights, config(), 3)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
     assert (tmp_path / "one.pt.json").read_bytes() == (tmp_path / "other.pt.json").read_bytes()
     plain = torch.load(tmp_path / "one.pt", weights_only=True)
     assert type(plain) is dict and list(plain) == list(weights)
-    loaded = load_published(tmp_path / "one.pt", "cpu").model.state_dict()
+    published = load_published(tmp_path / "one.pt", "cpu")
+    assert published.seed == 3
+    loaded = published.model.state_dict()
     for key, value in weights.items():
         torch.testing.assert_close(plain[key], value, rtol=0, atol=0)
         torch.testing.assert_close(loaded[key], value, rtol=0, atol=0)
@@ -65,7 +67,7 @@ def test_a_net_of_98_million_parameters_keeps_its_layout(tmp_path):
     # Each tensor is an expanded view of one number, so the file has some kilobytes.
     tiny = {key: torch.zeros((), dtype=torch.float16).expand(shape) for key, shape in KEYS["ffhq128"].items()}
     net = load_published(save_pt(tmp_path / "ffhq128.pt", tiny), "cpu", 128)
-    write_published(tmp_path / "again.pt", net.model.state_dict(), config())
+    write_published(tmp_path / "again.pt", net.model.state_dict(), config(), 0)
     again = torch.load(tmp_path / "again.pt", weights_only=True, mmap=True)
     assert {key: list(value.shape) for key, value in again.items()} == KEYS["ffhq128"]
     assert {value.dtype for value in again.values()} == {torch.float32}
@@ -93,7 +95,7 @@ def test_a_prefix_of_all_keys_is_removed(tmp_path, prefix):
     ],
 )
 def test_a_wrong_file_of_settings_is_refused(tmp_path, change, message):
-    write_published(tmp_path / "model.pt", det_weights(), config())
+    write_published(tmp_path / "model.pt", det_weights(), config(), 0)
     file = tmp_path / "model.pt.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(FileError, match=f"^{file}: {message}"):
@@ -173,7 +175,7 @@ WRONG = [
     (lambda: {key: value / 0 for key, value in det_weights().items()}, "has values that are NaN or infinite"),
     (lambda: {f"a.{key}": value for key, value in det_weights().items()} | {"b": torch.zeros(2)},
         "weights besides those of the net with the prefix a.; save"),
-    (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(3)}, "a tensor has too few dimensions"),
+    (lambda: det_weights() | {"input_blocks.0.0.weight": torch.zeros(3)}, "a weight has too few dimensions"),
     (lambda: det_weights() | {"time_embed.0.weight": torch.zeros(2, 0)}, "not all multiples of the 0"),
     (lambda: [torch.zeros(3)], "holds a list, not a state dict"),
     (lambda: torch.zeros(3), "holds a Tensor, not a state dict"),
@@ -239,6 +241,19 @@ def test_no_more_than_a_batch_is_sampled_at_once(tmp_path):
     assert images.std() > 10 and np.abs(images.astype(int) - one_batch).max() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_nets_of_one_seed_share_their_latents_and_other_seeds_have_others(tmp_path, sampler):
+    settings, images = Sample(sampler=sampler, images=2, steps=4), {}
+    for seed, step in ((0, 4), (0, 8), (1, 4)):
+        path = tmp_path / f"{seed}{step}.safetensors"
+        save_weights(path, det_weights(), config(), seed, step, diverged=False)
+        images[seed, step] = sample_checkpoint(load_checkpoint(path, "cpu"), settings, "cpu").astype(int)
+    np.testing.assert_array_equal(images[0, 4], images[0, 8])
+    assert np.abs(images[1, 4] - images[0, 4]).mean() > 5
+    again = sample_checkpoint(load_checkpoint(path, "cpu"), settings.model_copy(update={"seed": 1}), "cpu")
+    assert np.abs(again - images[1, 4]).mean() > 5
+
+
 def test_a_changed_checkpoint_is_refused(tmp_path):
     path = save_ours(tmp_path / "weights.safetensors", det_weights())
     digest = sha256(path)
@@ -283,7 +298,8 @@ def test_fixed_variance_is_the_lower_bound_of_the_learned_variance(tmp_path, sam
     settings = Sample(sampler=sampler, images=2, steps=4)
     files = [save_pt(tmp_path / f"{name}.pt", weights) for name, weights in (("fixed", fixed), ("learned", learned))]
     images, expected = (
-        sample_checkpoint(load_published(path, "cpu", 32, head_channels=16), settings, "cpu") for path in files
+        sample_checkpoint(load_published(path, "cpu", 32, head_channels=16, run_seed=3), settings, "cpu")
+        for path in files
     )
     assert images.std() > 10
     assert np.abs(images.astype(int) - expected).max() <= 1

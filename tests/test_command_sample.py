@@ -42,7 +42,7 @@ def test_a_published_checkpoint_gives_the_same_samples_as_one_of_this_project(tm
     ours, published = save_ours(tmp_path / "weights.safetensors", weights), save_pt(tmp_path / "model.pt", weights)
     expected = sampled(ours, tmp_path / "ours", "--sampler", sampler)
     assert expected.shape == (2, 32, 32, 3) and expected.std() > 10
-    sampled(published, tmp_path / "published", "--sampler", sampler, *PUBLISHED)
+    sampled(published, tmp_path / "published", "--sampler", sampler, *PUBLISHED, "--run-seed", "3")
     for name in ("samples.npy", "samples.png"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "published" / name).read_bytes()
 
@@ -55,10 +55,11 @@ def test_arguments_give_what_no_key_shows(tmp_path):
         [*PUBLISHED, "--schedule", "cosine"],
         [*PUBLISHED, "--timesteps", "100"],
         [*PUBLISHED, "--seed", "1"],
+        [*PUBLISHED, "--run-seed", "1"],
     ):
         assert not np.array_equal(sampled(published, tmp_path / "b", *options), base)
     # All attention has 64 channels, so 16 channels per head are 4 heads.
-    equal = ["--image-size", "32", "--heads", "4", "--schedule", "linear", "--timesteps", "1000", "--seed", "0"]
+    equal = ["--image-size", "32", "--heads", "4", "--schedule", "linear", "--timesteps", "1000", "--run-seed", "0"]
     np.testing.assert_array_equal(sampled(published, tmp_path / "b", *equal), base)
 
 
@@ -71,6 +72,9 @@ def test_export_writes_the_published_layout(tmp_path):
         torch.testing.assert_close(plain[key], value, rtol=0, atol=0)
     expected = sampled(ours, tmp_path / "a")
     np.testing.assert_array_equal(sampled(tmp_path / "model.pt", tmp_path / "b", *PUBLISHED), expected)
+    settings = tmp_path / "model.pt.json"
+    settings.write_text(settings.read_text().replace('"run_seed": 3', '"run_seed": 4'))
+    assert not np.array_equal(sampled(tmp_path / "model.pt", tmp_path / "b", *PUBLISHED), expected)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,8 @@ def test_exported_weights_give_the_samples_of_the_run(tmp_path, caplog, changes)
 def test_settings_of_an_export_cannot_be_contradicted(tmp_path):
     ours, exported = save_ours(tmp_path / "weights.safetensors", det_weights()), tmp_path / "model.pt"
     main(["export", ours, exported])
-    for option, value in (("--head-channels", "32"), ("--schedule", "cosine"), ("--heads", "4"), ("--image-size", "8")):
+    wrong = {"head-channels": "32", "schedule": "cosine", "heads": "4", "image-size": "8", "run-seed": "0"}
+    for option, value in ((f"--{name}", value) for name, value in wrong.items()):
         message = error_message("sample", exported, "--out", tmp_path / "out", option, value)
         assert f"model.pt: {option}: {value} contradicts model.pt.json" in message and "omit it" in message
 
@@ -169,7 +174,7 @@ def test_attention_that_the_default_does_not_fit_is_reported_with_the_option(tmp
 
 def test_options_of_published_checkpoints_are_refused_for_others(tmp_path):
     ours = save_ours(tmp_path / "weights.safetensors", det_weights())
-    for options in (["--image-size", "32"], ["--heads", "2"], ["--timesteps", "1000"], ["--schedule", "linear"]):
+    for options in (["--image-size", "32"], ["--heads", "2"], ["--run-seed", "1"], ["--schedule", "linear"]):
         assert f"leave out {options[0]}" in error_message("sample", ours, "--out", tmp_path, *options)
 
 

@@ -67,6 +67,13 @@ def test_hours_are_images_times_the_cost_of_the_arm():
     assert compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0}).hours is None
 
 
+def test_the_arm_with_more_failed_runs_is_not_better_in_hours():
+    base, cand = curves(9, 1.0), curves(9, 0.5, seed=1)
+    cand[0, 2:] = np.nan
+    comparison = compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0, "cand": 2.0})
+    assert comparison.images.high < 1 and comparison.images.shown == comparison.hours.shown == "not shown"
+
+
 def test_the_primary_threshold_is_the_lowest_level_that_every_run_reaches():
     base, cand = curves(3, 1.0, noise=0), curves(3, 1.0, noise=0)
     base[1], cand[2] = base[1] * 1.234567, cand[2] * 0.5

@@ -61,7 +61,7 @@ def test_generated_pages_are_up_to_date():
     arrows = set(re.findall(r'"(\S+)" -> "(\S+)"', generate.import_graph()))
     drawn = re.findall(r"<title>(\S+)&#45;&gt;(\S+)</title>", (ROOT / "docs/imports.svg").read_text())
     assert arrows == set(drawn), remedy
-    assert ("diffusion.training", "diffusion.schemes") in arrows and ("workflow.rules", "workflow.scripts") in arrows
+    assert ("diffusion.build", "diffusion.schemes") in arrows and ("workflow.rules", "workflow.scripts") in arrows
 
 
 def test_every_key_of_an_experiment_is_explained():

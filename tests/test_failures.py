@@ -7,12 +7,11 @@ import pandas as pd
 import pytest
 from made import scenes
 from metric_tables import PLAN, curves, study
-from PIL import Image
-from projects import REPORT, copy_project, edit, snakemake
+from projects import REPORT, TINY_MODEL, copy_project, edit, snakemake, write_pictures
 from test_mechanism import probes
 
 from convergence.analysis.comparison import compare_pair
-from convergence.analysis.mechanism import probe_effects
+from convergence.analysis.mechanism import mechanisms
 from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown
 from convergence.failures import failed, without_failed_runs, without_failures
 from convergence.tables import COLUMNS, PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
@@ -129,20 +128,18 @@ def test_the_probes_of_a_failed_run_win_nothing_either():
     cut = without_failed_runs(table, without_failures(metrics))
     gone = (cut["arm"] == "cand") & (cut["seed"] == 1) & (cut["step"] == 300)
     assert gone.any() and cut["value"].isna().equals(gone) and set(cut.loc[gone, "reason"]) == {"collapsed at step 400"}
-    assert {effect.average.pairs for effect in probe_effects(table, "base", ["cand"])} == {2}
-    assert {effect.average.pairs for effect in probe_effects(cut, "base", ["cand"])} == {1}
+    for rows, pairs in ((table, 2), (cut, 1)):
+        (mechanism,) = mechanisms(rows, "base", ["cand"], {})
+        assert {effect.pairs for effect in mechanism.effects} == {pairs}
     pd.testing.assert_frame_equal(without_failed_runs(table, study(curves(2, 1.0), curves(2, 0.9))), table)
 
 
 @pytest.mark.slow
 def test_a_study_marks_its_failed_runs_and_names_a_table_without_rows(tmp_path):
     project = copy_project(tmp_path / "project")
-    (project / "pictures").mkdir()
-    for index, image in enumerate(scenes(8, seed=0, size=16)):
-        Image.fromarray(image).save(project / f"pictures/{index}.png")
-    model = {"channels": 32, "channel_mult": [1], "res_blocks": 1, "attention_resolutions": [], "head_channels": 32}
+    write_pictures(project)
     mine = {
-        "name": "openmoji", "dataset": {"source": "folder", "path": "pictures", "image_size": 16}, "model": model,
+        "name": "openmoji", "dataset": {"source": "folder", "path": "pictures", "image_size": 16}, "model": TINY_MODEL,
         "train": {"batch_size": 8, "log_every": 1}, "checkpoints": [3], "seeds": [0], "probe": None, "tracking": False,
         "arms": {"sound": {}, "grey": {"train": {"learning_rate": 300}}, "broken": {"train": {"learning_rate": 1e12}}},
         "sample": {"images": 8, "steps": 2}, "evaluate": {"features": ["efficientnet-lite0"]},

@@ -1,4 +1,4 @@
-"""Faults at any moment of a reduced study: nothing is lost, and no incomplete file is used."""
+"""Faults at any moment of a small study: nothing is lost, and no incomplete file is used."""
 
 import errno
 import fcntl
@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 import torch
-from projects import REPORT, assert_equal_results, assert_tracked_once, copy_project, edit, jobs, reduce, snakemake
+from projects import REPORT, assert_equal_results, assert_tracked_once, edit, jobs, snakemake, tiny_project
 
 from convergence import terminal
 from diffusion.errors import InputError
@@ -26,9 +27,27 @@ from diffusion.files import atomic_write, exclusive_lock
 
 COMMAND = [sys.executable, "-m", "snakemake", "--cores", "2", "--", "reports/fid_curves.png"]
 PHASES = {"dataset", "reference", "initialise", "train", "evaluate", "probe", "figures"}
-KILLS = 20
-SNAKEMAKE = "snakemake"
+REPEATED = {"train", "evaluate", "probe"}  # rules with several jobs
 METRICS = {"target": str(REPORT / "metrics.csv")}  # without figures
+MADE = ("results", "reports", ".snakemake", "mlflow.db", "mlartifacts")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The smallest study, run from nothing to the figure."""
+    project = tiny_project(tmp_path_factory.mktemp("faults") / "finished")
+    done = snakemake(project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project
+
+
+def begin(finished, destination, *parts):
+    """The study with parts of its results, as if it had stopped after them."""
+    ignored = shutil.ignore_patterns(*MADE)
+    project = Path(shutil.copytree(finished, destination, symlinks=True, ignore=ignored, dirs_exist_ok=True))
+    for part in parts:
+        shutil.copytree(finished / "results" / part, project / "results" / part)
+    return project
 
 
 def jobs_of(project):
@@ -39,6 +58,23 @@ def jobs_of(project):
         if process.info["cwd"] == str(project) and "/.snakemake/scripts/" in command:
             found[process] = command.split(".")[-2]  # .snakemake/scripts/tmp1a2b.train.py
     return found
+
+
+def at_work(project):
+    """Process -> rule of the jobs that have opened their log, which they do after their imports."""
+    found = {}
+    for process, rule in jobs_of(project).items():
+        with suppress(psutil.NoSuchProcess):
+            if any(file.path.endswith(".log") for file in process.open_files()):
+                found[process] = rule
+    return found
+
+
+def wait_for(happened, run):
+    """Wait until something happens while Snakemake runs."""
+    while not happened():
+        assert run.poll() is None
+        time.sleep(0.02)
 
 
 def wait_for_jobs(project):
@@ -57,30 +93,33 @@ def kill(process):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(finished, tmp_path):
-    project = copy_project(tmp_path / "study")
-    edit(project, reduce)
+def test_kills_in_every_phase_change_nothing(finished, tmp_path):
+    project = begin(finished, tmp_path / "study")
     rng, kills, starts = random.Random(0), Counter(), 0
-    while kills.total() < KILLS or not set(kills) >= PHASES:
+    while not kills.keys() >= PHASES or kills["snakemake"] < 2:
         starts += 1
-        assert starts <= 30, kills
-        with (project / "run.log").open("a") as log:
+        assert starts <= 20, kills
+        with (project / "run.txt").open("a") as log:
             run = subprocess.Popen(COMMAND, cwd=project, stdout=log, stderr=log, start_new_session=True)
         victims = 0
         while run.poll() is None:
-            time.sleep(0.05)
-            rare = sorted(jobs_of(project).items(), key=lambda item: kills[item[1]])
-            if not rare or kills[rare[0][1]] == 2:
-                continue
-            time.sleep(rng.uniform(0, 4) * (kills[rare[0][1]] > 0))  # a rule of which no job was killed yet: at once
-            if kill(rare[0][0]):
-                kills[rare[0][1]] += 1
-                victims += 1
-            if victims == 3:  # and Snakemake itself, whose jobs continue without it
-                kills[SNAKEMAKE] += kill(psutil.Process(run.pid))
-                break
-        run.wait()
-        assert snakemake(project, "--unlock").returncode == 0
+            time.sleep(0.02)
+            working = at_work(project)
+            left = [(process, rule) for process, rule in jobs_of(project).items() if rule in PHASES - kills.keys()]
+            new = [(process, rule) for process, rule in left if process in working or rule not in REPEATED]
+            for process, rule in new[:1]:
+                # If a job of a repeated rule ends before, another one is killed.
+                time.sleep(rng.uniform(0, 0.2) * (rule in REPEATED))
+                if kill(process):
+                    kills[rule] += 1
+                    victims += 1
+            if victims == 2 and kills["snakemake"] < 2:
+                # First alone, so that its jobs continue; then with them, as when the power fails.
+                (os.killpg if kills["snakemake"] else os.kill)(run.pid, signal.SIGKILL)
+                kills["snakemake"] += 1
+                run.wait()
+        if run.returncode == -signal.SIGKILL:
+            assert snakemake(project, "--unlock").returncode == 0
     wait_for_jobs(project)
     done = snakemake(project)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -98,46 +137,44 @@ def assert_same_states(ours, theirs):
             torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
 
 
-def start(project, target=METRICS["target"], **environment):
-    """Start Snakemake in the background."""
-    command = [*COMMAND[:-1], target]
-    return subprocess.Popen(command, cwd=project, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
-
-
-def begin(finished, destination, *parts):
-    """The reduced study with parts of its results, as if it had stopped after them."""
-    project = copy_project(destination)
-    edit(project, reduce)
-    for part in parts:
-        shutil.copytree(finished / "results" / part, project / "results" / part)
-    return project
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_study_resumes_and_reaches_mlflow_later(finished, tmp_path, how):
+def test_a_study_that_is_stopped_three_times_repeats_nothing_and_reaches_mlflow_later(finished, tmp_path):
     project = begin(finished, tmp_path / "study", "datasets", "references")
-    run = start(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9")  # nobody listens there
-    finished_steps = []
-    while len(finished_steps) < 3:
-        assert run.poll() is None
-        time.sleep(0.05)
-        finished_steps = list(project.glob("results/openmoji/*/seed*/step4/provenance.json"))
-    # With two jobs at a time, Snakemake has recorded that the first one is complete.
-    first = min(finished_steps, key=lambda path: path.stat().st_mtime_ns)
-    trained = first.stat().st_mtime_ns
-    shutil.rmtree(project / "results/datasets")
-    # Ctrl-C and a closed terminal reach all processes.
-    for process in [*jobs_of(project), run] if how != signal.SIGTERM else [run]:
-        process.send_signal(how)
-    _, output = run.communicate(timeout=180)
-    assert run.returncode != 0
-    assert "Traceback" not in output and "WorkflowError" not in output, output
-    assert output.rstrip().splitlines()[-1] == terminal.STOPPED
-    wait_for_jobs(project)
-    done = snakemake(project)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert trained == first.stat().st_mtime_ns
+    command = [*COMMAND[:-1], METRICS["target"]]
+    unreachable = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # nobody listens there
+
+    def later_segments():  # when they train, Snakemake has recorded that the segments before are complete
+        return list(project.glob("results/openmoji/*/seed0/step8/train.log"))
+
+    def evaluates():
+        return "evaluate" in at_work(project).values()
+
+    for how, moment in ((signal.SIGHUP, later_segments), (signal.SIGINT, evaluates), (signal.SIGTERM, evaluates)):
+        run = subprocess.Popen(command, cwd=project, env=unreachable, stderr=subprocess.PIPE, text=True)
+        wait_for(moment, run)
+        # Ctrl-C and a closed terminal reach all processes.
+        for process in [*jobs_of(project), run] if how != signal.SIGTERM else [run]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(how)
+        _, output = run.communicate(timeout=180)
+        assert run.returncode != 0
+        assert "Traceback" not in output and "WorkflowError" not in output, output
+        assert output.rstrip().splitlines()[-1] == terminal.STOPPED
+        wait_for_jobs(project)
+        if how == signal.SIGHUP:
+            first = later_segments()[0].parents[1] / "step4/provenance.json"
+            trained = first.stat().st_mtime_ns
+            shutil.rmtree(project / "results/datasets")
+
+    # Of two calls at once, one does the work.
+    with (project / "run.txt").open("w") as log:
+        run = subprocess.Popen(COMMAND, cwd=project, stdout=log, stderr=log)
+    wait_for(lambda: jobs_of(project), run)
+    second = snakemake(project)
+    assert second.returncode != 0 and "cannot be locked" in second.stdout + second.stderr
+    assert "Traceback" not in second.stdout + second.stderr
+    assert run.wait(timeout=600) == 0, (project / "run.txt").read_text()
+    assert first.stat().st_mtime_ns == trained
     assert_equal_results(project, finished)
     assert_tracked_once(project)
 
@@ -160,8 +197,8 @@ def test_damaged_files_are_named_never_used_and_made_again(finished, tmp_path):
     shutil.copytree(finished, project, symlinks=True)
     edit(project, lambda study: study["checkpoints"].update(until=12))
 
-    def step(arm, seed, step=8):
-        return next(project.glob(f"results/openmoji/{arm}-*/seed{seed}")) / f"step{step}"
+    def step(arm, step):
+        return next(project.glob(f"results/openmoji/{arm}-*/seed0")) / f"step{step}"
 
     def truncate(path):
         path.write_bytes(path.read_bytes()[:-100])
@@ -171,38 +208,28 @@ def test_damaged_files_are_named_never_used_and_made_again(finished, tmp_path):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
+    images = next(project.glob("results/datasets/*/images.npy"))
     damaged = {
-        step("uni05", 0) / "weights.safetensors": truncate,
-        step("uni05", 1) / "weights.safetensors": flip,
-        step("under05", 0) / "provenance.json": truncate,
-        step("under05", 1) / "state.pt": truncate,
+        step("uni05", 4) / "weights.safetensors": truncate,
+        step("uni05", 8) / "weights.safetensors": flip,
+        step("under05", 4) / "provenance.json": truncate,
+        step("under05", 8) / "state.pt": truncate,
+        next(project.glob("results/references/*.npz")): flip,
     }
     for path, damage in damaged.items():
         damage(path)
-    done = snakemake(project, "--config", "tracking=off", **METRICS)
-    assert_named(done, damaged)
+    assert_named(snakemake(project, "--config", "tracking=off", **METRICS), damaged)
     for path in damaged:
         path.unlink()
+    flip(images)
+    assert_named(snakemake(project, "--config", "tracking=off", **METRICS), [images])
+    images.unlink()
     done = snakemake(project, "--config", "tracking=off", **METRICS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_weights(project, finished)
-    before = pd.read_csv(finished / "reports/openmoji/metrics.csv").drop(columns="seconds")
-    after = pd.read_csv(project / "reports/openmoji/metrics.csv").drop(columns="seconds")
+    before = pd.read_csv(finished / "reports/openmoji/metrics.csv").drop(columns="contended_seconds")
+    after = pd.read_csv(project / "reports/openmoji/metrics.csv").drop(columns="contended_seconds")
     pd.testing.assert_frame_equal(after[after["step"] < 12].reset_index(drop=True), before)
-
-    # The files that all runs share: the reference and the images.
-    reference = next(project.glob("results/references/*.npz"))
-    flip(reference)
-    assert_named(snakemake(project, "--config", "tracking=off", **METRICS), [reference])
-    reference.unlink()
-    images = next(project.glob("results/datasets/*/images.npy"))
-    flip(images)
-    needs_images = str(reference.relative_to(project))
-    assert_named(snakemake(project, "--config", "tracking=off", target=needs_images), [images])
-    images.unlink()
-    for target in (needs_images, METRICS["target"]):
-        done = snakemake(project, "--config", "tracking=off", target=target)
-        assert done.returncode == 0 and not re.search(r"^Job \d+: (Train|Probe)", done.stderr, re.M), done.stderr
 
 
 def assert_named(done, paths):
@@ -240,10 +267,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_and_a_read_only_disk_are_reported_and_nothing_is_lost(finished, tmp_path, small_disk):
-    project = copy_project(tmp_path / "study")
-    edit(project, reduce)
-    for part in ("datasets", "references"):
-        shutil.copytree(finished / "results" / part, project / "results" / part)
+    project = begin(finished, tmp_path / "study", "datasets", "references")
     done = snakemake(project, "--config", "tracking=off", **METRICS)
     output = done.stdout + done.stderr
     assert done.returncode != 0 and "Traceback" not in output, output
@@ -252,6 +276,7 @@ def test_a_full_and_a_read_only_disk_are_reported_and_nothing_is_lost(finished, 
     done = snakemake(project, "--config", "tracking=off", **METRICS)
     output = done.stdout + done.stderr
     assert done.returncode != 0 and "Read-only file system: correct" in output and "Traceback" not in output, output
+    assert not (project / "mlflow.db").exists()
     small_disk("remount,rw")
     done = snakemake(project)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -281,9 +306,7 @@ def test_a_clock_that_jumps_back_a_day_changes_nothing(finished, tmp_path):
     # Python cannot sleep under faketime, and Snakemake's plugin for SLURM may have to, while it asks scontrol.
     environment = os.environ | {"DONT_FAKE_MONOTONIC": "1", "PATH": path_without("scontrol", tmp_path)}
     run = subprocess.Popen(tomorrow, cwd=project, env=environment)
-    while not list(project.glob("results/openmoji/uni05-*/seed*/step4/weights.safetensors")):
-        assert run.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: list(project.glob("results/openmoji/*/seed0/step4/weights.safetensors")), run)
     psutil.Process(run.pid).children()[0].terminate()  # Snakemake, and not faketime; running jobs end
     assert run.wait(timeout=180) != 0
     ahead = [path for path in project.glob("results/openmoji/*/seed*/step*/*") if path.stat().st_mtime > time.time()]
@@ -293,21 +316,6 @@ def test_a_clock_that_jumps_back_a_day_changes_nothing(finished, tmp_path):
     assert_equal_results(project, finished)
     assert_tracked_once(project)
     assert not jobs(project, "reports/fid_curves.png")
-
-
-@pytest.mark.slow
-def test_two_at_once_do_the_work_once(finished, tmp_path):
-    project = begin(finished, tmp_path / "study", "datasets")
-    first = subprocess.Popen(COMMAND, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not jobs_of(project):
-        assert first.poll() is None
-        time.sleep(0.05)
-    second = snakemake(project)
-    assert second.returncode != 0 and "cannot be locked" in second.stdout + second.stderr
-    assert "Traceback" not in second.stdout + second.stderr
-    assert first.wait(timeout=600) == 0
-    assert_equal_results(project, finished)
-    assert_tracked_once(project)
 
 
 def test_a_file_is_on_the_disk_before_and_after_it_gets_its_name(tmp_path, monkeypatch):

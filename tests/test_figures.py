@@ -24,7 +24,7 @@ COLUMNS = [
     "seed",
     "step",
     "images",
-    "seconds",
+    "contended_seconds",
     "features",
     "metric",
     "value",

@@ -228,8 +228,15 @@ def test_few_images_are_reported_with_their_numbers(
         manifest = layout.dataset_directory(experiment.dataset) / "manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.write_text(f'{{"count": {count}}}')
-    found = few_images(experiment)
+    found = few_images(experiment, [])
     assert len(found) == len(expected) and all(part in text for part, text in zip(expected, found, strict=True)), found
+
+
+def test_few_images_of_a_deleted_dataset_are_those_that_it_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment(ROOT / "experiments/openmoji.yaml")
+    (warning,) = few_images(experiment, [("uni05", {}), ("under05", {"dataset_images": 280})])
+    assert "training has 24 images (280 images, dataset.held_out 256), fewer than its batch_size 32" in warning
 
 
 def test_a_job_that_snakemake_lost_is_an_error():

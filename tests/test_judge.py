@@ -88,7 +88,7 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
         ("arm,images,value,n\na,1,2,inf\nb,1,2,9\n", "a", "n must be finite, but is inf: correct it"),
         ("arm,images,value,n\na,1,2,9.5\nb,1,2,9\n", "a", "n must be a whole number, but is 9.5: correct it"),
         ("arm,images,value,stderr\na,1,2,wide\nb,1,2,9\n", "a", "stderr has a value that is not a number"),
-        ("arm,images,value,seconds\na,1,2,-1\nb,1,2,9\n", "a", "seconds must be at least 0, but is -1: correct it"),
+        ("arm,images,value,stderr\na,1,2,-1\nb,1,2,9\n", "a", "stderr must be at least 0, but is -1: correct it"),
         ("arm,images,value\na,1,2\nb,1,2\n", "b", "the baseline and the candidate are both b: name two arms"),
         (
             "study,arm,images,value\n../x,a,1,2\n../x,b,1,2\ny,a,1,2\ny,b,1,2\n",

@@ -1,20 +1,41 @@
-import itertools
-import re
+"""The comparison of probes with exact moments of simulated gradients, its text and its figure."""
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import COMPARE, curves, study
+import torch
 from PIL import Image
 from scipy import stats
 
-from convergence.analysis.mechanism import probe_effects
-from convergence.analysis.verdict import judge, to_markdown
+from convergence.analysis.mechanism import BETWEEN, mechanisms
+from convergence.analysis.mechanism_text import mechanism_section
 from convergence.figures.mechanism import _draw, draw_mechanism
+from convergence.study_file import load_experiment
 from convergence.tables import PROBE_COLUMNS
+from diffusion.build import constant_tables
+from diffusion.config import Scheme
+from diffusion.gaussian import NoiseSchedule, linear_betas
+from diffusion.schemes import Tables, scheme_tables
 
+ROOT = Path(__file__).parents[1]
+T = 100
 BINS = ["0-49", "50-99", "all"]
-METRICS = ["mse", "vb", "gradient_norm", "gradient_variance", "noise_scale"]
+HALVES = slice(50), slice(50, 100)
+METRICS = ["mse", "vb", "gradient_squared_norm", "gradient_variance"]
+SCHEDULE = NoiseSchedule(linear_betas(T))
+P2 = {"p2": {"gamma": 0.5, "k": 1}}
+UNI, UNDER = Scheme(mse_weight=P2), Scheme(timesteps=P2)
+TABLES = {
+    "uniform": scheme_tables(SCHEDULE, Scheme()),
+    "uni": scheme_tables(SCHEDULE, UNI),
+    "under": scheme_tables(SCHEDULE, UNDER),
+    "matched": scheme_tables(SCHEDULE, UNDER, UNI),
+    "epsilon": scheme_tables(SCHEDULE, Scheme(timesteps=P2, correct_vb=False), UNI),
+}
+FACTOR = 1 / TABLES["uni"].mse_weight.mean().item()
+EQUAL = {"base": TABLES["uni"], "cand": TABLES["uni"]}
 
 
 def probes(factor, seeds=4, noise=0.01, name="small"):
@@ -37,98 +58,230 @@ def probes(factor, seeds=4, noise=0.01, name="small"):
     return pd.DataFrame(rows, columns=PROBE_COLUMNS)
 
 
-def average_of(table, timesteps, metric):
-    """The advantage of the candidate in one quantity."""
-    (probe,) = [
-        probe for probe in probe_effects(table, COMPARE) if (probe.timesteps, probe.metric) == (timesteps, metric)
+def mechanism(table, tables=EQUAL):
+    (found,) = mechanisms(table, "base", ["cand"], tables)
+    return found
+
+
+def effects_of(found):
+    return {(effect.timesteps, effect.quantity): effect for effect in found.effects}
+
+
+def text_of(table, tables=EQUAL):
+    return "\n\n".join(mechanism_section(mechanisms(table, "base", ["cand"], tables)))
+
+
+def exact(tables, means, variances, timesteps):
+    """|g|^2 and variance of w_t times a random vector with mean means[t] and variance variances[t], t in a bin."""
+    p, w = tables.probabilities.numpy(), tables.mse_weight.numpy()
+    p = np.where(np.isin(np.arange(T), timesteps), p, 0)
+    p = p / p.sum()
+    squared_norm = (p * w * means).sum() ** 2
+    return squared_norm, p @ (w**2 * (variances + means**2)) - squared_norm
+
+
+def exact_probes(arms, variances, means=0, seeds=3):
+    """Probes of arms whose gradients have known moments at each t; `variances` has those of each arm, [T]."""
+    bins = {"0-49": np.arange(50), "50-99": np.arange(50, 100), "all": np.arange(T)}
+    rows = [
+        ("small", arm, seed, 100, 3200, 50, name, metric, value, 64, True, "")
+        for arm, tables in arms.items()
+        for seed in range(seeds)
+        for name, timesteps in bins.items()
+        for metric, value in zip(METRICS, (1, 1, *exact(tables, means, variances[arm], timesteps)), strict=True)
     ]
-    return probe.average
+    return pd.DataFrame(rows, columns=PROBE_COLUMNS)
 
 
-def mechanism_of(table, matched=()):
-    """The section on the mechanism in a verdict."""
-    metrics = study(curves(4, 1.0), curves(4, 0.9, seed=1))
-    text = to_markdown(judge(metrics, table, "small", COMPARE | {"matched": list(matched)}))
-    return re.search(r"## Mechanism\n(.*?)## Diverged", text, re.S)[1]
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "mse", "vb", "sentence"),
+    [
+        ("uni", "uni", 1, 1, "The expected gradient is that of `base`. This holds at equal parameters"),
+        ("uni", "matched", 1, 1, "The expected gradient is that of `base`. This holds at equal parameters"),
+        ("uni", "under", FACTOR, np.nan,
+         f"mse is {FACTOR:.4g} times that of `base`; apart from this factor, only that of vb differs. This holds"),
+        ("under", "uni", 1 / FACTOR, np.nan, "only that of vb differs"),
+        ("uni", "epsilon", 1, np.nan, "mse is that of `base`; only that of vb differs. This holds"),
+        ("uniform", "uni", np.nan, 1, "vb is that of `base`; that of the mse differs by a factor that depends on t."),
+        ("uniform", "under", np.nan, np.nan, "differ from the baseline's by factors that depend on t."),
+        ("uniform", "learned", np.nan, np.nan, "a density is learned"),
+    ],
+)  # fmt: skip
+def test_the_tables_show_how_the_expected_gradients_are_related(baseline, candidate, mse, vb, sentence):
+    tables = {name: TABLES[arm] for name, arm in (("base", baseline), ("cand", candidate)) if arm != "learned"}
+    found = mechanism(probes({}), tables)
+    np.testing.assert_allclose((found.mse_factor, found.vb_factor), (mse, vb))
+    assert sentence in text_of(probes({}), tables)
+    assert ("AdamW divides by" in text_of(probes({}), tables)) == np.isfinite(mse)
 
 
-def test_changes_are_paired_t_intervals_of_logs():
+def test_tables_alone_leave_nothing_remaining():
+    """With the same gradients at every t, a bin that is drawn more rarely has a larger variance by its weight alone."""
+    weight = torch.tensor([0.2] * 50 + [1.8] * 50, dtype=torch.float64)
+    ones = torch.ones_like(weight)
+    arms = {"base": Tables(ones / T, weight, ones), "cand": Tables(weight / T, ones, ones)}
+    table = exact_probes(arms, dict.fromkeys(arms, np.ones(T)))
+    within = table[table["metric"] == "gradient_variance"].pivot_table(index="timesteps", columns="arm", values="value")
+    np.testing.assert_allclose((within["cand"] / within["base"])[BINS[:2]], [25, 1 / 1.8**2])
+    found = mechanism(table, arms)
+    for name, expected in zip(BINS, (5, 1 / 1.8, 1), strict=True):
+        np.testing.assert_allclose(found.of("by_tables")[name].estimate, expected)
+    np.testing.assert_allclose([found.of("remaining")[name].estimate for name in BINS[:2]], 1)
+    noisier = {"base": np.ones(T), "cand": np.where(np.arange(T) < 50, 1, 2)}
+    remaining = mechanism(exact_probes(arms, noisier), arms).of("remaining")
+    np.testing.assert_allclose([remaining[name].estimate for name in BINS[:2]], [1, 2])
+
+
+def test_the_published_variances_at_small_t_follow_from_the_tables():
+    """Ratios within t < 125 of 24 and 19 are 23.1 and 15.0 by tables alone; the largest excess is at t >= 875."""
+    experiment = load_experiment(ROOT / "experiments/fashion_mnist16.yaml")
+    tables = constant_tables({arm: experiment.run(arm) for arm in experiment.arms})
+    table = pd.read_csv(ROOT / "reports/published/fashion_mnist16/mechanism.csv", keep_default_na=False)
+    table = table[table["metric"].isin(["mse", "vb", "gradient_variance"])].astype({"value": float})
+    no_norms = table[table["metric"] == "mse"].assign(metric="gradient_squared_norm")
+    found = mechanisms(pd.concat([table, no_norms]), "uni05", ["matched05", "under05"], tables)
+    for effects, by_tables, smallest_t, largest_t in zip(found, (15.0, 23.1), (1.25, 1.02), (2.18, 1.61), strict=True):
+        drawn = [tables[arm].probabilities[:125].sum().item() for arm in (effects.candidate, effects.baseline)]
+        within = effects.of("by_tables")["0-124"].estimate * effects.scale**2 * drawn[1] / drawn[0]
+        remaining = effects.of("remaining")
+        ends = remaining["0-124"].estimate, remaining["875-999"].estimate
+        np.testing.assert_allclose((within, *ends), (by_tables, smallest_t, largest_t), rtol=5e-3)
+        assert max(effect.estimate for effect in remaining.values()) == remaining["875-999"].estimate
+
+
+@pytest.mark.parametrize("candidate", ["uni", "under", "matched", "uniform"])
+def test_bins_add_up_to_the_variance_of_the_whole_gradient(candidate):
+    arms = {"base": TABLES["uni"], "cand": TABLES[candidate]}
+    random = np.random.default_rng(0)
+    means, variances = random.standard_normal(T), {"base": random.random(T), "cand": random.random(T)}
+    found = mechanism(exact_probes(arms, variances, means), arms)
+    effects, contributions = effects_of(found), {}
+    for arm, role, scale in (("base", "baseline", 1), ("cand", "candidate", found.scale)):
+        p, w = arms[arm].probabilities.numpy(), arms[arm].mse_weight.numpy() / scale
+        second_moments = p * w**2 * (variances[arm] + means**2)
+        first, second = (second_moments[t].sum() - ((p * w * means)[t].sum()) ** 2 / p[t].sum() for t in HALVES)
+        whole = second_moments.sum() - (p * w * means).sum() ** 2
+        contributions[role] = np.array([first, second, whole])
+        shares = [effects[name, f"{role}_share"].estimate for name in (*BINS, BETWEEN)]
+        np.testing.assert_allclose(shares, 100 * np.array([first, second, whole, whole - first - second]) / whole)
+    ratios = contributions["candidate"] / contributions["baseline"]
+    np.testing.assert_allclose([effects[name, "variance"].estimate for name in BINS], ratios)
+
+
+def test_a_constant_factor_of_the_loss_changes_nothing():
+    """AdamW removes it."""
+    heavy = scheme_tables(SCHEDULE, UNI)
+    heavy.mse_weight.mul_(3)
+    arms = {"base": TABLES["uni"], "cand": heavy}
+    found = mechanism(exact_probes(arms, dict.fromkeys(arms, np.ones(T)), np.ones(T)), arms)
+    np.testing.assert_allclose((found.scale, found.mse_factor), 3)
+    for quantity in ("variance", "by_tables", "remaining", "noise_scale"):
+        np.testing.assert_allclose([effect.estimate for effect in found.of(quantity).values()], 1)
+
+
+def test_estimates_of_the_squared_gradient_are_pooled_with_their_signs():
+    """Only the mean of all estimates is unbiased: without the negative ones, |g|^2 is too large."""
+    table = probes({}, noise=0)
+    gradient = table["metric"] == "gradient_squared_norm"
+    variance = table["metric"] == "gradient_variance"
+    table.loc[variance, "value"] = 10.0
+    table.loc[gradient, "value"] = table.loc[gradient, "step"].map({100: -1.0, 200: 3.0, 300: -1.0})
+    cand = gradient & (table["arm"] == "cand")
+    table.loc[cand, "value"] = 2 * table.loc[cand, "value"]
+    effect = effects_of(mechanism(table))["all", "noise_scale"]
+    np.testing.assert_allclose((effect.estimate, effect.low, effect.high), 0.5)  # means of |g|^2: 1 / 3 against 2 / 3
+    assert (effect.pairs, effect.not_positive) == (4, 0)
+    table.loc[cand & (table["seed"] == 2), "value"] = -1.0
+    effect = effects_of(mechanism(table))["all", "noise_scale"]
+    np.testing.assert_allclose(effect.estimate, (4 * 1 / 3) / (3 * 2 / 3 - 1))
+    assert (effect.pairs, effect.not_positive, effect.high) == (4, 1, np.inf)
+    assert "1.33 (no interval: |g|^2 is not above 0 in 1 of 4 pairs)" in text_of(table)
+    table.loc[cand, "value"] = -1.0
+    assert "unknown (no interval: |g|^2 is not above 0 in 4 of 4 pairs)" in text_of(table)
+    assert "nan" not in text_of(table)
+
+
+def test_changes_of_the_loss_are_paired_t_intervals_of_logs():
     table = probes({("0-49", "mse"): 0.9})
-    change = average_of(table, "0-49", "mse")
+    change = effects_of(mechanism(table))["0-49", "mse"]
     logs = np.log(table.query("timesteps == '0-49' and metric == 'mse'").pivot_table(
         index="seed", columns=["arm", "images"], values="value"))  # fmt: skip
     weights = np.array([0.25, 0.5, 0.25])
-    expected = stats.ttest_rel(logs["base"] @ weights, logs["cand"] @ weights).confidence_interval(0.95)
-    np.testing.assert_allclose((change.low, change.high), (expected.low, expected.high))
-    np.testing.assert_allclose(change.estimate, -np.log(0.9))
-    assert change.pairs == 4 and change.seed is None and change.per_seed == ()
+    expected = stats.ttest_rel(logs["cand"] @ weights, logs["base"] @ weights).confidence_interval(0.95)
+    np.testing.assert_allclose((change.low, change.high), 100 * np.expm1([expected.low, expected.high]))
+    np.testing.assert_allclose(change.estimate, -10)
+    assert change.pairs == 4
 
 
-def test_an_unknown_noise_scale_is_left_out_and_the_rest_is_compared():
-    table = probes({})
-    unknown = (table["metric"] == "noise_scale") & (table["timesteps"] == "all") & (table["seed"] == 2)
-    table.loc[unknown, ["value", "reason"]] = [np.nan, "the mean gradient is too small compared with its noise"]
-    assert average_of(table, "all", "noise_scale").pairs == 3
-    assert average_of(table, "all", "mse").pairs == 4
+def test_pairs_and_checkpoints_behind_the_rows_are_printed():
+    table = probes({}, seeds=3)
+    table.loc[(table["arm"] == "cand") & (table["seed"] == 1) & (table["step"] == 300), ["value", "reason"]] = (
+        np.nan, "diverged at step 300"
+    )  # fmt: skip
+    found = mechanism(table)
+    assert {effect.pairs for effect in found.effects if effect.quantity != "by_tables"} == {2}
+    text = text_of(table)
+    assert "base`, 3 checkpoints from 3,200 to 9,600 training images, probed with 64 held-out images:" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| 0-49", "| 50-99", "| all", "| between"))]
+    assert len(rows) == 7 and all(row.endswith("| 2 |") for row in rows)
+    longer = table[(table["arm"] == "base") | (table["step"] < 300)]
+    assert (mechanism(longer).checkpoints, mechanism(longer).last_images) == (2, 6400)
 
 
-def test_the_verdict_has_the_average_of_every_probe_over_all_seeds():
-    table = probes({("0-49", "mse"): 0.9})
-    verdict = judge(study(curves(4, 1.0), curves(4, 0.9, seed=1)), table, "small", COMPARE)
-    effects = [(probe.timesteps, probe.metric) for probe in verdict.mechanism]
-    assert effects == list(itertools.product(BINS, METRICS))
-    assert verdict.mechanism[0].average == average_of(table, "0-49", "mse")
+def test_the_text_names_the_timesteps_of_each_difference():
+    text = text_of(probes({("0-49", "mse"): 1.2, ("50-99", "mse"): 0.8, ("all", "gradient_variance"): 0.7}))
+    assert "- Loss, mse: lower at t 50-99; higher at t 0-49." in text
+    assert "- Loss, vb: no difference shown at any t." in text
+    assert "- Variance of the whole gradient: **lower**, 0.70 (0." in text
+    assert "| 0-49 | +20.0% (+" in text and "| 50-99 | -20.0% (-" in text
+    text = text_of(probes({("0-49", "mse"): 1.2, ("0-49", "gradient_variance"): 2, ("all", "gradient_variance"): 1.5}))
+    assert "- Loss, mse: higher at t 0-49; no difference shown elsewhere." in text
+    assert "times the baseline's; by bins: higher at t 0-49; no difference shown elsewhere." in text
+    assert "- Variance of the whole gradient: **higher**, 1.50 (1." in text
+    assert "- Variance of the whole gradient: **no difference shown**, 1.00 (0." in text_of(probes({}))
 
 
-def test_the_text_says_which_timesteps_profit_and_whether_the_gradient_is_less_noisy():
-    text = mechanism_of(probes({("0-49", "mse"): 1.2, ("50-99", "mse"): 0.8, ("all", "noise_scale"): 0.7}))
-    assert "`cand` against `base`:" in text
-    assert "Loss, mse: lower at t 50-99; higher at t 0-49." in text
-    assert "Loss, vb: no difference shown at any t." in text
-    assert "Loss, mse: higher at t 0-49; no difference shown elsewhere." in mechanism_of(probes({("0-49", "mse"): 1.2}))
-    assert "Gradient noise: **less noisy**, noise scale 0." in text
-    assert "Gradient noise: **noisier**" in mechanism_of(probes({("all", "noise_scale"): 1.3}))
-    assert "Gradient noise: **no difference shown**" in mechanism_of(probes({}))
-    assert "the same expected gradient" in mechanism_of(probes({}), matched=["cand"])
-    assert "the same expected gradient" not in text
+def test_incomplete_probes_have_no_invented_numbers():
+    one = text_of(probes({("0-49", "mse"): 0.5}, seeds=1))
+    assert "Loss, mse: no difference shown at any t." in one and "(no interval)" in one
+    learned = probes({})
+    learned.loc[learned["metric"].str.startswith("gradient"), ["value", "reason"]] = np.nan, "the density is learned"
+    without_gradients = text_of(learned, {"base": TABLES["uni"]})
+    assert "Loss, mse" in without_gradients and "Variance of" not in without_gradients
+    never = probes({})
+    chosen = (never["arm"] == "cand") & (never["timesteps"] == "0-49") & never["metric"].str.startswith("gradient")
+    never.loc[chosen, ["value", "reason"]] = np.nan, "never drawn"
+    late = scheme_tables(SCHEDULE, Scheme())
+    late.probabilities[:50], late.probabilities[50:] = 0, 1 / 50
+    never_drawn = text_of(never, {"base": TABLES["uniform"], "cand": late})
+    assert "| 0.0 (0.0 to 0.0) | – | – | – | – | 4 |" in never_drawn
+    no_vb = probes({})
+    no_vb.loc[no_vb["metric"] == "vb", "value"] = 0.0
+    epsilon_only = text_of(no_vb, {"base": TABLES["uni"], "cand": TABLES["under"]})
+    assert f"The expected gradient is {FACTOR:.4g} times that of `base`. This" in epsilon_only
+    for text in (one, without_gradients, never_drawn, epsilon_only):
+        assert "nan" not in text and "inf" not in text
+    assert "Not measured" in text_of(probes({}).iloc[:0])
+    lonely = probes({})
+    assert "Not measured" in text_of(lonely[lonely["arm"] == "base"])
 
 
-def test_one_seed_shows_no_difference_and_no_nan():
-    text = mechanism_of(probes({("0-49", "mse"): 0.5}, seeds=1))
-    assert "Loss, mse: no difference shown at any t." in text and "(no interval)" in text and "nan" not in text
-
-
-def test_a_study_without_probes_says_so():
-    assert "Not measured" in mechanism_of(probes({}, name="other"))
-
-
-def test_the_figure_has_four_panels_and_equal_bytes(tmp_path):
-    table = probes({("0-49", "mse"): 0.9})
-    axes = _draw(table, COMPARE).get_axes()
-    assert len(axes) == 4
-    change, *_ = axes
-    (line,) = [line for line in change.lines if line.get_linestyle() == "None"]
-    expected = 100 * np.expm1(-average_of(table, "0-49", "mse").estimate)
-    np.testing.assert_allclose(line.get_ydata()[0], expected)
+def test_every_panel_of_the_figure_has_intervals_and_equal_bytes(tmp_path):
+    found = mechanisms(probes({("0-49", "mse"): 0.9}), "base", ["cand"], EQUAL)
+    axes = _draw("small", found, ["base", "cand"]).get_axes()
+    assert len(axes) == 4 and axes[0].get_ylim() == axes[1].get_ylim() and len({ax.get_xlim() for ax in axes}) == 1
+    assert all(ax.get_title().endswith("?") and ax.collections for ax in axes)
+    ends = [segment[:, 1] for segment in axes[0].collections[0].get_segments()]
+    change = effects_of(found[0])["0-49", "mse"]
+    np.testing.assert_allclose(ends[0], [change.low, change.high])
     for path in (tmp_path / "a.png", tmp_path / "b.png"):
-        draw_mechanism(table, COMPARE, [path])
+        draw_mechanism("small", found, ["base", "cand"], [path])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize("candidates", [[], ["cand"]])
-def test_figures_of_incomplete_probes(tmp_path, candidates):
-    table = probes({}, seeds=1)
-    table.loc[table["metric"] == "noise_scale", "value"] = np.nan
-    table = table if candidates else table[table["arm"] == "base"]
-    for rows in (table, table.iloc[:0]):
-        draw_mechanism(rows, {"baseline": "base", "candidates": candidates}, [tmp_path / "a.png"])
-        assert min(Image.open(tmp_path / "a.png").size) > 100
-
-
-def test_quantities_without_common_checkpoints_are_unknown():
-    """A noise scale is missing where the mean gradient is too small, perhaps at other checkpoints in every run."""
-    table = probes({})
-    unknown = (table["metric"] == "noise_scale") & (table["arm"].eq("base") == table["step"].eq(100))
-    table.loc[unknown, ["value", "reason"]] = np.nan, "the mean gradient is too small compared with its noise"
-    assert {probe.metric for probe in probe_effects(table, COMPARE)} == set(METRICS) - {"noise_scale"}
-    assert "Gradient noise: unknown" in mechanism_of(table)
+@pytest.mark.parametrize("seeds", [0, 1])
+@pytest.mark.parametrize("tables", [EQUAL, {}])
+def test_figures_of_incomplete_probes(tmp_path, seeds, tables):
+    found = mechanisms(probes({}, seeds=seeds), "base", ["cand"], tables)
+    draw_mechanism("small", found, ["base", "cand"], [tmp_path / "a.png"])
+    assert min(Image.open(tmp_path / "a.png").size) > 100

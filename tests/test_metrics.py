@@ -129,12 +129,17 @@ def frechet_distance_to(x, reference) -> float:
     return frechet(x, reference).value
 
 
-@pytest.mark.parametrize("n", [24, 48, 200])
+@pytest.mark.parametrize("n", [3, 8, 24, 48, 200])
 def test_fd_stderr_is_the_standard_deviation_over_sets(n):
     roots = np.logspace(0, -1.5, 32)
     reference = fit_gaussian(np.random.default_rng(1).standard_normal((2000, 32)) * roots)
     truth, stderr, _ = spread(n, reference, shift=0.5, scale=1.3)
     assert stderr == pytest.approx(truth, rel=0.2)
+
+
+def test_fd_of_two_images_has_no_stderr():
+    value, stderr, *_ = frechet(correlated(2, 8, seed=0), fit_gaussian(correlated(30, 8, seed=1)))
+    assert value > 0 and math.isnan(stderr)
 
 
 def test_fd_stderr_for_equal_distributions():
@@ -234,14 +239,14 @@ def test_kid_stderr_is_the_standard_deviation_over_sets(shift):
 
 def test_kid_without_a_positive_variance_has_no_stderr():
     x = correlated(40, 8, seed=0)
-    value, stderr, note = kernel_distance(x, x[::-1].copy(), mean_kernel(x))
+    value, stderr, note, _ = kernel_distance(x, x[::-1].copy(), mean_kernel(x))
     assert value < 0 and math.isnan(stderr) and "variance is not positive" in note
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_kid_of_fewer_than_four_images_has_no_stderr(n):
     y = correlated(30, 8, seed=1)
-    value, stderr, _ = kernel_distance(correlated(n, 8, seed=0), y, mean_kernel(y))
+    value, stderr, *_ = kernel_distance(correlated(n, 8, seed=0), y, mean_kernel(y))
     assert math.isfinite(value) and math.isnan(stderr)
 
 

@@ -1,10 +1,12 @@
 import html
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from docutils.core import publish_parts
 
+from convergence.cost import COLUMNS
 from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
 
 FACTS = {"git_commit": "c0ffee", "git_dirty": False, "host": "here", "device": "cpu", "versions": {"torch": "2.9"}}
@@ -79,16 +81,18 @@ def test_provenance_shows_the_warnings_of_the_verdict():
     assert page.index("**Warning.** The code has changed.") < page.index("**Warning.** So.") < page.index("| commit |")
 
 
-def test_cost_is_that_of_whole_runs():
-    rows = [
-        (study, arm, seed, images, seconds * images / 12_800)
-        for study, arm, seconds in (("small", "base", 3600.0), ("small", "cand", 7200.0), ("large", "base", 1.0))
-        for seed in (0, 1)
-        for images in (0, 6400, 12_800)
-    ]
-    metrics = pd.DataFrame(rows, columns=["study", "arm", "seed", "images", "seconds"])
-    page = cost_page("small", metrics)
-    assert "| base | 2 | 12,800 | 3,600 | 4 | 2.00 |" in page
-    assert "| cand | 2 | 12,800 | 7,200 | 2 | 4.00 |" in page
-    assert page.count("| base |") == 1
-    assert "| base | 2 | 12,800 | 0 | – | 0.00 |" in cost_page("small", metrics.assign(seconds=0.0))
+def test_the_cost_page_multiplies_images_by_the_cost_of_an_arm():
+    rows = [(arm, seed, images) for arm in ("base", "cand") for seed in (0, 1) for images in (0, 6400, 12_800)]
+    metrics = pd.DataFrame(rows, columns=["arm", "seed", "images"])
+    cost = pd.DataFrame(
+        [
+            ["small", "base", 562.5, 550.0, 575.0, 1.0, 1.0, 1.0, 8, "a_gpu_"],
+            ["small", "cand", 1125.0, 1100.0, 1150.0, 2.0, 1.95, 2.05, 8, "a_gpu_"],
+        ],
+        columns=COLUMNS,
+    )
+    page = cost_page("small", metrics, cost)
+    assert "| base | 562 (550 to 575) | 1.000 (1.000 to 1.000) | 2 | 12,800 | 4 |" in page
+    assert "| cand | 1.12e+03 (1.1e+03 to 1.15e+03) | 2.000 (1.950 to 2.050) | 2 | 12,800 | 8 |" in page
+    assert "in 8 rounds on a_gpu\\_" in page
+    assert "| base | 562 (550 to 575) | – | 2 |" in cost_page("small", metrics, cost.assign(ratio=np.nan))

@@ -8,17 +8,17 @@ from convergence.analysis.power import seeds_needed
 from convergence.errors import StudyError
 from convergence.tables import check_curves
 
-SECONDS = (9.0, 18.0)  # per step: an hour and two per run
+COSTS = {"base": 281.25, "cand": 562.5}  # seconds per 1000 images: an hour and two per run
 
 
 def test_the_plan_has_seeds_and_hours():
-    metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1), seconds_per_step=SECONDS)
+    metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1))
     seeds = seeds_needed(np.log(1.02), compare_pair(metrics, "base", "cand").noise.paired)
-    text = plan(metrics, "base", "cand", 0.02)
+    text = plan(metrics, "base", "cand", 0.02, COSTS)
     assert f"  {seeds} seeds, {3.0 * seeds:,.1f} hours of training" in text and "FD (lite0)" in text
 
 
-def test_a_plan_from_curves_without_seconds_has_no_hours():
+def test_a_plan_without_costs_has_no_hours():
     metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1))
     text = plan(check_curves(metrics[["arm", "seed", "images", "value"]]), "base", "cand", 0.02)
     assert "Pilot: 3 pairs, FID," in text and " seeds, if this is the true standard deviation" in text

@@ -94,8 +94,14 @@ def test_gradients_in_bins_and_over_all_timesteps_equal_those_of_single_images(n
         variance = np.cov(single.T).trace()
         square = (single.mean(axis=0) ** 2).sum()
         np.testing.assert_allclose(measured[timesteps, "gradient_variance"], variance, rtol=0.1)
-        np.testing.assert_allclose(measured[timesteps, "gradient_norm"], square**0.5, rtol=0.05)
-        np.testing.assert_allclose(measured[timesteps, "noise_scale"], variance / square, rtol=0.15)
+        np.testing.assert_allclose(measured[timesteps, "gradient_squared_norm"], square, rtol=0.1)
+    chances = {name: p[a:b].sum() for name, a, b in (("0-3", 0, 4), ("4-7", 4, 8), ("8-11", 8, 12))}
+    second_moment = sum(
+        chance * (measured[name, "gradient_variance"] + measured[name, "gradient_squared_norm"])
+        for name, chance in chances.items()
+    )
+    whole = second_moment - measured[ALL, "gradient_squared_norm"]
+    np.testing.assert_allclose(measured[ALL, "gradient_variance"], whole)
 
 
 def test_few_images_do_not_bias_the_variance():
@@ -109,11 +115,11 @@ def test_few_images_do_not_bias_the_variance():
 def test_a_matched_arm_has_the_expected_gradient_of_its_target():
     chosen = images(12_000)
     weighted, matched, other = (
-        values(run(name, chosen=chosen, batch_size=100))[ALL, "gradient_norm"]
+        values(run(name, chosen=chosen, batch_size=100))[ALL, "gradient_squared_norm"]
         for name in ("weighted", "matched", "undersampled")
     )
-    np.testing.assert_allclose(matched, weighted, rtol=0.02)
-    assert abs(other / weighted - 1) > 0.1
+    np.testing.assert_allclose(matched, weighted, rtol=0.04)
+    assert abs(other / weighted - 1) > 0.2
 
 
 def test_losses_are_those_of_uniform_timesteps_for_every_arm():
@@ -151,11 +157,14 @@ def test_the_noise_depends_on_the_seed_alone():
     assert all(one[f"{t}-{t}", "mse"] != other[f"{t}-{t}", "mse"] for t in range(T))
 
 
-def test_a_mean_gradient_within_its_noise_has_no_noise_scale():
-    rows = run(net=Constant(), bins=T, count=16)
-    unknown = [row for row in rows if row["metric"] == "noise_scale" and np.isnan(row["value"])]
-    assert unknown and all("use more images" in row["reason"] for row in unknown)
-    assert all(row["reason"] == "" for row in rows if not np.isnan(row["value"]))
+def test_estimates_of_a_squared_norm_are_kept_if_they_are_negative():
+    """The expected gradient is zero: the mean of the estimates is zero only with the negative ones."""
+    rows = [row for seed in range(40) for row in run(net=Constant(), bins=T, count=16, seed=seed)]
+    assert all(np.isfinite(row["value"]) and row["reason"] == "" for row in rows)
+    estimates = np.array([row["value"] for row in rows if row["metric"] == "gradient_squared_norm"])
+    assert (estimates < 0).any()
+    assert abs(estimates.mean()) < 4 * estimates.std() / len(estimates) ** 0.5
+    assert estimates[estimates > 0].mean() > 4 * estimates.std() / len(estimates) ** 0.5
 
 
 def test_a_learned_density_has_losses_but_no_gradients():
@@ -168,7 +177,7 @@ def test_a_learned_density_has_losses_but_no_gradients():
 def test_a_diverged_run_has_the_same_rows_with_nan():
     complete, diverged = run(), diverged_rows(T, 3, step=7)
     assert [(r["timesteps"], r["metric"]) for r in complete] == [(r["timesteps"], r["metric"]) for r in diverged]
-    assert {r["metric"] for r in diverged} == {"mse", "vb", "gradient_norm", "gradient_variance", "noise_scale"}
+    assert {r["metric"] for r in diverged} == {"mse", "vb", "gradient_squared_norm", "gradient_variance"}
     assert all(np.isnan(r["value"]) and r["reason"] == "diverged at step 7" for r in diverged)
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from made import scenes
 from PIL import Image
-from projects import copy_project, edit, reduce
+from projects import TINY_MODEL, copy_project, edit, reduce, write_pictures
 
 from convergence import layout
 from convergence.analysis.verdict import read_verdict
@@ -315,19 +314,11 @@ def test_what_changes_while_a_study_runs_is_not_used(tmp_path, monkeypatch):
     """Neither a commit, nor an edit of the code or of the study file. Nor does `--cores` change a result."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to other tests
     project = copy_project(tmp_path / "project")
-    (project / "images").mkdir()
-    for index, pixels in enumerate(scenes(8, seed=0, size=16)):
-        Image.fromarray(pixels).save(project / f"images/{index}.png")
+    write_pictures(project)
     content = {
         "name": "tiny",
-        "dataset": {"source": "folder", "path": "images", "image_size": 16},
-        "model": {
-            "channels": 32,
-            "channel_mult": [1],
-            "res_blocks": 1,
-            "attention_resolutions": [],
-            "head_channels": 32,
-        },
+        "dataset": {"source": "folder", "path": "pictures", "image_size": 16},
+        "model": TINY_MODEL,
         "train": {"batch_size": 8, "log_every": 1, "threads": 2},
         "checkpoints": [20],
         "seeds": [0],

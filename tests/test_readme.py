@@ -42,6 +42,7 @@ def clone(tmp_path_factory):
     os.utime(clone / "requirements.txt", (0, 0))  # make then installs nothing
     (clone / ".venv").symlink_to(sys.prefix)
     edit(clone, reduce)
+    edit(clone, lambda study: study.update(seeds=[0]))
     return clone
 
 

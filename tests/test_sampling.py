@@ -179,27 +179,26 @@ def test_samplers_do_not_change_the_latents():
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-def test_latents_depend_only_on_seed_and_index():
+def test_latents_depend_only_on_seeds_and_index():
     shape = (3, 4, 4)
-    whole = latents(7, range(10), shape)
+    whole = latents(7, 2, range(10), shape)
     assert whole.shape == (10, *shape) and whole.dtype == torch.float32
-    parts = torch.cat([latents(7, range(3), shape), latents(7, range(3, 10), shape)])
+    parts = torch.cat([latents(7, 2, range(3), shape), latents(7, 2, range(3, 10), shape)])
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
-    torch.testing.assert_close(latents(7, range(9, -1, -1), shape).flip(0), whole, rtol=0, atol=0)
+    torch.testing.assert_close(latents(7, 2, range(9, -1, -1), shape).flip(0), whole, rtol=0, atol=0)
     torch.manual_seed(1)
-    torch.testing.assert_close(latents(7, range(10), shape), whole, rtol=0, atol=0)
+    torch.testing.assert_close(latents(7, 2, range(10), shape), whole, rtol=0, atol=0)
 
 
-def test_latents_differ_between_samples_seeds_and_streams():
+def test_latents_differ_between_samples_seeds_runs_and_streams():
     shape = (3, 8, 8)
-    several = torch.cat(
-        [latents(0, range(3), shape), latents(1, range(3), shape), latents(0, range(3), shape, "other")]
-    )
-    assert len({image.numpy().tobytes() for image in several}) == 9
+    sets = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 11), (0, 0, "other")]
+    several = torch.cat([latents(seed, run, range(3), shape, *stream) for seed, run, *stream in sets])
+    assert len({image.numpy().tobytes() for image in several}) == 3 * len(sets)
 
 
 def test_latents_are_standard_normal():
-    x = latents(0, range(200), (3, 16, 16))
+    x = latents(0, 0, range(200), (3, 16, 16))
     assert x.mean().item() == pytest.approx(0, abs=0.011)
     assert x.std().item() == pytest.approx(1, abs=0.008)
     # Latents of neighbouring indices are uncorrelated.

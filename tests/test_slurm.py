@@ -124,7 +124,7 @@ def undisturbed(tmp_path_factory):
     edit(project, reduce)
     changes = {"seeds": [0], "checkpoints": [200], "probe": None, "device": "cpu"}
     edit(project, lambda study: study.update(changes))
-    done = snakemake(project, "--config", "tracking=off", "--until", "train", "reference", target=METRICS)
+    done = snakemake(project, "--config", "tracking=off", "--until", "train", "reference", "cost", target=METRICS)
     assert done.returncode == 0, done.stdout + done.stderr
     return project
 
@@ -144,10 +144,11 @@ def finished(cluster, undisturbed, tmp_path_factory):
 
 @pytest.fixture
 def project(cluster, undisturbed, tmp_path):
-    """The study with only its dataset and reference."""
+    """The study with only its dataset, reference and cost."""
     project = tmp_path / "study"
     shutil.copytree(undisturbed, project, symlinks=True)
-    shutil.rmtree(project / "results/openmoji")
+    for arm in project.glob("results/openmoji/*-*"):
+        shutil.rmtree(arm)
     yield project
     subprocess.run(["scancel", "--me"], check=True)
     wait_for(lambda: not queue())
@@ -208,8 +209,8 @@ def test_the_study_goes_through_slurm_to_the_figure(finished, undisturbed):
     assert (finished / "reports/fid_curves.png").stat().st_size > 10_000
     assert same_weights(finished, undisturbed, weights(undisturbed))
     log = (finished / "run.log").read_text()
-    # 1 reference, 2 segments, 2 evaluations; the other jobs run where Snakemake runs.
-    assert log.count("has been submitted with SLURM jobid") == 5 and "Trying to restart" not in log
+    # 1 reference, 1 cost, 2 segments, 2 evaluations; the other jobs run where Snakemake runs.
+    assert log.count("has been submitted with SLURM jobid") == 6 and "Trying to restart" not in log
 
 
 def test_a_job_over_its_time_limit_resumes_by_itself(project, undisturbed):

@@ -130,9 +130,12 @@ def test_a_slow_check_is_given_up(study, monkeypatch):
     assert warning == "my pictures: not checked whether its images have changed (its files are not listed in 0 s)"
 
 
-def test_folders_that_are_gone_or_not_prepared_are_no_change(study):
-    (layout.dataset_directory(study.dataset) / "manifest.json").rename("manifest.json")
+def test_folders_that_are_gone_or_not_prepared_are_no_change(study, tmp_path):
+    add(study.dataset.path)
+    manifest = tmp_path / layout.dataset_directory(study.dataset) / "manifest.json"
+    manifest.rename("manifest.json")
     assert warnings(study) == []
+    (tmp_path / "manifest.json").rename(manifest)
     study.dataset.path.rename("elsewhere")
     assert warnings(study) == []
 

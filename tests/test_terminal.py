@@ -36,14 +36,16 @@ def failure(end):
     ]
 
 
+# Ends of a job that has printed its error itself, or that was stopped by Ctrl-C or with its terminal.
+REPORTED = [*(f"returned non-zero exit status {code}." for code in (1, 129, 130)), "died with <Signals.SIGINT: 2>."]
+REPORTED += ["died with <Signals.SIGHUP: 1>."]
 LAST = ("WorkflowError:\nAt least one job did not complete successfully.", {"exception": "WorkflowError"})
 
 
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        # The job has printed its error itself.
-        ([*failure("returned non-zero exit status 1."), LAST], []),
+        *(([*failure(end), LAST], []) for end in REPORTED),
         # It was killed: only Snakemake can report that.
         ([*failure("died with <Signals.SIGKILL: 9>."), LAST], ["died with <Signals.SIGKILL: 9>."]),
         ([*failure("returned non-zero exit status 137.")], ["returned non-zero exit status 137."]),

@@ -292,6 +292,7 @@ def test_a_finished_run_is_forwarded_completely(study):
     reports = layout.report_directory("toy")
     reports.mkdir()
     (reports / "metrics.csv").write_text("study,value\ntoy,1\n")
+    (reports / "cost.csv").write_text("study,arm\ntoy,uniform\n")
     (reports / "fid_curves.png").write_bytes(b"figure of this study")
     table = pd.DataFrame(columns=COLUMNS)
     plan, warnings = PLAN.model_copy(update=ARMS), ["The code has changed."]
@@ -303,7 +304,8 @@ def test_a_finished_run_is_forwarded_completely(study):
     assert len(client().get_metric_history(run.info.run_id, "eval/fd efficientnet-lite0")) == 3
     assert len(client().list_artifacts(run.info.run_id, "images")) == 6
     artifacts = {file.path for file in client().list_artifacts(parent.info.run_id)}
-    assert artifacts == {"toy.yaml", "metrics.csv", "effects.csv", "verdict.json", "verdict.md", "fid_curves.png"}
+    tables = {"metrics.csv", "cost.csv", "effects.csv"}
+    assert artifacts == {"toy.yaml", *tables, "verdict.json", "verdict.md", "fid_curves.png"}
     note = runs()["toy"].data.tags["mlflow.note.content"]
     assert note.startswith("**Warning.** The code has changed.") and note.endswith(row)
     assert f"**Question.** {written.question}\n\n**Answer.** {written.answer}\n\n" in note

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from metric_tables import PLAN, curves, study
-from test_mechanism import probes
+from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
 from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown, write_verdict
@@ -174,7 +174,7 @@ def test_a_verdict_survives_its_file(tmp_path, plan):
     cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
     metrics = study(base, cand)
     changes, warnings = ["seeds was 0 and is 1 in the study file."], ["The code has changed: train again."]
-    verdict = judge(metrics, probes({}), "small", plan, changes, matched=["cand"], warnings=warnings)
+    verdict = judge(metrics, probes({}), "small", plan, changes, tables=EQUAL, warnings=warnings)
     write_verdict(verdict, tmp_path)
     written = read_verdict(tmp_path / "verdict.json")
     assert to_markdown(written) == to_markdown(verdict) == (tmp_path / "verdict.md").read_text()

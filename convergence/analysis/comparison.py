@@ -30,9 +30,9 @@ from convergence.analysis.notes import notes_on
 from convergence.analysis.pairs import Pairs, pair_runs
 from convergence.analysis.power import noise_over_seeds
 from convergence.analysis.results import Comparison, Role
+from convergence.analysis.sampling_noise import noise_of_samples
 from convergence.errors import StudyError
 from convergence.tables import HIGHER_IS_BETTER, check_curves
-from diffusion.errors import InputError
 
 # Thresholds of tables, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
@@ -151,15 +151,6 @@ def compare_pair(
     return _comparison(pairs, rows, times, primary, margin, role)
 
 
-def compare_levels(rows: pd.DataFrame, baseline: str, candidate: str) -> Comparison | None:
-    """Compares as `compare_pair`, without times; returns None also if the arms share no range of training images."""
-    try:
-        pairs = pair_runs(rows, baseline, candidate)
-    except InputError:  # a probe may lack any value
-        pairs = None
-    return _comparison(pairs, rows, [], math.nan, None, "secondary") if pairs else None
-
-
 def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """Returns comparisons as the table `effects.csv`: for each effect a row per seed, then one over all seeds.
 
@@ -245,7 +236,7 @@ def _comparison(
         outcome=outcome,
         cross_images=_last_crossing(pairs),
         p_holm=math.nan,
-        noise=noise_over_seeds(means),
+        noise=replace(noise_over_seeds(means), samples=noise_of_samples(pairs)),
         notes=notes_on(pairs, average, images, is_conclusion=outcome not in ("undecided", "identical")),
     )
 
@@ -313,7 +304,7 @@ def _in_hours(images: Effect, baseline: float, candidate: float) -> Effect:
         estimate=images.estimate * ratio,
         low=low,
         high=high,
-        shown="better" if high < 1 else "worse" if low > 1 else "not shown",
+        shown=shown(low - 1, high - 1, images.failed_baseline, images.failed_candidate),
         per_seed=tuple(_in_hours(seed, baseline, candidate) for seed in images.per_seed),
     )
 

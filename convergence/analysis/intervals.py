@@ -64,9 +64,7 @@ def censored_interval(low: np.ndarray, high: np.ndarray) -> Interval:
 
     The estimate is the mean of exact values, otherwise the median if it is known.
 
-    Coverage in simulations (benchmarks/README.md): 93 to 97.5% at thresholds that most runs reach, 96 to 100% at a
-    threshold that about half of the baseline's runs never reach; down to 87% among only those studies in which every
-    pair happens to be known.
+    Coverage in simulations: benchmarks/README.md.
 
     Args:
         low: lower bounds [S]; -inf if unbounded.

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from convergence.analysis.mechanism_text import mechanism_section
 from convergence.analysis.power import POWER, cautious_sd, detectable, seeds_needed
-from convergence.analysis.results import Comparison, ProbeEffect, Sensitivity, StudyVerdict
+from convergence.analysis.results import Comparison, Sensitivity, StudyVerdict
 from convergence.analysis.wording import (
     count_text,
     effect_text,
@@ -15,7 +16,6 @@ from convergence.analysis.wording import (
 )
 from convergence.errors import StudyError
 from convergence.tables import (
-    ALL,
     HIGHER_IS_BETTER,
     markdown_code,
     markdown_table,
@@ -29,11 +29,6 @@ LEGEND = """\
 Brackets contain 95% confidence intervals over seeds. A change of FID or FD is in percent of the baseline's: above 0 is
 worse. KID, KD (the KID estimator on features other than Inception's), precision and recall show the change of the
 metric itself. Images and hours are factors, the candidate's divided by the baseline's: above 1 is slower."""
-MECHANISM = """\
-Measured at every checkpoint, on images and noise that all arms share: the unweighted terms of the loss, and the
-gradient of each arm's own weighted loss with its noise scale tr(Sigma) / |g|^2, the batch size in images at which noise
-and gradient are equally large. Losses are shown as changes of the candidate's against the baseline's, noise scales as
-ratios, both averaged over training images like the metric. Intervals are not corrected for the number of bins."""
 METHOD = """\
 - Seeds are paired: seed k of the candidate with seed k of the baseline. Intervals are 95% t-intervals of the mean
   difference over the planned seeds, computed on logs for FID, FD and images. Only the primary comparison decides, and
@@ -66,7 +61,12 @@ def to_markdown(verdict: StudyVerdict) -> str:
         parts.append(f"**Answer.** {_answer(verdict)}")
         parts += _plan(verdict)
     if verdict.comparisons:
-        parts += [LEGEND, *_comparisons(verdict.comparisons), *_sensitivity(verdict), *_mechanism(verdict)]
+        parts += [
+            LEGEND,
+            *_comparisons(verdict.comparisons),
+            *_sensitivity(verdict),
+            *mechanism_section(verdict.mechanism),
+        ]
     runs = [f"- {markdown_code(run.arm)} seed {run.seed}: {markdown_text(run.reason)}" for run in verdict.failed]
     parts += ["## Diverged and collapsed runs", "\n".join(runs) or "None."]
     if verdict.comparisons:
@@ -111,8 +111,10 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
         _thresholds(planned),
         "## Noise and power",
         "Standard deviations over seeds of the average: of the runs of each arm, and of the paired differences. The "
-        f"smallest detectable effect and the seeds that an effect needs are for {100 * POWER:.0f}% power. Brackets "
-        "contain the seeds for a standard deviation at its 80% upper confidence bound.",
+        "part *from samples* is due to their finite number (infinitesimal jackknife, Efron 1982), the rest is due to "
+        "the seeds. *Increase* names the larger part: more seeds, or more `sample.images`. The smallest detectable "
+        f"effect and the seeds that an effect needs are for {100 * POWER:.0f}% power. Brackets contain the seeds for a "
+        "standard deviation at its 80% upper confidence bound.",
         _noise(planned),
     ]
     if replications := [comparison for comparison in ordered if comparison.role == "replication"]:
@@ -167,18 +169,23 @@ def _noise(comparisons: Iterable[Comparison]) -> str:
     for comparison in comparisons:
         noise, pairs, scale = comparison.noise, comparison.average.pairs, comparison.scale
         if np.isnan(noise.paired):
-            rows.append([*_names(comparison), pairs, *["–"] * (4 + len(PLANNED_EFFECTS))])
+            rows.append([*_names(comparison), pairs, *["–"] * (7 + len(PLANNED_EFFECTS))])
             continue
-        sizes = [size_text(sd, scale) for sd in (*noise.between, noise.paired, detectable(noise.paired, pairs))]
+        sizes = [size_text(sd, scale) for sd in (*noise.between, noise.paired)]
+        parts = ["–"] * 3
+        if not np.isnan(noise.samples):
+            larger = "`sample.images`" if noise.samples > noise.seeds else "seeds"
+            parts = [size_text(noise.seeds, scale), size_text(noise.samples, scale), larger]
         cautious = cautious_sd(noise.paired, pairs)
         seeds = [
             f"{_seeds(effect, noise.paired)} ({_seeds(effect, cautious)})" if scale == "ratio" else "–"
             for effect in PLANNED_EFFECTS
         ]
-        rows.append([*_names(comparison), pairs, *sizes, *seeds])
-    head = ["candidate", "metric", "pairs", "sd, baseline", "sd, candidate", "sd of paired differences"]
+        smallest = size_text(detectable(noise.paired, pairs), scale)
+        rows.append([*_names(comparison), pairs, *sizes, *parts, smallest, *seeds])
+    head = ["candidate", "metric", "pairs", "sd, baseline", "sd, candidate", "sd of paired differences", "from seeds"]
     effects = [f"seeds for {100 * effect:.0f}%" for effect in PLANNED_EFFECTS]
-    return markdown_table([*head, "smallest detectable effect", *effects], rows)
+    return markdown_table([*head, "from samples", "increase", "smallest detectable effect", *effects], rows)
 
 
 def _seeds(effect: float, sd: float) -> str:
@@ -220,55 +227,6 @@ def _sensitivity(verdict: StudyVerdict) -> list[str]:
 def _cell(row: Sensitivity) -> str:
     text = interval_text(row.estimate, row.low, row.high, row.unit)
     return text if row.shown == "not shown" else f"{text}, **{row.shown}**"
-
-
-def _mechanism(verdict: StudyVerdict) -> list[str]:
-    """Which timesteps profit, and whether the gradient is less noisy."""
-    if not verdict.mechanism:
-        return ["## Mechanism", "Not measured: the study has no probes of both arms (section `probe`)."]
-    parts = ["## Mechanism", MECHANISM]
-    for candidate in dict.fromkeys(probe.candidate for probe in verdict.mechanism):
-        probes = {(probe.timesteps, probe.metric): probe for probe in verdict.mechanism if probe.candidate == candidate}
-        timesteps = [name for name in dict.fromkeys(name for name, _ in probes) if name != ALL]
-        baseline = next(iter(probes.values())).baseline
-        sentences = [f"{markdown_code(candidate)} against {markdown_code(baseline)}:\n"]
-        if candidate in verdict.matched:
-            sentences.append("- Both have the same expected gradient; only its variance differs.")
-        sentences += [f"- {_loss(probes, timesteps, term)}" for term in ("mse", "vb")]
-        sentences.append(f"- {_gradient_noise(probes.get((ALL, 'noise_scale')))}")
-        cells = [[name, *(_probe_cell(probes.get((name, metric))) for metric in ("mse", "vb", "noise_scale"))]
-                 for name in [*timesteps, ALL]]  # fmt: skip
-        parts += ["\n".join(sentences), markdown_table(["timesteps", "mse", "vb", "noise scale"], cells)]
-    return parts
-
-
-def _loss(probes: dict[tuple[str, str], ProbeEffect], timesteps: list[str], term: str) -> str:
-    """In which bins of timesteps a term of the loss is lower or higher."""
-    known = {name: probes[name, term].average for name in timesteps if (name, term) in probes}
-    lower = [name for name, average in known.items() if average.shown == "better"]
-    higher = [name for name, average in known.items() if average.shown == "worse"]
-    texts = [f"{word} at t {', '.join(names)}" for word, names in (("lower", lower), ("higher", higher)) if names]
-    if len(lower) + len(higher) < len(known):
-        texts.append("no difference shown elsewhere" if texts else "no difference shown at any t")
-    return f"Loss, {term}: {'; '.join(texts)}."
-
-
-def _gradient_noise(probe: ProbeEffect | None) -> str:
-    """Whether the candidate's gradient is less noisy."""
-    if probe is None:
-        return (
-            "Gradient noise: unknown, because the mean gradient is too small compared with its noise: increase "
-            "`probe.images`."
-        )
-    average = probe.average
-    text = {"better": "less noisy", "worse": "noisier", "not shown": "no difference shown"}[average.shown]
-    return f"Gradient noise: **{text}**, noise scale {effect_text(average)} of the baseline's."
-
-
-def _probe_cell(probe: ProbeEffect | None) -> str:
-    if probe is None:
-        return "–"
-    return effect_text(probe.average)
 
 
 def _names(comparison: Comparison) -> list[str]:

@@ -1,33 +1,235 @@
-"""Comparison of the probes: loss per bin of timesteps, and gradient noise."""
+"""The mechanism: at which timesteps two arms differ in their losses and in the noise of their gradients.
 
-from collections.abc import Iterable
-from dataclasses import replace
+A probe measures the gradient of an arm's own loss at timesteps that are drawn within a bin. A bin with probability p_b
+contributes p_b tr(Sigma_b) to the variance of the whole gradient; the rest is the variance between the bins. AdamW
+removes a constant factor of the loss. So the gradients of an arm are divided by its *scale*, the sum over t of p_t w_t,
+where w_t is the weight of the mse. Where p_t w_t of two arms is proportional, this removes exactly their factor.
+"""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
 import pandas as pd
 
-from convergence.analysis.comparison import compare_levels
-from convergence.analysis.results import ProbeEffect
+from convergence.analysis.curves import mean_over_images
+from convergence.analysis.effects import JSON_CONFIG, interval_in_unit
+from convergence.analysis.intervals import t_interval
+from convergence.failures import failed
+from convergence.tables import ALL
+
+if TYPE_CHECKING:  # importing torch takes seconds
+    from diffusion.schemes import Tables
+
+BETWEEN = "between bins"
+Quantity = Literal[
+    "mse", "vb", "baseline_share", "candidate_share", "variance", "by_tables", "remaining", "noise_scale"
+]  # fmt: skip
+LOSSES: tuple[Quantity, ...] = ("mse", "vb")
 
 
-def probe_effects(probes: pd.DataFrame, baseline: str, candidates: Iterable[str]) -> list[ProbeEffect]:
-    """Returns the effect of each candidate in each quantity of the probes of one study, over all seeds.
+@dataclass(frozen=True)
+class ProbeEffect:
+    """What the probes of two arms show about one quantity, over all seeds.
+
+    An unknown estimate is NaN; an unknown bound is infinite, or 0 for the lower bound of a factor.
+    """
+
+    __pydantic_config__ = JSON_CONFIG
+
+    timesteps: str
+    """A bin of timesteps such as "0-99", "all", or "between bins"."""
+    quantity: Quantity
+    """In percent: the changes of the unweighted terms of the loss, `mse` and `vb`; and the shares of the bin in the
+    variance of the whole gradient. As factors, candidate / baseline: `variance`, what the bin contributes to this
+    variance on the common scale; its factors `by_tables`, which follows from the tables of the arms, and `remaining`;
+    and `noise_scale`, tr(Sigma) / |g|^2."""
+    estimate: float
+    low: float
+    high: float
+    pairs: int
+    not_positive: int = 0
+    """Pairs without a noise scale, because the mean estimate of |g|^2 of an arm is not above 0."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Why a candidate and the baseline may differ: their expected gradients, and what the probes show."""
+
+    __pydantic_config__ = JSON_CONFIG
+
+    baseline: str
+    candidate: str
+    scale: float
+    """The sum over t of p_t w_t of the mse, candidate / baseline; NaN if a density is learned."""
+    mse_factor: float
+    """The factor between the expected gradients of the mse at equal parameters; NaN if it depends on t."""
+    vb_factor: float
+    """The same for the vb term."""
+    checkpoints: int = 0
+    """How many the probes of all runs cover."""
+    first_images: int | float = 0
+    """Training images of the first of them."""
+    last_images: int | float = 0
+    n: int = 0
+    """Images of a probe."""
+    held_out: bool = False
+    """Whether training does not see these images."""
+    effects: tuple[ProbeEffect, ...] = ()
+
+    def of(self, quantity: Quantity) -> dict[str, ProbeEffect]:
+        """Returns the effects on a quantity by timesteps."""
+        return {effect.timesteps: effect for effect in self.effects if effect.quantity == quantity}
+
+
+def mechanisms(
+    probes: pd.DataFrame, baseline: str, candidates: Sequence[str], tables: Mapping[str, "Tables"]
+) -> tuple[Mechanism, ...]:
+    """Compares each candidate with the baseline.
 
     Args:
-        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`), which may be empty.
+        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`) of one study, which may be empty.
         baseline: an arm.
-        candidates: the arms that are compared with it.
+        candidates: other arms.
+        tables: the tables of each arm, except of those whose density is learned.
     """
-    tables = probes.rename(columns={"timesteps": "features"}).groupby(["features", "metric"], sort=False)
-    return [
-        ProbeEffect(
-            timesteps=comparison.features,
-            metric=comparison.metric,
-            baseline=comparison.baseline,
-            candidate=comparison.candidate,
-            scale=comparison.scale,
-            average=replace(comparison.average, per_seed=()),
-        )
-        for _, rows in tables
-        for candidate in candidates
-        if (comparison := compare_levels(rows, baseline, candidate))
-    ]
+    return tuple(_mechanism(probes, baseline, candidate, tables) for candidate in candidates)
+
+
+def _mechanism(probes: pd.DataFrame, baseline: str, candidate: str, tables: Mapping[str, "Tables"]) -> Mechanism:
+    arms = (baseline, candidate)
+    draws = tuple(_draws(tables[arm]) for arm in arms if arm in tables)
+    scale = mse_factor = vb_factor = np.nan
+    if len(draws) == 2:
+        scale = draws[1].mse.sum() / draws[0].mse.sum()
+        mse_factor, vb_factor = _factor(draws[0].mse, draws[1].mse), _factor(draws[0].vb, draws[1].vb)
+    found = Mechanism(baseline, candidate, float(scale), mse_factor, vb_factor)
+    pairs = _pairs(probes, arms)
+    if pairs is None:
+        return found
+    return replace(
+        found,
+        checkpoints=len(pairs.images),
+        first_images=pairs.images[0].item(),
+        last_images=pairs.images[-1].item(),
+        n=int(probes["n"].max()),
+        held_out=bool(probes["held_out"].all()),
+        effects=(*_loss_effects(pairs), *(_gradient_effects(pairs, draws) if len(draws) == 2 else ())),
+    )
+
+
+class _Draws(NamedTuple):
+    """What the tables of an arm determine, each [T]."""
+
+    probabilities: np.ndarray
+    mse: np.ndarray
+    """p_t w_t, the weight of the mse at t in the expected gradient."""
+    vb: np.ndarray
+
+
+def _draws(tables: "Tables") -> _Draws:
+    columns = (tables.probabilities, tables.mse_weight, tables.vb_weight)
+    p, mse, vb = (np.asarray(column, float) for column in columns)
+    return _Draws(p, p * mse, p * vb)
+
+
+def _factor(baseline: np.ndarray, candidate: np.ndarray) -> float:
+    """Returns the factor between two arrays [T] if it is the same at every t, up to rounding; otherwise NaN."""
+    if not (baseline.any() and candidate.any()):
+        return np.nan
+    factor = candidate.sum() / baseline.sum()
+    return float(factor) if np.allclose(candidate, factor * baseline, rtol=1e-9, atol=0) else np.nan
+
+
+class _Pairs(NamedTuple):
+    """The probes of the pairs of S seeds, over the training images [K] that all of them cover."""
+
+    bins: list[str]
+    """With `ALL`, which is the last one."""
+    images: np.ndarray
+    values: dict[str, np.ndarray]
+    """[2, bins, S, K] of the baseline and of the candidate for each metric."""
+
+
+def _pairs(probes: pd.DataFrame, arms: tuple[str, str]) -> _Pairs | None:
+    """Pairs the probes of two arms by seed, without failed runs; returns None if there is no pair."""
+    rows = probes[probes["arm"].isin(arms)]
+    rows = rows[~failed(rows).groupby([rows["arm"], rows["seed"]]).transform("any").astype(bool)]
+    rows = rows[rows.groupby("seed")["arm"].transform("nunique") == 2]
+    covered = rows.groupby(["arm", "seed"])["images"]
+    first, last = covered.min().max(), covered.max().min()
+    if rows.empty or first > last:
+        return None
+    bins = sorted(rows["timesteps"].unique(), key=lambda name: name == ALL)
+    seeds = sorted(rows["seed"].unique())
+    curves = rows.pivot(index="images", columns=["metric", "arm", "timesteps", "seed"], values="value")
+    curves = curves.interpolate(method="index", limit_area="inside").loc[first:last]  # arms may have other checkpoints
+    order = pd.MultiIndex.from_product([arms, bins, seeds])
+    shape = (2, len(bins), len(seeds), len(curves))
+    values = {metric: curves[metric][order].to_numpy().T.reshape(shape) for metric in rows["metric"].unique()}
+    return _Pairs(bins, curves.index.to_numpy(), values)
+
+
+def _loss_effects(pairs: _Pairs) -> Iterator[ProbeEffect]:
+    for loss in LOSSES:
+        for name, (baseline, candidate) in zip(pairs.bins, pairs.values[loss].swapaxes(0, 1), strict=True):
+            if (baseline > 0).all() and (candidate > 0).all():  # a net that does not predict the variance has no vb
+                yield from _effects([name], loss, mean_over_images(np.log(candidate / baseline), pairs.images)[None])
+
+
+def _gradient_effects(pairs: _Pairs, draws: Sequence[_Draws]) -> Iterator[ProbeEffect]:
+    parts = [slice(None) if name == ALL else _timesteps(name) for name in pairs.bins]
+    # [2, bins] of baseline and candidate
+    probability = np.array([[arm.probabilities[part].sum() for part in parts] for arm in draws])
+    weight = np.array([[arm.mse[part].sum() / arm.mse.sum() for part in parts] for arm in draws])
+    factor = (probability / np.array([[arm.mse.sum() ** 2] for arm in draws]))[..., None, None]
+    variance = np.where(factor > 0, factor * pairs.values["gradient_variance"], 0)
+    squared_norm = factor * pairs.values["gradient_squared_norm"]
+
+    share = 100 * (variance / variance[:, -1:]).mean(axis=-1)
+    share = np.insert(share, -1, 100 - share[:, :-1].sum(axis=1), axis=1)
+    names = [*pairs.bins[:-1], BETWEEN, ALL]
+    yield from _effects(names, "baseline_share", share[0])
+    yield from _effects(names, "candidate_share", share[1])
+
+    in_both = np.flatnonzero((weight > 0).all(axis=0))
+    names = [pairs.bins[index] for index in in_both]
+    variance, squared_norm = variance[:, in_both], squared_norm[:, in_both]
+    ratio = np.log(variance[1] / variance[0]).mean(axis=-1)
+    # For the same expected gradient, a bin that is drawn half as often has twice the weight and twice the variance.
+    by_tables = np.diff(np.log(weight[:, in_both] ** 2 / probability[:, in_both]), axis=0)[0]
+    yield from _effects(names, "variance", ratio)
+    for name, value in zip(names, np.exp(by_tables).tolist(), strict=True):
+        yield ProbeEffect(name, "by_tables", value, value, value, pairs=0)
+    yield from _effects(names, "remaining", ratio - by_tables[:, None])
+    for index, name in enumerate(names):
+        yield _noise_scale(name, variance[:, index].mean(axis=-1), squared_norm[:, index].mean(axis=-1))
+
+
+def _timesteps(name: str) -> slice:
+    first, last = map(int, name.split("-"))
+    return slice(first, last + 1)
+
+
+def _noise_scale(timesteps: str, variance: np.ndarray, squared_norm: np.ndarray) -> ProbeEffect:
+    """Returns the effect on the noise scale from means [2, S]; no pair is left out because |g|^2 is not above 0."""
+    not_positive = int((squared_norm <= 0).any(axis=0).sum())
+    if not not_positive:
+        baseline, candidate = np.log(variance / squared_norm)
+        return next(_effects([timesteps], "noise_scale", (candidate - baseline)[None]))
+    estimate, over_seeds = np.nan, squared_norm.sum(axis=1)
+    if (over_seeds > 0).all():
+        baseline, candidate = variance.sum(axis=1) / over_seeds
+        estimate = float(candidate / baseline)
+    return ProbeEffect(timesteps, "noise_scale", estimate, 0.0, np.inf, variance.shape[1], not_positive)
+
+
+def _effects(bins: Sequence[str], quantity: Quantity, values: np.ndarray) -> Iterator[ProbeEffect]:
+    """Yields the mean over seeds of values [bins, S] with its t-interval; values are logs, except for shares."""
+    for name, of_seeds in zip(bins, values, strict=True):
+        interval = t_interval(of_seeds)
+        if not quantity.endswith("share"):
+            interval = interval_in_unit(interval, "percent" if quantity in LOSSES else "factor", quantity)
+        estimate, low, high = map(float, interval)
+        yield ProbeEffect(name, quantity, estimate, low, high, len(of_seeds))

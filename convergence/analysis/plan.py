@@ -1,5 +1,7 @@
 """The number of seeds that an effect needs, planned from the noise of a pilot."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -9,7 +11,9 @@ from convergence.analysis.wording import size_text
 from convergence.errors import StudyError
 
 
-def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) -> str:
+def plan(
+    metrics: pd.DataFrame, baseline: str, candidate: str, effect: float, costs: Mapping[str, float] | None = None
+) -> str:
     """Returns a text with the seeds and the hours of training that detect an effect.
 
     Args:
@@ -17,6 +21,7 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
         baseline: an arm of the pilot.
         candidate: another arm.
         effect: relative change of the metric for distances, such as 0.02; a difference for precision and recall.
+        costs: arm -> seconds of training per 1000 images. None: the plan has no hours.
 
     Raises:
         StudyError: the pilot has fewer than two pairs or pairs without any noise, or too many seeds are needed.
@@ -37,8 +42,8 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
             "that were trained with different seeds."
         )
     target = float(np.log1p(effect)) if scale == "ratio" else effect
-    seconds = metrics[metrics["arm"].isin([baseline, candidate])].groupby(["arm", "seed"])["seconds"].max()
-    hours = seconds.groupby("arm").mean().sum() / 3600  # of one pair
+    images = metrics.groupby("arm")["images"].max()
+    hours = sum(images[arm] / 1000 * costs[arm] / 3600 for arm in (baseline, candidate)) if costs else 0  # of one pair
     lines = [
         f"Pilot: {pairs} pairs, {comparison.metric_name}, {comparison.first_images:,.0f} to "
         f"{comparison.last_images:,.0f} images. The paired difference of the average has a standard deviation of "
@@ -50,6 +55,6 @@ def plan(metrics: pd.DataFrame, baseline: str, candidate: str, effect: float) ->
         seeds = seeds_needed(target, assumed_sd)
         cost = f"{seeds * hours:,.1f} hours of training in both arms, " if hours > 0 else ""
         lines.append(f"  {seeds} seeds, {cost}{case} ({size_text(assumed_sd, scale)})")
-    if hours > 0:  # curves from other people may have no seconds
-        lines.append("Hours are training time of the pilot, one run at a time, without sampling and evaluation.")
+    if hours > 0:
+        lines.append("Hours are those of training steps that run alone (cost.csv), without sampling and evaluation.")
     return "\n".join(lines)

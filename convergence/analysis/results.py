@@ -1,5 +1,6 @@
 """What the analysis of a study finds, as data: comparisons of arms, effects on the probes, the verdict."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from convergence.analysis.decision import Outcome
 from convergence.analysis.effects import JSON_CONFIG, Effect, Quantity, Scale, Shown, Unit
+from convergence.analysis.mechanism import Mechanism
 from convergence.analysis.wording import effect_text, interval_text, margin_text
 from convergence.study_plan import StudyPlan
 from convergence.tables import HIGHER_IS_BETTER, metric_name
@@ -32,6 +34,11 @@ class Noise:
     """Of the paired differences."""
     samples: float
     """The part of `paired` that comes from the finite number of samples; NaN if it is unknown."""
+
+    @property
+    def seeds(self) -> float:
+        """The rest of `paired`, which comes from the seeds; 0 if the samples explain all of it."""
+        return math.sqrt(max(self.paired**2 - self.samples**2, 0))
 
 
 @dataclass(frozen=True)
@@ -193,21 +200,6 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class ProbeEffect:
-    """The effect of a candidate on one quantity that the probes measure, averaged over training images."""
-
-    __pydantic_config__ = JSON_CONFIG
-
-    timesteps: str
-    """A bin of timesteps such as "0-99", or "all"."""
-    metric: str
-    baseline: str
-    candidate: str
-    scale: Scale
-    average: Effect
-
-
-@dataclass(frozen=True)
 class FailedRun:
     """A run that diverged or collapsed, and where."""
 
@@ -237,9 +229,7 @@ class StudyVerdict:
     """What the study file changed after that."""
     comparisons: tuple[Comparison, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
-    mechanism: tuple[ProbeEffect, ...] = ()
-    matched: tuple[str, ...] = ()
-    """Candidates with the same expected gradient as the baseline."""
+    mechanism: tuple[Mechanism, ...] = ()
     failed: tuple[FailedRun, ...] = ()
     warnings: tuple[str, ...] = ()
     """Sentences that restrict the verdict, such as that the code has changed since training."""

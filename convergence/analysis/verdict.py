@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pair, effects_table
 from convergence.analysis.markdown import to_markdown
-from convergence.analysis.mechanism import probe_effects
+from convergence.analysis.mechanism import mechanisms
 from convergence.analysis.power import POWER, detectable
 from convergence.analysis.results import Comparison, FailedRun, Role, StudyVerdict, read_verdict, save_verdict
 from convergence.analysis.sensitivity import sensitivity
@@ -18,6 +19,9 @@ from convergence.failures import failed
 from convergence.study_plan import StudyPlan
 from convergence.tables import metric_name, write_table
 from diffusion.files import atomic_write
+
+if TYPE_CHECKING:  # importing torch takes seconds
+    from diffusion.schemes import Tables
 
 __all__ = ["StudyVerdict", "judge", "read_verdict", "to_markdown", "write_verdict"]
 
@@ -40,7 +44,7 @@ def judge(
     plan: StudyPlan | None,
     plan_changes: Sequence[str] = (),
     costs: Mapping[str, float] | None = None,
-    matched: Sequence[str] = (),
+    tables: Mapping[str, "Tables"] | None = None,
     warnings: Sequence[str] = (),
 ) -> StudyVerdict:
     """Returns the verdict on one study.
@@ -52,7 +56,7 @@ def judge(
         plan: what the verdict judges by; None if the study compares nothing.
         plan_changes: sentences about what the study file changed after the plan was recorded.
         costs: training seconds per 1000 images of each arm, when it trains alone; None if they are unknown.
-        matched: candidates with the same expected gradient as the baseline.
+        tables: density and weights of each arm, except of those whose density is learned; None if they are unknown.
         warnings: sentences that restrict the verdict.
     """
     metrics = metrics[metrics["study"] == study]
@@ -64,6 +68,7 @@ def judge(
     comparisons = compare_study(metrics, plan, costs)
     primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
     planned = _planned(metrics, plan)
+    planned_probes = _planned(probes[probes["study"] == study], plan)
     return StudyVerdict(
         study,
         question=f"Does {plan.candidate} converge in fewer training images than {plan.baseline}, "
@@ -74,8 +79,7 @@ def judge(
         plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
         sensitivity=sensitivity(planned, plan),
-        mechanism=tuple(probe_effects(probes[probes["study"] == study], plan.baseline, plan.candidates)),
-        matched=tuple(matched),
+        mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
         failed=failed_runs,
         warnings=warnings,
     )

@@ -60,7 +60,7 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     samples = experiment.sample.images * checkpoints
     jobs = 2 * checkpoints + trained * (experiment.probe is not None)
     jobs += 1 + len(experiment.evaluate.features)  # dataset, references
-    jobs += len(("verdict", "figures", "pages"))
+    jobs += len(("cost", "verdict", "figures", "pages"))
 
     size = experiment.dataset.image_size
     parameters = unet_size(experiment.model, size).parameters

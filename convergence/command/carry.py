@@ -34,7 +34,17 @@ logger = logging.getLogger(__name__)
 # Packages that the other machine has, and packages that only a machine with a network needs.
 LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plugin-slurm"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
-SMALL_FILES = {"metrics.csv", "probe.csv", "log.csv", "provenance.json", "manifest.json", "preview.png"}
+SMALL_FILES = {
+    "metrics.csv",
+    "influences.npy",
+    "probe.csv",
+    "cost.csv",
+    "log.csv",
+    "provenance.json",
+    "manifest.json",
+    "preview.png",
+    "plan.json",
+}
 RUN = """\
 #!/usr/bin/env bash
 # Written by `convergence carry pack`. GPU_JOBS jobs share the GPU (default: 4).

@@ -31,7 +31,7 @@ def main(weights: Path, out: Path) -> None:
         raise StudyError(f"{weights}, {out}: export reads a .safetensors file and writes a .pt file: change the names")
     checkpoint = load_run(weights, "cpu")
     assert checkpoint.config  # that of a run has one
-    settings = write_published(out, checkpoint.model.state_dict(), checkpoint.config)
+    settings = write_published(out, checkpoint.model.state_dict(), checkpoint.config, checkpoint.seed)
     options = [f"--{key.replace('_', '-')} {value}" for key, value in settings.model_dump(exclude_none=True).items()]
     logger.info(
         "%s: its settings are in %s; without that file, sample it with\n  convergence sample %s --out samples %s",

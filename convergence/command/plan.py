@@ -9,8 +9,9 @@ import pandas as pd
 
 from convergence.analysis.plan import plan
 from convergence.command.options import PATH
+from convergence.cost import COLUMNS, costs
 from convergence.errors import StudyError
-from convergence.tables import read_curves
+from convergence.tables import read_curves, read_table
 
 
 class _Effect(click.ParamType):
@@ -59,6 +60,12 @@ def _pilot(path: Path, arms: list[str], **choices: str | None) -> pd.DataFrame:
     return metrics
 
 
+def _costs(path: Path, arms: list[str]) -> dict[str, float] | None:
+    """Returns what cost.csv says about arms; None if the file is missing or lacks one of them."""
+    known = costs(read_table(path, COLUMNS)) if path.exists() else {}
+    return known if known.keys() >= set(arms) else None
+
+
 @click.command("plan")
 @click.argument("metrics", type=PATH)
 @click.option("--baseline", required=True, metavar="ARM", help="Arm to compare with.")
@@ -79,7 +86,8 @@ def main(
     """Estimate how many seeds a difference needs, from the metrics of a finished study.
 
     METRICS is the reports/STUDY/metrics.csv of a study with at least two seeds: the pilot. Prints seeds and hours of
-    training.
+    training; the hours need the cost.csv next to it.
     """
     pilot = _pilot(metrics, [baseline, candidate], metric=metric, study=study, features=features)
-    click.echo(plan(pilot, baseline, candidate, effect))
+    known = _costs(metrics.with_name("cost.csv"), [baseline, candidate])
+    click.echo(plan(pilot, baseline, candidate, effect, known))

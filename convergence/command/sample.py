@@ -43,6 +43,8 @@ GRID_PIXELS = 64  # smaller images are enlarged to about this size
               help="For a .pt file: noise schedule.")  # fmt: skip
 @click.option("--timesteps", type=int, metavar="T", show_default="1000",
               help="For a .pt file: timesteps of its training.")  # fmt: skip
+@click.option("--run-seed", type=int, metavar="N", show_default="0",
+              help="For a .pt file: seed of its run, which changes the latents too.")  # fmt: skip
 def main(
     checkpoint: Path,
     out: Path,
@@ -53,6 +55,7 @@ def main(
     heads: int | None,
     schedule: str | None,
     timesteps: int | None,
+    run_seed: int | None,
     **settings: Any,
 ) -> None:
     """Sample images from a checkpoint.
@@ -79,7 +82,7 @@ def main(
 
     device = find_device(device, threads)
     layout = {"image_size": image_size, "head_channels": head_channels, "heads": heads, "schedule": schedule,
-              "timesteps": timesteps}  # fmt: skip
+              "timesteps": timesteps, "run_seed": run_seed}  # fmt: skip
     loaded = _load(checkpoint, device, {name: value for name, value in layout.items() if value is not None})
     try:
         sample = Sample(**settings)

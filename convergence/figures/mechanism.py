@@ -1,142 +1,131 @@
-"""The figure of the mechanism: where arms differ in their loss over timesteps, and how noisy their gradients are."""
+"""The figure of the mechanism: at which timesteps arms differ in their losses and in the variance of gradients."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from scipy.stats import gmean
 
-from convergence.analysis.mechanism import probe_effects
-from convergence.analysis.results import ProbeEffect
-from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure, set_image_axis, set_log_axis
+from convergence.analysis.mechanism import BETWEEN, Mechanism, ProbeEffect, Quantity
+from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure, set_log_axis
 from convergence.tables import ALL
 
-WIDTH_INCHES = 10.0
-HEIGHT_INCHES = 7.6
-SPREAD = 0.5  # width of the arms of a bin, side by side, over the width of the bin
-NOISE_SCALE = "noise scale tr(Σ)/|g|², images"
-TERMS = {"mse": "MSE", "vb": "Variational bound"}
+WIDTH_INCHES = 11.0
+HEIGHT_INCHES = 8.2
+CAPTION_CHARACTERS = 155
+SPREAD = 0.6  # width of the arms of a bin, side by side, over the width of the bin
+MAX_BINS = 10  # with more bins, some of their edges have no label
+TABLE_MARK: Style = {"marker": "_", "markersize": 12, "markeredgewidth": 1.6, "alpha": 0.6, "linestyle": ""}
 CAPTION = (
-    "Upper panels: unweighted terms of the loss, means over training images; bars: 95% t-intervals over seeds.\n"
-    "Lower panels: geometric means, on the left over checkpoints and seeds, on the right over seeds (thin lines)."
+    "Variance: tr(Σ) of the gradient of one image times the probability of the bin, after each arm's gradient is "
+    "divided by its expected weight of the MSE."
 )
 
 
-def draw_mechanism(probes: pd.DataFrame, compare: Mapping[str, Any], paths: list[Path]) -> None:
-    """Draws the probes of one study and saves the figure to each path.
+def draw_mechanism(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str], paths: list[Path]) -> None:
+    """Draws what the probes of one study show and saves the figure to each path.
 
-    The upper two panels show how much each candidate changes the two terms of the loss, in bins of timesteps, averaged
-    over training images, with 95% t-intervals over seeds. The lower two show the noise scale of each arm's gradient: in
-    bins of timesteps (averaged over checkpoints and seeds), and of the whole gradient over training images. Averages of
-    noise scales are geometric; thin lines are single seeds. Equal tables give equal bytes.
+    The upper panels show how much each candidate changes the two terms of the loss. The lower panels show the share of
+    each bin of timesteps in the variance of an arm's gradient, and this variance over that of the baseline. All have
+    95% t-intervals over seeds. Equal results give equal bytes.
 
     Args:
-        probes: long table of probes (`convergence.tables.PROBE_COLUMNS`), which may be empty.
-        compare: `baseline` and `candidates`, also of a study that compares nothing.
+        study: its name, for the title.
+        mechanisms: what was found about each candidate; those without probes are not drawn.
+        arms: the arms of the study, in the order in which they get their styles.
         paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
     """
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw(probes, compare), paths)
+        save_figure(_draw(study, [found for found in mechanisms if found.effects], arms), paths)
 
 
-def _draw(probes: pd.DataFrame, compare: Mapping[str, Any]) -> Figure:
-    if probes.empty:
+def _draw(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str]) -> Figure:
+    if not mechanisms:
         figure = Figure((WIDTH_INCHES, 1))
-        figure.text(0.5, 0.5, "The study has no probes.", ha="center", va="center")
+        figure.text(0.5, 0.5, "There are no probes of a baseline and a candidate.", ha="center", va="center")
         return figure
-    styles = {arm: line_style(index) for index, arm in enumerate(probes["arm"].unique())}
-    binned = probes[probes["timesteps"] != ALL]
-    bins = {name: place for place, name in enumerate(binned["timesteps"].unique())}
-    changes = probe_effects(binned, compare["baseline"], compare["candidates"])
-    subset = "held-out" if probes["held_out"].all() else "training"
-    figure = Figure((WIDTH_INCHES, HEIGHT_INCHES), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    title = f"{probes['study'].iloc[0]}: probes on {probes['n'].max():,} {subset} images"
-    figure.suptitle(title, fontsize=12, weight="bold")
-    figure.supxlabel(CAPTION, x=0.02, ha="left", fontsize=9, color="0.25")
+    first = mechanisms[0]
+    names = dict.fromkeys(effect.timesteps for effect in first.effects)
+    bins = [name for name in names if name not in (ALL, BETWEEN)]
+    styles = {arm: line_style(index) | {"linestyle": "", "markersize": 6} for index, arm in enumerate(arms)}
+    figure = Figure((WIDTH_INCHES, HEIGHT_INCHES), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure.suptitle(f"{study}: at which timesteps do the arms differ?", fontsize=13, weight="bold")
+    figure.supxlabel(_caption(mechanisms), x=0.02, ha="left", fontsize=9, color="0.25")
     panels = figure.subfigures(1, squeeze=False)[0, 0]  # keeps the legend clear of the title
-    axes = panels.subplots(2, 2)
-    for ax, (term, name) in zip(axes[0], TERMS.items(), strict=True):
-        _draw_changes(ax, [change for change in changes if change.metric == term], bins, styles)
-        ax.set_title(f"{name} on {subset} images")
-        ax.set_ylabel(f"change from {compare['baseline']}, %\n← lower is better")
-    noise = probes[(probes["metric"] == "noise_scale") & probes["value"].notna()]
-    _draw_noise_in_bins(axes[1, 0], noise[noise["timesteps"] != ALL], bins, styles)
-    _draw_noise_over_images(axes[1, 1], noise[noise["timesteps"] == ALL], probes, styles)
-    handles = [Line2D([], [], label=arm, linewidth=1.8, markersize=6, **style) for arm, style in styles.items()]
+    (mse, vb), (share, variance) = panels.subplots(2, 2, sharex=True)
+    vb.sharey(mse)
+
+    def of(quantity: Quantity) -> dict[str, dict[str, ProbeEffect]]:
+        return {found.candidate: found.of(quantity) for found in mechanisms}
+
+    for ax, loss, title in (
+        (mse, of("mse"), "Where is the MSE higher or lower?"),
+        (vb, of("vb"), "Where is the variational bound higher or lower?"),
+    ):
+        _draw_effects(ax, loss, bins, styles)
+        ax.axhline(0, color="0.3", linewidth=0.8, zorder=1)
+        ax.set_title(title)
+    mse.set_ylabel(f"change from {first.baseline}, %   (above 0: worse)")
+    shares = {first.baseline: first.of("baseline_share")} | of("candidate_share")
+    in_bins = {arm: {name: of_arm[name] for name in bins if name in of_arm} for arm, of_arm in shares.items()}
+    _draw_effects(share, in_bins, bins, styles)
+    share.set(title="Where does the variance of the gradient come from?", ylabel="share of the arm's variance, %")
+    share.set_ylim(bottom=0)
+    _draw_effects(variance, of("by_tables"), bins, {arm: style | TABLE_MARK for arm, style in styles.items()})
+    _draw_effects(variance, of("variance"), bins, styles)
+    variance.axhline(1, color="0.3", linewidth=0.8, zorder=1)
+    variance.set(title="Where is the gradient noisier?", ylabel=f"variance / that of {first.baseline}")
+    set_log_axis(variance)
+    by_tables = Line2D([], [], label="what densities and weights alone give", color="0.3", **TABLE_MARK)
+    variance.legend(handles=[by_tables], loc="upper right", frameon=False, fontsize=9)
+    for ax in (share, variance):
+        ax.set_xlabel("timestep t  (0: least noise)")
+    shown = [first.baseline, *(found.candidate for found in mechanisms)]
+    handles = [Line2D([], [], label=arm, **styles[arm]) for arm in shown]
     draw_legend(panels, handles, WIDTH_INCHES, "outside upper center")
     return figure
 
 
-def _set_bins(ax: Axes, bins: Mapping[str, int]) -> None:
-    ax.set_xticks(list(bins.values()), list(bins), rotation=45, ha="right", fontsize=8)
-    ax.set_xlim(-0.6, len(bins) - 0.4)
-    ax.set_xlabel("timesteps t  (0: least noise)")
+def _draw_effects(
+    ax: Axes, effects: Mapping[str, Mapping[str, ProbeEffect]], bins: Sequence[str], styles: Mapping[str, Style]
+) -> None:
+    """Draws effects with their intervals, the arms side by side in each bin, and all timesteps on the right."""
+    places = {name: place for place, name in enumerate(bins)} | {ALL: len(bins) + 0.4}
+    for index, (arm, of_arm) in enumerate(effects.items()):
+        shown = [effect for name, effect in of_arm.items() if name in places]
+        place = np.array([places[e.timesteps] for e in shown]) + SPREAD * ((index + 0.5) / len(effects) - 0.5)
+        value, low, high = np.array([[e.estimate, e.low, e.high] for e in shown]).reshape(-1, 3).T
+        known = np.isfinite(high)
+        ax.vlines(place[known], low[known], high[known], color=styles[arm]["color"], linewidth=1.4)
+        ax.plot(place, value, **styles[arm])
+    if not any(effects.values()):
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.3")
+    every = -(-len(bins) // MAX_BINS)
+    edges = [*(int(name.split("-")[0]) for name in bins), int(bins[-1].split("-")[1]) + 1]
+    labels = {place - 0.5: str(edge) for place, edge in list(enumerate(edges))[::every]}
+    ax.set_xticks([*labels, places[ALL]], [*labels.values(), ALL])
+    ax.set_xlim(-0.6, places[ALL] + 0.6)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
+    for edge in range(len(bins) + 1):
+        ax.axvline(edge - 0.5, color="0.9", linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     ax.spines["top"].set_visible(False)
 
 
-def _draw_changes(
-    ax: Axes, changes: Sequence[ProbeEffect], bins: Mapping[str, int], styles: Mapping[str, Style]
-) -> None:
-    """Draws the changes of one term of the loss in percent, the candidates side by side in each bin."""
-    _set_bins(ax, bins)
-    ax.axhline(0, color="0.3", linewidth=0.8)
-    logs = [change for change in changes if change.scale == "log"]
-    if not logs:
-        ax.set_yticks([])
-        ax.text(0.5, 0.6, "nothing to compare", transform=ax.transAxes, ha="center", color="0.3")
-        return
-    candidates = list(dict.fromkeys(change.candidate for change in logs))
-    for index, candidate in enumerate(candidates):
-        shown = [change for change in logs if change.candidate == candidate]
-        shift = SPREAD * ((index + 0.5) / len(candidates) - 0.5)
-        place = np.array([bins[change.timesteps] + shift for change in shown])
-        advantages = np.array([[change.average.estimate, change.average.low, change.average.high] for change in shown])
-        value, upper, lower = 100 * np.expm1(-advantages.T)
-        style = {**styles[candidate], "linestyle": ""}
-        known = np.isfinite(upper) & np.isfinite(lower)
-        ax.vlines(place[known], lower[known], upper[known], color=style["color"], linewidth=1.2)
-        ax.plot(place, value, markersize=5, **style)
-
-
-def _draw_noise_in_bins(ax: Axes, noise: pd.DataFrame, bins: Mapping[str, int], styles: Mapping[str, Style]) -> None:
-    _set_bins(ax, bins)
-    ax.set_title("Gradient noise in bins of timesteps")
-    ax.set_ylabel(NOISE_SCALE)
-    for arm, rows in noise.groupby("arm", sort=False):
-        means = rows.groupby("timesteps", sort=False)["value"].apply(gmean)
-        order = means.index.map(bins).argsort()
-        ax.plot(means.index.map(bins)[order], means.iloc[order], linewidth=1.8, markersize=5, **styles[arm])
-    _finish_noise(ax, noise)
-
-
-def _draw_noise_over_images(ax: Axes, noise: pd.DataFrame, probes: pd.DataFrame, styles: Mapping[str, Style]) -> None:
-    ax.set_title("Gradient noise over all timesteps")
-    ax.set_ylabel(NOISE_SCALE)
-    for arm, rows in noise.groupby("arm", sort=False):
-        values = rows.pivot(index="images", columns="seed", values="value")
-        for seed in values:
-            line = values[seed].dropna()
-            ax.plot(line.index, line, color=styles[arm]["color"], linewidth=0.6, alpha=0.5)
-        complete = values.dropna()
-        ax.plot(complete.index, gmean(complete, axis=1), linewidth=1.8, markersize=5, **styles[arm])
-    ax.grid(color="0.9", linewidth=0.6)
-    set_image_axis(ax, probes)
-    _finish_noise(ax, noise)
-
-
-def _finish_noise(ax: Axes, noise: pd.DataFrame) -> None:
-    if noise.empty:
-        ax.set_yticks([])
-        text = "no gradient can be distinguished from its noise"
-        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", color="0.3")
-    else:
-        set_log_axis(ax)
+def _caption(mechanisms: Sequence[Mechanism]) -> str:
+    first = mechanisms[0]
+    pairs = sorted({effect.pairs for found in mechanisms for effect in found.effects if effect.quantity == "mse"})
+    subset = "held-out" if first.held_out else "training"
+    seeds = f"Bars: 95% t-intervals over {' or '.join(map(str, pairs))} paired seeds." if pairs[-1] > 1 else (
+        "One pair of runs gives no interval."
+    )  # fmt: skip
+    means = (
+        f"Means over {first.checkpoints} checkpoints from {first.first_images:,.0f} to {first.last_images:,.0f} "
+        f"training images, each on {first.n:,} {subset} images."
+    )
+    return "\n".join(textwrap.fill(text, CAPTION_CHARACTERS) for text in (f"{means} {seeds}", CAPTION))

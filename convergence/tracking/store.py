@@ -248,7 +248,9 @@ class Study:
 
     def _forward_reports(self, parent: StoredRun) -> None:
         """Forwards the study file, and the tables, the verdict and the figures of the study."""
-        tables = [self.reports / name for name in ("metrics.csv", "effects.csv", "verdict.json", "verdict.md")]
+        tables = [
+            self.reports / name for name in ("metrics.csv", "cost.csv", "effects.csv", "verdict.json", "verdict.md")
+        ]
         for path in [self.path, *tables, *sorted(self.reports.glob("*.png"))]:
             if parent.is_new(path):
                 self.client.log_artifact(parent.id, str(path))

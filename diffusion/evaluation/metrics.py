@@ -30,6 +30,9 @@ class Estimate(NamedTuple):
     """Standard error; NaN if it is not known."""
     note: str = ""
     """How the value was obtained, if a reader needs to know."""
+    influences: np.ndarray | None = None
+    """Influence of each generated image on the value, [N] with mean zero; None if it is not known. The variance of the
+    influences, divided by N, is the variance of the value to first order in 1/N."""
 
 
 class Gaussian(NamedTuple):
@@ -70,8 +73,10 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
 
     The standard error is the infinitesimal jackknife's (Efron 1982, ch. 6): the standard deviation of the influences
     of the images, divided by sqrt(N). The bootstrap is not suitable: the distance is biased (it falls as N grows), and
-    a bootstrap sample contains only about 63% of the images. The standard error is accurate if the distance is large
-    compared to its noise; if both sets have the same distribution, it is too large by a factor of sqrt(2).
+    a bootstrap sample contains only about 63% of the images. In simulations with D = 64 the standard error holds within
+    20% from N = 3 to N = 4 D if the distributions differ and the variances of the features are unequal, as those of
+    real ones. It is 1.3 times too large for N between D / 2 and D if the variances are equal, and up to 1.6 times if
+    both sets have the same distribution. With two images it is not known.
 
     Args:
         features: [N, D], N at least 2.
@@ -82,7 +87,8 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
     """
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
-    return Estimate(distance, influences.std().item() / math.sqrt(len(x)))
+    stderr = influences.std().item() / math.sqrt(len(x)) if len(x) > 2 else math.nan
+    return Estimate(distance, stderr, influences=influences.numpy())
 
 
 def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor | Gaussian) -> float:
@@ -121,10 +127,12 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
     image_weights = np.zeros(n)
     for subset, weight in zip(subsets, weights, strict=True):
         image_weights[subset] += weight / len(subset)
+    weighted = n * image_weights * influences.numpy()
     return Estimate(
         float(weights @ [*distances, distance]),
-        float(np.linalg.norm(image_weights * influences.numpy())),
+        float(np.linalg.norm(weighted)) / n,
         f"extrapolated from {sizes[0]:,} to {n:,} samples",
+        weighted - weighted.mean(),
     )
 
 
@@ -266,10 +274,12 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kerne
     # Subtracting u from each h centres h and reduces the sum of squares by n (n - 1) u^2.
     squares -= own.square().sum().item() + n * (n - 1) * u**2
     centred_sums = sums - (n - 1) * u
+    influences = (2 / (n - 1) * centred_sums).numpy()
     variance = (4 * centred_sums.square().sum().item() - 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
     if variance <= 0:
-        return Estimate(u + reference_kernel, note="no standard error: the estimate of the variance is not positive")
-    return Estimate(u + reference_kernel, math.sqrt(variance))
+        note = "no standard error: the estimate of the variance is not positive"
+        return Estimate(u + reference_kernel, note=note, influences=influences)
+    return Estimate(u + reference_kernel, math.sqrt(variance), influences=influences)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -323,9 +333,12 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radi
         distances = torch.cdist(rows, y)
         precise.append((distances <= y_radii).any(1))
         recalled |= (distances <= radii[:, None]).any(0)
-    precision = torch.cat(precise).double().mean().item()
+    hits = torch.cat(precise).double()
+    precision = hits.mean().item()
     return {
-        "precision": Estimate(precision, math.sqrt(precision * (1 - precision) / len(x))),
+        "precision": Estimate(
+            precision, math.sqrt(precision * (1 - precision) / len(x)), influences=(hits - precision).numpy()
+        ),
         "recall": Estimate(recalled.double().mean().item()),
     }
 
@@ -348,4 +361,5 @@ def memorised(features: np.ndarray, training: np.ndarray, held_out_distances: np
     # Ties count 1/2.
     below, up_to = (np.searchsorted(ordered, distances, side) for side in ("left", "right"))
     placements = 1 - (below + up_to) / 2 / len(ordered)
-    return Estimate(float(placements.mean()), float(placements.std(ddof=1) / math.sqrt(len(placements))))
+    value, stderr = placements.mean(), placements.std(ddof=1) / math.sqrt(len(placements))
+    return Estimate(float(value), float(stderr), influences=placements - value)

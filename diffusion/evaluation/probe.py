@@ -22,7 +22,6 @@ from diffusion.streams import generator
 from diffusion.timesteps import draw_timesteps
 
 ALL = "all"  # name of the bin of all timesteps
-NOT_SIGNIFICANT = "the mean gradient is not distinguishable from noise: use more images"
 LEARNED_DENSITY = "the density is learned"
 
 
@@ -65,19 +64,6 @@ class GradientNoise(NamedTuple):
     """Unbiased estimate of the squared norm |g|^2 of the expected gradient; it may be negative."""
     variance: float
     """Trace of the covariance, tr(Sigma)."""
-
-    def metrics(self) -> dict[str, float]:
-        """Norm, variance and noise scale of the gradient; the norm and the scale are NaN unless |g|^2 > 0.
-
-        The noise scale tr(Sigma) / |g|^2 (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.9) is the batch size, in
-        images, at which the noise is as large as the gradient.
-        """
-        positive = self.squared_norm > 0
-        return {
-            "gradient_norm": self.squared_norm**0.5 if positive else np.nan,
-            "gradient_variance": self.variance,
-            "noise_scale": self.variance / self.squared_norm if positive else np.nan,
-        }
 
 
 UNKNOWN = GradientNoise(np.nan, np.nan)
@@ -135,9 +121,12 @@ def probe(
     The metrics are:
 
     - `mse`, `vb`: The unweighted terms of the loss, averaged over uniform timesteps, which allows arms to be compared.
-    - `gradient_norm`, `gradient_variance`, `noise_scale`: See `GradientNoise`. The loss is the arm's own, with its
-      weights, at timesteps drawn from its own density, restricted to the bin. Over all timesteps, the bins are
-      combined by their probabilities (law of total variance). Batches with stratified timesteps have less noise.
+    - `gradient_squared_norm`, `gradient_variance`: See `GradientNoise`. The loss is the arm's own, with its weights, at
+      timesteps drawn from its own density, restricted to the bin. So a bin with probability p_b contributes
+      p_b * gradient_variance to the variance over all timesteps; the rest is the variance between the bins (law of
+      total variance). Batches with stratified timesteps have less noise.
+
+    No estimate of |g|^2 is left out because it is negative: only the mean of all estimates is unbiased.
 
     Args:
         model: Predicts epsilon; maps x_t [N, 3, H, W] and t [N] to [N, 3 or 6, H, W].
@@ -188,16 +177,18 @@ def probe(
             mean = mean.to(moments.total.device) + probability * moments.mean
             mean_bias += probability**2 * moments.covariance_trace / moments.count
             second_moment += probability * (noise.variance + noise.squared_norm)
-        reason = NOT_SIGNIFICANT if probability else "never drawn" if tables else LEARNED_DENSITY
+        reason = "never drawn" if tables else LEARNED_DENSITY
         rows += _rows(_bin_name(first, end), mse, vb, noise, reason)
     mse, vb = (np.average(values, weights=np.diff(edges)) for values in zip(*bin_losses, strict=True))
     squared_norm = mean.square().sum().item() - mean_bias
     noise = GradientNoise(squared_norm, second_moment - squared_norm) if tables else UNKNOWN
-    return rows + _rows(ALL, mse, vb, noise, NOT_SIGNIFICANT if tables else LEARNED_DENSITY)
+    return rows + _rows(ALL, mse, vb, noise, LEARNED_DENSITY)
 
 
 def _rows(timesteps: str, mse: float, vb: float, noise: GradientNoise, reason: str) -> list[dict[str, Any]]:
-    values = {"mse": mse, "vb": vb, **noise.metrics()}
+    values = {
+        "mse": mse, "vb": vb, "gradient_squared_norm": noise.squared_norm, "gradient_variance": noise.variance
+    }  # fmt: skip
     return [
         {"timesteps": timesteps, "metric": name, "value": value, "reason": reason if np.isnan(value) else ""}
         for name, value in values.items()

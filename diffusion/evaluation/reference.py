@@ -184,6 +184,8 @@ class MetricRow(NamedTuple):
     """Number of generated images."""
     reason: str
     """Why there is no value; with a value, how it was obtained if a reader needs to know."""
+    influences: np.ndarray
+    """Influence of each generated image on the value, float32 [N]; NaN if it is not known."""
 
 
 class _Computation(NamedTuple):
@@ -293,4 +295,10 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
             name: estimate if math.isnan(estimate.value) else Estimate(estimate.value, note=unknown_error)
             for name, estimate in estimates.items()
         }
-    return [MetricRow(name, estimates[name].value, estimates[name].stderr, n, estimates[name].note) for name in metrics]
+
+    def row(name: str) -> MetricRow:
+        value, stderr, note, influences = estimates[name]
+        known = np.full(n, math.nan) if influences is None else influences
+        return MetricRow(name, value, stderr, n, note, known.astype(np.float32))
+
+    return [row(name) for name in metrics]

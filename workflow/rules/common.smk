@@ -8,9 +8,10 @@ sys.path.insert(0, workflow.basedir)
 
 from convergence import layout, resources, snakefile, start_checks, start_warnings, study_plan, terminal
 from convergence.errors import SAME_COMMAND, exit_on_user_error
-from convergence.provenance import trained_on
+from convergence.provenance import newest_provenances, trained_on
 from convergence.schema import Evaluate
 from convergence.tracking import process
+from diffusion.config import EVALUATE_VERSION
 from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
@@ -132,6 +133,14 @@ def processes_of(wildcards):
     return experiment_of(wildcards).processes
 
 
+def cores_of_cost(wildcards):
+    """All cores of this machine; elsewhere the threads of the arms."""
+    if workflow.non_local_exec or workflow.remote_exec:
+        experiment = EXPERIMENTS[wildcards.study]
+        return max(experiment.run(arm).train.threads for arm in experiment.arms)
+    return workflow.cores
+
+
 def previous_step(wildcards):
     """The checkpoint that a segment starts from; 0 if it starts from the untrained net."""
     return max((s for s in experiment_of(wildcards).steps if s < int(wildcards.step)), default=0)
@@ -204,6 +213,11 @@ def evaluated_metrics(experiment):
     return [(name, metric) for name in experiment.evaluate.features for metric in experiment.evaluate.metrics]
 
 
+def few_images(experiment):
+    """The warnings about few images, which the verdict repeats."""
+    return start_warnings.few_images(experiment, newest_provenances(experiment))
+
+
 def probed_bins(experiment):
     """T, and the number of bins of timesteps that are probed; 0 bins if the study has no probe."""
     return (experiment.diffusion.timesteps, experiment.probe.bins if experiment.probe else 0)
@@ -252,6 +266,12 @@ def evaluate_request(wildcards, input):
     experiment = experiment_of(wildcards)
     images = images_of(experiment, input)
     return resources.evaluate(experiment, run_of(wildcards), images, gpus_of(wildcards))
+
+
+def cost_request(wildcards, input):
+    experiment = EXPERIMENTS[wildcards.study]
+    runs = [experiment.run(arm) for arm in experiment.arms]
+    return resources.cost(runs, images_of(experiment, input), gpus_for(experiment), experiment.processes)
 
 
 def probe_request(wildcards, input):

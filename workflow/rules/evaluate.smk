@@ -1,4 +1,4 @@
-# Each checkpoint is sampled from the same latents, and its samples are compared with the dataset in the same job.
+# All checkpoints with the same seed are sampled from the same latents, and compared with the dataset in the same job.
 
 
 # A Snakemake checkpoint, like `dataset` and for the same reason.
@@ -35,6 +35,8 @@ rule evaluate:
         references=references_of,
     output:
         metrics=layout.STEP / "metrics.csv",
+        # How much each sample changes each metric: [rows of metrics.csv, samples].
+        influences=layout.STEP / "influences.npy",
         preview=layout.STEP / "preview.png",
         # Outputs cannot depend on wildcards: all selected studies keep their samples, or none does.
         samples=[layout.STEP / "samples.npy"] if any(e.sample.keep for e in EXPERIMENTS.values()) else [],
@@ -52,6 +54,8 @@ rule evaluate:
         sample=lambda wildcards: sample_settings(experiment_of(wildcards)),
         evaluate=lambda wildcards: experiment_of(wildcards).evaluate.canonical(),
         held_out=lambda wildcards: experiment_of(wildcards).dataset.held_out,
+        # Not read: results of another version are made again.
+        version=EVALUATE_VERSION,
     message:
         "Evaluate {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"
     script:

@@ -22,6 +22,8 @@ rule probe:
     params:
         run=lambda wildcards: run_of(wildcards).canonical(),
         probe=lambda wildcards: experiment_of(wildcards).probe.canonical(),
+        # A checkpoint is probed again after a change of the columns or of the computation.
+        version=2,
     message:
         "Probe {wildcards.study} {wildcards.arm} seed {wildcards.seed} at step {wildcards.step}"
     script:

@@ -15,8 +15,10 @@ localrules:
 rule verdict:
     input:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
+        influences=lambda wildcards: checkpoint_files(wildcards.study, "influences.npy"),
         probes=lambda wildcards: probe_files(wildcards.study),
         provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
+        cost=rules.cost.output[0],
         # Not read: without kept samples, a checkpoint is evaluated again, also after other changes of its settings.
         samples=lambda wildcards: kept_samples(wildcards.study),
     output:
@@ -30,6 +32,12 @@ rule verdict:
             layout.REPORT / "mechanism.csv",
             caption="../report/mechanism_table.rst",
             category="5. Mechanism",
+            labels={"study": "{study}", "content": "Numbers (CSV)"},
+        ),
+        cost=report(
+            layout.REPORT / "cost.csv",
+            caption="../report/cost_table.rst",
+            category="8. Cost",
             labels={"study": "{study}", "content": "Numbers (CSV)"},
         ),
         verdict=layout.REPORT / "verdict.json",
@@ -48,12 +56,11 @@ rule verdict:
         arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
         plan=lambda wildcards: plan_text(study_plan.frozen_plan(EXPERIMENTS[wildcards.study])),
         current=lambda wildcards: plan_text(study_plan.current_plan(EXPERIMENTS[wildcards.study])),
-        matched=lambda wildcards: EXPERIMENTS[wildcards.study].comparison["matched"],
         trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
         runs=lambda wildcards: run_settings(wildcards.study),
         rows=lambda wildcards: evaluated_metrics(EXPERIMENTS[wildcards.study]),
         bins=lambda wildcards: probed_bins(EXPERIMENTS[wildcards.study]),
-        few_images=lambda wildcards: start_warnings.few_images(EXPERIMENTS[wildcards.study]),
+        few_images=lambda wildcards: few_images(EXPERIMENTS[wildcards.study]),
         # Not read: after a change of the code, the verdict is written again, with a warning.
         code=source_hash(),
     message:
@@ -67,7 +74,6 @@ rule figures:
         # For a row of real images.
         unpack(lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])),
         metrics=layout.REPORT / "metrics.csv",
-        mechanism=layout.REPORT / "mechanism.csv",
         verdict=layout.REPORT / "verdict.json",
         previews=lambda wildcards: checkpoint_files(wildcards.study, "preview.png"),
         external=lambda wildcards: external_curves(wildcards.study),
@@ -112,9 +118,6 @@ rule figures:
     params:
         cells=lambda wildcards: preview_cells(EXPERIMENTS[wildcards.study]),
         seed=lambda wildcards: EXPERIMENTS[wildcards.study].seeds[0],
-        compare=lambda wildcards: {
-            key: EXPERIMENTS[wildcards.study].comparison[key] for key in ("baseline", "candidates")
-        },
         runs=lambda wildcards: run_settings(wildcards.study),
     message:
         "Draw the figures of {wildcards.study}"
@@ -126,6 +129,7 @@ rule pages:
     input:
         verdict=layout.REPORT / "verdict.json",
         metrics=layout.REPORT / "metrics.csv",
+        cost=layout.REPORT / "cost.csv",
         manifest=lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])["manifest"],
         provenances=lambda wildcards: checkpoint_files(wildcards.study, "provenance.json"),
     output:

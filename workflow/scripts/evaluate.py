@@ -4,6 +4,7 @@ from pathlib import Path
 
 from convergence.jobs import job, use_torch  # isort: split
 
+import numpy as np
 import torch
 
 from convergence.provenance import check_images
@@ -50,6 +51,7 @@ with job(snakemake):
         )
         estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics)
         rows += [row._asdict() | {"features": name} for row in estimates]
+    save_npy(Path(output.influences), np.stack([row.pop("influences") for row in rows]))
     table = of_checkpoint(rows, snakemake.wildcards, provenance)
     images = load_images(Path(inputs.images).parent)[:SOME_IMAGES]
     if reason := failure(provenance, samples, images):

@@ -12,7 +12,7 @@ from convergence.figures.forest import draw_forest
 from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
 from convergence.figures.schedules import draw_schedules
-from convergence.tables import PROBE_COLUMNS, read_curves, read_table
+from convergence.tables import read_curves, read_table
 from diffusion.config import RunConfig
 from diffusion.data.arrays import load_images
 
@@ -32,5 +32,5 @@ with job(snakemake):
     real = load_images(Path(snakemake.input.manifest).parent)
     samples_grid(grids, steps, params.seed, real, Path(output.samples))
     draw_forest(verdict.primary, [Path(output.forest)])
-    draw_mechanism(read_table(snakemake.input.mechanism, PROBE_COLUMNS), params.compare, [Path(output.mechanism)])
+    draw_mechanism(study, verdict.mechanism, list(runs), [Path(output.mechanism)])
     draw_schedules(study, runs, [Path(output.schedules), Path(output.schedules_svg)])

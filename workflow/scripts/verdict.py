@@ -1,4 +1,4 @@
-"""Compare the arms of one study: metrics.csv, mechanism.csv, verdict.json, verdict.md, effects.csv and plan.json."""
+"""Compare the arms of one study: metrics, mechanism, cost and effects as CSV, verdict.json, verdict.md, plan.json."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ from convergence.jobs import job  # isort: split
 import pandas as pd
 
 from convergence.analysis.verdict import judge, write_verdict
+from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs
 from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
 from convergence.study_plan import StudyPlan, plan_changes
-from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
+from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_influences, read_table, write_table
+from diffusion.build import constant_tables
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows
 from diffusion.files import read_json
@@ -26,12 +28,21 @@ with job(snakemake):
         tables = [read_checkpoint(path, PROBE_COLUMNS, rows) for path in source.probes]
         probes = without_failed_runs(pd.concat(tables, ignore_index=True), metrics)
     write_table(probes, Path(output.mechanism), PROBE_COLUMNS)
+    plan, current = (StudyPlan.model_validate_json(text) if text else None for text in (params.plan, params.current))
+    cost = cost_table(read_table(source.cost, ROUND_COLUMNS), study, plan.baseline if plan else None)
+    write_table(cost, Path(output.cost), COLUMNS)
     newest = [(arm, read_json(Path(path))) for arm, path in zip(params.trained, source.provenances, strict=True)]
     runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
     warnings = [*stale_runs(study, newest), *changed_tables(study, newest, runs), *params.few_images]
     # From the tables as they are written, so that everybody can compute the verdict again.
     metrics, probes = read_table(output.metrics), read_table(output.mechanism, PROBE_COLUMNS)
-    plan, current = (StudyPlan.model_validate_json(text) if text else None for text in (params.plan, params.current))
+    counts = metrics["n"].to_numpy().reshape(len(source.influences), len(params.rows))
+    metrics["influences"] = [
+        influences
+        for path, n in zip(source.influences, counts, strict=True)
+        for influences in read_influences(path, len(n), int(n[0]))
+    ]
     changes = plan_changes(plan, current) if plan and current else ()
-    verdict = judge(metrics, probes, study, plan, changes, matched=params.matched, warnings=warnings)
+    tables = constant_tables(runs)
+    verdict = judge(metrics, probes, study, plan, changes, costs(cost), tables=tables, warnings=warnings)
     write_verdict(verdict, Path(output.verdict).parent)

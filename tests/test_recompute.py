@@ -1,0 +1,79 @@
+"""The independent recomputation of reports agrees with the analysis, and finds a wrong number."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from metric_tables import PLAN, curves, study
+from projects import ROOT
+
+from benchmarks import independent, recompute
+from convergence.analysis.verdict import judge, write_verdict
+from convergence.study_plan import write_plan
+from convergence.tables import PROBE_COLUMNS, write_table
+
+PUBLISHED = ROOT / "reports/published"
+REPORTS = sorted(path.parent for path in PUBLISHED.glob("**/effects.csv"))
+
+
+def wrong(directory, metrics=None):
+    """The numbers of a report that differ; there must be some that do not."""
+    found = list(recompute.check(directory, metrics or directory / "metrics.csv"))
+    assert len(found) > 100
+    return [(name, *values) for name, *values, difference in found if difference > recompute.TOLERANCE]
+
+
+def write_report(directory, planned_seeds=4):
+    """A report on 6 seeds with failed and censored runs, two candidates, three metrics and costs."""
+    base, cand, third = curves(6, 1.0), curves(6, 0.8, seed=1), curves(6, 1.05, seed=5)
+    cand[3, 2:] = np.nan
+    cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
+    tables = [
+        study(base, cand),
+        study(base / 1000 - 0.1, cand / 1000 - 0.1, "kid"),
+        study(base / 400, cand / 400, "recall"),
+    ]
+    other = study(base, third).query("arm == 'cand'").assign(arm="third")
+    metrics = pd.concat([*tables, other])
+    changes = {"candidates": ("cand", "third"), "seeds": tuple(range(planned_seeds)), "last_step": 400}
+    plan, costs = PLAN.model_copy(update=changes), {"base": 10.0, "cand": 12.5}
+    write_table(metrics, directory / "metrics.csv")
+    write_plan(plan, directory / "plan.json")
+    pd.Series(costs, name="seconds_per_1000_images").rename_axis("arm").to_csv(directory / "cost.csv")
+    write_verdict(judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, costs=costs), directory)
+
+
+@pytest.mark.parametrize("planned_seeds", [4, 8], ids=["replication", "interim"])
+def test_a_report_with_every_kind_of_run_is_recomputed(tmp_path, planned_seeds):
+    write_report(tmp_path, planned_seeds)
+    assert wrong(tmp_path) == []
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
+def test_published_reports_are_recomputed(report):
+    own, shared = report / "metrics.csv", report.parent / "curves.csv"
+    assert wrong(report, own if own.exists() else shared) == []
+
+
+def test_a_wrong_number_is_found(tmp_path):
+    write_report(tmp_path)
+    for name, old, new in (
+        ("verdict.json", '"outcome": "undecided"', '"outcome": "faster"'),
+        ("effects.csv", "worse", "better"),
+    ):
+        text = (tmp_path / name).read_text()
+        assert old in text
+        (tmp_path / name).write_text(text.replace(old, new, 1))
+    command = [sys.executable, "-m", "benchmarks.recompute", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.endswith(" 2 differ\n"), done.stdout[-500:]
+
+
+@pytest.mark.parametrize("module", [independent, recompute])
+def test_the_recomputation_imports_nothing_from_the_analysis(module):
+    imports = re.findall(r"^ *(?:from|import) (\w+)", Path(module.__file__).read_text(), re.M)
+    assert "numpy" in imports and not {"convergence", "diffusion"} & {*imports}

@@ -1,0 +1,23 @@
+"""Time the training steps of all arms of one study, in turns."""
+
+import platform
+from pathlib import Path
+
+from convergence.jobs import job, use_torch  # isort: split
+
+import torch
+
+from convergence.cost import ROUND_COLUMNS, round_table
+from convergence.tables import write_table
+from diffusion.config import RunConfig
+from diffusion.data.arrays import load_images
+from diffusion.training.timing import time_steps
+
+with job(snakemake):
+    arms, settings = zip(*snakemake.params.runs, strict=True)
+    runs = [RunConfig.model_validate_json(content) for content in settings]
+    device = use_torch(None, snakemake.resources.gpu)
+    images = load_images(Path(snakemake.input.images).parent, verify=True)
+    seconds = time_steps(runs, images, device, snakemake.resources.processes)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
+    write_table(round_table(seconds, arms, name), Path(snakemake.output[0]), ROUND_COLUMNS)
