@@ -189,7 +189,9 @@ def test_nothing_is_concluded_before_the_planned_seeds_are_complete():
     base, cand = curves(4, 1.0), curves(4, 0.8)
     plan = PLAN.model_copy(update={"seeds": (0, 1, 2, 3, 4), "last_step": 400})
     verdict = verdict_on(study(base, cand), plan)
-    assert verdict.outcome == "interim" and verdict.answer.startswith("Interim: FD -20.0% on average (-20.0 to -20.0);")
+    assert verdict.outcome == "interim" and verdict.answer.startswith(
+        "Interim result of cand and base: FD -20.0% on average ("
+    )
     assert "Planned runs are not evaluated yet (base seed 4, cand seed 4), so nothing is concluded." in verdict.answer
     complete = plan.model_copy(update={"seeds": (0, 1, 2, 3)})
     assert verdict_on(study(base, cand), complete).outcome == "faster"

@@ -64,9 +64,9 @@ def compare(
         >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 75.0), ("b", 2000, 50.0)]
         >>> curves = pd.DataFrame(rows, columns=["arm", "images", "value"])
         >>> print(compare(curves, baseline="a", candidate="b"))
-        Undecided: FID -11.6% on average (no interval). One pair of runs gives no interval, so nothing can be concluded.
-        The metric of a still falls by 25% over the last doubling of images: the comparison holds for this stage of
-        training.
+        Undecided between b and a: FID -11.6% on average (no interval). One pair of runs gives no interval, so nothing
+        can be concluded. The metric of a still falls by 25% over the last doubling of images: the comparison holds for
+        this stage of training.
 
     Args:
         curves: a row per run and checkpoint, with the columns `arm`, `images` (training images seen) and `value`.

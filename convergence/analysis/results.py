@@ -177,7 +177,8 @@ class Comparison:
                     listed.append(at_the_end)
                 if images and (outcome == "interim" or images.shown != "not shown"):
                     listed.append(f"{candidate} {needs}")
-                return outcome.capitalize(), "; ".join(listed)
+                lead = "Interim result of" if outcome == "interim" else "Undecided between"
+                return f"{lead} {both}", "; ".join(listed)
 
     def __str__(self) -> str:
         return " ".join([f"{': '.join(self.sentence())}.", *self.notes])
