@@ -47,7 +47,7 @@ def pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> Pairs | None
     Raises:
         StudyError: the runs share no range of training images.
     """
-    rows = rows[rows["arm"].isin([baseline, candidate]) & (np.isfinite(rows["value"]) | failed(rows))]
+    rows = rows[rows["arm"].isin([baseline, candidate]) & (np.isfinite(rows["value"].astype(float)) | failed(rows))]
     metric = "".join(rows["metric"].unique())
     scale: Scale = "difference" if metric in DIFFERENCES or (rows["value"] <= 0).any() else "ratio"
     rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
