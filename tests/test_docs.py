@@ -44,7 +44,7 @@ print(abs(p.sum().item() - 1) < 1e-12, p.argmax().item())
     assert done.stdout.split() in (["True", "699"], ["True", "700"]), done.stderr
     edit(project, lambda study: study["arms"].update(mine={"timesteps": {"triangle": {"peak": 0.7}}}))
     done = snakemake(project, "--dry-run", "--quiet", "all", "--config", "tracking=off")
-    assert done.returncode == 0 and re.search(r"^train +24$", done.stdout + done.stderr, re.M), done.stderr
+    assert done.returncode == 0 and re.search(r"^train +27$", done.stdout + done.stderr, re.M), done.stderr
     edit(project, lambda study: study["arms"].update(mine={"timesteps": {"triangle": {"peek": 0.7}}}))
     done = snakemake(project, "--dry-run", "--config", "tracking=off")
     assert done.returncode == 1 and "did you mean peak?" in done.stdout + done.stderr

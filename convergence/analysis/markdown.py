@@ -112,7 +112,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
         "## Noise and power",
         "Standard deviations over seeds of the average: of the runs of each arm, and of the paired differences. The "
         "part *from samples* is due to their finite number (infinitesimal jackknife, Efron 1982), the rest is due to "
-        "the seeds. *Increase* names the larger part: more seeds, or more `sample.images`. The smallest detectable "
+        "the seeds. "Increase" names the larger part: more seeds, or more `sample.images`. The smallest detectable "
         f"effect and the seeds that an effect needs are for {100 * POWER:.0f}% power. Brackets contain the seeds for a "
         "standard deviation at its 80% upper confidence bound.",
         _noise(planned),

@@ -19,7 +19,7 @@ DARKER = 0.75  # of a colour, so that text in it is readable on white
 
 
 def spread(places: np.ndarray, gap: float = GAP) -> np.ndarray:
-    """Returns places in 0..1 that differ by `gap` or more, in the same order and as near as possible to `places`."""
+    """Returns places [N] in 0..1 that differ by `gap` or more, in the same order and as near as possible to `places`."""
     order = np.argsort(places, kind="stable")
     steps = np.minimum(gap, 1 / max(len(places) - 1, 1)) * np.arange(len(places))
     free = isotonic_regression(places[order] - steps).x

@@ -180,7 +180,7 @@ STUDIES_OUTPUT = (
         ),
         "studies_table": report(
             layout.STUDIES_FIGURE.with_suffix(".csv"),
-            caption="../report/effects.rst",
+            caption="../report/studies.rst",
             category="1. Verdict",
             labels={"study": "all", "content": "Numbers (CSV)"},
         ),

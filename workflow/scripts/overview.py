@@ -27,7 +27,9 @@ with job(snakemake):
     if len(verdicts) > 1:
         primary = [verdict.primary for verdict in verdicts if verdict.primary]
         draw_studies(primary, [Path(output.studies)])
-        write_table(effects_table(primary), Path(output.studies_table), EFFECT_COLUMNS)
+        effects = effects_table(primary)
+        columns = [column for column in EFFECT_COLUMNS if column != "seed"]
+        write_table(effects[effects["seed"].isna()], Path(output.studies_table), columns)
     answers = {verdict.study: verdict.answer for verdict in verdicts}
     with atomic_write(Path(output.front)) as file:
         file.write(front_page(params.introduction, answers).encode())
