@@ -81,7 +81,7 @@ def _differences(found: Mechanism) -> list[str]:
             f"Variance of the whole gradient: **{_direction(variance[ALL], 1)}**, {_text(variance[ALL])} times the "
             f"baseline's; by bins: {_places(variance, 1)}.",
             f"Of this, p_t and w_t do not explain: {_places(remaining, 1)}.",
-            f"Noise scale of the whole gradient: {_text(found.of('noise_scale')[ALL])} times the baseline's.",
+            f"Noise scale of the whole gradient, divided by the baseline's: {_text(found.of('noise_scale')[ALL])}.",
         ]
     return sentences
 

@@ -22,7 +22,7 @@ def effect_text(effect: Effect, context: str = "") -> str:
 def interval_text(estimate: float, low: float, high: float, unit: Unit, context: str = "") -> str:
     """Returns an estimate with its interval in a printed unit; `UNKNOWN` if nothing is known."""
     text = NUMBERS[unit]
-    no_low, no_high = np.isneginf(low) or (unit == "factor" and low == 0), np.isposinf(high)
+    no_low, no_high = not low > (0 if unit == "factor" else -np.inf), not high < np.inf  # also for NaN
     if no_low and no_high:
         interval = "no interval"
     elif no_high:
