@@ -4,6 +4,7 @@ An analysis that is chosen after results were seen can be chosen to give the wan
 the first checkpoint of the study is evaluated, and is frozen from then on.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,10 @@ class StudyPlan(Section):
     """The planned seeds, which decide; None: all."""
     last_step: int | None
     """Step of the last planned checkpoint; None: the last one that all runs have."""
+    runs: dict[str, str] = {}
+    """Hash of the settings of the runs of each compared arm."""
+    measurement: str = ""
+    """Hash of how checkpoints are sampled and evaluated."""
     after_results: bool = False
     """Whether the plan was recorded after the first checkpoint had been evaluated."""
 
@@ -63,10 +68,12 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
         margin=None if margin is None else float(margin),
         seeds=compare.planned_seeds or experiment.seeds,
         last_step=experiment.steps[-1],
+        runs={arm: experiment.run(arm).hash8 for arm in (compare.baseline, *compare.candidates)},
+        measurement=_measurement(experiment),
     )
 
 
-def frozen_plan(experiment: Experiment) -> StudyPlan | None:
+def plan_in_force(experiment: Experiment) -> StudyPlan | None:
     """Returns the plan that the verdict judges by: the recorded one if a checkpoint of the study was evaluated.
 
     Raises:
@@ -83,9 +90,9 @@ def frozen_plan(experiment: Experiment) -> StudyPlan | None:
         raise FileError(path, f"is not the plan of a study ({error.errors()[0]['msg']})") from None
 
 
-def freeze_plan(experiment: Experiment) -> None:
+def record_plan(experiment: Experiment) -> None:
     """Records the plan. While no checkpoint of the study is evaluated, this replaces what was recorded before."""
-    if plan := frozen_plan(experiment):
+    if plan := plan_in_force(experiment):
         path = layout.plan_path(experiment.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_plan(plan, path)
@@ -108,9 +115,18 @@ def plan_changes(frozen: StudyPlan, current: StudyPlan) -> tuple[str, ...]:
     return tuple([late, *changes] if frozen.after_results else changes)
 
 
+def _measurement(experiment: Experiment) -> str:
+    """Returns a hash of the settings of samples and metrics, but not of what is only kept or where weights are."""
+    sample = experiment.sample.model_copy(update={"keep": False}).canonical()
+    evaluate = experiment.evaluate.model_copy(update={"weights": {}}).canonical()
+    return hashlib.sha256((sample + evaluate).encode()).hexdigest()[:8]
+
+
 def _has_results(study: str) -> bool:
     return any((layout.RESULTS / study).glob("*/seed*/step*/metrics.csv"))
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {content}" for name, content in value.items())
     return ", ".join(map(str, value)) if isinstance(value, tuple) else "unset" if value is None else str(value)

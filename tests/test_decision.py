@@ -14,7 +14,7 @@ from convergence.analysis.effects import shown
 from convergence.analysis.notes import is_skewed, outlier
 from convergence.analysis.verdict import judge, to_markdown
 from convergence.schema import Experiment
-from convergence.study_plan import current_plan, freeze_plan, frozen_plan, plan_changes
+from convergence.study_plan import current_plan, plan_changes, plan_in_force, record_plan
 from convergence.tables import PROBE_COLUMNS
 from diffusion.errors import FileError
 
@@ -254,15 +254,15 @@ def test_a_margin_in_another_unit_is_refused(metric, margin):
 def test_the_plan_is_frozen_when_the_first_checkpoint_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = experiment(), experiment(planned_seeds=[0, 1, 2], margin="5%", thresholds=[90, 80])
-    freeze_plan(first)
-    freeze_plan(second)  # nothing is evaluated yet
-    assert frozen_plan(first) == current_plan(first)
+    record_plan(first)
+    record_plan(second)  # nothing is evaluated yet
+    assert plan_in_force(first) == current_plan(first)
     assert layout.plan_path("mine").read_text() == current_plan(second).model_dump_json(indent=1) + "\n"
     table = layout.step_directory("mine", "a", first.run("a"), 0, 4) / "metrics.csv"
     table.parent.mkdir(parents=True)
     table.touch()
-    freeze_plan(first)
-    frozen = frozen_plan(first)
+    record_plan(first)
+    frozen = plan_in_force(first)
     assert frozen == current_plan(second) and not frozen.after_results
     assert plan_changes(frozen, current_plan(first)) == (
         "thresholds was 90.0, 80.0 and is unset in the study file.",
@@ -271,11 +271,11 @@ def test_the_plan_is_frozen_when_the_first_checkpoint_is_evaluated(tmp_path, mon
     )
     layout.plan_path("mine").write_text("{}")
     with pytest.raises(FileError, match=r"plan\.json: is not the plan of a study"):
-        frozen_plan(first)
+        plan_in_force(first)
     layout.plan_path("mine").unlink()
-    freeze_plan(first)
-    assert frozen_plan(first).after_results
-    assert "recorded after results existed" in plan_changes(frozen_plan(first), current_plan(first))[0]
+    record_plan(first)
+    assert plan_in_force(first).after_results
+    assert "recorded after results existed" in plan_changes(plan_in_force(first), current_plan(first))[0]
 
 
 def test_the_verdict_lists_what_was_changed_after_results_were_seen():

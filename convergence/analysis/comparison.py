@@ -32,6 +32,7 @@ from convergence.analysis.power import noise_over_seeds
 from convergence.analysis.results import Comparison, Role
 from convergence.analysis.sampling_noise import noise_of_samples
 from convergence.errors import StudyError
+from convergence.schema import DEFAULT_MARGIN
 from convergence.tables import HIGHER_IS_BETTER, check_curves
 
 # Thresholds of tables, as fractions of the baseline's progress in level from its first trained checkpoint to its last.
@@ -39,7 +40,6 @@ THRESHOLD_SHARES = (0.25, 0.5, 0.75)
 # Digits to which the primary threshold is rounded, to the side that is easier to reach.
 THRESHOLD_DIGITS = 4
 ROUNDING = 1e-12
-DEFAULT_MARGIN = 2.0  # percent of a distance
 # Differences in level below this are rounding errors.
 NO_DIFFERENCE = 1e-9
 
@@ -147,7 +147,7 @@ def compare_pair(
     if images and costs and {baseline, candidate} <= costs.keys():
         times.append(_in_hours(images, costs[baseline], costs[candidate]))
     if margin is None and pairs.scale == "ratio":
-        margin = DEFAULT_MARGIN
+        margin = float(DEFAULT_MARGIN.removesuffix("%"))
     return _comparison(pairs, rows, times, primary, margin, role)
 
 

@@ -25,6 +25,7 @@ from convergence.tables import (
 
 PLANNED_EFFECTS = (0.01, 0.02, 0.05)
 BOLD_FROM_PAIRS = 3
+LEVEL = 0.05  # of adjusted p-values
 LEGEND = """\
 Brackets contain 95% confidence intervals over seeds. A change of FID or FD is in percent of the baseline's: above 0 is
 worse. KID, KD (the KID estimator on features other than Inception's), precision and recall show the change of the
@@ -45,7 +46,8 @@ METHOD = """\
 - A run diverged if its loss, a weight or a sample is not finite. It collapsed if, at its last checkpoint, its mse is
   above that of an untrained net or its samples are nearly equal. Such a run reaches no threshold, and its pair is left
   out of averages. The arm with more such runs is never better, and the arms are not the same then.
-- Hours are images multiplied by the cost of an arm, measured alone on the machine that trains.
+- Hours are images multiplied by the cost of an arm, measured alone on the machine that trains. Their interval does not
+  contain the uncertainty of that cost (`cost.csv`).
 """
 DIRECTIONS = {True: "higher is better", False: "lower is better"}
 
@@ -133,13 +135,20 @@ def _overview(comparisons: Iterable[Comparison]) -> str:
             "**primary**" if comparison.role == "primary" else comparison.role,
             *map(effect_text, (comparison.average, comparison.final)),
             *("–" if effect is None else effect_text(effect) for effect in (comparison.images, comparison.hours)),
-            comparison.average.shown if comparison.role == "secondary" else comparison.outcome,
+            _result(comparison),
             "–" if np.isnan(comparison.p_holm) else f"{comparison.p_holm:.2g}",
         ]
         for comparison in comparisons
     ]
     head = ["candidate", "metric", "role", "average", "at the end", "images", "hours", "result", "p (Holm)"]
     return markdown_table(head, rows)
+
+
+def _result(comparison: Comparison) -> str:
+    """The outcome of the primary comparison; of a secondary one what its adjusted p-value shows."""
+    if comparison.role != "secondary":
+        return comparison.outcome
+    return comparison.average.shown if comparison.p_holm <= LEVEL else "not shown"
 
 
 def _thresholds(comparisons: Iterable[Comparison]) -> str:

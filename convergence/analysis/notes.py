@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.stats import binomtest, skew
+from scipy.stats import binomtest, norm, skew
 from scipy.stats import t as student_t
 
 from convergence.analysis.effects import Effect, Unit, in_unit, interval_in_unit
@@ -46,7 +46,7 @@ def is_skewed(values: np.ndarray) -> bool:
     if size < MIN_SKEW_PAIRS or np.ptp(values) == 0:
         return False
     stderr = math.sqrt(6 * size * (size - 1) / ((size - 2) * (size + 1) * (size + 3)))
-    return bool(abs(skew(values, bias=False)) > 2 * stderr)
+    return bool(abs(skew(values, bias=False)) > norm.ppf(1 - ERROR_RATE / 2) * stderr)
 
 
 def notes_on(pairs: Pairs, average: Effect, images: Effect | None, is_conclusion: bool) -> tuple[str, ...]:

@@ -159,16 +159,21 @@ class Comparison:
                 first, then = ("better", "worse") if average.shown == "better" else ("worse", "better")
                 last = at_the_end if final.shown == then else f"{candidate} {needs}"
                 order = f"{candidate} is {first} before and {then} after"
+                if final.shown != then:
+                    leader = candidate if average.shown == "better" else baseline
+                    order = f"the early lead of {leader} is lost before the threshold"
                 numbers = f"{order}; {on_average}{in_margin}; {last}; no single answer"
                 return f"The curves of {both} cross{place}", numbers
             case "the same":
                 interval = interval_text(average.estimate, *self.average_90, average.unit, "on average")
                 return f"{both} are the same within {margin}", f"{metric} {interval.replace('(', '(90% interval: ')}"
-            case "the same on average" if final.shown != "not shown":
-                lead = f"{both} are the same within {margin} on average, not at the end"
-                return lead, f"{at_the_end}; no single answer"
             case "the same on average":
-                return f"{both} are the same within {margin} on average", f"but {candidate} {needs}; no single answer"
+                not_at_the_end = ", not at the end" if final.shown != "not shown" else ""
+                shown = [at_the_end] if not_at_the_end else []
+                if images and images.shown != "not shown":
+                    shown.append(f"but {candidate} {needs}")
+                lead = f"{both} are the same within {margin} on average{not_at_the_end}"
+                return lead, f"{'; '.join(shown)}; no single answer"
             case "identical":
                 return f"{both} are identical", "every value of every seed is equal"
             case outcome:

@@ -57,7 +57,7 @@ onstart:
         snakefile.cancel_left_jobs((job.rule.name, job.wildcards) for job in workflow.dag.needrun_jobs())
     snakefile.save_study_files(EXPERIMENTS)
     for experiment in EXPERIMENTS.values():
-        study_plan.freeze_plan(experiment)
+        study_plan.record_plan(experiment)
     process.start_tracking(TRACKED)
 
 

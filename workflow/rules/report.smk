@@ -54,7 +54,7 @@ rule verdict:
         "../../environment.yml"
     params:
         arms=lambda wildcards: [arm for arm, *_ in layout.checkpoints(EXPERIMENTS[wildcards.study])],
-        plan=lambda wildcards: plan_text(study_plan.frozen_plan(EXPERIMENTS[wildcards.study])),
+        plan=lambda wildcards: plan_text(study_plan.plan_in_force(EXPERIMENTS[wildcards.study])),
         current=lambda wildcards: plan_text(study_plan.current_plan(EXPERIMENTS[wildcards.study])),
         trained=lambda wildcards: [arm for arm, _ in last_checkpoints(wildcards.study)],
         runs=lambda wildcards: run_settings(wildcards.study),
