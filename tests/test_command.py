@@ -117,7 +117,7 @@ def test_a_mistake_of_the_user_is_one_sentence_and_code_1(tmp_path, arguments):
     ("arguments", "message"),
     [
         (["--candidate", "a"], "--baseline and --candidate are both a: name two arms"),
-        (["--candidate", "b"], "All pairs of a and b have the same difference, so the pilot shows no noise"),
+        (["--candidate", "b"], "a and b are identical in the pilot: every value of every seed is equal"),
         (["--candidate", "b", "--study", ""], "--study '' is not in the table: choose one of curves"),
         (["--candidate", "b", "--metric", "kid"], "--metric 'kid' is not in the table: choose one of fd"),
         (["--candidate", "c"], "there is no arm c: choose one of a, b"),

@@ -133,7 +133,8 @@ def compare_pair(
     pairs = pair_runs(rows, baseline, candidate)
     if pairs is None:
         return None
-    if thresholds is None:
+    thresholds = None if thresholds is None else list(thresholds)
+    if not thresholds:
         primary, others = _reached_by_all(pairs), progress_thresholds(pairs)
     else:
         others = sorted(set(thresholds), key=lambda value: -to_level(value, pairs.metric, pairs.scale))
