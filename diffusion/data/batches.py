@@ -36,10 +36,10 @@ def epoch_batch(count: int, batch_size: int, step: int, order: Callable[[int], T
 class Batches:
     """The training batches of a run, on the device of the run.
 
-    `batches[step]` is uint8 [B, H, W, 3] in 0..255. `epoch_batch` selects its images.
+    `batches[step]` is uint8 [B, H, W, 3] in 0..255: the images that `epoch_batch` selects for this step.
 
-    On a GPU, all images that are used are copied to the GPU if they take less than half of its free memory. Otherwise,
-    a thread reads the next batch from `images` (usually a memory map of a file) while the device computes.
+    On a GPU, all images that are used are copied to the GPU if half of the free GPU memory is enough. Otherwise, a
+    thread reads the next batch from `images` (usually a memory map of a file) while the device computes.
 
     Args:
         images: all images of the dataset, uint8 [N, H, W, 3]. The array is not copied as a whole.
@@ -47,8 +47,7 @@ class Batches:
         order: function that returns the permutation of an epoch: the numbers 0..M-1, int64 [M].
         device: device of the batches.
         indices: indices of the images that are used, int64 [M]. If None, all images are used (M = N).
-        resident: whether all images that are used are copied to the device. If None, the free memory of the GPU
-            decides.
+        resident: whether all images that are used are copied to the device. If None, the free GPU memory decides.
     """
 
     def __init__(

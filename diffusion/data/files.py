@@ -90,7 +90,8 @@ def open_source(source: Path) -> Iterator[dict[str, Opener]]:
 def snapshot(source: Path, seconds: float = float("inf")) -> dict[str, list[int]]:
     """Returns a dict that maps file names to [size in bytes, modification time in ns].
 
-    For a folder, the dict has one entry per image. For a zip file, its only entry is the zip file. No file is opened.
+    For a folder, the dict has one entry per image. For a zip file, the only entry is the zip file itself. No file is
+    opened.
 
     Raises:
         TimeoutError: if listing the folder takes more than `seconds`.

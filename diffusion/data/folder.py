@@ -62,15 +62,15 @@ def read_images(source: Path) -> np.ndarray:
     """Reads images of equal size, without cropping or resizing.
 
     Args:
-        source: folder or zip file, read as `prepare_folder` reads it. Or a .npy file, or a .npz file with the array
-            `arr_0`.
+        source: folder or zip file, read as `prepare_folder` reads it; .npy file; or .npz file with the array `arr_0`.
 
     Returns:
-        images, uint8 [N, H, W, 3] in 0..255: a read-only memory map of a file, except for a .npz file.
+        images, uint8 [N, H, W, 3] in 0..255. For a .npz file, the array is in memory. Otherwise, the array is a
+        read-only memory map of a file.
 
     Raises:
-        FileError: if the source does not exist or contains no images, or if an image cannot be read or differs in size
-            from the first image. Also if an array is damaged, has another shape or dtype, or is not scaled to 0..255.
+        FileError: if the source does not exist or contains no images; if an image cannot be read or differs in size
+            from the first image; if an array is damaged, has another shape or dtype, or is not scaled to 0..255.
         OSError: if the temporary directory is full.
     """
     if source.suffix in (".npy", ".npz"):

@@ -25,20 +25,21 @@ def prepare_torchvision(
 ) -> None:
     """Prepares a dataset of `torchvision.datasets`. Several splits are concatenated.
 
-    torchvision downloads the dataset to `root` if it is not there yet.
+    If `root` does not contain the dataset yet, torchvision downloads the dataset to `root`.
 
     Args:
         directory: directory of `images.npy` and `manifest.json`; created if missing.
         name: name of the class, such as "Flowers102" or "FashionMNIST".
         splits: splits of the dataset. For a class with an argument `split`, values of this argument, such as "train",
-            "val" or "test". For a class with an argument `train`, "train" or "test".
+            "val" or "test". For a class with an argument `train`, "train" or "test". For any other class, one arbitrary
+            name.
         root: directory of torchvision's datasets.
         image_size: height and width of the prepared images, in pixels, at least 8.
         pad: number of black pixels added on each side of an image before resizing.
 
     Raises:
         InputError: if the dataset or a split does not exist, if the dataset cannot be downloaded, or if more than 1% of
-            its images cannot be read.
+            the images cannot be read.
     """
     import torchvision.datasets  # takes seconds
     from torch.utils.data import ConcatDataset

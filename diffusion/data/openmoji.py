@@ -21,9 +21,9 @@ def prepare_openmoji(directory: Path, image_size: int) -> None:
     """Draws the colour emoji of OpenMoji (https://openmoji.org, CC BY-SA 4.0) and writes them as a dataset.
 
     Each emoji is centred on a white square. The emoji is scaled so that the margin at both ends of its longer side is
-    6% of `image_size`, but at least one pixel. The emoji are in the order of their code points. An emoji is skipped,
-    and named in the manifest, if its pixels equal those of an earlier emoji. Drawing takes about 9 s on one core for up
-    to 64 pixels, and two minutes for 256 pixels.
+    6% of `image_size`, but at least one pixel. The emoji are in the order of their code points. Emoji without a glyph,
+    blank emoji, and emoji with the same pixels as an earlier emoji are skipped; the manifest names the skipped emoji.
+    Drawing takes about 9 s on one core for up to 64 pixels, and two minutes for 256 pixels.
 
     Args:
         directory: directory of `images.npy` and `manifest.json`; created if missing.

@@ -235,7 +235,7 @@ def _warn_of_dark_images(ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def _read_state(path: Path, key: str) -> tuple[int, dict[str, str]]:
-    """Returns how many images an interrupted call with the same key has read, and a dict of the images that it skipped."""
+    """Returns how many images an interrupted call with the same key has read, and which images the call skipped."""
     try:
         state = read_json(path)
         return (state["done"], state["skipped"]) if state["key"] == key else (0, {})
@@ -250,8 +250,9 @@ def write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray]
         directory: directory of the files; created if missing.
         image_size: height and width of the images, in pixels.
         images: images, each uint8 [image_size, image_size, 3].
-        manifest: entries of `manifest.json`. The dict is read after the last image, so the iterator `images` may still
-            change it. The file also states the number of images, the image size, and the SHA-256 digest of all pixels.
+        manifest: entries of `manifest.json`. This dict is read after the last image, so the iterator `images` may still
+            change the dict. The file also states the number of images, the image size, and the SHA-256 digest of all
+            pixels.
     """
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / "images.partial.npy"

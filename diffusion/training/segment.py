@@ -1,6 +1,6 @@
 """Training of one segment: the part of a run between two neighbouring checkpoints.
 
-A segment starts from the training state of the previous checkpoint, or from the untrained net if there is none. The
+A segment starts from the training state of the previous checkpoint. The first segment starts from the untrained net. A
 segment ends with the training state of its own checkpoint. Training can be stopped and resumed at any step.
 """
 
@@ -183,8 +183,8 @@ class _Saver:
 class _Log:
     """The file log.csv of a run.
 
-    A segment first writes the file again, with the rows of the state, so that no step appears twice. After that, each
-    new row is appended.
+    At the start of a segment, the file is written anew with the rows of the state, so that no step appears twice. After
+    that, each new row is appended.
     """
 
     def __init__(self, path: Path, state: TrainState, until: int):

@@ -135,7 +135,8 @@ class TrainState:
     def tables_now(self) -> Tables:
         """Returns the density and the loss weights at the present step, each [T].
 
-        Only a density that is learned changes during training. Weights that correct for such a density change, too.
+        The density changes during training only if it is learned. Importance-corrected loss weights change with such a
+        density.
         """
         if self.history is None:
             return self.tables
@@ -253,7 +254,7 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
 
     Args:
         path: file that `save_state` wrote.
-        since: step of the previous checkpoint; 0 if this is the untrained net.
+        since: step of the previous checkpoint; 0 if the previous checkpoint is the untrained net.
 
     Returns:
         a dict with `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`. `mse` is the mean of the

@@ -44,7 +44,7 @@ def time_steps(
 def in_turns(functions: Sequence[Callable[[], float]], clock: Callable[[], float]) -> np.ndarray:
     """Calls the functions in turns (a, b, c, a, b, c, ...) and returns their results, [rounds, functions].
 
-    There are 3 to 8 rounds. After 3 rounds, a new round starts only if fewer than 20 s per function have passed.
+    There are 3 to 8 rounds. After 3 rounds, a new round starts only if less than 20 s per function have passed.
 
     Args:
         functions: functions that are called.
