@@ -98,7 +98,7 @@ def prepare_huggingface(
 
     Raises:
         InputError: if the package `datasets` is missing, if the dataset, split or column does not exist, if the dataset
-            cannot be downloaded, or if more than 1% of its images cannot be read.
+            cannot be downloaded, or if more than 1% of the images cannot be read.
     """
     try:
         import datasets

@@ -73,8 +73,8 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to RGB. EXIF orientation is applied, and transparent pixels are blended with white.
 
-    If the original has 16 bits per value, `info["range"]` of the result is the tuple of its least and largest values.
-    Otherwise, `info` is empty.
+    If the original has 16 bits per value, `info["range"]` of the result is the pair of the least and the largest value
+    in the original. Otherwise, `info` is empty.
 
     Raises:
         ValueError: if the range of the pixel values is not known (modes I and F).

@@ -199,8 +199,8 @@ def load_extractor(
     """Loads a feature extractor.
 
     The weights of "efficientnet-lite0" (D = 1280) are part of the installation. The other extractors
-    ("inception-v3-compat", D = 2048, "dinov2-vit-b-14", "clip-vit-b-32", ...) are those of torch-fidelity. Their
-    weights are downloaded on first use, unless `path` is given.
+    ("inception-v3-compat", D = 2048, "dinov2-vit-b-14", "clip-vit-b-32", ...) are those of torch-fidelity. The
+    weights of these extractors are downloaded on first use, unless `path` is given.
 
     Args:
         name: name of the extractor.

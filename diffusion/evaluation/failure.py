@@ -16,7 +16,7 @@ MIN_DEVIATION = 1.0  # grey levels; samples with a smaller standard deviation ar
 def failure(facts: Mapping[str, Any], samples: np.ndarray, images: np.ndarray) -> str:
     """Returns the reason why a run has failed at a checkpoint, or "" if the run has not failed there.
 
-    The run as a whole failed if this checkpoint is the last of the run. A run diverged if the loss, a weight or a
+    If this checkpoint is the last of the run, the whole run has failed. A run diverged if the loss, a weight or a
     sample is not finite. A run collapsed if one of these conditions holds:
 
     - The unweighted mse, averaged over the steps since the previous checkpoint, is above that of an untrained net (1)
@@ -25,8 +25,8 @@ def failure(facts: Mapping[str, Any], samples: np.ndarray, images: np.ndarray) -
       and below a tenth of the same quantity for the dataset.
 
     Args:
-        facts: facts of the checkpoint: `step` and `diverged`. After step 0, also `mse` and `mse_images`, the number of
-            images over which `mse` is averaged.
+        facts: facts of the checkpoint: `step`, and `diverged` (the step at which training diverged, or None). After
+            step 0, also `mse` and `mse_images`, the number of images over which `mse` is averaged.
         samples: samples, uint8 [N, H, W, 3], as `diffusion.checkpoints.sample_checkpoint` returns them. N is 0 if a
             value of a sample is not finite.
         images: some images of the dataset, uint8 [M, H, W, 3].

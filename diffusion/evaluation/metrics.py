@@ -89,7 +89,7 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
 
     Args:
         features: features, [N, D], N at least 2.
-        reference: Gaussian in D dimensions.
+        reference: Gaussian fitted to the features of real images, in D dimensions.
 
     Raises:
         InputError: if there are fewer than two rows, if a value is NaN or infinite, or if D differs.
@@ -119,12 +119,12 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
 
     The distances of 15 random subsets of n = N/2 ... N images are computed, and a line in 1/n is fitted to the
     distances. The result is the value of the line at 1/n = 0. The bias is linear in 1/n only for covariances of full
-    rank, so N must exceed 2 D. The standard error is that of the infinitesimal jackknife, with the images weighted as
-    in the fit.
+    rank, so N must exceed 2 D. The standard error is that of the infinitesimal jackknife, where each image has the
+    weight with which the fit uses this image.
 
     Args:
         features: features, [N, D], N larger than 2 D.
-        reference: Gaussian in D dimensions.
+        reference: Gaussian fitted to the features of real images, in D dimensions.
         rng: random generator that draws the subsets.
     """
     x = _checked(features)
@@ -160,7 +160,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
 
     Args:
         x: features, [N, D].
-        reference: Gaussian in D dimensions.
+        reference: Gaussian fitted to the features of real images, in D dimensions.
         with_influences: whether to compute the influences, which takes longer.
 
     Returns:

@@ -52,7 +52,8 @@ class GradientMoments:
     def squared_norm(self) -> float:
         """Unbiased estimate of the squared norm of the expected vector. The estimate may be negative.
 
-        On average, the squared norm of the mean of n vectors is too large by covariance_trace / n, which is subtracted.
+        On average, the squared norm of the mean of n vectors is too large by covariance_trace / n. This excess is
+        subtracted.
         """
         return self.mean.square().sum().item() - self.covariance_trace / self.count
 
@@ -124,7 +125,7 @@ def probe(
     The metrics are:
 
     - `mse`, `vb`: the unweighted terms of the loss, averaged over uniformly drawn timesteps. These values are
-      comparable between arms.
+      comparable between arms (training schemes).
     - `gradient_squared_norm`, `gradient_variance`: see `GradientNoise`. The gradient is that of the training loss of
       the arm: the terms have the weights of the arm, and timesteps are drawn from the density of the arm, restricted to
       the bin.

@@ -71,7 +71,7 @@ class Reference:
 
 
 def reference_of(features: np.ndarray, key: dict[str, Any], held_out_features: np.ndarray | None = None) -> Reference:
-    """Computes a reference from the features of its images.
+    """Computes a reference from the features of real images.
 
     Args:
         features: features, float32 [M, D], M at least 2.
@@ -261,7 +261,7 @@ _COMPUTATIONS = [
 
 
 def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str]) -> list[MetricRow]:
-    """Computes metrics of generated images against a reference.
+    """Computes metrics that compare generated images with a reference.
 
     Args:
         features: features of the generated images, float32 [N, D]; [0, D] if the run diverged.

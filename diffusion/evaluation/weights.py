@@ -18,16 +18,15 @@ TIMEOUT_SECONDS = 5
 
 
 class Source(NamedTuple):
-    """Source of the weights of an extractor: URL of the download, and path of the downloaded file, as in
-    torch-fidelity."""
+    """Where torch-fidelity downloads the weights of an extractor from, and where the file is stored."""
 
     url: str
     file: str
     """Path relative to `hub_directory()`."""
     sha256: str | None
-    """SHA-256 digest of the file. None if the publisher states none.
+    """SHA-256 digest of the file; None if the publisher states none.
 
-    If None, the weights cannot be read from a path given by the user.
+    Without a digest, the weights cannot be read from a path given by the user.
     """
 
 

@@ -56,10 +56,10 @@ def train_segment(
 ) -> TrainState:
     """Trains a run from the previous checkpoint to step `until`, and writes the checkpoint of this step.
 
-    The checkpoint consists of weights.safetensors and state.pt in `directory`. The parent of `directory` receives
-    log.csv, which has the rows of the whole run. If an earlier call for this segment was stopped, `directory` contains
-    state.partial.pt, and training resumes from this file. SIGTERM, SIGINT and SIGHUP stop training after the current
-    step.
+    The checkpoint consists of weights.safetensors and state.pt in `directory`. In the parent of `directory`, log.csv
+    contains the log of the whole run since step 0. If an earlier call for this segment was stopped, `directory`
+    contains state.partial.pt, and training resumes from this file. SIGTERM, SIGINT and SIGHUP stop training after the
+    current step.
 
     Args:
         run: configuration of the run.

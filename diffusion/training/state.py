@@ -44,9 +44,10 @@ def initial_weights(config: Initial, seed: int, path: Path) -> None:
 
 
 class TrainState:
-    """Everything that changes during a run: parameters, their moving average, optimizer, step, seconds and log.
+    """Everything that changes during a run, such as parameters, optimizer, step, seconds and log.
 
-    Runs with the same seed and the same configuration of the net start from the same weights.
+    The state also contains the exponential moving average (EMA) of the parameters. Runs with the same seed and the same
+    configuration of the net start from the same weights.
 
     Args:
         run: configuration of the run.
@@ -93,7 +94,7 @@ class TrainState:
         return torch.optim.AdamW(self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
 
     def ema_weights(self) -> dict[str, Tensor]:
-        """Returns the averaged weights as a dict from parameter names to float32 tensors [...]."""
+        """Returns the averaged weights (EMA) as a dict from parameter names to float32 tensors [...]."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
 
     def batches(self, images: np.ndarray, indices: np.ndarray | None = None) -> Batches:
@@ -115,8 +116,8 @@ class TrainState:
     ) -> list[Tensor]:
         """Returns the gradients of the loss, one per parameter, followed by the mse and vb of each image, [2, B].
 
-        The loss is the sum over the images of mse_weight * mse + vb_weight * vb. The returned mse and vb are
-        unweighted.
+        mse and vb are the unweighted terms of the hybrid loss (Nichol & Dhariwal 2021): the mean squared error of
+        epsilon and the variational bound. The loss is the sum over the images of mse_weight * mse + vb_weight * vb.
 
         Args:
             x_start: images, [B, 3, H, W].
@@ -257,8 +258,8 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         since: step of the previous checkpoint; 0 if the previous checkpoint is the untrained net.
 
     Returns:
-        a dict with `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`. `mse` is the mean of the
-        unweighted mse over the steps after `since`, or None if this mean is not finite.
+        a dict with `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`. `mse` is the
+        unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not finite.
 
     Raises:
         FileError: if the file is damaged.
@@ -305,9 +306,9 @@ class Meter:
 
         Args:
             loss: weighted loss of each image, [B].
-            mse: unweighted mse of each image, [B].
-            vb: unweighted vb of each image, [B].
-            quarter: quarter of the range of timesteps that contains the timestep of each image, 0..3, int64 [B].
+            mse: unweighted mean squared error of epsilon of each image, [B].
+            vb: unweighted variational bound of each image, [B].
+            quarter: index of the quarter of 0..T-1 that contains the timestep of each image, int64 [B] in 0..3.
         """
         self.sums["losses"] += torch.stack([loss, mse, vb]).double().sum(1)
         self.sums["quarters"].index_add_(1, quarter, torch.stack([mse, torch.ones_like(mse)]).double())
@@ -318,8 +319,8 @@ class Meter:
         """Returns the means since the last row of the log.
 
         `loss`, `mse` and `vb` are means over images, and `grad_norm` is a mean over steps. `loss_q0` to `loss_q3` are
-        means of the unweighted mse over the images with timesteps in each quarter of the range of timesteps. If a
-        quarter has no images, its mean is NaN.
+        the means of the unweighted mse in the four quarters of the timesteps 0..T-1. The mean of a quarter without
+        images is NaN.
         """
         loss, mse, vb = (self.sums["losses"] / self.images).tolist()
         total, count = self.sums["quarters"]
