@@ -1,1 +1,1 @@
-"""Datasets: preparation from images of any source, arrays on disk, batches."""
+"""Datasets: preparation of images from any source, arrays on disk, batches."""

@@ -10,18 +10,18 @@ from diffusion.errors import FileError, InputError
 
 
 def load_images(directory: Path, verify: bool = False) -> np.ndarray:
-    """Opens a prepared dataset as a read-only memory map.
+    """Opens the images of a prepared dataset as a read-only memory map.
 
     Args:
-        directory: Directory that holds `images.npy` and `manifest.json`.
-        verify: Whether to read all pixels and compare their SHA-256 digest with the manifest. Shape and dtype are
-            always compared.
+        directory: directory that contains `images.npy` and `manifest.json`.
+        verify: whether to read all pixels and compare their SHA-256 digest with the digest in the manifest. Shape and
+            dtype are always compared.
 
     Returns:
-        uint8 [N, H, W, 3], values in 0..255.
+        images, uint8 [N, H, W, 3] in 0..255.
 
     Raises:
-        FileError: If a file is missing, truncated or unreadable, or if images and manifest do not match.
+        FileError: if a file is missing, truncated or unreadable, or if the images do not match the manifest.
     """
     path = directory / "images.npy"
     try:
@@ -39,20 +39,21 @@ def load_images(directory: Path, verify: bool = False) -> np.ndarray:
 
 
 def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the images of a dataset into those used for training and those held out.
+    """Splits the images of a dataset into training images and held-out images.
 
-    The held-out images are the last ones of one fixed permutation, so a larger `held_out` includes a smaller one.
+    The held-out images are the last images of a fixed permutation. Therefore, a larger `held_out` adds images to those
+    that a smaller `held_out` selects.
 
     Args:
-        count: Number of images in the dataset.
-        held_out: Number of images to hold out.
+        count: number of images in the dataset.
+        held_out: number of images to hold out.
 
     Returns:
-        Indices of the training images, int64 [count - held_out], and of the held-out images, int64 [held_out], both in
+        indices of the training images, int64 [count - held_out], and of the held-out images, int64 [held_out], both in
         ascending order.
 
     Raises:
-        InputError: If no image is left for training.
+        InputError: if no image is left for training.
     """
     if held_out >= count:
         raise InputError(

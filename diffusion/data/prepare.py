@@ -1,4 +1,4 @@
-"""Prepares a dataset: images of any size become one array of square images of equal size, with a manifest."""
+"""Preparation of a dataset: images of any size become one array of square images of equal size, with a manifest."""
 
 import hashlib
 import io
@@ -35,33 +35,33 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> how to show the image upright."""
+"""Maps the EXIF orientation of an image to the transposition that makes the image upright."""
 
 
 class ImageSource(NamedTuple):
     """Images in a fixed order that are read one by one."""
 
     names: Sequence[str]
-    """One name per image."""
+    """Name of each image."""
     read: Callable[[int], Image.Image]
-    """Returns the image of an index, RGB and upright; may raise any exception."""
+    """Function that returns the image at an index, as upright RGB. The function may raise any exception."""
     description: str
-    """Where the images come from, for the manifest."""
+    """Origin of the images, for the manifest."""
     licence: str
-    """Their licence, for the manifest."""
+    """Licence of the images, for the manifest."""
     files: Mapping[str, list[int]] = {}
-    """Size and time of each file, if the images are files."""
+    """`snapshot` of the source: size and modification time of each file. Empty if the images are not files."""
     other_files: Mapping[str, int] = {}
-    """Number of files that are no images, by suffix."""
+    """Number of files that are not images, by suffix."""
 
 
 # Decode and resize
 
 
 def decode_image(file: IO[bytes]) -> Image.Image:
-    """Decode an image file to RGB: EXIF orientation applied, transparency blended over white.
+    """Decodes an image file to RGB. EXIF orientation is applied, and transparent pixels are blended with white.
 
-    Raises an exception of any type if the image is damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises an exception of any type if the image is damaged or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     with warnings.catch_warnings():
         # Above MAX_IMAGE_PIXELS, Pillow only warns; it raises an error above twice that size.
@@ -71,13 +71,13 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB: EXIF orientation applied, transparency blended over white.
+    """Converts an image of any mode to RGB. EXIF orientation is applied, and transparent pixels are blended with white.
 
-    If the image has 16 bits per value, the `info` of the result has `range`, its least and largest value; otherwise it
-    is empty.
+    If the original has 16 bits per value, `info["range"]` of the result is the pair of the least and the largest value
+    in the original. Otherwise, `info` is empty.
 
     Raises:
-        ValueError: The range of the pixel values is not known (modes I and F).
+        ValueError: if the range of the pixel values is not known (modes I and F).
     """
     # Pillow keeps 16 bits of grey values, but only the upper 8 of colours: then the decoder's raw mode names the bits.
     has_16_bits = re.search("I;16|;16[BLN]", f"{image.mode} {getattr(image, 'tile', '')}")
@@ -101,7 +101,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply EXIF orientation. `ImageOps.exif_transpose` also rewrites the EXIF data, and fails if they are unusual."""
+    """Applies the EXIF orientation to an image.
+
+    `ImageOps.exif_transpose` is not used, because it also rewrites the EXIF data and fails if these data are unusual.
+    """
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -111,21 +114,21 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, image_size: int, pad: int = 0) -> np.ndarray:
-    """Pad an RGB image, reduce its shorter side to `image_size`, and crop the centre.
+    """Pads an RGB image, resizes it so that the shorter side is `image_size`, and crops the centre.
 
-    As ADM does (Dhariwal & Nichol 2021, arXiv 2105.05233): area averages halve the image while it is at least twice
-    as large as needed, then a bicubic filter does the rest.
+    As in ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), a box filter halves the image while its shorter side is at
+    least 2 * image_size. A bicubic filter then resizes the image to its final size.
 
     Args:
-        image: RGB.
-        image_size: Height and width of the result, in pixels.
-        pad: Black pixels added on each side before the image is resized.
+        image: RGB image.
+        image_size: height and width of the result, in pixels.
+        pad: number of black pixels added on each side before resizing.
 
     Returns:
         uint8 [image_size, image_size, 3].
 
     Raises:
-        ValueError: The enlarged image would exceed `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: if the resized image would be larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if pad:
         image = ImageOps.expand(image, pad)
@@ -144,20 +147,22 @@ def resize_and_crop(image: Image.Image, image_size: int, pad: int = 0) -> np.nda
 
 
 def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: int = 0) -> None:
-    """Resize the images of a source and write them to `directory` as `images.npy` with `manifest.json`.
+    """Resizes and crops the images of a source, and writes `images.npy` and `manifest.json`.
 
-    Images that cannot be read are skipped; the manifest names them, and the log the first ones. While the work is in
-    progress, `images.partial.npy` holds the images written so far and `images.partial.json` their number. If the work
-    is interrupted, the next call with equal arguments resumes there, and the result is the same.
+    Images that cannot be read are skipped. The manifest names all skipped images, and the log names the first five.
+
+    During the work, `images.partial.npy` contains the images written so far, and `images.partial.json` the number of
+    images read. If the work is interrupted, the next call with equal arguments continues from these files, and the
+    result is the same.
 
     Args:
-        directory: Receives the files; created if missing.
-        source: The images.
-        image_size: Height and width of the images, in pixels.
-        pad: Black pixels added on each side of an image before it is resized.
+        directory: directory of the files; created if missing.
+        source: images to prepare.
+        image_size: height and width of the prepared images, in pixels.
+        pad: number of black pixels added on each side of an image before resizing.
 
     Raises:
-        InputError: More than 1% of the images cannot be read.
+        InputError: if more than 1% of the images cannot be read.
     """
     versions = library_versions("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "webp", "avif", "libtiff")
     manifest = {"source": source.description, "licence": source.licence, "versions": versions}
@@ -216,7 +221,10 @@ def prepare_images(directory: Path, source: ImageSource, image_size: int, pad: i
 
 
 def _warn_of_dark_images(ranges: Sequence[tuple[int, int]]) -> None:
-    """Log the range of images of 16 bits per value if they use less than half of it: they may hold 12-bit values."""
+    """Logs a warning if images of 16 bits per value use less than half of the range 0..65535.
+
+    Such images may contain 12-bit values.
+    """
     if ranges and (highest := max(high for _, high in ranges)) < 2**15:
         lowest = min(low for low, _ in ranges)
         logger.warning(
@@ -227,7 +235,7 @@ def _warn_of_dark_images(ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def _read_state(path: Path, key: str) -> tuple[int, dict[str, str]]:
-    """How many images an interrupted call with the same key has processed, and those that it skipped."""
+    """Returns how many images an interrupted call with the same key has read, and which images the call skipped."""
     try:
         state = read_json(path)
         return (state["done"], state["skipped"]) if state["key"] == key else (0, {})
@@ -236,14 +244,15 @@ def _read_state(path: Path, key: str) -> tuple[int, dict[str, str]]:
 
 
 def write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray], manifest: dict[str, Any]) -> None:
-    """Write images one by one to `images.npy` in a directory, then `manifest.json`.
+    """Writes images one by one to `images.npy`, and then writes `manifest.json`.
 
     Args:
-        directory: Receives the files; created if missing.
-        image_size: Height and width of the images, in pixels.
-        images: Each uint8 [image_size, image_size, 3].
-        manifest: Entries of `manifest.json`. The iterator `images` may still change them, since they are read after
-            its last image. The number of images, the image size, and the SHA-256 of all pixels are added.
+        directory: directory of the files; created if missing.
+        image_size: height and width of the images, in pixels.
+        images: images, each uint8 [image_size, image_size, 3].
+        manifest: entries of `manifest.json`. This dict is read after the last image, so the iterator `images` may still
+            change the dict. The file also states the number of images, the image size, and the SHA-256 digest of all
+            pixels.
     """
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / "images.partial.npy"
@@ -260,7 +269,7 @@ def write_dataset(directory: Path, image_size: int, images: Iterable[np.ndarray]
 
 
 def _finish(directory: Path, file: IO[bytes], count: int, image_size: int, manifest: dict[str, Any]) -> None:
-    """Complete the header of the array in `file`, move it to `images.npy`, and write the manifest."""
+    """Completes the array header in `file`, renames the file to `images.npy`, and writes the manifest."""
     file.seek(0)
     # NumPy pads the header so that the first axis can grow: the final count fits.
     write_npy_header(file, (count, image_size, image_size, 3))
@@ -275,5 +284,5 @@ def _finish(directory: Path, file: IO[bytes], count: int, image_size: int, manif
 
 
 def library_versions(*libraries: str) -> dict[str, str | None]:
-    """Versions of Pillow and of the libraries in it that determine the pixels; None for a library that it lacks."""
+    """Returns the versions of Pillow and of libraries in Pillow. The version of a library that Pillow lacks is None."""
     return {"pillow": Image.__version__} | {library: features.version(library) for library in libraries}

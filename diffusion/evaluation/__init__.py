@@ -1,1 +1,1 @@
-"""Evaluation: feature extractors, metrics of features, references, probes of a checkpoint."""
+"""Evaluation: feature extractors, metrics of features, statistics of real images, probes of a checkpoint."""

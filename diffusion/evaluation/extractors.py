@@ -1,4 +1,4 @@
-"""Feature extractors: pretrained nets that map images to the features from which all metrics are computed."""
+"""Feature extractors: pretrained nets that map images to features. All metrics are computed from these features."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,10 @@ CPU_BATCH, GPU_BATCH = 16, 256  # the activations of the first fit into a CPU's 
 
 
 class _SameConv2d(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's "SAME" for inputs of even size: the odd pixel comes last."""
+    """Convolution without bias, with the padding "SAME" of TensorFlow for inputs of even size.
+
+    If the padding is odd, the additional pixel is at the bottom and at the right.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
@@ -59,7 +62,8 @@ def _relu6(x: torch.Tensor) -> torch.Tensor:
 class _InvertedResidual(nn.Module):
     """Inverted residual block (Sandler et al. 2018, arXiv 1801.04381), with the parameter names of the weights file.
 
-    1x1 convolution to more channels, depthwise convolution, 1x1 convolution to `out_channels`.
+    The block consists of a 1x1 convolution to more channels, a depthwise convolution, and a 1x1 convolution to
+    `out_channels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int):
@@ -83,16 +87,16 @@ class _InvertedResidual(nn.Module):
 
 
 class Extractor(nn.Module):
-    """A network that maps images uint8 [B, 3, H, W] in 0..255 to features float32 [B, D]."""
+    """A net that maps images uint8 [B, 3, H, W] in 0..255 to features float32 [B, D]."""
 
     identity: dict[str, str]
-    """Names, versions and hashes that determine the features."""
+    """Names, versions and hashes of everything that determines the features."""
 
 
 class EfficientNetLite0(Extractor):
     """EfficientNet-Lite0 up to its pooled features, D = 1280.
 
-    Tan & Le 2019, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6.
+    Source: Tan & Le 2019, arXiv 1905.11946. The Lite variant has no squeeze-and-excitation and uses ReLU6.
     """
 
     def __init__(self):
@@ -110,7 +114,7 @@ class EfficientNetLite0(Extractor):
         self._fc = nn.Linear(1280, 1000)  # unused, but part of the weights file
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images uint8 [B, 3, H, W] in 0..255 to features float32 [B, 1280]."""
+        """Maps images uint8 [B, 3, H, W] in 0..255 to features float32 [B, 1280]."""
         # Bicubic interpolation overshoots the range 0..255 at edges.
         x = F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True).clamp_(0, 255)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -121,7 +125,7 @@ class EfficientNetLite0(Extractor):
 
 
 def fold_batch_norms(net: nn.Module) -> None:
-    """Merge every BatchNorm2d of a network in eval mode into the convolution that is registered just before it."""
+    """Merges each BatchNorm2d of a net in eval mode into the convolution that is registered directly before it."""
     for parent in net.modules():
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -144,7 +148,7 @@ def _load_lite0(path: Path) -> Extractor:
 
 
 class _TorchFidelityExtractor(Extractor):
-    """An extractor of torch-fidelity, with the layer that torch-fidelity computes the Frechet distance from."""
+    """An extractor of torch-fidelity, with the layer that torch-fidelity uses for the Frechet distance."""
 
     def __init__(self, name: str, path: Path | None):
         super().__init__()
@@ -192,24 +196,24 @@ def _state_sha256(net: nn.Module) -> str:
 def load_extractor(
     name: str, device: str | torch.device, path: str | Path | None = None, sha256: str | None = None
 ) -> Extractor:
-    """Load a feature extractor.
+    """Loads a feature extractor.
 
     The weights of "efficientnet-lite0" (D = 1280) are part of the installation. The other extractors
-    ("inception-v3-compat", D = 2048, "dinov2-vit-b-14", "clip-vit-b-32", ...) are those of torch-fidelity; their
-    weights are downloaded on first use, unless `path` is given.
+    ("inception-v3-compat", D = 2048, "dinov2-vit-b-14", "clip-vit-b-32", ...) are those of torch-fidelity. The
+    weights of these extractors are downloaded on first use, unless `path` is given.
 
     Args:
-        name: The extractor.
-        device: Device of the net.
-        path: File with the weights.
-        sha256: sha256 of that file, if it contains other weights than the published ones.
+        name: name of the extractor.
+        device: device of the net.
+        path: file with the weights.
+        sha256: SHA-256 digest of the file at `path`. Only needed if the file does not contain the published weights.
 
     Returns:
-        The net in eval mode, without gradients.
+        the net in eval mode, without gradients.
 
     Raises:
-        FileError: The weights are missing at `path`, or damaged.
-        InputError: The extractor is unknown, or its weights cannot be downloaded.
+        FileError: if the weights are missing at `path`, or damaged.
+        InputError: if the extractor is unknown, or if its weights cannot be downloaded.
     """
     # Extractors that a caller has registered with torch-fidelity are not in SOURCES.
     verifiable = name == LITE0 or (name in SOURCES and (path or SOURCES[name].sha256))
@@ -222,7 +226,10 @@ def load_extractor(
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Disable TF32: with its precision of three digits, features on a GPU would differ from those on a CPU."""
+    """Disables TF32 while the block runs.
+
+    TF32 has a precision of three digits, so features on a GPU would differ from features on a CPU.
+    """
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "ieee"
@@ -235,19 +242,19 @@ def _full_precision() -> Iterator[None]:
 def extract_features(
     images: np.ndarray, extractor: Extractor, batch_size: int | None = None, indices: np.ndarray | None = None
 ) -> np.ndarray:
-    """Compute the features of images batch by batch.
+    """Computes the features of images batch by batch.
 
     Args:
-        images: uint8 [N, H, W, 3]. A memory map stays on disk; the pages that were read are released.
-        extractor: The net.
-        batch_size: Images per batch; None uses 16 on a CPU and 256 on a GPU.
-        indices: int64 [M], which images to use and in which order; None uses all.
+        images: images, uint8 [N, H, W, 3]. A memory map stays on disk: pages that have been read are released.
+        extractor: feature extractor.
+        batch_size: images per batch. If None, 16 on a CPU and 256 on a GPU.
+        indices: indices of the images to use, in this order, int64 [M]. If None, all images are used.
 
     Returns:
-        float32 [M, D]; [0, D] without images.
+        features, float32 [M, D]; [0, D] if there are no images.
 
     Raises:
-        InputError: The images have another shape or type.
+        InputError: if the images have another shape or dtype.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise InputError(f"images: must be uint8 [N, H, W, 3], but are {images.dtype} {list(images.shape)}")
@@ -271,6 +278,6 @@ def extract_features(
 
 
 def _release_pages(images: np.ndarray) -> None:
-    """Release the pages of a memory map that were read; otherwise they count as memory of this process."""
+    """Releases the pages of a memory map that have been read. Otherwise, the pages count as memory of this process."""
     if isinstance(images.base, mmap.mmap) and not images.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
         images.base.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Whether a run failed: it diverged (numbers are not finite) or collapsed (it is worse than an untrained net)."""
+"""Detection of failed runs: runs that diverged (values are not finite) or collapsed (worse than an untrained net)."""
 
 import math
 from collections.abc import Mapping
@@ -7,24 +7,29 @@ from typing import Any
 import numpy as np
 
 FAILURES = ("diverged", "collapsed")
-"""The first word of each reason that `failure` returns."""
+"""Possible first words of the reason that `failure` returns."""
 UNTRAINED_MSE = 1.0  # the untrained net predicts 0, and the mean square of epsilon is 1
 STANDARD_ERRORS = 5  # by which mse must be larger: a short segment measures it with noise
 MIN_DEVIATION = 1.0  # grey levels; samples with a smaller standard deviation are nearly equal
 
 
 def failure(facts: Mapping[str, Any], samples: np.ndarray, images: np.ndarray) -> str:
-    """Returns why a run failed if this checkpoint is its last, or "".
+    """Returns the reason why a run has failed at a checkpoint, or "" if the run has not failed there.
 
-    A run diverged if its loss, a weight or a sample is not finite. It collapsed if its unweighted mse since the
-    checkpoint before is above that of an untrained net, or if its samples are all nearly equal: their standard
-    deviation per pixel is below 1 grey level, and below a tenth of that of the dataset.
+    If this checkpoint is the last of the run, the whole run has failed. A run diverged if the loss, a weight or a
+    sample is not finite. A run collapsed if one of these conditions holds:
+
+    - The unweighted mse, averaged over the steps since the previous checkpoint, is above that of an untrained net (1)
+      by more than 5 standard errors.
+    - The samples are nearly equal: the standard deviation over samples, averaged over pixels, is below 1 grey level,
+      and below a tenth of the same quantity for the dataset.
 
     Args:
-        facts: Of the checkpoint: `step`, `diverged` and, if it was trained, `mse` and `mse_images` (the images that
-            `mse` is the mean of).
-        samples: uint8 [N, H, W, 3], as `diffusion.checkpoints.sample_checkpoint` returns them.
-        images: Some images of the dataset, uint8 [M, H, W, 3].
+        facts: facts of the checkpoint: `step`, and `diverged` (the step at which training diverged, or None). After
+            step 0, also `mse` and `mse_images`, the number of images over which `mse` is averaged.
+        samples: samples, uint8 [N, H, W, 3], as `diffusion.checkpoints.sample_checkpoint` returns them. N is 0 if a
+            value of a sample is not finite.
+        images: some images of the dataset, uint8 [M, H, W, 3].
     """
     step, mse = facts["step"], facts.get("mse")
     if facts["diverged"] is not None:
@@ -42,5 +47,5 @@ def failure(facts: Mapping[str, Any], samples: np.ndarray, images: np.ndarray) -
 
 
 def _deviation(images: np.ndarray) -> float:
-    """Returns the standard deviation over images, averaged over pixels; row by row, to need less memory."""
+    """Returns the standard deviation over images, averaged over pixels. Computing row by row needs less memory."""
     return float(np.mean([images[:, row].std(axis=0).mean() for row in range(images.shape[1])]))

@@ -1,7 +1,7 @@
-"""Metrics of two sets of features, each with its standard error.
+"""Metrics that compare the features of generated images with the features of real images (the reference).
 
-Features are float32 [N, D], one row per image. A standard error is the standard deviation of the value over other sets
-of N generated images, with the reference held fixed.
+Features are float32 [N, D], one row per image. The standard error of a metric is the standard deviation of its value
+over other sets of N generated images, with the reference held fixed.
 """
 
 import math
@@ -23,38 +23,41 @@ INFINITY_POINTS = 15  # number of subsets in Chong & Forsyth 2020
 
 
 class Estimate(NamedTuple):
-    """An estimated value."""
+    """Estimated value of a metric."""
 
     value: float
     stderr: float = math.nan
-    """Standard error; NaN if it is not known."""
+    """Standard error; NaN if the standard error is not known."""
     note: str = ""
-    """How the value was obtained, if a reader needs to know."""
+    """How the value was obtained, or why the value or its standard error is missing; "" if there is nothing to say."""
     influences: np.ndarray | None = None
-    """Influence of each generated image on the value, [N] with mean zero; None if it is not known. The variance of the
-    influences, divided by N, is the variance of the value to first order in 1/N."""
+    """Influence of each generated image on the value, [N] with mean zero; None if the influences are not known.
+
+    The influence states how much one image changes the value, to first order. The variance of the influences, divided
+    by N, is the variance of the value to first order in 1/N.
+    """
 
 
 class Gaussian(NamedTuple):
     """Mean and covariance of features."""
 
     mean: Tensor
-    """float64 [D]."""
+    """Mean, float64 [D]."""
     root: Tensor
-    """float64 [min(N, D), D]; root^T root is the covariance."""
+    """Root R of the covariance, float64 [min(N, D), D]: the covariance is R^T R."""
 
 
 # Frechet distance
 
 
 def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
-    """Fit a Gaussian: the mean and the unbiased covariance of features.
+    """Fits a Gaussian to features: computes their mean and their unbiased covariance.
 
     Args:
-        features: [N, D], N at least 2.
+        features: features, [N, D], N at least 2.
 
     Raises:
-        InputError: There are fewer than two rows, or values that are NaN or infinite.
+        InputError: if there are fewer than two rows, or if a value is NaN or infinite.
     """
     x = _checked(features)
     mean = x.mean(0, dtype=torch.float64)
@@ -66,24 +69,30 @@ def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
 
 
 def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
-    """Frechet distance between the Gaussian fitted to features and the reference, with its standard error.
+    """Returns the Frechet distance between the Gaussian fitted to features and the reference, with its standard error.
 
-    |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2), Dowson & Landau 1982, eq. 4, computed in float64. With
-    features of `inception-v3-compat` it is the FID of Heusel et al. 2017, arXiv 1706.08500.
+    The distance is |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) (Dowson & Landau 1982, eq. 4), computed in
+    float64. With features of `inception-v3-compat`, the distance is the FID of Heusel et al. 2017, arXiv 1706.08500.
 
-    The standard error is the infinitesimal jackknife's (Efron 1982, ch. 6): the standard deviation of the influences
-    of the images, divided by sqrt(N). The bootstrap is not suitable: the distance is biased (it falls as N grows), and
-    a bootstrap sample contains only about 63% of the images. In simulations with D = 64 the standard error holds within
-    20% from N = 3 to N = 4 D if the distributions differ and the variances of the features are unequal, as those of
-    real ones. It is 1.3 times too large for N between D / 2 and D if the variances are equal, and up to 1.6 times if
-    both sets have the same distribution. With two images it is not known.
+    The standard error is that of the infinitesimal jackknife (Efron 1982, ch. 6): the standard deviation of the
+    influences of the images (see `Estimate`), divided by sqrt(N). The bootstrap is not suitable: the distance is biased
+    (it falls as N grows), and a bootstrap sample contains only about 63% of the images.
+
+    Accuracy of the standard error in simulations with D = 64:
+
+    - If the distributions differ and the variances of the features are unequal, like those of real features, the
+      standard error is within 20% of the true value from N = 3 to N = 4 D.
+    - If the variances are equal, the standard error is 1.3 times too large for N between D / 2 and D.
+    - If both sets have the same distribution, the standard error is up to 1.6 times too large.
+
+    For N = 2, the standard error is not known.
 
     Args:
-        features: [N, D], N at least 2.
-        reference: Gaussian in D dimensions.
+        features: features, [N, D], N at least 2.
+        reference: Gaussian fitted to the features of real images, in D dimensions.
 
     Raises:
-        InputError: There are fewer than two rows, values that are NaN or infinite, or D differs.
+        InputError: if there are fewer than two rows, if a value is NaN or infinite, or if D differs.
     """
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
@@ -92,30 +101,31 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
 
 
 def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor | Gaussian) -> float:
-    """Frechet distance between the Gaussians fitted to two sets of features; see `frechet`.
+    """Returns the Frechet distance between the Gaussians fitted to two sets of features. See `frechet`.
 
     Args:
-        features_a: [N, D], N at least 2.
-        features_b: [M, D], M at least 2, or a Gaussian that is already fitted.
+        features_a: features, [N, D], N at least 2.
+        features_b: features, [M, D], M at least 2, or a Gaussian that is already fitted.
 
     Raises:
-        InputError: There are fewer than two rows, values that are NaN or infinite, or D differs.
+        InputError: if there are fewer than two rows, if a value is NaN or infinite, or if D differs.
     """
     reference = features_b if isinstance(features_b, Gaussian) else fit_gaussian(features_b)
     return _frechet(_checked(features_a), reference)[0]
 
 
 def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.Generator) -> Estimate:
-    """Frechet distance extrapolated to infinitely many images: Chong & Forsyth 2020, arXiv 1911.07023.
+    """Returns the Frechet distance extrapolated to infinitely many images (Chong & Forsyth 2020, arXiv 1911.07023).
 
-    Fits a line in 1/n to the distances of 15 random subsets of n = N/2 ... N images and returns its value at
-    1/n = 0. The bias is linear in 1/n only for covariances of full rank, so N must exceed 2 D. The standard error is
-    the infinitesimal jackknife's, with the images weighted as in the fit.
+    The distances of 15 random subsets of n = N/2 ... N images are computed, and a line in 1/n is fitted to the
+    distances. The result is the value of the line at 1/n = 0. The bias is linear in 1/n only for covariances of full
+    rank, so N must exceed 2 D. The standard error is that of the infinitesimal jackknife, where each image has the
+    weight with which the fit uses this image.
 
     Args:
-        features: [N, D], N larger than 2 D.
-        reference: Gaussian in D dimensions.
-        rng: Draws the subsets.
+        features: features, [N, D], N larger than 2 D.
+        reference: Gaussian fitted to the features of real images, in D dimensions.
+        rng: random generator that draws the subsets.
     """
     x = _checked(features)
     n = len(x)
@@ -137,26 +147,28 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
 
 
 def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> tuple[float, Tensor]:
-    """Return the Frechet distance and, on request, the influence of each image on it.
+    """Returns the Frechet distance and, on request, the influence of each image on the distance.
 
-    The trace of (S_1 S_2)^(1/2) is the sum of the singular values s of A B^T, for any A, B with A^T A = S_1 and
-    B^T B = S_2. They are the square roots of the eigenvalues of (A B^T)(A B^T)^T if N <= D, and of B S_1 B^T otherwise.
-    A square root keeps only half of the digits, so the smallest singular values are computed by a singular value
-    decomposition in the space spanned by their eigenvectors.
+    The trace of (S_1 S_2)^(1/2) is the sum of the singular values of A B^T, for any A and B with A^T A = S_1 and
+    B^T B = S_2. The singular values are the square roots of the eigenvalues of (A B^T)(A B^T)^T if N <= D, and of
+    B S_1 B^T otherwise. Square roots of small eigenvalues keep only half of the digits. Therefore, the smallest
+    singular values are computed by a singular value decomposition in the space spanned by the eigenvectors of the small
+    eigenvalues.
 
     The influence of an image x is |x - m_1|^2 - (x - m_1)^T T (x - m_1) + 2 (m_1 - m_2)^T (x - m_1) up to a constant,
     with T = B^T (B S_1 B^T)^(-1/2) B, the optimal transport map from N(0, S_1) to N(0, S_2).
 
     Args:
-        x: [N, D].
-        reference: Gaussian in D dimensions.
-        with_influences: Whether to compute the influences, which takes longer.
+        x: features, [N, D].
+        reference: Gaussian fitted to the features of real images, in D dimensions.
+        with_influences: whether to compute the influences, which takes longer.
 
     Returns:
-        The distance, and the influences, float64 [N] with mean zero, or [0] if they are not requested.
+        the distance and the influences. The influences are float64 [N] with mean zero, or [0] if they are not
+        requested.
 
     Raises:
-        InputError: The features and the reference differ in D.
+        InputError: if the features and the reference differ in D.
     """
     if x.shape[1] != len(reference.mean):
         raise InputError(
@@ -204,10 +216,10 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
 
 
 def _checked(features: np.ndarray | Tensor) -> Tensor:
-    """The features as a tensor on the CPU.
+    """Returns the features as a tensor on the CPU, after a check of their shape and values.
 
     Raises:
-        InputError: The shape is not [N, D] with N at least 2, or a value is NaN or infinite.
+        InputError: if the shape is not [N, D] with N at least 2, or if a value is NaN or infinite.
     """
     x = torch.as_tensor(features).cpu()
     if x.ndim != 2 or len(x) < 2:
@@ -222,7 +234,7 @@ def _centred(x: Tensor, mean: Tensor) -> Iterator[Tensor]:
 
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
-    """Unbiased covariance, float64 [D, D], computed without a copy of all features."""
+    """Returns the unbiased covariance, float64 [D, D], computed without a copy of all features."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for centred in _centred(x, mean):
         # Only the upper triangle, in blocks of columns: 5/8 of the work at D = 2048.
@@ -236,26 +248,34 @@ def _covariance(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def mean_kernel(features: np.ndarray) -> float:
-    """Mean of the cubic kernel (x.y / D + 1)^3 over all pairs of different rows of features [N, D], N >= 2."""
+    """Returns the mean of the cubic kernel (x.y / D + 1)^3 over all pairs of different rows of features.
+
+    Args:
+        features: features, [N, D], N at least 2.
+    """
     x = torch.from_numpy(features)
     total = sum(_kernel(rows, x).sum(dtype=torch.float64) for rows in x.split(BLOCK))
     return ((total - _own_kernel(x).sum()) / (len(x) * (len(x) - 1))).item()
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kernel: float) -> Estimate:
-    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3: Binkowski et al. 2018, arXiv 1801.01401.
+    """Returns the squared maximum mean discrepancy with the cubic kernel k(x, y) = (x.y / D + 1)^3.
 
-    With features of `inception-v3-compat` it is the KID. This is the unbiased estimate from all pairs; the usual mean
-    over random subsets only adds noise.
+    Source: Binkowski et al. 2018, arXiv 1801.01401. With features of `inception-v3-compat`, the distance is the KID.
+    The estimate is unbiased and uses all pairs of images. The usual mean over random subsets would only add noise.
 
-    As a function of the generated images it is a U-statistic of h_ij = k(x_i, x_j) - g_i - g_j, where g_i is the mean
-    of k(x_i, .) over the reference. The unbiased estimate of its variance uses pairs of pairs without a common image
-    (as in Sutherland 2019, arXiv 1906.02104): (4 sum_i r_i^2 - 2 sum_ij h_ij^2) / (N (N-1) (N-2) (N-3)) for centred h
-    with row sums r_i. Without a positive estimate, no standard error is known.
+    As a function of the generated images, the distance is a U-statistic of h_ij = k(x_i, x_j) - g_i - g_j, where g_i is
+    the mean of k(x_i, .) over the reference. The variance of the distance is estimated without bias from pairs of pairs
+    that have no image in common (as in Sutherland 2019, arXiv 1906.02104):
+
+        (4 sum_i r_i^2 - 2 sum_ij h_ij^2) / (N (N-1) (N-2) (N-3))
+
+    Here, h is centred, and r_i is the sum of row i of h. If this estimate is not positive, the standard error is not
+    known.
 
     Args:
-        features: [N, D], N at least 2; the standard error needs N >= 4.
-        reference: [M, D].
+        features: features of generated images, [N, D], N at least 2. The standard error needs N >= 4.
+        reference: features of real images, [M, D].
         reference_kernel: `mean_kernel` of the reference.
     """
     x, y = torch.from_numpy(features), torch.from_numpy(reference)
@@ -287,7 +307,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _own_kernel(x: Tensor) -> Tensor:
-    """k(x_i, x_i), float64 [N]."""
+    """Returns k(x_i, x_i) for each row, float64 [N]."""
     return (torch.linalg.vecdot(x, x) / x.shape[1] + 1).pow(3).double()
 
 
@@ -295,15 +315,16 @@ def _own_kernel(x: Tensor) -> Tensor:
 
 
 def neighbour_radii(features: np.ndarray, others: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """Distance of each row of features to its k-th nearest neighbour.
+    """Returns the distance from each row of features to its k-th nearest neighbour.
 
     Args:
-        features: [N, D].
-        others: [M, D] with M >= k, the candidates for neighbours; None uses the other rows of features (N > k).
-        k: Which neighbour.
+        features: features, [N, D].
+        others: candidates for the neighbours, [M, D] with M >= k. If None, the candidates for a row are the other rows
+            of `features` (N > k).
+        k: which neighbour: 1 is the nearest.
 
     Returns:
-        float32 [N].
+        distances, float32 [N].
     """
     x = torch.from_numpy(features)
     y = x if others is None else torch.from_numpy(others)
@@ -312,19 +333,22 @@ def neighbour_radii(features: np.ndarray, others: np.ndarray | None = None, k: i
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radii: np.ndarray) -> dict[str, Estimate]:
-    """Improved precision and recall: Kynkaanniemi et al. 2019, arXiv 1904.06991, with k = 3.
+    """Returns improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) with k = 3.
 
-    Precision is the fraction of generated images within the radius of a reference image, recall the fraction of
-    reference images within the radius of a generated image. The standard error of precision is that of a proportion;
-    that of recall is not known, because the radii are random too.
+    The radius of an image is the distance to its third nearest neighbour in its own set. Precision is the fraction of
+    generated images that are within the radius of at least one reference image. Recall is the fraction of reference
+    images that are within the radius of at least one generated image.
+
+    The standard error of precision is that of a proportion. The standard error of recall is not known, because the
+    radii of the generated images are random, too.
 
     Args:
-        features: Generated images, [N, D] with N > 3.
-        reference: Reference images, [M, D].
-        reference_radii: [M], `neighbour_radii` of the reference.
+        features: features of generated images, [N, D] with N > 3.
+        reference: features of reference images, [M, D].
+        reference_radii: `neighbour_radii` of the reference, [M].
 
     Returns:
-        The estimates of "precision" and "recall".
+        a dict with the estimates "precision" and "recall".
     """
     x, y, y_radii = (torch.from_numpy(array) for array in (features, reference, reference_radii))
     x_radii = torch.from_numpy(neighbour_radii(features))
@@ -344,17 +368,17 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radi
 
 
 def memorised(features: np.ndarray, training: np.ndarray, held_out_distances: np.ndarray) -> Estimate:
-    """Probability that a generated image is closer to the training images than a held-out image is.
+    """Returns the probability that a generated image is closer to the training images than a held-out image is.
 
-    Compares distances to the nearest training image by the Mann-Whitney statistic of Meehan et al. 2020,
-    arXiv 2004.05675, over the whole feature space. The value is 1/2 if the model generalises and 1 if it copies;
-    below 1/2 the generated images are farther from the data than held-out images are. The standard error is that of
-    a mean over the generated images.
+    Both images are compared by the distance to the nearest training image in feature space. The probability is the
+    Mann-Whitney statistic of Meehan et al. 2020, arXiv 2004.05675, over the whole feature space. The value is 1/2 if
+    the model generalises, and 1 if the model copies training images. Below 1/2, the generated images are farther from
+    the training images than the held-out images are. The standard error is that of a mean over the generated images.
 
     Args:
-        features: Generated images, [N, D].
-        training: Training images, [M, D].
-        held_out_distances: [H], distance of each held-out image to the nearest training image.
+        features: features of generated images, [N, D].
+        training: features of training images, [M, D].
+        held_out_distances: distance from each held-out image to the nearest training image, [H].
     """
     distances = neighbour_radii(features, training, k=1)
     ordered = np.sort(held_out_distances)

@@ -1,6 +1,6 @@
-"""Probe of a checkpoint: its losses and the noise of its gradient in bins of timesteps.
+"""Probe of a checkpoint: the losses and the gradient noise of the net, in bins of timesteps.
 
-All arms and checkpoints of a seed are probed with the same images and noise.
+All arms (compared training schemes) and checkpoints with the same seed are probed with the same images and noise.
 """
 
 import itertools
@@ -26,13 +26,13 @@ LEARNED_DENSITY = "the density is learned"
 
 
 class GradientMoments:
-    """Mean and covariance trace of random vectors, accumulated one vector at a time."""
+    """Mean, and trace of the covariance, of random vectors that are added one at a time."""
 
     def __init__(self) -> None:
         self.count, self.total, self.sum_of_squares = 0, torch.zeros((), dtype=torch.float64), 0.0
 
     def add(self, vector: Tensor) -> None:
-        """Add a vector [P]."""
+        """Adds a vector [P]."""
         vector = vector.double()
         self.count += 1
         self.total = self.total.to(vector.device) + vector
@@ -45,23 +45,24 @@ class GradientMoments:
 
     @property
     def covariance_trace(self) -> float:
-        """Unbiased estimate of the trace of the covariance; needs at least two vectors."""
+        """Unbiased estimate of the trace of the covariance. At least two vectors are needed."""
         return (self.sum_of_squares - self.total.square().sum().item() / self.count) / (self.count - 1)
 
     @property
     def squared_norm(self) -> float:
-        """Unbiased estimate of the squared norm of the expectation; it may be negative.
+        """Unbiased estimate of the squared norm of the expected vector. The estimate may be negative.
 
-        The squared norm of the mean of n vectors is too large by covariance_trace / n.
+        On average, the squared norm of the mean of n vectors is too large by covariance_trace / n. This excess is
+        subtracted.
         """
         return self.mean.square().sum().item() - self.covariance_trace / self.count
 
 
 class GradientNoise(NamedTuple):
-    """Expectation and variance of the gradient of one image at one random timestep."""
+    """Expectation g and covariance Sigma of the gradient of one image at one random timestep."""
 
     squared_norm: float
-    """Unbiased estimate of the squared norm |g|^2 of the expected gradient; it may be negative."""
+    """Unbiased estimate of |g|^2, the squared norm of the expected gradient. The estimate may be negative."""
     variance: float
     """Trace of the covariance, tr(Sigma)."""
 
@@ -70,7 +71,10 @@ UNKNOWN = GradientNoise(np.nan, np.nan)
 
 
 def bin_edges(timesteps: int, bins: int) -> list[int]:
-    """Edges [bins + 1] of bins of nearly equal width: bin b contains the timesteps edges[b] to edges[b + 1] - 1."""
+    """Returns the edges [bins + 1] of bins of nearly equal width.
+
+    Bin b contains the timesteps edges[b] to edges[b + 1] - 1.
+    """
     return [timesteps * b // bins for b in range(bins + 1)]
 
 
@@ -79,20 +83,20 @@ def _bin_name(first: int, end: int) -> str:
 
 
 def probe_images(directory: Path, held_out: int, count: int, batch_size: int, seed: int) -> np.ndarray:
-    """Choose the images of a probe, the same for all arms and checkpoints of a seed.
+    """Chooses the images of a probe. The images are the same for all arms and checkpoints with the same seed.
 
     Args:
-        directory: A prepared dataset.
-        held_out: Number of images that are held out from training; if it is positive, only these are used.
-        count: Maximum number of images.
-        batch_size: Images per batch.
-        seed: Seed of the run.
+        directory: directory of a prepared dataset.
+        held_out: number of images that are held out from training. If positive, only held-out images are chosen.
+        count: maximum number of images.
+        batch_size: images per batch.
+        seed: seed of the run.
 
     Returns:
-        uint8 [N, H, W, 3], N the largest possible multiple of batch_size.
+        images, uint8 [N, H, W, 3]. N is the largest possible multiple of batch_size up to `count`.
 
     Raises:
-        InputError: There are fewer than two batches.
+        InputError: if fewer than two batches are possible.
     """
     images = load_images(directory, verify=True)
     candidates = split(len(images), held_out)[1] if held_out else np.arange(len(images))
@@ -116,30 +120,35 @@ def probe(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Measure losses and gradient noise of a network, in bins of timesteps and over all timesteps.
+    """Measures the losses and the gradient noise of a net, in bins of timesteps and over all timesteps.
 
     The metrics are:
 
-    - `mse`, `vb`: The unweighted terms of the loss, averaged over uniform timesteps, which allows arms to be compared.
-    - `gradient_squared_norm`, `gradient_variance`: See `GradientNoise`. The loss is the arm's own, with its weights, at
-      timesteps drawn from its own density, restricted to the bin. So a bin with probability p_b contributes
-      p_b * gradient_variance to the variance over all timesteps; the rest is the variance between the bins (law of
-      total variance). Batches with stratified timesteps have less noise.
+    - `mse`, `vb`: the unweighted terms of the loss, averaged over uniformly drawn timesteps. These values are
+      comparable between arms (training schemes).
+    - `gradient_squared_norm`, `gradient_variance`: see `GradientNoise`. The gradient is that of the training loss of
+      the arm: the terms have the weights of the arm, and timesteps are drawn from the density of the arm, restricted to
+      the bin.
 
-    No estimate of |g|^2 is left out because it is negative: only the mean of all estimates is unbiased.
+    A bin with probability p_b contributes p_b * gradient_variance to the variance over all timesteps. The rest of this
+    variance is the variance between the bins (law of total variance). Batches with stratified timesteps have less
+    gradient noise than these values state.
+
+    Negative estimates of |g|^2 are kept, because only the mean of all estimates is unbiased.
 
     Args:
-        model: Predicts epsilon; maps x_t [N, 3, H, W] and t [N] to [N, 3 or 6, H, W].
-        schedule: The noise schedule.
-        tables: The arm's density and weights; None if the density is learned, then only losses are measured.
-        images: uint8 [N, H, W, 3], N a multiple of batch_size and at least twice that.
-        bins: Number of bins of equal width, at most the number of timesteps.
-        batch_size: Images per gradient; the variance is estimated between these gradients.
-        seed: Seed of the run, which determines noise and timesteps.
-        device: Device of the model.
+        model: net that predicts epsilon. The net maps x_t [N, 3, H, W] and t [N] to [N, 3 or 6, H, W].
+        schedule: noise schedule.
+        tables: density and loss weights of the arm. None if the density is learned: then only the losses are measured.
+        images: images, uint8 [N, H, W, 3]. N is a multiple of batch_size, and at least 2 * batch_size.
+        bins: number of bins of nearly equal width, at most the number of timesteps.
+        batch_size: images per gradient. The variance is estimated between the gradients of different batches.
+        seed: seed of the run, which determines noise and timesteps.
+        device: device of the model.
 
     Returns:
-        Rows with the keys timesteps ("0-99", or "all"), metric, value, and reason (why a value is NaN).
+        rows with the keys `timesteps` (such as "0-99", or "all"), `metric`, `value`, and `reason` (why the value is
+        NaN, or "").
     """
     model.requires_grad_(True)
     parameters = list(model.parameters())
@@ -147,7 +156,10 @@ def probe(
     edges = bin_edges(schedule.timesteps, bins)
 
     def losses(index: int, probabilities: Tensor, weights: Tables | None) -> Iterator[HybridLoss]:
-        """Yield the losses of each batch, at timesteps drawn within bin `index` from the probabilities [width]."""
+        """Yields the losses of each batch.
+
+        The timesteps are in bin `index`, and are drawn in proportion to `probabilities` [width of the bin].
+        """
         epsilon_all = torch.randn(x_start_all.shape, generator=generator(seed, "probe noise", index))
         random = generator(seed, "probe timesteps", index)
         t_all = edges[index] + draw_timesteps(probabilities / probabilities.sum(), len(x_start_all), random)
@@ -196,7 +208,7 @@ def _rows(timesteps: str, mse: float, vb: float, noise: GradientNoise, reason: s
 
 
 def diverged_rows(timesteps: int, bins: int, step: int) -> list[dict[str, Any]]:
-    """Return the rows of `probe` for a run that diverged at a step: all values are NaN."""
+    """Returns the rows of `probe` for a run that diverged at a step. All values are NaN."""
     names = [_bin_name(first, end) for first, end in itertools.pairwise(bin_edges(timesteps, bins))] + [ALL]
     reason = f"diverged at step {step}"
     return [row for name in names for row in _rows(name, np.nan, np.nan, UNKNOWN, reason)]

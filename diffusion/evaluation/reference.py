@@ -1,7 +1,8 @@
-"""Evaluates generated images against real ones.
+"""Evaluation of generated images against real images.
 
-Everything that the metrics need of the real images is computed once, as a `Reference`. Its key names all that
-determines its numbers.
+The features and statistics of the real images are computed once and stored as a `Reference`. Each reference has a key.
+The key contains everything that determines the numbers of the reference, such as hashes of the dataset and of the
+extractor's weights.
 """
 
 import dataclasses
@@ -38,45 +39,47 @@ SUBSETS_SEED = 0  # seed of the subsets of "fd_infinity"
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the metrics need of M real images."""
+    """Features of M real images, and statistics of these features that the metrics need."""
 
     features: np.ndarray
-    """float32 [M, D]."""
+    """Features, float32 [M, D]."""
     mean: np.ndarray
     """Mean of the fitted `Gaussian`, float64 [D]."""
     root: np.ndarray
     """Root of the covariance of the fitted `Gaussian`, float64 [min(M, D), D]."""
     radii: np.ndarray
-    """`neighbour_radii` of the features, float32 [M]; NaN if there are too few images."""
+    """`neighbour_radii` of the features, float32 [M]. NaN if there are too few images."""
     kernel: float
     """`mean_kernel` of the features."""
     held_out_distances: np.ndarray
-    """Distance of each held-out image to the nearest of the features, float32 [H]; empty if no images are held out,
-    or if the reference consists of the held-out images."""
+    """Distance from the features of each held-out image to the nearest row of `features`, float32 [H].
+
+    Empty if no images are held out, or if the reference consists of the held-out images.
+    """
     key: dict[str, Any]
-    """Names and hashes that determine these numbers: see `reference_key`."""
+    """Names and hashes that determine the numbers of this reference. See `reference_key`."""
 
     @property
     def gaussian(self) -> Gaussian:
-        """The fitted Gaussian."""
+        """Gaussian fitted to the features."""
         return Gaussian(torch.from_numpy(self.mean), torch.from_numpy(self.root))
 
     def save(self, path: str | Path) -> None:
-        """Write the reference to an npz file; after an error there is no file."""
+        """Writes the reference to an npz file. If writing fails, no incomplete file remains."""
         with atomic_write(Path(path)) as file:
             np.savez(file, **{**vars(self), "key": json.dumps(self.key)})
 
 
 def reference_of(features: np.ndarray, key: dict[str, Any], held_out_features: np.ndarray | None = None) -> Reference:
-    """Compute a reference from the features of its images.
+    """Computes a reference from the features of real images.
 
     Args:
-        features: float32 [M, D], M at least 2.
-        key: What determines the features: see `reference_key`.
-        held_out_features: Features of held-out images, float32 [H, D], which "memorised" needs.
+        features: features, float32 [M, D], M at least 2.
+        key: names and hashes that determine the features. See `reference_key`.
+        held_out_features: features of held-out images, float32 [H, D]. The metric "memorised" needs these features.
 
     Raises:
-        InputError: There are fewer than two images, or values that are NaN or infinite.
+        InputError: if there are fewer than two images, or if a value is NaN or infinite.
     """
     mean, root = fit_gaussian(features)
     too_few = len(features) <= NEIGHBOURS
@@ -96,32 +99,32 @@ def reference_key(
     count: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return the names, hashes and numbers that determine a reference.
+    """Returns the names, hashes and numbers that determine a reference.
 
     Args:
-        extractor: The feature extractor.
-        dataset_sha256: sha256 of the pixels of the dataset.
-        part: "train" for the training images, "held_out" for the images held out from training: see
+        extractor: feature extractor.
+        dataset_sha256: SHA-256 digest of the pixels of the dataset.
+        part: "train" for the training images, or "held_out" for the images that are held out from training. See
             `diffusion.data.arrays.split`.
-        held_out: Number of images that are held out.
-        count: Number of images that are drawn at random from the part; None uses all.
-        seed: Seed of that draw.
+        held_out: number of images that are held out.
+        count: number of images that are drawn at random from the part. If None, all images of the part are used.
+        seed: seed of this random draw.
     """
     images = {"dataset_sha256": dataset_sha256, "part": part, "held_out": held_out, "count": count, "seed": seed}
     return images | extractor.identity
 
 
 def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]) -> Reference:
-    """Compute the reference: the features of some images of a dataset, and their statistics.
+    """Computes a reference: the features of some images of a dataset, and the statistics of these features.
 
     Args:
-        images: The dataset, uint8 [N, H, W, 3].
-        extractor: The feature extractor.
-        key: The result of `reference_key`: its entries `part`, `held_out`, `count` and `seed` select the images.
+        images: all images of the dataset, uint8 [N, H, W, 3].
+        extractor: feature extractor.
+        key: result of `reference_key`. The entries `part`, `held_out`, `count` and `seed` select the images.
 
     Raises:
-        InputError: The selected part has fewer than two images, or fewer than `count`; or the images have another
-            shape or type.
+        InputError: if the selected part has fewer than two images or fewer than `count`, or if the images have another
+            shape or dtype.
     """
     training, held_out = split(len(images), key["held_out"])
     indices = training if key["part"] == "train" else held_out
@@ -140,14 +143,14 @@ def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]
 
 
 def load_reference(path: str | Path, expected_key: dict[str, Any]) -> Reference:
-    """Load a reference.
+    """Loads a reference from a file.
 
     Args:
-        path: File that `Reference.save` wrote.
-        expected_key: The key that the reference must have.
+        path: file that `Reference.save` wrote.
+        expected_key: key that the reference must have.
 
     Raises:
-        FileError: The file is missing or damaged, or has another key.
+        FileError: if the file is missing or damaged, or has another key.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -172,20 +175,20 @@ def load_reference(path: str | Path, expected_key: dict[str, Any]) -> Reference:
 
 
 class MetricRow(NamedTuple):
-    """The value of one metric."""
+    """Value of one metric."""
 
     metric: str
     """Name of the metric."""
     value: float
-    """NaN if it cannot be computed."""
+    """Value; NaN if the metric cannot be computed."""
     stderr: float
-    """Standard error; NaN if it is not known."""
+    """Standard error; NaN if the standard error is not known."""
     n: int
     """Number of generated images."""
     reason: str
-    """Why there is no value; with a value, how it was obtained if a reader needs to know."""
+    """Why the value or its standard error is missing, or how the value was obtained; "" if there is nothing to say."""
     influences: np.ndarray
-    """Influence of each generated image on the value, float32 [N]; NaN if it is not known."""
+    """Influence of each generated image on the value, float32 [N]; NaN if the influences are not known."""
 
 
 class _Computation(NamedTuple):
@@ -193,9 +196,15 @@ class _Computation(NamedTuple):
 
     metrics: tuple[str, ...]
     obstacle: Callable[[int, Reference], str]
-    """Maps the number of generated images and the reference to the reason why the metrics cannot be computed, or ""."""
+    """Function that returns why the metrics cannot be computed, or "".
+
+    The arguments are the number of generated images and the reference.
+    """
     compute: Callable[[np.ndarray, Reference], dict[str, Estimate]]
-    """Maps features [N, D] and the reference to the estimates by name of the metric."""
+    """Function that returns a dict from names of metrics to estimates.
+
+    The arguments are the features of generated images, [N, D], and the reference.
+    """
 
 
 def _needs_images(minimum: int) -> Callable[[int, Reference], str]:
@@ -252,21 +261,22 @@ _COMPUTATIONS = [
 
 
 def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str]) -> list[MetricRow]:
-    """Compute metrics of generated images against a reference.
+    """Computes metrics that compare generated images with a reference.
 
     Args:
-        features: float32 [N, D]; [0, D] if the run diverged.
-        reference: The real images.
-        metrics: Of "fd", "fd_infinity", "kid", "precision", "recall" and "memorised": see
+        features: features of the generated images, float32 [N, D]; [0, D] if the run diverged.
+        reference: reference of real images.
+        metrics: names of metrics: "fd", "fd_infinity", "kid", "precision", "recall" or "memorised". See
             `diffusion.evaluation.metrics`.
 
     Returns:
-        A row per metric, in the order of `metrics`. If there are too few images for a metric, its value is NaN and
-        the row states the reason. The standard errors hold for a set that is independent of the reference, so they
-        are NaN if both sets are the same.
+        one row per metric, in the order of `metrics`. If a metric cannot be computed, for example from too few images,
+        its value is NaN and the row states the reason. Standard errors hold only for images that are independent of the
+        reference. Therefore, the standard errors are NaN if both sets are the same.
 
     Raises:
-        InputError: A metric is unknown, the features and the reference differ in D, or a value is NaN or infinite.
+        InputError: if a metric is unknown, if the features and the reference differ in D, or if a value is NaN or
+            infinite.
     """
     known = [name for computation in _COMPUTATIONS for name in computation.metrics]
     unknown = [name for name in metrics if name not in known]

@@ -1,4 +1,4 @@
-"""Weights of feature extractors: where each file comes from, and its verification. Imports no torch."""
+"""Weights of feature extractors: the source of each file, and the verification of files. Imports no torch."""
 
 import importlib.util
 import os
@@ -18,13 +18,16 @@ TIMEOUT_SECONDS = 5
 
 
 class Source(NamedTuple):
-    """Where torch-fidelity downloads the weights of an extractor from, and where it stores them."""
+    """Where torch-fidelity downloads the weights of an extractor from, and where the file is stored."""
 
     url: str
     file: str
     """Path relative to `hub_directory()`."""
     sha256: str | None
-    """None if the publisher states none; such weights cannot be read from a path given by the user."""
+    """SHA-256 digest of the file; None if the publisher states none.
+
+    Without a digest, the weights cannot be read from a path given by the user.
+    """
 
 
 def _clip(file: str, sha256: str, name: str) -> Source:
@@ -71,27 +74,28 @@ DIMENSIONS = {
 
 
 def hub_directory() -> Path:
-    """The directory of torch's downloads, as `torch.hub.get_dir()` returns it."""
+    """Returns the directory of torch's downloads, as `torch.hub.get_dir()` does."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     # Like torch, and unlike pathlib, this accepts a user without a home directory.
     return Path(os.path.expanduser(os.environ.get("TORCH_HOME", f"{cache}/torch"))) / "hub"
 
 
 def weights_file(name: str, path: Path | None = None, sha256: str | None = None) -> Path | None:
-    """Find and verify the file with the weights of a feature extractor.
+    """Finds and verifies the file with the weights of a feature extractor.
 
     Args:
-        name: The extractor.
-        path: The file, if it is not in torch's directory of downloads.
-        sha256: sha256 of the file at `path`, if it contains other weights than the published ones.
+        name: name of the extractor.
+        path: path of the file. If None, the file is that in `hub_directory()`, or for "efficientnet-lite0" that in the
+            installed package of weights.
+        sha256: SHA-256 digest of the file at `path`. Only needed if the file does not contain the published weights.
 
     Returns:
-        The file at `path`, or the one in `hub_directory()`; None if it is not there.
+        path of the file. None if `path` is None and the file has not been downloaded yet.
 
     Raises:
-        FileError: The file at `path` does not exist, or a file has another sha256 than expected.
-        InputError: The extractor is unknown, its package of weights is not installed, or its weights cannot be read
-            from a path.
+        FileError: if the file at `path` does not exist, or if a file has another SHA-256 digest than expected.
+        InputError: if the extractor is unknown, if its package of weights is not installed, or if its weights cannot be
+            read from a path.
     """
     if name == LITE0:
         if path:
@@ -113,19 +117,19 @@ def weights_file(name: str, path: Path | None = None, sha256: str | None = None)
 
 
 def check_weights(name: str, path: Path | None = None, sha256: str | None = None) -> Path | None:
-    """Check early that the weights of a feature extractor are on disk, or can be downloaded.
+    """Checks that the weights of a feature extractor are on disk or can be downloaded.
 
     Args:
-        name: As for `weights_file`.
-        path: As for `weights_file`.
-        sha256: As for `weights_file`.
+        name: as for `weights_file`.
+        path: as for `weights_file`.
+        sha256: as for `weights_file`.
 
     Returns:
-        As `weights_file`.
+        as for `weights_file`.
 
     Raises:
-        FileError: As `weights_file`.
-        InputError: As `weights_file`, or the file is not on disk and its URL cannot be reached.
+        FileError: as for `weights_file`.
+        InputError: as for `weights_file`, or if the file is not on disk and its URL cannot be reached.
     """
     file = weights_file(name, path, sha256)
     if file is None and not _reachable(SOURCES[name].url):
@@ -139,10 +143,10 @@ def check_weights(name: str, path: Path | None = None, sha256: str | None = None
 
 
 def _lite0_file() -> Path:
-    """The file in the installed package of weights.
+    """Returns the path of the file in the installed package of weights.
 
     Raises:
-        InputError: The package is not installed.
+        InputError: if the package is not installed.
     """
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     path = Path(spec.origin).parent / LITE0_FILE if spec and spec.origin else None
@@ -154,10 +158,10 @@ def _lite0_file() -> Path:
 
 
 def _verified(path: Path, sha256: str | None) -> Path:
-    """The path, once the file has the expected sha256; None accepts every file.
+    """Returns `path` if the file has the expected SHA-256 digest. If `sha256` is None, every file is accepted.
 
     Raises:
-        FileError: The file has another sha256.
+        FileError: if the file has another SHA-256 digest.
     """
     if sha256 and (actual := files.sha256(path)) != sha256:
         raise FileError(

@@ -1,1 +1,1 @@
-"""Training: the state of a run, one optimizer step, segments between checkpoints, data-parallel processes."""
+"""Training of one run: its state, one optimizer step, segments between checkpoints, data-parallel processes."""

@@ -1,7 +1,8 @@
-"""Communication between the processes of one data-parallel training run. Without other processes it does nothing.
+"""Communication between the processes of one data-parallel training run.
 
-Every process draws the whole batch and computes the gradients of its slice. Sums over the processes give each of them
-the same gradients and losses, so all hold the same state, and only rank 0 writes it.
+Every process draws the whole batch, but computes the gradients of its own slice only. The gradients and losses are then
+summed over all processes, so every process holds the same training state. Only rank 0 writes the state to disk. Without
+data-parallel processes, the functions of this module communicate nothing.
 """
 
 from collections.abc import Iterable
@@ -12,20 +13,20 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """Returns the rank of this process, from 0."""
+    """Returns the rank of this process, from 0. Without data-parallel processes, the rank is 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def rank_slice(batch_size: int) -> range:
-    """Returns the indices of the batch that this process computes."""
+    """Returns the indices of the slice of the batch whose gradients this process computes."""
     count = dist.get_world_size() if dist.is_initialized() else 1
     return range(rank() * batch_size // count, (rank() + 1) * batch_size // count)
 
 
 def all_reduce_sum(tensors: list[Tensor]) -> None:
-    """Replaces each tensor [...] by its sum over the processes, in one reduction.
+    """Replaces each tensor [...] by its sum over all processes.
 
-    All tensors must have the same dtype and device.
+    All tensors must have the same dtype and device, because a single reduction sums them.
     """
     if not dist.is_initialized():
         return
@@ -36,7 +37,10 @@ def all_reduce_sum(tensors: list[Tensor]) -> None:
 
 
 def any_rank(flags: Iterable[bool]) -> list[bool]:
-    """Returns which flags are set in at least one process, so that all processes act at the same step."""
+    """Returns for each flag whether at least one process has set this flag.
+
+    All processes receive the same result, and so can act at the same step.
+    """
     flags = list(flags)
     if not dist.is_initialized():
         return flags

@@ -1,7 +1,7 @@
-"""A training segment: from one checkpoint of a run to the next.
+"""Training of one segment: the part of a run between two neighbouring checkpoints.
 
-A segment starts from the final state of its predecessor (or from the seed), and writes its own final state. It can be
-stopped and resumed at any step.
+A segment starts from the training state of the previous checkpoint. The first segment starts from the untrained net. A
+segment ends with the training state of its own checkpoint. Training can be stopped and resumed at any step.
 """
 
 import csv
@@ -54,28 +54,32 @@ def train_segment(
     until: int,
     device: torch.device | str,
 ) -> TrainState:
-    """Trains to step `until`, and writes weights.safetensors and state.pt to `directory` and log.csv to its parent.
+    """Trains a run from the previous checkpoint to step `until`, and writes the checkpoint of this step.
 
-    If `directory` has a state.partial.pt of an earlier attempt at this segment, training resumes from it. SIGTERM,
-    SIGINT and SIGHUP stop training after the current step. log.csv has the rows of the whole run.
+    The checkpoint consists of weights.safetensors and state.pt in `directory`. In the parent of `directory`, log.csv
+    contains the log of the whole run since step 0. If an earlier call for this segment was stopped, `directory`
+    contains state.partial.pt, and training resumes from this file. SIGTERM, SIGINT and SIGHUP stop training after the
+    current step.
 
     Args:
-        run: Configuration of the run.
-        seed: Seed of the run.
-        images: All images of the dataset, uint8 [N, H, W, 3]. Of these, `run.dataset.held_out` are not used.
-        previous: state.pt of the previous checkpoint. None: the run starts from the seed.
-        directory: Directory of this checkpoint. Its parent is the directory of the run.
-        until: Step of this checkpoint.
-        device: Device of the net.
+        run: configuration of the run.
+        seed: seed of the run.
+        images: all images of the dataset, uint8 [N, H, W, 3]. Training leaves out `run.dataset.held_out` of these
+            images.
+        previous: path of state.pt of the previous checkpoint. If None, training starts from the untrained net of the
+            seed.
+        directory: directory of the new checkpoint. Its parent is the directory of the run.
+        until: step of the new checkpoint.
+        device: device of the net.
 
     Returns:
-        The state at step `until`.
+        the training state at step `until`. If the run diverged, the attribute `diverged` of this state is not None.
 
     Raises:
-        Stopped: If training was asked to stop. The partial state is saved.
-        OSError: If the disk is full or not writable.
-        FileError: If a state file is damaged or belongs to another run.
-        InputError: If no image is left for training, or another process trains this run.
+        Stopped: if a signal stopped training. The state is then saved in state.partial.pt.
+        OSError: if the disk is full or not writable.
+        FileError: if a state file is damaged or belongs to another run.
+        InputError: if no image is left for training, or if another process trains this run.
     """
     indices, _ = split(len(images), run.dataset.held_out)
     directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def train_segment(
 
 
 def _resume(state: TrainState, partial: Path) -> None:
-    """Loads the partial state if it continues `state`, and deletes it otherwise."""
+    """Loads `partial` into `state` if the file continues this state. Otherwise deletes the file."""
     if not partial.exists():
         return
     try:
@@ -104,10 +108,10 @@ def _resume(state: TrainState, partial: Path) -> None:
 
 
 def _train(state: TrainState, batches: Batches, directory: Path, until: int) -> None:
-    """Trains to step `until`.
+    """Trains to step `until`, and writes the checkpoint and the log.
 
     Raises:
-        Stopped: If training was asked to stop. The partial state is saved.
+        Stopped: if a signal stopped training. The state is then saved in state.partial.pt.
     """
     run, writes = state.run, parallel.rank() == 0
     partial = directory / "state.partial.pt"
@@ -158,26 +162,30 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
 
 
 class _Saver:
-    """Writes states in a thread while training continues, one at a time."""
+    """Writes states in a background thread, one at a time, while training continues."""
 
     def __init__(self, path: Path):
         self.path, self.writer = path, ThreadPoolExecutor(max_workers=1)
         self.writing: Future[None] | None = None
 
     def save(self, content: dict[str, Any]) -> None:
-        """Waits for the previous write, copies the content, and starts to write it."""
+        """Waits for the previous write, copies `content` to the CPU, and starts to write the copy."""
         self.wait()
         copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
         self.writing = self.writer.submit(save_state, self.path, copy)
 
     def wait(self) -> None:
-        """Waits for the current write, and raises its exception if it failed."""
+        """Waits for the current write. If this write failed, raises its exception."""
         if self.writing:
             self.writing.result()
 
 
 class _Log:
-    """log.csv of a run. It is rewritten at the start of a segment, so that it has each step once; then it grows."""
+    """The file log.csv of a run.
+
+    At the start of a segment, the file is written anew with the rows of the state, so that no step appears twice. After
+    that, each new row is appended.
+    """
 
     def __init__(self, path: Path, state: TrainState, until: int):
         self.path, self.state, self.until = path, state, until
@@ -185,7 +193,7 @@ class _Log:
         self.write()
 
     def write(self) -> None:
-        """Replaces the file by one with all rows of the state."""
+        """Replaces the file by a new file with all rows of the state."""
         with atomic_write(self.path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
             writer = self._writer(text)
             writer.writeheader()
@@ -196,7 +204,10 @@ class _Log:
         return csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
 
     def add(self, means: dict[str, float]) -> None:
-        """Appends a row to the state and to the file, and reports progress if a report is due."""
+        """Appends a row to the state and to the file.
+
+        The progress is logged if the last progress message is more than 10 s old.
+        """
         state, train = self.state, self.state.run.train
         rate = state.meter.images / max(state.seconds - self.last_seconds, 1e-9)
         self.last_seconds = state.seconds
@@ -221,9 +232,9 @@ class _Log:
 
 
 class _StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGHUP set an event instead of ending the process, unless it ignores them.
+    """A context in which SIGTERM, SIGINT and SIGHUP set an event instead of ending the process.
 
-    `nohup` makes a process ignore SIGHUP.
+    Signals that the process ignores stay ignored. For example, `nohup` makes a process ignore SIGHUP.
     """
 
     def __enter__(self) -> threading.Event:

@@ -28,35 +28,40 @@ from diffusion.training import parallel
 
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
-    """Returns the untrained net of a seed, on the CPU, and its noise schedule. All arms of a seed share this net."""
+    """Returns the untrained net of a seed, on the CPU, and its noise schedule.
+
+    Runs with the same seed and the same configuration of the net start from this net.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.random.set_rng_state(generator(seed, "init").get_state())
         return build(config)
 
 
 def initial_weights(config: Initial, seed: int, path: Path) -> None:
-    """Writes the weights of step 0 to a safetensors file, as `save_weights` does for later steps."""
+    """Writes the weights of the untrained net (step 0) to a safetensors file, in the format of `save_weights`."""
     model, _ = untrained(config, seed)
     save_weights(path, dict(model.named_parameters()), config, seed, step=0, diverged=False)
 
 
 class TrainState:
-    """Everything that changes during a run: parameters, their moving average, optimizer, step, seconds and log.
+    """Everything that changes during a run, such as parameters, optimizer, step, seconds and log.
 
-    Runs with equal seed and net start from equal weights.
+    The state also contains the exponential moving average (EMA) of the parameters. Runs with the same seed and the same
+    configuration of the net start from the same weights.
 
     Args:
-        run: Configuration of the run.
-        seed: Seed of all random streams.
-        device: Device of the net.
+        run: configuration of the run.
+        seed: seed of all random streams.
+        device: device of the net.
 
     Attributes:
-        step: Optimizer steps so far.
-        seconds: Seconds of training so far.
-        diverged: Step at which the loss or a weight was not finite, or None.
-        rows: Rows of the log since the start of the run.
-        sources: `source_hash` of all code that trained the run; the present one is last.
-        id: Identifies the state at the last checkpoint, from which the present segment started.
+        step: number of optimizer steps so far.
+        seconds: training time so far, in seconds.
+        diverged: step at which the loss or a weight was found to be infinite or NaN; None if this has not happened.
+        rows: rows of the log since the start of the run.
+        sources: `source_hash` of each version of the code that trained the run. The present version is last.
+        id: identifier of the state from which the present segment started. A partial state has the same identifier as
+            the state that it continues.
     """
 
     def __init__(self, run: RunConfig, seed: int, device: torch.device | str):
@@ -89,15 +94,15 @@ class TrainState:
         return torch.optim.AdamW(self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
 
     def ema_weights(self) -> dict[str, Tensor]:
-        """Returns the averaged weights as a dict of parameter names and float32 tensors [...]."""
+        """Returns the averaged weights (EMA) as a dict from parameter names to float32 tensors [...]."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
 
     def batches(self, images: np.ndarray, indices: np.ndarray | None = None) -> Batches:
-        """Returns the batches of this run.
+        """Returns the training batches of this run.
 
         Args:
-            images: All images of the dataset, uint8 [N, H, W, 3].
-            indices: Which images are used for training, int64 [M]. None: all.
+            images: all images of the dataset, uint8 [N, H, W, 3].
+            indices: indices of the images that are used for training, int64 [M]. If None, all images are used.
         """
         count = len(images) if indices is None else len(indices)
 
@@ -109,14 +114,17 @@ class TrainState:
     def _gradients(
         self, x_start: Tensor, noise: Tensor, t: Tensor, mse_weight: Tensor, vb_weight: Tensor
     ) -> list[Tensor]:
-        """Returns the parameters' gradients of the sum of the weighted losses, and mse and vb of each image, [2, B].
+        """Returns the gradients of the loss, one per parameter, followed by the mse and vb of each image, [2, B].
+
+        mse and vb are the unweighted terms of the hybrid loss (Nichol & Dhariwal 2021): the mean squared error of
+        epsilon and the variational bound. The loss is the sum over the images of mse_weight * mse + vb_weight * vb.
 
         Args:
-            x_start: Images, [B, 3, H, W].
-            noise: Epsilon, [B, 3, H, W].
-            t: Timesteps, [B].
-            mse_weight: Weight of each image's mse, [B].
-            vb_weight: Weight of each image's vb, [B].
+            x_start: images, [B, 3, H, W].
+            noise: epsilon, [B, 3, H, W].
+            t: timesteps, [B].
+            mse_weight: weight of the mse of each image, [B].
+            vb_weight: weight of the vb of each image, [B].
         """
         x_t = self.schedule.q_sample(x_start, t, noise)
         with autocast(self.device, self.run.train.precision):
@@ -126,7 +134,11 @@ class TrainState:
         return [*torch.autograd.grad(loss, self.parameters), torch.stack([losses.mse, losses.vb]).detach()]
 
     def tables_now(self) -> Tables:
-        """Returns the tables of the present step. A learned density changes its importance weights, too."""
+        """Returns the density and the loss weights at the present step, each [T].
+
+        The density changes during training only if it is learned. Importance-corrected loss weights change with such a
+        density.
+        """
         if self.history is None:
             return self.tables
         probabilities, scheme = self.history.probabilities(), self.run.scheme
@@ -135,7 +147,10 @@ class TrainState:
         return replace(self.tables, probabilities=probabilities)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as a dict of plain values and of the tensors [...] that training changes in place."""
+        """Returns the state as a dict of plain values and tensors [...].
+
+        The tensors are not copied, so later training steps change the returned tensors.
+        """
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
             "diverged": self.diverged, "id": self.id, "rows": self.rows, "sources": self.sources,
@@ -146,14 +161,15 @@ class TrainState:
         }  # fmt: skip
 
     def load(self, path: Path, parent: str | None = None) -> None:
-        """Replaces this state by that of a file. If an error is raised, this state is unchanged.
+        """Replaces this state by the state in a file. If an error is raised, this state is unchanged.
 
         Args:
-            path: A file that `save_state` wrote.
-            parent: Id that the file must have, if it is a partial state: that of the state which it continues.
+            path: file that `save_state` wrote.
+            parent: `id` that the state in the file must have. A partial state has the `id` of the state that it
+                continues. If None, any `id` is accepted.
 
         Raises:
-            FileError: If the file is damaged, or belongs to another run or segment.
+            FileError: if the file is damaged, or belongs to another run or segment.
         """
         with _reading(path):
             content = torch.load(path, map_location=self.device, weights_only=True)
@@ -181,12 +197,14 @@ class TrainState:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Reports every error in the block as damage to the file: torch raises many types for a damaged file.
+    """Converts any error in the block, except a lack of memory, into a FileError.
+
+    For a damaged file, torch raises exceptions of many types.
 
     Raises:
-        FileError: If the file is damaged.
-        MemoryError: If the memory of the host is full.
-        OutOfMemoryError: If the memory of the GPU is full.
+        FileError: if the file is damaged.
+        MemoryError: if the memory of the host is full.
+        OutOfMemoryError: if the memory of the GPU is full.
     """
     try:
         yield
@@ -197,10 +215,12 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_layout(value: Any, expected: Any, name: str = "state") -> None:
-    """Compares the keys of nested dicts, the shapes and dtypes of the tensors in them, and the types of other values.
+    """Checks that a value has the layout of an expected value.
+
+    Nested dicts must have equal keys, tensors equal shapes and dtypes, and other values equal types.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: if the layouts differ.
     """
     if isinstance(expected, dict):
         if not isinstance(value, dict) or value.keys() != expected.keys():
@@ -217,10 +237,10 @@ def _check_layout(value: Any, expected: Any, name: str = "state") -> None:
 
 
 def save_state(path: Path, content: dict[str, Any]) -> None:
-    """Writes what `TrainState.state_dict` returned.
+    """Writes a state, as `TrainState.state_dict` returns it, to a file.
 
     Raises:
-        OSError: If the disk is full or not writable.
+        OSError: if the disk is full or not writable.
     """
     with atomic_write(path) as file:
         try:
@@ -231,18 +251,18 @@ def save_state(path: Path, content: dict[str, Any]) -> None:
 
 
 def summary(path: Path, since: int = 0) -> dict[str, Any]:
-    """Returns facts of a state file without reading its tensors.
+    """Returns the main facts of a state file without reading its tensors.
 
     Args:
-        path: A file that `save_state` wrote.
-        since: Step of the checkpoint before; 0 is the untrained net.
+        path: file that `save_state` wrote.
+        since: step of the previous checkpoint; 0 if the previous checkpoint is the untrained net.
 
     Returns:
-        `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`: the mean of the unweighted mse after
-        step `since`; None if it is not finite.
+        a dict with `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`. `mse` is the
+        unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not finite.
 
     Raises:
-        FileError: If the file is damaged.
+        FileError: if the file is damaged.
     """
     with _reading(path):
         content = torch.load(path, weights_only=True, mmap=True)
@@ -254,10 +274,12 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
 
 
 class Meter:
-    """Sums of losses since the last row of the log, on the device, so that no step waits for a copy to the CPU.
+    """Sums of the losses since the last row of the log.
+
+    The sums are on the device of the losses, so that no training step waits for a copy to the CPU.
 
     Args:
-        device: Device of the losses.
+        device: device of the losses.
     """
 
     def __init__(self, device: torch.device):
@@ -269,21 +291,24 @@ class Meter:
         self.steps = self.images = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums, as tensors [...] that later calls of `add` change, and the counts."""
+        """Returns the sums and the counts. Later calls of `add` change the returned sums, which are tensors [...]."""
         return {"sums": self.sums, "steps": self.steps, "images": self.images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned: the same tensors [...], on this device."""
+        """Replaces the sums and counts by those in `state`, which `state_dict` returned.
+
+        The sums are tensors [...] on the device of this meter. They are not copied.
+        """
         self.sums, self.steps, self.images = state["sums"], state["steps"], state["images"]
 
     def add(self, loss: Tensor, mse: Tensor, vb: Tensor, quarter: Tensor) -> None:
         """Adds the losses of a batch.
 
         Args:
-            loss: Weighted loss, [B].
-            mse: Unweighted mse, [B].
-            vb: Unweighted vb, [B].
-            quarter: Quarter of the timesteps, 0..3, that each timestep is in, int64 [B].
+            loss: weighted loss of each image, [B].
+            mse: unweighted mean squared error of epsilon of each image, [B].
+            vb: unweighted variational bound of each image, [B].
+            quarter: index of the quarter of 0..T-1 that contains the timestep of each image, int64 [B] in 0..3.
         """
         self.sums["losses"] += torch.stack([loss, mse, vb]).double().sum(1)
         self.sums["quarters"].index_add_(1, quarter, torch.stack([mse, torch.ones_like(mse)]).double())
@@ -293,8 +318,9 @@ class Meter:
     def means(self) -> dict[str, float]:
         """Returns the means since the last row of the log.
 
-        loss, mse and vb are per image, and grad_norm is per step. loss_q0 to loss_q3 are the unweighted mse per image
-        in each quarter of the timesteps (NaN without images).
+        `loss`, `mse` and `vb` are means over images, and `grad_norm` is a mean over steps. `loss_q0` to `loss_q3` are
+        the means of the unweighted mse in the four quarters of the timesteps 0..T-1. The mean of a quarter without
+        images is NaN.
         """
         loss, mse, vb = (self.sums["losses"] / self.images).tolist()
         total, count = self.sums["quarters"]
@@ -304,9 +330,9 @@ class Meter:
 
 
 def train_step(state: TrainState, batches: Batches) -> None:
-    """Takes one optimizer step on batch `state.step`, and changes `state` accordingly.
+    """Takes one optimizer step on batch `state.step`, and updates `state`.
 
-    The host does not wait for the device, except to copy the order of a new epoch.
+    The CPU does not wait for the GPU, except to copy the permutation of the images at the start of an epoch.
     """
     train, schedule, device = state.run.train, state.schedule, state.device
     seed, step, size = state.seed, state.step, state.run.train.batch_size
@@ -356,17 +382,17 @@ def train_step(state: TrainState, batches: Batches) -> None:
 
 
 def learning_rate(step: int, base: float, warmup: int) -> float:
-    """Returns the learning rate of a step (from 0).
+    """Returns the learning rate of a step (counted from 0).
 
-    It rises linearly from base / warmup to base in the first `warmup` steps, and is constant afterwards.
+    The rate rises linearly from base / warmup to base in the first `warmup` steps, and is constant afterwards.
     """
     return base * min(1.0, (step + 1) / warmup) if warmup else base
 
 
 def ema_decay(step: int, decay: float, warmup: bool) -> float:
-    """Returns the decay of the moving average at a step (from 0).
+    """Returns the decay of the moving average of the weights at a step (counted from 0).
 
-    With warm-up it is (1 + step) / (10 + step) until that exceeds `decay`. Without warm-up and with a decay of 0.9999,
-    the average still contains 37% of the untrained weights after 10,000 steps.
+    With warm-up, the decay is (1 + step) / (10 + step) until this value exceeds `decay`. Without warm-up, the decay is
+    constant: at 0.9999, the average still contains 37% of the untrained weights after 10,000 steps.
     """
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

@@ -1,7 +1,7 @@
-"""The time of a training step of several runs, measured in turns.
+"""Training times of several runs, measured in turns.
 
-The speed of a machine drifts. Runs that are timed in turns meet the same drift, so the ratio of their times within a
-round is more precise than the times themselves.
+The speed of a machine drifts. Runs that are timed in turns are exposed to the same drift. Therefore, the ratio of two
+times within a round is more precise than the times themselves.
 """
 
 import gc
@@ -25,17 +25,17 @@ SECONDS_PER_RUN = 20.0  # after which no further round starts
 def time_steps(
     runs: Sequence[RunConfig], images: np.ndarray, device: torch.device | str, processes: int = 1
 ) -> np.ndarray:
-    """Returns the seconds of training per image of each run in each round, [rounds, runs].
+    """Returns the training time of each run in each round, in seconds per image, [rounds, runs].
 
-    In each turn, a run takes its first steps from the untrained net of seed 0. Nothing is written, and only one run is
-    in memory at a time.
+    In each round, each run starts from the untrained net of seed 0 and takes 2 steps without and 4 steps with timing.
+    No files are written, and only one run is in memory at a time.
 
     Args:
-        runs: configurations of the runs; each computes with its own number of threads.
+        runs: configurations of the runs. Each run computes with its own number of threads.
         images: all images of the dataset, uint8 [N, H, W, 3].
         device: device of the nets.
-        processes: data-parallel processes of each run. The part of the batch of one of them is timed, without their
-            communication.
+        processes: number of data-parallel processes of each run. Only one process is timed, with its part of the batch
+            and without communication.
     """
     parts = [_part(run, processes) for run in runs]
     return in_turns([partial(_turn, run, images, device) for run in parts], time.perf_counter)
@@ -44,11 +44,11 @@ def time_steps(
 def in_turns(functions: Sequence[Callable[[], float]], clock: Callable[[], float]) -> np.ndarray:
     """Calls the functions in turns (a, b, c, a, b, c, ...) and returns their results, [rounds, functions].
 
-    There are 3 to 8 rounds; after 20 s per function no further round starts.
+    There are 3 to 8 rounds. After 3 rounds, a new round starts only within 20 s per function from the beginning.
 
     Args:
-        functions: what is called.
-        clock: returns the present time in seconds.
+        functions: functions that are called.
+        clock: function that returns the present time in seconds.
     """
     end = clock() + SECONDS_PER_RUN * len(functions)
     rounds: list[list[float]] = []
@@ -58,13 +58,13 @@ def in_turns(functions: Sequence[Callable[[], float]], clock: Callable[[], float
 
 
 def _part(run: RunConfig, processes: int) -> RunConfig:
-    """Returns a run with the batch of one process."""
+    """Returns the configuration of a run, with the batch size of one process."""
     train = run.train.model_copy(update={"batch_size": run.train.batch_size // processes})
     return run.model_copy(update={"train": train})
 
 
 def _turn(run: RunConfig, images: np.ndarray, device: torch.device | str) -> float:
-    """Returns the seconds per image of some training steps of one run."""
+    """Takes some training steps of one run, and returns the seconds per image."""
     gc.collect()  # a training state refers to itself, so the previous one is still in memory
     torch.set_num_threads(run.train.threads)
     state = TrainState(run, 0, device)
