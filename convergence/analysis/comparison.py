@@ -59,7 +59,7 @@ def compare(
     thresholds: Iterable[float] | None = None,
     margin: float | None = None,
 ) -> Comparison:
-    """Compares two arms (training schemes) in one metric over training images.
+    """Compares two arms (training schemes) by their curves of one metric over training images.
 
     Example:
         >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 75.0), ("b", 2000, 50.0)]

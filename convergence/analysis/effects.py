@@ -45,14 +45,14 @@ class Effect:
     """Value of the metric that the runs have to reach; NaN for `average` and `final`."""
     unit: Unit
     baseline: float
-    """Value of the baseline: the metric, the training images or the hours. Over all seeds, it is their mean. Of one
-    seed, images and hours are infinite if the run never reaches the threshold, and NaN if the run reaches the threshold
+    """Value of the baseline: the metric, the training images or the hours; over all seeds, the mean. Of one seed,
+    images and hours are infinite if the run never reaches the threshold, and NaN if the run reaches the threshold
     before its first trained checkpoint."""
     candidate: float
     estimate: float
     low: float
-    """Over all seeds, `low` and `high` are the ends of the 95% interval. Of one seed, they are bounds of the effect,
-    which differ only if the pair is censored."""
+    """Over all seeds, `low` and `high` are the ends of the 95% interval. Of one seed, `low` and `high` are bounds of
+    the effect, which differ only if the pair is censored."""
     high: float
     shown: Shown
     """What the interval shows: "better" or "worse" if the whole interval is on one side of "no effect", otherwise "not

@@ -25,8 +25,8 @@ def plan(
         costs: arm -> training seconds per 1000 images; None: the text contains no hours.
 
     Raises:
-        StudyError: the pilot has fewer than two pairs of runs, its arms share no range of training images, its pairs
-            have no noise, or more than 10,000 seeds are needed.
+        StudyError: the pilot has fewer than two pairs of runs, the arms share no range of training images, the paired
+            differences have no noise, or more than 10,000 seeds are needed.
     """
     comparison = compare_pair(metrics, baseline, candidate)
     pairs = comparison.average.pairs if comparison else 0

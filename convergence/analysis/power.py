@@ -33,7 +33,7 @@ def power(effect: float, sd: float, pairs: int) -> float:
 
 
 def detectable(sd: float, pairs: int) -> float:
-    """Returns the smallest difference that a t-test of `pairs` pairs detects with 80% power; infinite for one pair."""
+    """Returns the smallest difference that a paired t-test detects with 80% power; infinite for one pair."""
     if pairs < 2:
         return np.inf
     return sd * brentq(lambda ratio: power(ratio, 1, pairs) - POWER, 1e-3, 1e3) if sd else 0.0

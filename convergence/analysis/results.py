@@ -89,7 +89,7 @@ class Comparison:
 
     @property
     def thresholds(self) -> list[float]:
-        """Values of the metric until which training images are compared, from easy to hard."""
+        """Thresholds of the effects on training images: values of the metric, from easy to hard."""
         return [effect.threshold for effect in self.effects if effect.quantity == "images"]
 
     @property

@@ -101,7 +101,7 @@ def compare_study(metrics: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, fl
     """Compares every candidate of a study with the baseline, in every metric and with every feature extractor.
 
     Runs with planned seeds are compared up to the last planned checkpoint. If there are other seeds, the last
-    comparison of the list is the primary comparison of these other seeds. Its role is "replication".
+    comparison of the list is the primary comparison of these other seeds, with the role "replication".
 
     Args:
         metrics: the long table of metrics (`convergence.tables`) of one study.
@@ -151,7 +151,7 @@ def as_interim(comparison: Comparison, missing: Sequence[tuple[str, int]]) -> Co
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Returns the comparisons; the secondary ones have p-values adjusted by the method of Holm (1979) in `p_holm`."""
+    """Returns the comparisons, with p-values of the secondary ones adjusted by the method of Holm (1979)."""
     secondary = [c for c in comparisons if c.role == "secondary" and not math.isnan(c.average.p_value)]
     ordered = sorted(secondary, key=lambda comparison: comparison.average.p_value)
     adjusted, largest = {}, 0.0

@@ -47,7 +47,7 @@ def draw_legend(
 
 
 def line_style(index: int) -> Style:
-    """Returns colour, marker and dashes of arm number `index`. Markers and dashes differ, too, for readers without colour."""
+    """Returns colour, marker and dashes of arm number `index`. Arms differ even without colour."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
