@@ -145,7 +145,7 @@ def _overview(comparisons: Iterable[Comparison]) -> str:
 
 
 def _result(comparison: Comparison) -> str:
-    """The outcome of the primary comparison; of a secondary one what its adjusted p-value shows."""
+    """Returns the outcome of a primary comparison, or what the adjusted p-value of a secondary comparison shows."""
     if comparison.role != "secondary":
         return comparison.outcome
     return comparison.average.shown if comparison.p_holm <= LEVEL else "not shown"

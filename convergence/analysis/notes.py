@@ -41,7 +41,7 @@ def outlier(values: np.ndarray) -> int | None:
 def is_skewed(values: np.ndarray) -> bool:
     """Returns whether the skewness of values [S] is larger than in 95% of normal samples; False for fewer than five.
 
-    The limit is two standard errors of the skewness of a normal sample (Cramér 1946, Mathematical methods of
+    The limit is 1.96 standard errors of the skewness of a normal sample (Cramér 1946, Mathematical methods of
     statistics, 29.3).
     """
     size = len(values)
