@@ -78,7 +78,7 @@ def compare(
         metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall` or `memorised`.
         thresholds: values of the metric. For each value, the arms are compared in the training images that they need to
             reach the value. The middle value is the primary threshold, which decides whether the candidate is faster.
-            By default, the primary threshold is the best value that every run reaches.
+            By default, the primary threshold is the best value that all runs reach, except failed runs.
         margin: largest change of the average metric that counts as no change: in percent for `fd` and `fd_infinity`
             (default 2), in units of the metric for the others (no default).
 
@@ -125,9 +125,9 @@ def compare_pair(
         baseline: name of the arm to compare with.
         candidate: name of the arm to judge.
         thresholds: values of the metric; the middle one is the primary threshold. By default, the primary threshold is
-            the best value that every run reaches that did not fail. The other thresholds are then at 1/4, 1/2 and 3/4
-            of the baseline's progress, which is the change of the baseline's mean level from the first trained to the
-            last checkpoint.
+            the best value that all runs reach, except failed runs. The other thresholds are then at 1/4, 1/2 and 3/4 of
+            the baseline's progress, which is the change of the baseline's mean level from the first trained to the last
+            checkpoint.
         margin: margin of equivalence, in the unit of the effect `average`; by default 2% for FD, none for metrics that
             are compared by differences.
         role: role of the comparison in its study.
@@ -189,7 +189,7 @@ def progress_thresholds(pairs: Pairs) -> list[float]:
 
 
 def _reached_by_all(pairs: Pairs) -> float:
-    """Returns the best value of the metric that every run reaches that did not fail; NaN if all runs failed.
+    """Returns the best value of the metric that all runs reach, except failed runs; NaN if all runs failed.
 
     The value is rounded to the side that is easier to reach, so that reports print the value that was used.
     """

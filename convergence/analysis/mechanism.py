@@ -43,13 +43,22 @@ class ProbeEffect:
     __pydantic_config__ = JSON_CONFIG
 
     timesteps: str
-    """A bin of timesteps such as "0-99", "all" timesteps, or "between bins" for the variance between the bins."""
+    """A bin of timesteps such as "0-99"; "all" timesteps; "between bins" for the variance between the bins."""
     quantity: Quantity
-    """In percent: `mse` and `vb`, the changes of the two unweighted terms of the loss; `baseline_share` and
-    `candidate_share`, the share of the bin in the variance of the arm's whole gradient. As factors, candidate /
-    baseline: `variance`, the contribution of the bin to the variance of the gradient after division by the scale;
-    `by_tables`, the part of `variance` that follows from the densities and loss weights alone; `remaining`, which is
-    `variance` / `by_tables`; `noise_scale`, which is tr(Sigma) / |g|^2, where g is the expected gradient."""
+    """The quantity that is compared.
+
+    In percent:
+
+    - `mse`, `vb`: change of this unweighted term of the loss.
+    - `baseline_share`, `candidate_share`: share of the bin in the variance of the arm's whole gradient.
+
+    As factors, candidate / baseline:
+
+    - `variance`: contribution of the bin to the variance of the gradient, after division of the gradient by the scale.
+    - `by_tables`: the factor of `variance` that follows from the densities and loss weights alone.
+    - `remaining`: `variance` / `by_tables`.
+    - `noise_scale`: tr(Sigma) / |g|^2, where g is the expected gradient.
+    """
     estimate: float
     low: float
     high: float
