@@ -1,10 +1,11 @@
 """Comparison of two arms in one metric: how much better a candidate is, how much faster, and with what confidence.
 
-All statistics are *paired*: seed k of the candidate is compared with seed k of the baseline. A metric is converted to a
-*level*, for which lower is better: the log of a distance, or minus a share such as precision. Times are the training
-images until the level, smoothed so that it never increases, reaches a threshold.
+All statistics are *paired*: seed k of the candidate is compared with seed k of the baseline. Values of a metric are
+converted to *levels*, for which lower is better: the log of FD, KID itself, precision with a minus sign. The time of a
+run is the number of training images until its level reaches a threshold. For this purpose, the level is smoothed so
+that it never increases.
 
-The primary endpoint is the difference in level, averaged over the training images that both arms cover.
+The primary endpoint is the difference between the levels of the two arms, averaged over training images.
 """
 
 import math
@@ -58,7 +59,7 @@ def compare(
     thresholds: Iterable[float] | None = None,
     margin: float | None = None,
 ) -> Comparison:
-    """Compares two arms in one metric over training images.
+    """Compares two arms (training schemes) by their curves of one metric over training images.
 
     Example:
         >>> rows = [("a", 1000, 80.0), ("a", 2000, 60.0), ("b", 1000, 75.0), ("b", 2000, 50.0)]
@@ -69,20 +70,22 @@ def compare(
         this stage of training.
 
     Args:
-        curves: a row per run and checkpoint, with the columns `arm`, `images` (training images seen) and `value`.
-            Optional columns are `seed`, `metric`, `features`, `study`, `n` (generated images) and `reason`
-            ("diverged ..." or "collapsed ..." where a run has no value for this reason).
-        baseline: an arm.
-        candidate: the arm that is compared with it.
+        curves: a row per run and checkpoint. Required columns are `arm`, `images` (training images seen so far) and
+            `value`. Optional columns are `seed`, `metric`, `features`, `study`, `n` (number of generated images) and
+            `reason`, which states why a value is missing: "diverged ..." or "collapsed ..." for a failed run.
+        baseline: name of the arm to compare with.
+        candidate: name of the arm to judge.
         metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall` or `memorised`.
-        thresholds: values of the metric until which training images are compared; the middle one is the primary one.
-            By default it is the lowest value that all runs reach.
-        margin: largest change of the average that counts as the same: in percent for `fd` (default 2), a change of the
-            metric itself for the others (no default).
+        thresholds: values of the metric. For each value, the arms are compared in the training images that they need to
+            reach the value. The middle value is the primary threshold, which decides whether the candidate is faster.
+            By default, the primary threshold is the best value that all runs reach, except failed runs.
+        margin: largest change of the average metric that counts as no change: in percent for `fd` and `fd_infinity`
+            (default 2), in units of the metric for the others (no default).
 
     Raises:
         StudyError: a column is missing or has invalid values, an arm or the metric is not in the table, the table has
-            several studies or feature extractors, or no seed has values of both arms.
+            several studies or feature extractors, no seed has values of both arms, or the arms share no range of
+            training images.
     """
     rows = check_curves(curves)
     for name, column in ((baseline, "arm"), (candidate, "arm"), (metric, "metric")):
@@ -111,21 +114,24 @@ def compare_pair(
     role: Role = "secondary",
     costs: Mapping[str, float] | None = None,
 ) -> Comparison | None:
-    """Compares two arms in one metric; returns None if no seed has values of both.
+    """Compares two arms in one metric; returns None if no seed has values of both arms.
 
-    If a run of a seed failed, the seed is left out of `average` and `final`, and counted; for images the run is one
-    that never reaches a threshold. Values that are missing for another reason are left out one by one.
+    A failed run is one that diverged or collapsed. The seed of a failed run is left out of the effects `average` and
+    `final`, which state the number of failed runs. In the effects on training images, a failed run counts as a run that
+    never reaches a threshold. If a value is missing for another reason, only this value is left out.
 
     Args:
-        rows: the long table of one study, extractor and metric.
-        baseline: an arm.
-        candidate: another arm.
-        thresholds: values of the metric; the middle one is primary. By default the primary one is the lowest value that
-            every run reaches that did not fail, and the others are at 1/4, 1/2 and 3/4 of the progress, in level, from
-            the baseline's mean at the first trained checkpoint to its mean at the last.
-        margin: of equivalence, in the unit of the average; by default 2% for distances.
-        role: of the comparison in its study.
-        costs: training seconds per 1000 images of each arm, when it trains alone.
+        rows: the long table of metrics (`convergence.tables`) of one study, feature extractor and metric.
+        baseline: name of the arm to compare with.
+        candidate: name of the arm to judge.
+        thresholds: values of the metric; the middle one is the primary threshold. By default, the primary threshold is
+            the best value that all runs reach, except failed runs. The other thresholds are then at 1/4, 1/2 and 3/4 of
+            the baseline's progress, which is the change of the baseline's mean level from the first trained to the last
+            checkpoint.
+        margin: margin of equivalence, in the unit of the effect `average`; by default 2% for FD, none for metrics that
+            are compared by differences.
+        role: role of the comparison in its study.
+        costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None: hours are not compared.
 
     Raises:
         StudyError: the arms share no range of training images.
@@ -153,10 +159,11 @@ def compare_pair(
 
 
 def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """Returns comparisons as the table `effects.csv`: for each effect a row per seed, then one over all seeds.
+    """Returns comparisons as the table `effects.csv`: for each effect, a row per seed and then a row over all seeds.
 
-    The row over all seeds has no `seed`. `of_baseline` and `of_candidate` are the metric, or the images or hours;
-    `convergence.analysis.effects.Effect` describes the other columns.
+    The row over all seeds has no value in the column `seed`. `of_baseline` and `of_candidate` are the values of the two
+    arms: the metric, the training images or the hours. `convergence.analysis.effects.Effect` describes the other
+    columns.
     """
     rows = [
         # Both have a baseline and a candidate: arms, and values.
@@ -169,7 +176,11 @@ def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def progress_thresholds(pairs: Pairs) -> list[float]:
-    """Returns values between the baseline's first and last checkpoint; none if all runs of the baseline failed."""
+    """Returns the values of the metric at 1/4, 1/2 and 3/4 of the baseline's progress.
+
+    The progress is the change of the baseline's mean level from its first trained to its last checkpoint. The list is
+    empty if all runs of the baseline failed.
+    """
     complete = ~pairs.failed[:, 0]
     if not complete.any():
         return []
@@ -179,9 +190,9 @@ def progress_thresholds(pairs: Pairs) -> list[float]:
 
 
 def _reached_by_all(pairs: Pairs) -> float:
-    """Returns the lowest level that every run reaches that did not fail, as a value of the metric; NaN without any.
+    """Returns the best value of the metric that all runs reach, except failed runs; NaN if all runs failed.
 
-    It is rounded to the side that is easier to reach, so that the printed number is the one that was used.
+    The value is rounded to the side that is easier to reach, so that reports print the value that was used.
     """
     ends = [
         isotonic_fit(run["level"].to_numpy())[-1]
@@ -250,7 +261,7 @@ def _outcome(pairs: Pairs, average: Effect, final: Effect, images: Effect | None
 
 
 def _last_crossing(pairs: Pairs) -> float:
-    """Returns the training images where the arm that is better on average last becomes the worse one; NaN if never."""
+    """Returns the training images at which the arm that is better on average last becomes worse; NaN if never."""
     used = ~pairs.failed.any(axis=1)
     if not used.any():
         return math.nan
@@ -269,7 +280,7 @@ def _known(values: np.ndarray) -> np.ndarray:
 
 
 def _level_effect(pairs: Pairs, quantity: Quantity, levels: np.ndarray) -> Effect:
-    """Returns the effect on a level, from levels [S, 2] that are NaN for runs that failed."""
+    """Returns the effect on levels [S, 2] of S seeds of baseline and candidate, which are NaN for failed runs."""
     difference = levels[:, 1] - levels[:, 0]
     used = ~np.isnan(difference)
     mean = levels[used].mean(axis=0) if used.any() else np.full(2, np.nan)
@@ -281,7 +292,7 @@ def _level_effect(pairs: Pairs, quantity: Quantity, levels: np.ndarray) -> Effec
 
 
 def time_effect(pairs: Pairs, threshold: float) -> Effect:
-    """Returns the effect on the training images until a threshold, which is a value of the metric."""
+    """Returns the effect on the training images until the metric reaches the value `threshold`."""
     level = to_level(threshold, pairs.metric, pairs.scale)
     times = np.array([[time_to_threshold(run["level"], run["images"], level) for run in pair] for pair in pairs.runs])
     low, high = log_factor(tuple(times[:, 0].T), tuple(times[:, 1].T))
@@ -294,7 +305,7 @@ def time_effect(pairs: Pairs, threshold: float) -> Effect:
 
 
 def _in_hours(images: Effect, baseline: float, candidate: float) -> Effect:
-    """Returns the effect on reference hours, from that on images and the seconds per 1000 images of both arms."""
+    """Converts an effect on training images to hours, given the seconds per 1000 images of each arm."""
     ratio = candidate / baseline
     low, high = images.low * ratio, images.high * ratio
     return replace(
@@ -320,17 +331,17 @@ def _effect(
     interval: Interval,
     p_value: float,
 ) -> Effect:
-    """Returns an effect over all seeds with those of each seed.
+    """Returns the effect over all seeds, which contains the effect of each seed.
 
     Args:
-        pairs: the runs.
-        quantity: what is compared.
-        threshold: a value of the metric, or NaN.
-        unit: of the printed effect.
-        values: [S + 1, 2] of both arms, for each seed and over all seeds.
+        pairs: runs of both arms.
+        quantity: name of the quantity that is compared.
+        threshold: a value of the metric; NaN if the quantity has no threshold.
+        unit: unit of the printed effect.
+        values: [S + 1, 2] values of the baseline and of the candidate: a row per seed, then a row over all seeds.
         bounds: lower and upper bounds [S] of the differences in level.
-        interval: the interval over all seeds.
-        p_value: over all seeds.
+        interval: interval of the difference in level over all seeds.
+        p_value: p-value over all seeds.
     """
     low, high = bounds
     used, censored = ~np.isnan(low), low < high

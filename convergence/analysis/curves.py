@@ -1,4 +1,7 @@
-"""Curves of a metric over training images: levels, means, and the time to reach a threshold."""
+"""Curves of a metric over training images: levels, means, and the time to reach a threshold.
+
+A level is a value of a metric on a scale where lower is better (`to_level`). K is the number of checkpoints.
+"""
 
 from typing import TypeVar
 
@@ -11,14 +14,15 @@ Values = TypeVar("Values", float, np.ndarray)
 
 
 def isotonic_fit(level: np.ndarray) -> np.ndarray:
-    """Returns the least-squares fit of curves that never increase, along the last axis of [..., K].
+    """Returns the least-squares fit that never increases, for each curve along the last axis of [..., K].
 
-    Isotonic regression (Barlow et al. 1972, Statistical inference under order restrictions) replaces neighbours that
-    increase by their mean. Without it, the last of several noisy crossings of a threshold would decide, which is late,
-    and later the closer the checkpoints are. A curve that never increases is returned unchanged.
+    Isotonic regression (Barlow et al. 1972, Statistical inference under order restrictions) replaces neighbouring
+    values that increase by their mean. A curve that never increases is returned unchanged. Without the fit, a noisy
+    curve may cross a threshold several times, and the last crossing would count. The last crossing is too late, and
+    later the closer the checkpoints are.
 
     Args:
-        level: levels, lower is better. NaN is allowed at the end of a curve and stays NaN.
+        level: levels [..., K]; lower is better. NaN is allowed at the end of a curve and stays NaN.
     """
     return np.apply_along_axis(_fit_one, -1, np.asarray(level, float))
 
@@ -34,20 +38,22 @@ def _fit_one(level: np.ndarray) -> np.ndarray:
 def time_to_threshold(
     level: np.ndarray, axis: np.ndarray, threshold: np.ndarray | float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bounds (low, high) of the time at which the isotonic fit of each curve reaches a threshold.
+    """Returns bounds (low, high), each [...], of the time at which each curve reaches a threshold.
 
-    The bounds are equal if the crossing is between two checkpoints. Between trained checkpoints the level is linear in
-    the log of the axis, as for a power law; between the untrained net and the first trained checkpoint it is linear in
-    the axis. (Linear interpolation throughout made the ratios of power laws with ten checkpoints up to 4% too small.)
+    Each curve is first replaced by its isotonic fit, which never increases. There are three cases:
 
-    - A curve whose fit ends above the threshold has not reached it: (end of the axis, inf).
-    - A curve whose fit starts at or below the threshold reached it before its first trained checkpoint:
+    - The fit crosses the threshold between two checkpoints: both bounds are the interpolated time. Between trained
+      checkpoints, the level is linear in the log of the axis, as for a power law. Between the untrained net and the
+      first trained checkpoint, the level is linear in the axis. (Linear interpolation throughout made the ratios of
+      power laws with ten checkpoints up to 4% too small.)
+    - The fit ends above the threshold, so the threshold is not reached: (end of the axis, inf).
+    - The fit starts at or below the threshold, so the threshold is reached before the first trained checkpoint:
       (0, first trained checkpoint).
 
     Args:
-        level: [..., K], lower is better; NaN where a run failed, which never reaches a threshold.
-        axis: [..., K] training images or seconds, increasing.
-        threshold: one level, or one level per curve that broadcasts with [...].
+        level: levels [..., K]; lower is better. NaN marks a failed run, which never reaches a threshold.
+        axis: [..., K] training images or seconds of the checkpoints, increasing.
+        threshold: one level for all curves, or one level per curve, which broadcasts with [...].
     """
     level, axis = np.broadcast_arrays(isotonic_fit(level), axis)
     last = level.shape[-1] - 1
@@ -70,11 +76,11 @@ def time_to_threshold(
 def log_factor(
     baseline: tuple[np.ndarray, np.ndarray], candidate: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bounds (low, high) of log(time of the candidate / time of the baseline); above 0 is slower.
+    """Returns bounds (low, high), each [...], of log(candidate's time / baseline's time); above 0 is slower.
 
     Args:
-        baseline: bounds (low, high) of its times, each [...].
-        candidate: the same for the candidate.
+        baseline: bounds (low, high) of the times of the baseline, each [...].
+        candidate: bounds (low, high) of the times of the candidate, each [...].
     """
     with np.errstate(divide="ignore"):
         base_low, base_high, cand_low, cand_high = np.log([*baseline, *candidate])
@@ -82,9 +88,10 @@ def log_factor(
 
 
 def mean_over_images(level: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Returns the mean of curves [..., K] over training images [K] by the trapezoidal rule.
+    """Returns the mean [...] of curves [..., K] over training images [K] by the trapezoidal rule.
 
-    Each checkpoint is weighted by the images around it, so closely spaced checkpoints do not count more.
+    The weight of a checkpoint is the range of training images around it. So a part of the curve with closely spaced
+    checkpoints does not count more.
     """
     if len(images) == 1:
         return level[..., 0]
@@ -92,12 +99,16 @@ def mean_over_images(level: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def to_level(values: Values, metric: str, scale: str) -> Values:
-    """Converts values of a metric to levels, for which lower is better. `scale` is "ratio" or "difference"."""
+    """Converts values of a metric to levels, for which lower is better.
+
+    If `scale` is "ratio", the level is the log of the value. If `scale` is "difference", the level is the value, with a
+    minus sign for metrics where higher is better.
+    """
     if scale == "ratio":
         return np.log(values)
     return -values if metric in HIGHER_IS_BETTER else values
 
 
 def from_level(levels: np.ndarray, metric: str, scale: str) -> np.ndarray:
-    """Converts levels [...] back to values of the metric."""
+    """Converts levels [...] back to values of the metric, as the inverse of `to_level`."""
     return np.exp(levels) if scale == "ratio" else to_level(levels, metric, scale)

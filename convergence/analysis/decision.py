@@ -1,7 +1,7 @@
-"""The decision table: what a verdict concludes from three paired quantities.
+"""The decision table: what a verdict concludes from three quantities, A, E and S, compared over pairs of runs.
 
-A is the level averaged over training, E the level at the last checkpoint, S the training images until the primary
-threshold.
+A is the level, averaged over training images. E is the level at the last checkpoint. S is the number of training images
+until the primary threshold. A level is a value of the metric on a scale where lower is better.
 """
 
 from typing import Literal
@@ -23,24 +23,25 @@ Outcome = Literal[
 
 
 def decide(average: Shown, final: Shown, images: Shown, within_margin: bool) -> Outcome:
-    """Returns the row of the decision table.
+    """Returns the outcome from the decision table.
 
     | A | E | S | outcome |
     |---|---|---|---|
     | better | not worse | better | faster |
     | better | not worse | not shown | better on average |
     | better | worse | any | curves cross |
-    | better | not worse | worse | curves cross |
+    | better | any | worse | curves cross |
     | not shown, within the margin | not shown | not shown | the same |
-    | not shown, within the margin | one of them is shown | | the same on average |
-    | not shown, otherwise | any | any | undecided |
+    | not shown, within the margin | better or worse | any | the same on average |
+    | not shown, within the margin | any | better or worse | the same on average |
+    | not shown, not within the margin | any | any | undecided |
 
-    The rows for "worse" mirror those for "better".
+    If A is worse, "better" and "worse" change places in every column, and "slower" replaces "faster".
 
     Args:
-        average: what the 95% interval of A shows.
-        final: the same for E.
-        images: the same for S; "not shown" without a threshold.
+        average: what the 95% interval of A shows: "better", "worse" or "not shown".
+        final: what the 95% interval of E shows.
+        images: what the 95% interval of S shows; "not shown" if there is no threshold.
         within_margin: whether the 90% interval of A is within the margin of equivalence.
     """
     if average == "not shown":

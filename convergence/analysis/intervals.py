@@ -15,7 +15,7 @@ MAX_CENSORED = 12  # all 2^12 combinations of the ends of censored values are tr
 
 
 class Interval(NamedTuple):
-    """An estimate and its bounds; an unknown bound is infinite, an unknown estimate is NaN."""
+    """An estimate and its bounds. An unknown estimate is NaN, and an unknown bound is infinite."""
 
     estimate: Any
     low: Any
@@ -23,9 +23,9 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """Returns the mean over the last axis of values [..., S] and its t-interval.
+    """Returns the mean over the last axis of values [..., S] and the t-interval of this mean.
 
-    One value has infinite bounds; no value has the estimate NaN.
+    The bounds are infinite if S is 1. The estimate is NaN if S is 0.
     """
     values = np.asarray(values, float)
     size = values.shape[-1]
@@ -39,7 +39,7 @@ def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
 
 
 def t_test(values: np.ndarray) -> float:
-    """Returns the two-sided p-value of the t-test that values [S] have the mean 0; NaN for fewer than two values."""
+    """Returns the two-sided p-value of the t-test that the mean of values [S] is 0; NaN for fewer than two values."""
     if len(values) < 2:
         return np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -50,25 +50,27 @@ def t_test(values: np.ndarray) -> float:
 def censored_interval(low: np.ndarray, high: np.ndarray) -> Interval:
     """Returns a 95% interval of the centre of S values that are known only up to bounds: low <= value <= high.
 
-    If all values are exact (low = high), this is the t-interval of their mean. Otherwise each end has an error
-    probability of 2.5%:
+    If all values are exact (low = high), the result is the t-interval of their mean. Otherwise each end of the interval
+    has an error probability of 2.5%. The lower end is computed as follows; the upper end mirrors it.
 
-    - If some value is unbounded on one side, that end comes from the sign test. It is an order statistic, and infinite
-      below six values.
-    - The other end, if `k` values are unbounded on the opposite side, uses the S - k outermost values on its own side:
-      their mean minus (or plus) a multiple of their standard deviation. The multiple is a quantile of the pivot
-      (mean - mu) / sd of as many outermost values of normal samples of size S (Lawless 2003, Statistical models and
-      methods for lifetime data, ch. 5: samples censored at one end). Censored values may be among them: the end is the
-      worst over all values that they can have. It is concave in each of them, so only the ends of their ranges are
-      tried. With fewer than two values left, or more than twelve censored ones, this end comes from the sign test too.
+    - If some value has no lower bound, the lower end comes from the sign test: it is one of the sorted lower bounds. It
+      is infinite for fewer than six values.
+    - Otherwise let k be the number of values without an upper bound. The lower end is the mean of the S - k lowest
+      values, minus a multiple of their standard deviation. The multiple is a quantile of (mean - mu) / sd, where mean
+      and sd are those of the S - k lowest of S normal values (Lawless 2003, Statistical models and methods for lifetime
+      data, ch. 5: samples censored at one end). Values that are not exact may be among the lowest. The lower end is
+      then the smallest result over all values within the bounds. The result is concave in each value, so only the
+      bounds themselves are tried.
+    - If S - k is below two, or k is above twelve, the lower end comes from the sign test, too.
 
-    The estimate is the mean of exact values, otherwise the median if it is known.
+    The estimate is the mean if all values are exact. Otherwise it is the median, or NaN if the bounds do not determine
+    it.
 
     Coverage in simulations: benchmarks/README.md.
 
     Args:
-        low: lower bounds [S]; -inf if unbounded.
-        high: upper bounds [S]; inf if unbounded.
+        low: lower bounds [S]; -inf for a value without a lower bound.
+        high: upper bounds [S]; inf for a value without an upper bound.
     """
     low, high = np.asarray(low, float), np.asarray(high, float)
     if (low == high).all():
@@ -89,6 +91,6 @@ def _lower_bound(low: np.ndarray, high: np.ndarray) -> float:
 
 @cache
 def _pivot_quantile(size: int, dropped: int) -> float:
-    """Returns the simulated quantile 1 - TAIL of mean / sd of standard normal samples without their largest values."""
+    """Returns the simulated quantile 1 - TAIL of mean / sd of the lowest `size - dropped` of `size` normal values."""
     values = np.sort(np.random.default_rng(0).standard_normal((PIVOT_DRAWS, size)))[:, : size - dropped]
     return float(np.quantile(values.mean(axis=1) / values.std(axis=1, ddof=1), 1 - TAIL))

@@ -1,4 +1,4 @@
-"""A verdict in Markdown: `verdict.md`."""
+"""The verdict on a study in Markdown: `verdict.md`."""
 
 from collections.abc import Iterable, Sequence
 
@@ -77,7 +77,7 @@ def to_markdown(verdict: StudyVerdict) -> str:
 
 
 def _answer(verdict: StudyVerdict) -> str:
-    """The answer with its conclusion in bold, unless too few pairs support it."""
+    """Returns the answer, with its conclusion in bold unless too few pairs support it."""
     answer, primary = verdict.answer or "", verdict.primary
     if primary is None or primary.average.pairs < BOLD_FROM_PAIRS:
         return markdown_text(answer)
@@ -86,7 +86,7 @@ def _answer(verdict: StudyVerdict) -> str:
 
 
 def _plan(verdict: StudyVerdict) -> list[str]:
-    """What was planned before the first result, and what was changed after it."""
+    """Returns what was planned before the first result, and what the study file changed after that."""
     plan = verdict.plan
     if plan is None:
         return []
@@ -145,7 +145,7 @@ def _overview(comparisons: Iterable[Comparison]) -> str:
 
 
 def _result(comparison: Comparison) -> str:
-    """The outcome of the primary comparison; of a secondary one what its adjusted p-value shows."""
+    """Returns the outcome of a primary comparison, or what the adjusted p-value of a secondary comparison shows."""
     if comparison.role != "secondary":
         return comparison.outcome
     return comparison.average.shown if comparison.p_holm <= LEVEL else "not shown"
@@ -166,7 +166,7 @@ def _thresholds(comparisons: Iterable[Comparison]) -> str:
 
 
 def _time(times: list[float], mean: float) -> str:
-    """The images at which an arm reaches a threshold: their geometric mean, or how many of its seeds reach it."""
+    """Returns the images at which an arm reaches a threshold: the geometric mean over seeds, or how many reach it."""
     arrived = sum(not np.isinf(time) for time in times)
     if arrived < len(times):
         return f"{count_text(arrived, 'seed')} of {len(times)}"
@@ -205,7 +205,7 @@ def _seeds(effect: float, sd: float) -> str:
 
 
 def _sensitivity(verdict: StudyVerdict) -> list[str]:
-    """The primary comparison by each endpoint and metric, and how many of them agree."""
+    """Returns the section on the primary comparison by each endpoint and metric, and how many of these agree."""
     rows, primary = verdict.sensitivity, verdict.primary
     if not rows or primary is None:
         return []

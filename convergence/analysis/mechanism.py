@@ -1,9 +1,13 @@
 """The mechanism: at which timesteps two arms differ in their losses and in the noise of their gradients.
 
-A probe measures the gradient of an arm's own loss at timesteps that are drawn within a bin. A bin with probability p_b
-contributes p_b tr(Sigma_b) to the variance of the whole gradient; the rest is the variance between the bins. AdamW
-removes a constant factor of the loss. So the gradients of an arm are divided by its *scale*, the sum over t of p_t w_t,
-where w_t is the weight of the mse. Where p_t w_t of two arms is proportional, this removes exactly their factor.
+A probe measures, at one checkpoint and for one bin of timesteps, the losses of an arm and the gradient of the arm's
+own loss. Let p_b be the probability of bin b, and Sigma_b the covariance of the gradient of one image within bin b.
+Bin b contributes p_b tr(Sigma_b) to the variance of the whole gradient. The rest of this variance is the variance
+between the bins.
+
+AdamW removes a constant factor of the loss. So the gradients of an arm are divided by the *scale* of the arm: the sum
+over t of p_t w_t, where p_t is the probability of timestep t and w_t is the weight of the mse at t. If p_t w_t of two
+arms is proportional, this division removes exactly the constant factor between the arms.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,68 +35,81 @@ LOSSES: tuple[Quantity, ...] = ("mse", "vb")
 
 @dataclass(frozen=True)
 class ProbeEffect:
-    """What the probes of two arms show about one quantity, over all seeds.
+    """The effect of a candidate on one quantity that probes measure, over all seeds.
 
-    An unknown estimate is NaN; an unknown bound is infinite, or 0 for the lower bound of a factor.
+    An unknown estimate is NaN. An unknown bound is infinite, or 0 if it is the lower bound of a factor.
     """
 
     __pydantic_config__ = JSON_CONFIG
 
     timesteps: str
-    """A bin of timesteps such as "0-99", "all", or "between bins"."""
+    """A bin of timesteps such as "0-99"; "all" timesteps; "between bins" for the variance between the bins."""
     quantity: Quantity
-    """In percent: the changes of the unweighted terms of the loss, `mse` and `vb`; and the shares of the bin in the
-    variance of the whole gradient. As factors, candidate / baseline: `variance`, what the bin contributes to this
-    variance on the common scale; its factors `by_tables`, which follows from the tables of the arms, and `remaining`;
-    and `noise_scale`, tr(Sigma) / |g|^2."""
+    """The quantity that is compared.
+
+    In percent:
+
+    - `mse`, `vb`: change of this unweighted term of the loss.
+    - `baseline_share`, `candidate_share`: share of the bin in the variance of the arm's whole gradient.
+
+    As factors, candidate / baseline:
+
+    - `variance`: contribution of the bin to the variance of the gradient, after division of the gradient by the scale.
+    - `by_tables`: the factor of `variance` that follows from the densities and loss weights alone.
+    - `remaining`: `variance` / `by_tables`.
+    - `noise_scale`: tr(Sigma) / |g|^2, where g is the expected gradient.
+    """
     estimate: float
     low: float
     high: float
     pairs: int
     not_positive: int = 0
-    """Pairs without a noise scale, because the mean estimate of |g|^2 of an arm is not above 0."""
+    """Number of pairs without a noise scale, because the estimate of |g|^2 of one arm, averaged over checkpoints, is
+    not above 0."""
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Why a candidate and the baseline may differ: their expected gradients, and what the probes show."""
+    """Why a candidate and the baseline may differ: factors of their expected gradients, and effects from probes."""
 
     __pydantic_config__ = JSON_CONFIG
 
     baseline: str
     candidate: str
     scale: float
-    """The sum over t of p_t w_t of the mse, candidate / baseline; NaN if a density is learned."""
+    """Scale of the candidate divided by the scale of the baseline. The scale is the sum over t of p_t w_t, where w_t is
+    the weight of the mse. NaN if a density is learned."""
     mse_factor: float
-    """The factor between the expected gradients of the mse at equal parameters; NaN if it depends on t."""
+    """Expected gradient of the mse at equal parameters, candidate / baseline. NaN if no single factor holds at every t,
+    or if a density is learned."""
     vb_factor: float
-    """The same for the vb term."""
+    """Expected gradient of the vb at equal parameters, candidate / baseline. NaN as for `mse_factor`."""
     checkpoints: int = 0
-    """How many the probes of all runs cover."""
+    """Number of checkpoints between `first_images` and `last_images`."""
     first_images: int | float = 0
-    """Training images of the first of them."""
+    """Start of the range of training images that the probes of all runs cover; `last_images` is its end."""
     last_images: int | float = 0
     n: int = 0
-    """Images of a probe."""
+    """Number of images of a probe."""
     held_out: bool = False
-    """Whether training does not see these images."""
+    """Whether the images of the probes are held out from training."""
     effects: tuple[ProbeEffect, ...] = ()
 
     def of(self, quantity: Quantity) -> dict[str, ProbeEffect]:
-        """Returns the effects on a quantity by timesteps."""
+        """Returns the effects on one quantity: bin of timesteps -> effect."""
         return {effect.timesteps: effect for effect in self.effects if effect.quantity == quantity}
 
 
 def mechanisms(
     probes: pd.DataFrame, baseline: str, candidates: Sequence[str], tables: Mapping[str, "Tables"]
 ) -> tuple[Mechanism, ...]:
-    """Compares each candidate with the baseline.
+    """Returns the mechanism of each candidate, compared with the baseline.
 
     Args:
-        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`) of one study, which may be empty.
-        baseline: an arm.
-        candidates: other arms.
-        tables: the tables of each arm, except of those whose density is learned.
+        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`) of one study; may be empty.
+        baseline: name of the arm to compare with.
+        candidates: names of the other arms.
+        tables: arm -> its density and loss weights. Arms with a learned density have no entry.
     """
     return tuple(_mechanism(probes, baseline, candidate, tables) for candidate in candidates)
 
@@ -120,7 +137,7 @@ def _mechanism(probes: pd.DataFrame, baseline: str, candidate: str, tables: Mapp
 
 
 class _Draws(NamedTuple):
-    """What the tables of an arm determine, each [T]."""
+    """Arrays [T] that follow from the density and the loss weights of an arm."""
 
     probabilities: np.ndarray
     mse: np.ndarray
@@ -135,7 +152,7 @@ def _draws(tables: "Tables") -> _Draws:
 
 
 def _factor(baseline: np.ndarray, candidate: np.ndarray) -> float:
-    """Returns the factor between two arrays [T] if it is the same at every t, up to rounding; otherwise NaN."""
+    """Returns candidate / baseline of arrays [T] if this factor is equal at every t, up to rounding; otherwise NaN."""
     if not (baseline.any() and candidate.any()):
         return np.nan
     factor = candidate.sum() / baseline.sum()
@@ -143,13 +160,13 @@ def _factor(baseline: np.ndarray, candidate: np.ndarray) -> float:
 
 
 class _Pairs(NamedTuple):
-    """The probes of the pairs of S seeds, over the training images [K] that all of them cover."""
+    """Probes of the pairs of S seeds, over the training images [K] that the probes of all runs cover."""
 
     bins: list[str]
-    """With `ALL`, which is the last one."""
+    """Names of the bins; the last one is `ALL`, which is all timesteps."""
     images: np.ndarray
     values: dict[str, np.ndarray]
-    """[2, bins, S, K] of the baseline and of the candidate for each metric."""
+    """Metric -> values [2, bins, S, K] of the baseline and of the candidate."""
 
 
 def _pairs(probes: pd.DataFrame, arms: tuple[str, str]) -> _Pairs | None:
@@ -213,7 +230,11 @@ def _timesteps(name: str) -> slice:
 
 
 def _noise_scale(timesteps: str, variance: np.ndarray, squared_norm: np.ndarray) -> ProbeEffect:
-    """Returns the effect on the noise scale from means [2, S]; no pair is left out because |g|^2 is not above 0."""
+    """Returns the effect on the noise scale from means over checkpoints [2, S] of baseline and candidate.
+
+    If |g|^2 of a run is not above 0, no pair is left out. Instead, the variance and |g|^2 of each arm are summed over
+    all seeds before the ratio is computed. The effect then has no interval.
+    """
     not_positive = int((squared_norm <= 0).any(axis=0).sum())
     if not not_positive:
         baseline, candidate = np.log(variance / squared_norm)
@@ -226,7 +247,10 @@ def _noise_scale(timesteps: str, variance: np.ndarray, squared_norm: np.ndarray)
 
 
 def _effects(bins: Sequence[str], quantity: Quantity, values: np.ndarray) -> Iterator[ProbeEffect]:
-    """Yields the mean over seeds of values [bins, S] with its t-interval; values are logs, except for shares."""
+    """Yields an effect per bin: the mean over seeds of values [bins, S], with its t-interval.
+
+    The values are logs, except for shares.
+    """
     for name, of_seeds in zip(bins, values, strict=True):
         interval = t_interval(of_seeds)
         if not quantity.endswith("share"):

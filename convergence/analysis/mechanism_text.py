@@ -1,4 +1,4 @@
-"""The section on the mechanism in a verdict."""
+"""The section of `verdict.md` on the mechanism: how arms differ in losses and gradients."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +34,7 @@ HEAD = ["share of the variance, %: baseline", "candidate", "variance", "by table
 
 
 def mechanism_section(mechanisms: Sequence[Mechanism]) -> list[str]:
-    """Returns the paragraphs of the section: where candidates differ from the baseline in losses and gradients."""
+    """Returns the paragraphs of the section: at which timesteps each candidate differs from the baseline."""
     parts = ["## Mechanism", INTRODUCTION if any(found.effects for found in mechanisms) else NOT_MEASURED]
     for found in mechanisms:
         pair = f"{markdown_code(found.candidate)} against {markdown_code(found.baseline)}"
@@ -50,7 +50,7 @@ def mechanism_section(mechanisms: Sequence[Mechanism]) -> list[str]:
 
 
 def _expected_gradient(found: Mechanism) -> str:
-    """How the expected gradients of two arms are related, which follows from their tables alone."""
+    """Returns how the expected gradients of two arms are related, which depends on densities and weights alone."""
     baseline, mse, vb = markdown_code(found.baseline), found.mse_factor, found.vb_factor
 
     def times(factor: float) -> str:
@@ -73,7 +73,7 @@ def _expected_gradient(found: Mechanism) -> str:
 
 
 def _differences(found: Mechanism) -> list[str]:
-    """At which timesteps losses and variances differ, and whether the whole gradient is noisier."""
+    """Returns at which timesteps losses and variances differ, and whether the whole gradient is noisier."""
     sentences = [f"Loss, {loss}: {_places(found.of(loss), 0)}." for loss in LOSSES if found.of(loss)]
     variance, remaining = found.of("variance"), found.of("remaining")
     if variance:
@@ -87,7 +87,7 @@ def _differences(found: Mechanism) -> list[str]:
 
 
 def _places(effects: Mapping[str, ProbeEffect], same: float) -> str:
-    """In which bins of timesteps a quantity is lower or higher."""
+    """Returns in which bins of timesteps a quantity is lower or higher."""
     known = {name: _direction(effect, same) for name, effect in effects.items() if name != ALL}
     groups = {word: [name for name in known if known[name] == word] for word in ("lower", "higher")}
     texts = [f"{word} at t {', '.join(names)}" for word, names in groups.items() if names]
@@ -101,7 +101,7 @@ def _direction(effect: ProbeEffect, same: float) -> str:
 
 
 def _tables(found: Mechanism) -> list[str]:
-    """A table of losses and one of gradients, as far as they were measured."""
+    """Returns a table of losses and a table of gradients, as far as they were measured."""
     losses, shares = [found.of("mse"), found.of("vb")], [found.of("baseline_share"), found.of("candidate_share")]
     ratios = [found.of(quantity) for quantity in ("variance", "by_tables", "remaining", "noise_scale")]
     tables = []
@@ -114,7 +114,7 @@ def _tables(found: Mechanism) -> list[str]:
 
 
 def _text(effect: ProbeEffect | None) -> str:
-    """An effect with its interval, such as "1.31 (1.10 to 1.56)"."""
+    """Returns an effect with its interval, such as "1.31 (1.10 to 1.56)"."""
     if effect is None:
         return "–"
     if effect.quantity == "by_tables":

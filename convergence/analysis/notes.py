@@ -1,4 +1,4 @@
-"""Sentences about what the runs of a comparison do not allow to conclude."""
+"""Notes on a comparison: sentences about what its runs do not allow to conclude."""
 
 import math
 
@@ -17,13 +17,14 @@ STILL_FALLING = 0.1  # decrease of the baseline over the last doubling of images
 
 
 def outlier(values: np.ndarray) -> int | None:
-    """Returns the index of the value that does not fit the others, or None.
+    """Returns the index of the value that does not fit the others; None if all values fit.
 
-    It is outside of the prediction interval of the others for a normal distribution (the deleted t residual; Cook &
-    Weisberg 1982, Residuals and influence in regression, ch. 2.2), with an error rate of 5% over all values.
+    A value does not fit if it is outside the prediction interval of the other values for a normal distribution (the
+    deleted t residual; Cook & Weisberg 1982, Residuals and influence in regression, ch. 2.2). The error rate over all
+    values is 5%.
 
     Args:
-        values: [S]; fewer than three give None.
+        values: [S]; with fewer than three values, the result is None.
     """
     size = len(values)
     if size < 3:
@@ -38,9 +39,10 @@ def outlier(values: np.ndarray) -> int | None:
 
 
 def is_skewed(values: np.ndarray) -> bool:
-    """Returns whether the skewness of values [S] is larger than in 95% of normal samples; False below five values.
+    """Returns whether the skewness of values [S] is larger than in 95% of normal samples; False for fewer than five.
 
-    The standard error is that of a normal sample (Cramér 1946, Mathematical methods of statistics, 29.3).
+    The limit is 1.96 standard errors of the skewness of a normal sample (Cramér 1946, Mathematical methods of
+    statistics, 29.3).
     """
     size = len(values)
     if size < MIN_SKEW_PAIRS or np.ptp(values) == 0:
@@ -50,13 +52,13 @@ def is_skewed(values: np.ndarray) -> bool:
 
 
 def notes_on(pairs: Pairs, average: Effect, images: Effect | None, is_conclusion: bool) -> tuple[str, ...]:
-    """Returns the notes of a comparison, the most important first.
+    """Returns the notes on a comparison, the most important first.
 
     Args:
-        pairs: its runs.
-        average: its effect on the metric averaged over training images.
-        images: its effect on the images until the primary threshold.
-        is_conclusion: whether its outcome is more than "undecided".
+        pairs: runs of the comparison.
+        average: effect on the metric averaged over training images.
+        images: effect on the training images until the primary threshold; None if there is no threshold.
+        is_conclusion: whether the outcome of the comparison is a conclusion: neither "undecided" nor "identical".
     """
     notes = _few_pairs(average.pairs, is_conclusion)
     for arm, count in ((pairs.baseline, average.failed_baseline), (pairs.candidate, average.failed_candidate)):
@@ -91,7 +93,7 @@ def _few_pairs(pairs: int, is_conclusion: bool) -> list[str]:
 
 
 def _why_unknown(images: Effect) -> str:
-    """Why the pairs of runs give no factor of images."""
+    """Returns why the pairs of runs give no factor of images."""
     times = np.array([(seed.baseline, seed.candidate) for seed in images.per_seed])
     if np.isnan(times).all():
         return "all runs reach it before their first checkpoint"
@@ -101,7 +103,7 @@ def _why_unknown(images: Effect) -> str:
 
 
 def _unusual(pairs: Pairs, unit: Unit) -> list[str]:
-    """Notes about single runs and pairs that do not fit the others, and about skewed pairs."""
+    """Returns notes about runs and pairs that do not fit the others, and about a skewed distribution of pairs."""
     means = pairs.means
     notes = []
     for arm, levels in zip((pairs.baseline, pairs.candidate), means.T, strict=True):
@@ -127,7 +129,7 @@ def _unusual(pairs: Pairs, unit: Unit) -> list[str]:
 
 
 def _decrease(pairs: Pairs) -> float:
-    """Returns the relative decrease of the baseline's mean over the last doubling of images; NaN if it is unknown."""
+    """Returns the relative decrease of the baseline's mean over the last doubling of images; NaN if unknown."""
     levels = pairs.levels[~pairs.failed[:, 0], 0]
     half = pairs.images[-1] / 2
     if pairs.scale != "ratio" or not len(levels) or pairs.images[0] > half:

@@ -1,4 +1,4 @@
-"""The runs of two arms, paired by seed over the training images that all of them cover."""
+"""The runs of two arms, paired by seed, over the training images that all of these runs cover."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,10 @@ from convergence.tables import DIFFERENCES
 
 
 class Pairs(NamedTuple):
-    """The runs of S seeds in two arms, over the training images that all of them cover."""
+    """The runs of two arms with S common seeds, over the training images that all of these runs cover.
+
+    A level is a value of the metric on a scale where lower is better, such as the log of FD.
+    """
 
     baseline: str
     candidate: str
@@ -21,17 +24,18 @@ class Pairs(NamedTuple):
     scale: Scale
     seeds: list[int]
     runs: list[tuple[pd.DataFrame, pd.DataFrame]]
-    """Rows of the baseline and of the candidate for each seed, with the column `level`."""
+    """Tables (baseline, candidate) of each seed: rows of the long table of metrics, with the added column `level`."""
     images: np.ndarray
-    """[K] training images of the trained checkpoints of any run."""
+    """Training images [K] at which any of the runs has a trained checkpoint, within the range that all runs cover."""
     levels: np.ndarray
-    """[S, 2, K], linear in images between the checkpoints of a run."""
+    """Levels [S, 2, K] of baseline and candidate. Between the checkpoints of a run, they are linear in training
+    images."""
     failed: np.ndarray
-    """[S, 2] whether a run diverged or collapsed."""
+    """Whether each run diverged or collapsed, [S, 2]."""
     shortened: int
-    """Number of runs that have checkpoints after the last common one."""
+    """Number of runs with checkpoints after the end of the range that all runs cover."""
     shortest: tuple[str, int]
-    """(arm, seed) of a run that ends at the last common checkpoint."""
+    """(arm, seed) of a run whose last checkpoint is the end of the range that all runs cover."""
 
     @property
     def means(self) -> np.ndarray:
@@ -40,7 +44,7 @@ class Pairs(NamedTuple):
 
 
 def pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> Pairs | None:
-    """Pairs the runs of one metric by seed; returns None if there is no pair.
+    """Pairs the runs of one metric by seed; returns None if no seed has runs of both arms.
 
     Values that are not finite count as missing.
 

@@ -1,4 +1,4 @@
-"""The number of seeds that an effect needs, planned from the noise of a pilot."""
+"""The number of seeds that a study needs to detect an effect, computed from the noise of a pilot (an earlier study)."""
 
 from collections.abc import Mapping
 
@@ -14,17 +14,19 @@ from convergence.errors import StudyError
 def plan(
     metrics: pd.DataFrame, baseline: str, candidate: str, effect: float, costs: Mapping[str, float] | None = None
 ) -> str:
-    """Returns a text with the seeds and the hours of training that detect an effect.
+    """Returns a text with the number of seeds and the hours of training that are needed to detect an effect.
 
     Args:
-        metrics: the long table of the pilot, of one study, extractor and metric.
-        baseline: an arm of the pilot.
-        candidate: another arm.
-        effect: relative change of the metric for distances, such as 0.02; a difference for precision and recall.
-        costs: arm -> seconds of training per 1000 images. None: the plan has no hours.
+        metrics: the long table of metrics (`convergence.tables`) of the pilot, of one study, extractor and metric.
+        baseline: name of an arm of the pilot.
+        candidate: name of another arm of the pilot.
+        effect: the effect to detect. For FD, it is a relative change such as 0.02. For KID, precision and recall, it
+            is a change of the metric itself.
+        costs: arm -> training seconds per 1000 images; None: the text contains no hours.
 
     Raises:
-        StudyError: the pilot has fewer than two pairs or pairs without any noise, or too many seeds are needed.
+        StudyError: the pilot has fewer than two pairs of runs, the arms share no range of training images, the paired
+            differences have no noise, or more than 10,000 seeds are needed.
     """
     comparison = compare_pair(metrics, baseline, candidate)
     pairs = comparison.average.pairs if comparison else 0

@@ -16,15 +16,15 @@ MAX_SEEDS = 10_000
 
 
 def power(effect: float, sd: float, pairs: int) -> float:
-    """Returns the probability that a two-sided 5% paired t-test detects a difference.
+    """Returns the probability that a two-sided paired t-test at the 5% level detects a difference.
 
-    The square of t has an F distribution with 1 and pairs - 1 degrees of freedom and noncentrality
-    pairs (effect / sd)^2.
+    The square of t has a noncentral F distribution with 1 and pairs - 1 degrees of freedom and the noncentrality
+    pairs * (effect / sd)^2.
 
     Args:
-        effect: the true mean of the paired differences.
-        sd: their standard deviation.
-        pairs: 2 or more.
+        effect: true mean of the paired differences.
+        sd: standard deviation of the paired differences.
+        pairs: number of pairs, 2 or more.
     """
     if sd == 0:
         return 1.0
@@ -33,14 +33,14 @@ def power(effect: float, sd: float, pairs: int) -> float:
 
 
 def detectable(sd: float, pairs: int) -> float:
-    """Returns the smallest difference that this number of pairs detects with 80% power; infinite for one pair."""
+    """Returns the smallest difference that a paired t-test detects with 80% power; infinite for one pair."""
     if pairs < 2:
         return np.inf
     return sd * brentq(lambda ratio: power(ratio, 1, pairs) - POWER, 1e-3, 1e3) if sd else 0.0
 
 
 def seeds_needed(effect: float, sd: float) -> int:
-    """Returns the smallest number of pairs, at least 2, that detects a difference with 80% power.
+    """Returns the smallest number of pairs (one per seed), at least 2, that detects a difference with 80% power.
 
     Raises:
         StudyError: more than 10,000 pairs are needed.
@@ -55,20 +55,20 @@ def seeds_needed(effect: float, sd: float) -> int:
 def cautious_sd(sd: float, pairs: int) -> float:
     """Returns the 80% upper confidence bound of a standard deviation that was estimated from a number of pairs.
 
-    A plan that uses the standard deviation of a pilot itself gives too few seeds more often than not (Browne 1995, On
-    the use of a pilot sample for sample size determination, Statistics in Medicine 14).
+    A plan that uses the estimated standard deviation of a pilot gives too few seeds more often than not (Browne 1995,
+    On the use of a pilot sample for sample size determination, Statistics in Medicine 14).
 
     Args:
-        sd: the estimate.
-        pairs: 2 or more.
+        sd: estimated standard deviation.
+        pairs: number of pairs of the estimate, 2 or more.
     """
     return sd * float(np.sqrt((pairs - 1) / chi2.ppf(1 - POWER, pairs - 1)))
 
 
 def noise_over_seeds(levels: np.ndarray) -> Noise:
-    """Returns the spread over seeds of levels [S, 2] of baseline and candidate, averaged over images.
+    """Returns the standard deviations over S seeds of levels [S, 2] of baseline and candidate.
 
-    Seeds with a NaN are left out.
+    The levels are averages over training images. Seeds with a NaN are left out.
     """
     known = levels[~np.isnan(levels).any(axis=1)]
     if len(known) < 2:

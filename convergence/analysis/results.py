@@ -1,4 +1,4 @@
-"""What the analysis of a study finds, as data: comparisons of arms, effects on the probes, the verdict."""
+"""Results of the analysis of a study, as data: comparisons of arms, failed runs, and the verdict."""
 
 import math
 from dataclasses import dataclass
@@ -21,29 +21,30 @@ Role = Literal["primary", "secondary", "replication"]
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations over seeds of the metric averaged over training images, as differences in level.
+    """Standard deviations over seeds of the level, averaged over training images.
 
-    They are NaN with fewer than two pairs.
+    A level is a value of the metric on a scale where lower is better, such as the log of FD. With fewer than two pairs
+    of runs, the standard deviations are NaN.
     """
 
     __pydantic_config__ = JSON_CONFIG
 
     between: tuple[float, float]
-    """Of the runs of the baseline and of the candidate."""
+    """Standard deviation over the runs of the baseline, and over the runs of the candidate."""
     paired: float
-    """Of the paired differences."""
+    """Standard deviation of the paired differences, candidate minus baseline."""
     samples: float
-    """The part of `paired` that comes from the finite number of samples; NaN if it is unknown."""
+    """Part of `paired` that comes from the finite number of generated samples; NaN if unknown."""
 
     @property
     def seeds(self) -> float:
-        """The rest of `paired`, which comes from the seeds; 0 if the samples explain all of it."""
+        """Part of `paired` that comes from the seeds: 0 if the samples explain all of the variance, NaN if unknown."""
         return math.sqrt(max(self.paired**2 - self.samples**2, 0))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate compared with a baseline in one metric, over the training images that all their runs cover.
+    """A candidate compared with a baseline in one metric, over the training images that all runs of both arms cover.
 
     `str(comparison)` states the outcome and its numbers in words.
     """
@@ -56,65 +57,69 @@ class Comparison:
     baseline: str
     candidate: str
     role: Role
-    """`primary`: the comparison that the study was made for. `replication`: the same, of seeds added later."""
+    """`primary`: the comparison that answers the question of the study. `secondary`: any other comparison of the
+    planned seeds. `replication`: the primary comparison repeated with seeds that were added later."""
     scale: Scale
-    """`ratio`: the metric is compared by ratios; `difference`: by differences."""
+    """`ratio`: values of the metric are compared by their ratio. `difference`: by their difference."""
     first_images: int | float
-    """Training images of the first common checkpoint."""
+    """Start of the range of training images that all runs cover; `last_images` is its end."""
     last_images: int | float
     seeds: tuple[int, ...]
     effects: tuple[Effect, ...]
-    """`average`, `final`, `images` at each threshold from easy to hard, and `hours` at the primary threshold."""
+    """The effects `average`, `final`, `images` at each threshold from easy to hard, and `hours` at the primary
+    threshold."""
     primary_threshold: float
-    """NaN: there is no threshold."""
+    """Value of the metric: the training images until this value decide which arm is faster. NaN: no threshold."""
     margin: float | None
-    """Largest change of the average, in its unit, that counts as the same; None: equivalence is not tested."""
+    """Largest change of the average that counts as no change, in the unit of the effect `average`. None: equivalence is
+    not tested."""
     average_90: tuple[float, float]
-    """The 90% interval of the average: it is within the margin if two one-sided tests at 5% show equivalence."""
+    """90% interval of the effect `average`. If the interval is within the margin, two one-sided tests at 5% show
+    equivalence."""
     within_margin: bool
     outcome: Outcome
     cross_images: float
-    """Training images where the arm that is better on average last becomes the worse one; NaN if it never does."""
+    """Training images at which the arm that is better on average last becomes the worse one; NaN if it never does."""
     p_holm: float
-    """The p-value of the average, adjusted for the number of secondary comparisons (Holm 1979, A simple sequentially
-    rejective multiple test procedure); NaN for the primary comparison, which is not adjusted."""
+    """p-value of the effect `average`, adjusted for the number of secondary comparisons (Holm 1979, A simple
+    sequentially rejective multiple test procedure). NaN for the other comparisons, which are not adjusted."""
     noise: Noise
     notes: tuple[str, ...]
-    """Sentences about what the data do not allow to conclude."""
+    """Sentences about what the runs do not allow to conclude."""
 
     @property
     def thresholds(self) -> list[float]:
-        """Values of the metric at which images are compared, from easy to hard."""
+        """Thresholds of the effects on training images: values of the metric, from easy to hard."""
         return [effect.threshold for effect in self.effects if effect.quantity == "images"]
 
     @property
     def average(self) -> Effect:
-        """A, the primary endpoint: the effect on the metric averaged over training images."""
+        """Effect on the metric averaged over training images: A in the decision table, the primary endpoint."""
         return self.effects[0]
 
     @property
     def final(self) -> Effect:
-        """E: the effect on the metric at the last common checkpoint."""
+        """Effect on the metric at the last common checkpoint: E in the decision table."""
         return self.effects[1]
 
     @property
     def images(self) -> Effect | None:
-        """S: the effect on the images until the primary threshold; None without a threshold."""
+        """Effect on the images until the primary threshold: S in the decision table; None without a threshold."""
         return self.effect("images", self.primary_threshold) if self.thresholds else None
 
     @property
     def hours(self) -> Effect | None:
-        """The same for reference hours; None if the cost of the arms is unknown."""
+        """Effect on the hours of training until the primary threshold; None if the cost of an arm is unknown."""
         return next((effect for effect in self.effects if effect.quantity == "hours"), None)
 
     @property
     def metric_name(self) -> str:
-        """What was measured, such as "FD (EfficientNet-Lite0)"."""
+        """Name of the metric with its features, such as "FD (EfficientNet-Lite0)"."""
         return metric_name(self.features, self.metric)
 
     @property
     def short_name(self) -> str:
-        """The same without the features, such as "FD"."""
+        """Name of the metric without its features, such as "FD"."""
         return self.metric_name.partition(" (")[0]
 
     @property
@@ -134,7 +139,7 @@ class Comparison:
         raise KeyError(f"no effect on {quantity} at the threshold {threshold}")
 
     def sentence(self) -> tuple[str, str]:
-        """Returns the outcome in words, and the numbers that show it: "b is faster than a", "it needs ..."."""
+        """Returns the outcome, such as "b is faster than a", and the numbers that show it, such as "it needs ..."."""
         baseline, candidate, metric = self.baseline, self.candidate, self.short_name
         average, final, images = self.average, self.final, self.images
         on_average = f"{metric} {effect_text(average, 'on average')}"
@@ -191,7 +196,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The effect of the primary candidate by another endpoint or metric."""
+    """The effect of the primary comparison's candidate, by one endpoint and one metric."""
 
     __pydantic_config__ = JSON_CONFIG
 
@@ -207,7 +212,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class FailedRun:
-    """A run that diverged or collapsed, and where."""
+    """A run that diverged or collapsed, and the reason, which names the step."""
 
     __pydantic_config__ = JSON_CONFIG
 
@@ -224,15 +229,16 @@ class StudyVerdict:
 
     study: str
     question: str | None = None
-    """None: the study compares nothing."""
+    """Question that the study answers; None if the study compares nothing."""
     answer: str | None = None
-    """The answer in plain text, without markup; None if there is no question."""
+    """Answer in plain text, without markup; None if there is no question."""
     outcome: Outcome | None = None
-    """Of the primary comparison; None if it has no value in both arms."""
+    """Outcome of the primary comparison; None if no seed has values of both arms."""
     plan: StudyPlan | None = None
-    """What the verdict judges by, as it was recorded before the first result."""
+    """What the verdict judges by: arms, metric, thresholds, margin and planned seeds. None: the study compares
+    nothing."""
     plan_changes: tuple[str, ...] = ()
-    """What the study file changed after that."""
+    """Sentences about what the study file changed after the plan was fixed."""
     comparisons: tuple[Comparison, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     mechanism: tuple[Mechanism, ...] = ()
@@ -242,7 +248,7 @@ class StudyVerdict:
 
     @property
     def primary(self) -> Comparison | None:
-        """The primary comparison."""
+        """The primary comparison; None if no seed has values of both arms."""
         return next((comparison for comparison in self.comparisons if comparison.role == "primary"), None)
 
 
@@ -250,7 +256,7 @@ _ADAPTER = TypeAdapter(StudyVerdict)
 
 
 def save_verdict(verdict: StudyVerdict, path: Path) -> None:
-    """Writes a verdict as JSON. Numbers that are not finite become "Infinity", "-Infinity" and "NaN"."""
+    """Writes a verdict as JSON. Numbers that are not finite become the strings "Infinity", "-Infinity" and "NaN"."""
     with atomic_write(path) as file:
         file.write(_ADAPTER.dump_json(verdict, indent=1) + b"\n")
 

@@ -1,4 +1,4 @@
-"""The primary comparison by other endpoints and metrics: does the conclusion depend on a choice?"""
+"""The primary comparison repeated with other endpoints and metrics: does the conclusion depend on their choice?"""
 
 import numpy as np
 import pandas as pd
@@ -13,14 +13,15 @@ from convergence.study_plan import StudyPlan
 
 
 def sensitivity(metrics: pd.DataFrame, plan: StudyPlan) -> tuple[Sensitivity, ...]:
-    """Returns the effects of the primary candidate on each endpoint, in every metric and with every extractor.
+    """Returns the effects of the primary comparison's candidate by each endpoint, metric and feature extractor.
 
-    The endpoints are averages over images, over the log of images and over the last half of the images, the last
-    checkpoint, and the images until 25, 50 and 75% of the baseline's progress.
+    The endpoints are three averages (over training images, over the log of training images, and over the last half of
+    the training images), the level at the last checkpoint, and the training images until 25, 50 and 75% of the
+    baseline's progress in level.
 
     Args:
-        metrics: the long table of metrics of one study, of the planned seeds.
-        plan: names the arms.
+        metrics: the long table of metrics (`convergence.tables`) of one study, limited to the planned seeds.
+        plan: plan of the study, which names the arms of the primary comparison.
     """
     rows: list[Sensitivity] = []
     for (features, _), table in metrics.groupby(["features", "metric"], sort=False):
@@ -37,7 +38,7 @@ def sensitivity(metrics: pd.DataFrame, plan: StudyPlan) -> tuple[Sensitivity, ..
 
 
 def endpoints(pairs: Pairs) -> dict[str, np.ndarray]:
-    """Returns levels [S, 2] by endpoint; NaN for failed runs."""
+    """Returns the levels of each endpoint: endpoint -> [S, 2] of baseline and candidate, NaN for failed runs."""
     images, levels = pairs.images, pairs.levels
     half = np.unique(np.concatenate([[images[-1] / 2], images[images > images[-1] / 2]]))
     half = half[half >= images[0]]

@@ -51,12 +51,13 @@ def judge(
 
     Args:
         metrics: the long table of metrics (`convergence.tables`); rows of other studies are ignored.
-        probes: the long table of probes, which may be empty.
-        study: the name of the study.
-        plan: what the verdict judges by; None if the study compares nothing.
-        plan_changes: sentences about what the study file changed after the plan was recorded.
-        costs: training seconds per 1000 images of each arm, when it trains alone; None if they are unknown.
-        tables: density and weights of each arm, except of those whose density is learned; None if they are unknown.
+        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`); may be empty.
+        study: name of the study.
+        plan: what the verdict judges by: arms, metric, thresholds, margin and seeds. None if the study compares
+            nothing.
+        plan_changes: sentences about what the study file changed after the plan was fixed.
+        costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None if unknown.
+        tables: arm -> its density and loss weights. Arms with a learned density have no entry. None if unknown.
         warnings: sentences that restrict the verdict.
     """
     metrics = metrics[metrics["study"] == study]
@@ -86,7 +87,7 @@ def judge(
 
 
 def _missing_values(metrics: pd.DataFrame) -> list[str]:
-    """Sentences about values that are missing for another reason than a failed run. Each is left out alone."""
+    """Returns sentences about missing values of runs that did not fail. Only the missing values are left out."""
     missing = metrics[metrics["value"].isna() & ~failed(metrics)]
     reasons = missing["reason"].fillna("").replace("", "no reason is given")
     groups = missing.groupby([missing["arm"], missing["seed"], missing["metric"], reasons], sort=False)
@@ -97,15 +98,15 @@ def _missing_values(metrics: pd.DataFrame) -> list[str]:
 
 
 def compare_study(metrics: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, float] | None = None) -> list[Comparison]:
-    """Compares every candidate of a study with its baseline, in every metric and with every feature extractor.
+    """Compares every candidate of a study with the baseline, in every metric and with every feature extractor.
 
-    The planned seeds are compared up to the last planned checkpoint. If there are other seeds, the primary comparison
-    of those is the last one of the list, with the role "replication".
+    Runs with planned seeds are compared up to the last planned checkpoint. If there are other seeds, the last
+    comparison of the list is the primary comparison of these other seeds, with the role "replication".
 
     Args:
         metrics: the long table of metrics (`convergence.tables`) of one study.
-        plan: what is compared.
-        costs: training seconds per 1000 images of each arm, when it trains alone; None if they are unknown.
+        plan: what is compared: arms, metric, thresholds, margin and seeds.
+        costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None if unknown.
     """
     planned = _planned(metrics, plan)
     comparisons = []
@@ -133,7 +134,7 @@ def _planned(metrics: pd.DataFrame, plan: StudyPlan) -> pd.DataFrame:
 
 
 def missing_runs(metrics: pd.DataFrame, plan: StudyPlan) -> list[tuple[str, int]]:
-    """Returns (arm, seed) of the planned runs of the primary comparison whose last checkpoint is not evaluated yet."""
+    """Returns (arm, seed) of planned runs of the primary comparison whose last checkpoint is not evaluated yet."""
     if plan.seeds is None or plan.last_step is None:
         return []
     last = metrics[metrics["step"] == plan.last_step]
@@ -143,14 +144,14 @@ def missing_runs(metrics: pd.DataFrame, plan: StudyPlan) -> list[tuple[str, int]
 
 
 def as_interim(comparison: Comparison, missing: Sequence[tuple[str, int]]) -> Comparison:
-    """Returns a comparison that concludes nothing, since planned runs are missing."""
+    """Returns the comparison with the outcome "interim", which concludes nothing because planned runs are missing."""
     runs = ", ".join(f"{arm} seed {seed}" for arm, seed in missing)
     note = f"Planned runs are not evaluated yet ({runs}), so nothing is concluded."
     return replace(comparison, outcome="interim", notes=(note, *comparison.notes))
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Returns comparisons with the p-values of the secondary ones adjusted by the method of Holm (1979)."""
+    """Returns the comparisons, with p-values of the secondary ones adjusted by the method of Holm (1979)."""
     secondary = [c for c in comparisons if c.role == "secondary" and not math.isnan(c.average.p_value)]
     ordered = sorted(secondary, key=lambda comparison: comparison.average.p_value)
     adjusted, largest = {}, 0.0
@@ -168,7 +169,7 @@ def _answer(primary: Comparison | None, comparisons: Sequence[Comparison]) -> st
 
 
 def _bias(primary: Comparison, comparisons: Sequence[Comparison]) -> list[str]:
-    """Whether an unbiased metric agrees with the Frechet distance."""
+    """Returns a sentence on whether an unbiased metric agrees with the Frechet distance."""
     if primary.metric != "fd":
         return []
     arms = (primary.features, primary.baseline, primary.candidate)
@@ -189,7 +190,10 @@ def _bias(primary: Comparison, comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _detectable(comparison: Comparison) -> list[str]:
-    """What this number of seeds can detect; nothing below three pairs, from which the spread is hardly known."""
+    """Returns a sentence on the smallest difference that this number of seeds detects, if nothing is decided.
+
+    There is no sentence below three pairs, from which the spread is hardly known.
+    """
     pairs = comparison.average.pairs
     if pairs < 3 or comparison.outcome not in ("undecided", "interim"):
         return []

@@ -1,4 +1,4 @@
-"""Effects in words: changes, factors and the sentence of the verdict."""
+"""Effects in words: numbers with their units and intervals, as reports print them."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def effect_text(effect: Effect, context: str = "") -> str:
 
 
 def interval_text(estimate: float, low: float, high: float, unit: Unit, context: str = "") -> str:
-    """Returns an estimate with its interval in a printed unit; `UNKNOWN` if nothing is known."""
+    """Returns an estimate with its interval in a printed unit; "unknown" if neither estimate nor bounds are known."""
     text = NUMBERS[unit]
     no_low, no_high = not low > (0 if unit == "factor" else -np.inf), not high < np.inf  # also for NaN
     if no_low and no_high:
@@ -47,7 +47,7 @@ def margin_text(margin: float, scale: Scale) -> str:
 
 
 def size_text(value: float, scale: Scale) -> str:
-    """Returns the size of a difference in level or of its standard deviation, without sign."""
+    """Returns the size, without sign, of a difference in level or of a standard deviation of such differences."""
     return f"{100 * np.expm1(value):.2g}%" if scale == "ratio" else f"{value:.2g}"
 
 

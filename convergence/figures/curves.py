@@ -45,7 +45,7 @@ AXIS_MARGIN = 0.06
 
 
 def metric_label(features: str, metric: str, n: int) -> str:
-    """Returns the label of a metric of `n` samples (0: unknown), such as "FD (EfficientNet-Lite0), 500 samples"."""
+    """Returns the label of a metric, such as "FD (EfficientNet-Lite0), 500 samples"; `n` = 0: without samples."""
     return metric_name(features, metric) + (f", {n:,} samples" if n else "")
 
 
@@ -57,27 +57,34 @@ def fid_curves(
     external_curves: pd.DataFrame | None = None,
     arms: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
-    """Draws one metric over training images, one panel per study and features, and saves the figure to each path.
+    """Draws one metric over training images, with a panel per study and features, and saves the figure to each path.
 
-    Each arm is a line with its name at the right: the mean over its seeds (geometric for distances above 0, arithmetic
-    otherwise) at the checkpoints where all of its seeds have a value. Thin lines are single seeds. The band is the
-    range of two seeds; for three and more it is the 95% t-interval of the mean (of the log for distances). Error bars
-    are standard errors of single values. A cross marks the last value of a run that diverged or collapsed. The y axis
-    shows trained nets; the value of an untrained net outside of it is written at its edge. Equal tables give equal
-    bytes.
+    - Lines with a name at the right: means of an arm over its seeds, at the checkpoints where all seeds of the arm have
+      a value. The mean is geometric for distances above 0, otherwise arithmetic.
+    - Thin lines: single seeds.
+    - Bands: with two seeds, their range. With three or more seeds, the 95% t-interval of the mean (of the mean log for
+      distances).
+    - Error bars: standard errors of single values.
+    - Crosses: last values of runs that diverged or collapsed.
+    - The y axis shows the values of trained nets. The value of an untrained net outside this range is written at the
+      edge of the panel.
+
+    Equal tables give files with equal bytes.
 
     Args:
         metrics: long table with the columns study, arm, seed, step, images, features, metric, value, stderr, n and
-            reason, and one row per arm, seed and step. The untrained net (step 0) is in the table once for each arm
-            that starts from it. If a value is missing, reason says why: "diverged at step N" or "collapsed at step N"
-            for a failed run.
-        paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
+            reason, and one row per arm, seed and step. The untrained net (step 0) has a row in each arm that starts
+            from this net. If a value is missing, reason states why: "diverged at step N" or "collapsed at step N" for a
+            failed run.
+        paths: files to write; the suffix chooses the format ("png", "svg", "pdf").
         metric: "fd", "kid", "precision" or "recall".
-        comparisons: those of the verdicts. The headline of a primary comparison is the title of its panel, and an
-            arrow connects the places where its arms reach the primary threshold.
-        external_curves: table like `metrics` with curves from other people. They are drawn in grey in the panel of
-            the same study and features.
-        arms: study -> all of its arms, whose order fixes their styles; by default the order of the rows.
+        comparisons: comparisons of the verdicts, of which only the primary ones are used. The headline of a primary
+            comparison is in the title of its panel. An arrow connects the places where the baseline and the candidate
+            reach the primary threshold.
+        external_curves: table like `metrics`, with curves from other people. These curves are drawn in grey in the
+            panel of the same study and features.
+        arms: study -> all arms of the study. The order of the arms fixes their styles. By default, it is the order of
+            the rows.
 
     Raises:
         StudyError: no row has this metric, or the values of one panel are of different numbers of samples.
@@ -133,7 +140,7 @@ def _most_lines(texts: list[str]) -> int:
 def _draw_panel(
     ax: Axes, panel: pd.DataFrame, styles: Mapping[str, Style], comparison: Comparison | None, external: pd.DataFrame
 ) -> str:
-    """Draws one metric of one study in one kind of features. Returns the caption."""
+    """Draws the panel of one metric, study and feature extractor. Returns the caption."""
     features, metric = panel[["features", "metric"]].iloc[0]
     measured = panel[panel["value"].notna()]
     ratios = metric not in SHARES and bool((measured["value"] > 0).all())
@@ -197,7 +204,10 @@ def _by_seed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _set_value_axis(ax: Axes, panel: pd.DataFrame, ratios: bool) -> pd.DataFrame:
-    """Makes the y axis show trained nets. Returns the rows to draw: those of an untrained net only if it is inside."""
+    """Sets the y axis to the values of trained nets. Returns the rows to draw.
+
+    The rows of an untrained net are left out if a value of the untrained net is outside of the axis.
+    """
     is_trained = panel["step"] > 0
     shown = panel[is_trained] if panel.loc[is_trained, "value"].notna().any() else panel
     values, stderr = shown["value"], shown["stderr"].fillna(0)
@@ -233,7 +243,7 @@ def _set_value_axis(ax: Axes, panel: pd.DataFrame, ratios: bool) -> pd.DataFrame
 
 
 def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> pd.Series:
-    """Draws the lines of one arm, of values by training images and seed. Returns the mean over its seeds."""
+    """Draws the lines of one arm from values [images, seeds]. Returns the mean over seeds."""
     if values.shape[1] > 1:
         for seed in values:
             line = values[seed].dropna()
@@ -259,7 +269,7 @@ def _draw_arm(ax: Axes, values: pd.DataFrame, style: Style, ratios: bool) -> pd.
 
 
 def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -> None:
-    """Draws the standard errors of one arm's values, as faint as its thin lines unless it has a `single` seed."""
+    """Draws the standard errors of one arm's values: faint, like thin lines, unless the arm has a `single` seed."""
     rows = rows[rows["value"].notna() & rows["stderr"].notna()]
     if rows.empty:
         return
@@ -268,7 +278,7 @@ def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -
 
 
 def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Mapping[str, Style]) -> None:
-    """Marks where runs reach the primary threshold, and states the factor of images."""
+    """Marks where runs reach the primary threshold, and writes the factor of images, candidate / baseline."""
     threshold = effect.threshold
     ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
     for arm, times in (
@@ -289,7 +299,7 @@ def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Ma
 
 
 def _mean_and_band(values: np.ndarray, ratios: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns mean, lower and upper edge ([K] each) of values [K, S] over S seeds, computed on logs if `ratios`."""
+    """Returns mean, lower and upper edge, each [K], of values [K, S] over S seeds; computed on logs if `ratios`."""
     scaled = np.log(values) if ratios else values
     mean, low, high = t_interval(scaled)
     if values.shape[1] < 3:

@@ -1,4 +1,4 @@
-"""The forest plots: the primary comparison of a study, and those of several studies."""
+"""Forest plots, with a row per effect: the primary comparison of one study, or those of several studies."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -39,18 +39,20 @@ Rows = Mapping[str, tuple[Comparison, Effect]]  # label -> what the row shows
 def draw_forest(comparison: Comparison | None, paths: list[Path]) -> None:
     """Draws the primary comparison of a study with its numbers, and saves the figure to each path.
 
-    The upper panel shows changes of the metric, the lower one the images to the primary threshold as a factor.
-    An interval that leaves the axis ends in an arrow. Unknown effects have no row. Equal comparisons give equal bytes.
+    The upper panel shows changes of the metric. The lower panel shows factors, candidate / baseline: the training
+    images and, if known, the hours until the primary threshold. An interval that leaves the axis ends in an arrow.
+    Unknown effects have no row. Equal comparisons give files with equal bytes.
     """
     with matplotlib.rc_context(STYLE):
         save_figure(_draw_primary(comparison), paths)
 
 
 def draw_studies(comparisons: Sequence[Comparison], paths: list[Path]) -> None:
-    """Draws the primary comparisons of several studies, a row each, and saves the figure to each path.
+    """Draws the primary comparisons of several studies and saves the figure to each path.
 
-    The panels are those of `draw_forest`, and one for each metric that is compared by differences. There is no pooled
-    number, because studies differ in data, nets and length of training. Equal comparisons give equal bytes.
+    Each metric has a panel with its changes, and one panel shows the factors of training images until the primary
+    threshold. Studies are not pooled into one number, because they differ in data, nets and length of training. Equal
+    comparisons give files with equal bytes.
     """
     with matplotlib.rc_context(STYLE):
         save_figure(_draw_studies(comparisons), paths)
@@ -84,7 +86,7 @@ def _draw_studies(comparisons: Sequence[Comparison]) -> Figure:
 
 
 def _draw(title: str, rows: Rows, start: str) -> Figure:
-    """Draws a panel for each metric and one for factors, without unknown effects. The caption begins with `start`."""
+    """Draws a panel per metric and a panel for factors, without unknown effects. The caption begins with `start`."""
     panels: dict[str, dict[str, tuple[Comparison, Effect]]] = {}
     for label, (comparison, effect) in rows.items():
         if effect_text(effect) != UNKNOWN:
@@ -114,7 +116,7 @@ def _axis_label(comparison: Comparison, effect: Effect) -> str:
 
 
 def _draw_panel(ax: Axes, rows: Rows) -> None:
-    """Draws effects of one unit below each other, with their numbers at the right."""
+    """Draws effects of one unit as rows, with their numbers at the right."""
     effects = [effect for _, effect in rows.values()]
     is_factor = effects[0].unit == "factor"
     margins = [comparison.margin or 0.0 for comparison, effect in rows.values() if effect.quantity == "average"]
@@ -164,12 +166,15 @@ def _draw_effect(ax: Axes, y: float, effect: Effect, limits: tuple[float, float]
 
 
 def _has_interval(effect: Effect) -> bool:
-    """Returns whether at least one end of the interval is known."""
+    """Returns whether at least one end of the effect's interval is known."""
     return np.isfinite(effect.high) or np.isfinite(effect.low) and not (effect.unit == "factor" and effect.low == 0)
 
 
 def _limits(effects: list[Effect], is_factor: bool, margin: float) -> tuple[float, float]:
-    """Returns the ends of an axis that shows the margin, estimates and seeds, and intervals up to `MAX_EXTENSION`."""
+    """Returns the ends of an axis that contains the margin, all estimates and all seeds.
+
+    Intervals extend the axis on each side by at most `MAX_EXTENSION` times the length of this range.
+    """
     rows = [row for effect in effects for row in (effect, *effect.per_seed)]
     to_axis, from_axis = (np.log, np.exp) if is_factor else (np.asarray, np.asarray)
     with np.errstate(divide="ignore"):

@@ -1,4 +1,4 @@
-"""Labels next to the ends of lines, in place of a legend, and a label where no line is."""
+"""Labels of lines, in place of a legend: names at the ends of lines, and a text in a place without lines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,10 @@ DARKER = 0.75  # of a colour, so that text in it is readable on white
 
 
 def spread(places: np.ndarray, gap: float = GAP) -> np.ndarray:
-    """Returns places [N] in 0..1, in the same order, that differ by `gap` or more and are as near as possible."""
+    """Returns places [N] in 0..1 that are as near as possible to the given places and differ by at least `gap`.
+
+    The order of the places stays the same. If N places with this gap do not fit into 0..1, the gap is smaller.
+    """
     order = np.argsort(places, kind="stable")
     steps = np.minimum(gap, 1 / max(len(places) - 1, 1)) * np.arange(len(places))
     free = isotonic_regression(places[order] - steps).x
@@ -29,14 +32,15 @@ def spread(places: np.ndarray, gap: float = GAP) -> np.ndarray:
 
 
 def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], styles: Mapping[str, Style]) -> None:
-    """Writes the name of each line to the right of the axes, connected with its end. Call it after setting the limits.
+    """Writes the name of each line to the right of the axes and connects the name with the end of the line.
 
-    The name of a line that ends earlier than others is next to its end.
+    The name of a line that ends earlier than others is next to the end of the line instead. Call this function after
+    setting the limits of the axes.
 
     Args:
         ax: the axes.
-        ends: name -> the last point of its line, in data coordinates.
-        styles: name -> style of its line.
+        ends: name of each line -> last point of the line, in data coordinates.
+        styles: name of each line -> style of the line.
     """
     to_axes = ax.transData - ax.transAxes
     last = max((x for x, _ in ends.values()), default=0.0)
@@ -65,9 +69,10 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], styles: Mappin
 
 
 def free_place(points: np.ndarray, size: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """Returns the middle [2] of the box with the fewest `points` [P, 2] in it, and of these the one next to `near`.
+    """Returns the middle [2] of a box of width and height `size` [2] that contains the fewest of `points` [P, 2].
 
-    All coordinates are fractions of the axes.
+    If several boxes contain equally few points, the result is the middle nearest to `near` [2]. All coordinates are
+    fractions of the axes.
     """
     grid = np.linspace(size / 2 + 0.01, 1 - size / 2 - 0.01, GRID)  # [GRID, 2]
     middles = np.stack(np.meshgrid(*grid.T), axis=-1).reshape(-1, 2)
@@ -76,7 +81,10 @@ def free_place(points: np.ndarray, size: np.ndarray, near: np.ndarray) -> np.nda
 
 
 def label_in_free_place(ax: Axes, text: str, place: tuple[float, float]) -> None:
-    """Writes text that belongs to a place in data coordinates, where it covers no line. Call it after drawing."""
+    """Writes text where it covers no line, and connects the text with `place`, which is in data coordinates.
+
+    Call this function after drawing the lines.
+    """
     paths = [line.get_path().transformed(line.get_transform() - ax.transAxes) for line in ax.lines]
     points = np.concatenate([path.interpolated(STEPS).vertices for path in paths if len(np.asarray(path.vertices)) > 1])
     lines = text.split("\n")

@@ -30,15 +30,16 @@ CAPTION = (
 def draw_mechanism(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str], paths: list[Path]) -> None:
     """Draws what the probes of one study show and saves the figure to each path.
 
-    The upper panels show how much each candidate changes the two terms of the loss. The lower panels show the share of
-    each bin of timesteps in the variance of an arm's gradient, and this variance over that of the baseline. All have
-    95% t-intervals over seeds. Equal results give equal bytes.
+    Probes measure losses and gradients in bins of timesteps. The upper panels show the change of each term of the loss
+    in each candidate. The lower left panel shows the share of each bin in the variance of an arm's gradient. The lower
+    right panel shows this variance in each candidate, divided by that of the baseline. All values have 95% t-intervals
+    over seeds. Equal results give files with equal bytes.
 
     Args:
-        study: its name, for the title.
-        mechanisms: what was found about each candidate; those without probes are not drawn.
-        arms: the arms of the study, in the order in which they get their styles.
-        paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
+        study: name of the study, for the title.
+        mechanisms: result of each candidate; candidates without probes are not drawn.
+        arms: all arms of the study, in the order that fixes their styles.
+        paths: files to write; the suffix chooses the format ("png", "svg", "pdf").
     """
     with matplotlib.rc_context(STYLE):
         save_figure(_draw(study, [found for found in mechanisms if found.effects], arms), paths)
@@ -94,7 +95,7 @@ def _draw(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str]) -> F
 def _draw_effects(
     ax: Axes, effects: Mapping[str, Mapping[str, ProbeEffect]], bins: Sequence[str], styles: Mapping[str, Style]
 ) -> None:
-    """Draws effects with their intervals, the arms side by side in each bin, and all timesteps on the right."""
+    """Draws effects with their intervals. In each bin, the arms are side by side; all timesteps are on the right."""
     places = {name: place for place, name in enumerate(bins)} | {ALL: len(bins) + 0.4}
     for index, (arm, of_arm) in enumerate(effects.items()):
         shown = [effect for name, effect in of_arm.items() if name in places]

@@ -26,14 +26,17 @@ REAL = "real images"
 def preview_grid(
     cells: Iterable[tuple[str, int, int, int, str]], metrics: pd.DataFrame
 ) -> tuple[dict[str, dict[int, Path | None]], dict[int, int]]:
-    """Sorts the previews of one study into a row per arm, without those of checkpoints without samples.
+    """Arranges the previews of one study by arm and training images.
+
+    A preview is an image of the first samples of a checkpoint. A checkpoint without samples has None in place of a
+    preview.
 
     Args:
-        cells: (arm, seed, step, training images, path of the preview) of every checkpoint to show.
-        metrics: long table of metrics of the study; `n` is 0 where there are no samples.
+        cells: (arm, seed, step, training images, path of the preview) of each checkpoint to show.
+        metrics: the long table of metrics of the study; `n` is 0 at a checkpoint without samples.
 
     Returns:
-        The arguments `grids` and `steps` of `samples_grid`.
+        the arguments `grids` and `steps` of `samples_grid`.
     """
     without_samples = set(metrics.loc[metrics["n"] == 0, ["arm", "seed", "step"]].itertuples(index=False, name=None))
     grids: dict[str, dict[int, Path | None]] = {}
@@ -49,15 +52,16 @@ def samples_grid(
 ) -> None:
     """Draws the samples of one seed and saves the figure: a row per arm, a column per trained checkpoint.
 
-    It has four columns at most, and the last row shows real images. Small images are enlarged by a whole factor without
-    smoothing, large ones are reduced by a whole factor.
+    The figure has at most four columns, and its last row shows real images. Small images are enlarged by a whole factor
+    without smoothing. Large images are reduced by a whole factor.
 
     Args:
-        grids: arm -> training images -> path of the preview; None if there is none, for instance after a divergence.
-        steps: training images -> optimizer step, for the headings. A column without a step shows its images alone.
-        seed: the seed of the runs.
-        real: uint8 [N, H, H, 3], the dataset; images at equal distances are shown.
-        path: where to save; the suffix chooses the format ("png", "svg", "pdf").
+        grids: arm -> training images -> path of the preview, an image of the first samples of the checkpoint. The path
+            is None if there is no preview, for instance after a divergence.
+        steps: training images -> optimizer step, for the headings. A column without a step shows only training images.
+        seed: seed of the runs, for the caption.
+        real: [N, H, H, 3] uint8, the images of the dataset; images at equal distances in this array are shown.
+        path: file to write; the suffix chooses the format ("png", "svg", "pdf").
 
     Raises:
         FileError: a preview cannot be read.
@@ -75,7 +79,7 @@ def samples_grid(
 
 
 def _draw_grid(rows: Mapping[str, list[Image.Image | None]], heads: list[str], seed: int, size: int) -> Figure:
-    """Draws rows of cells with images of `size` pixels, so that each of these pixels is equally large."""
+    """Draws rows of cells. Images have `size` x `size` pixels, and all pixels are drawn equally large."""
     enlarged, reduced = max(1, round(IMAGE_PIXELS / size)), max(1, round(size / IMAGE_PIXELS))
     width = enlarged * -(-_with_gaps(size, CELL_COLUMNS) // reduced)
     heights = [enlarged * -(-_with_gaps(size, 1 if row == REAL else CELL_ROWS) // reduced) for row in rows]
@@ -112,7 +116,7 @@ def _draw_grid(rows: Mapping[str, list[Image.Image | None]], heads: list[str], s
 
 
 def _with_gaps(size: int, count: int) -> int:
-    """Returns the length in pixels of `count` images in a preview, which has gaps of one pixel."""
+    """Returns the length in pixels of `count` images in a preview, which have gaps of one pixel."""
     return count * (size + 1) + 1
 
 
@@ -127,10 +131,10 @@ def _strips(real: np.ndarray, count: int) -> list[Image.Image | None]:
 
 
 def _read(path: Path | None) -> Image.Image | None:
-    """Reads the upper left quarter of a preview.
+    """Reads the upper left quarter of a preview; returns None if there is no path.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: the preview cannot be read.
     """
     if path is None:
         return None

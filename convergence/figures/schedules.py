@@ -1,4 +1,4 @@
-"""The figure of the schedules: how often the arms of a study draw each timestep, and how they weight it."""
+"""The figure of the schedules: how often each arm of a study draws each timestep, and with which loss weights."""
 
 import textwrap
 from collections.abc import Callable, Mapping
@@ -37,27 +37,30 @@ LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue (ITU-R BT.709)
 
 
 class Curves(NamedTuple):
-    """How often one arm draws each t and how it weights the MSE; each [T] float64."""
+    """Curves of one arm over the timesteps t, each float64 [T]: how often t is drawn, and the loss weights at t."""
 
     draws: np.ndarray
-    """T p_t. Uniform draws have 1 everywhere; the mean is 1."""
+    """T p_t, where p_t is the probability of t. The mean is 1; uniform draws have 1 everywhere."""
     weight: np.ndarray
     """w_t, the weight of the MSE; NaN where t is never drawn, because no weight acts there."""
     vb_weight: np.ndarray
-    """The weight of the vb; NaN where t is never drawn."""
+    """Weight of the vb (variational bound); NaN where t is never drawn."""
     product: np.ndarray
-    """T p_t w_t: the factor of the expected gradient of the MSE at t, relative to uniform draws with weight 1."""
+    """T p_t w_t, the factor of the expected gradient of the MSE at t. It is 1 for uniform draws with weight 1."""
 
 
 def curves(tables: Tables) -> Curves:
-    """Returns the curves of an arm from its tables on the CPU."""
+    """Returns the curves of an arm. `tables` is the density and the loss weights of the arm, on the CPU."""
     draws = len(tables.probabilities) * tables.probabilities.numpy()
     weight, vb_weight = (np.where(draws > 0, w.numpy(), np.nan) for w in (tables.mse_weight, tables.vb_weight))
     return Curves(draws, weight, vb_weight, np.nan_to_num(draws * weight))
 
 
 def tenths(values: np.ndarray) -> np.ndarray:
-    """Returns the share [10] of each tenth of the timesteps, from t = 0 on, in the sum of values [T]; it sums to 1."""
+    """Returns the share [10] of each tenth of the timesteps in the sum of values [T]. The shares sum to 1.
+
+    The first tenth starts at t = 0.
+    """
     tenth = TENTHS * np.arange(len(values)) // len(values)
     return np.bincount(tenth, values, TENTHS) / values.sum()
 
@@ -65,16 +68,19 @@ def tenths(values: np.ndarray) -> np.ndarray:
 def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path]) -> None:
     """Draws how the arms of a study draw and weight timesteps, and saves the figure to each path.
 
-    The figure shows the density, the weight of the MSE and their product against t; the density, the weight of the vb
-    and the product of density and weight of the MSE against log SNR; and the share of each tenth of the timesteps in
-    the draws and in the expected weight. Against log SNR, a density is per unit of log SNR: p_t / |d log SNR / dt|
-    (Kingma & Gao 2023, arXiv 2303.00848, sec. 2). A weight keeps its value at each t. A density that is learned is
-    drawn as it is at the start of training. Equal runs give equal bytes.
+    - The upper panels show, against t, the density, the weight of the MSE, and their product.
+    - The middle panels show, against log SNR, the density, the weight of the vb, and the product of density and weight
+      of the MSE. Here a density is per unit of log SNR: p_t / |d log SNR / dt| (Kingma & Gao 2023, arXiv 2303.00848,
+      sec. 2). A weight keeps its value at each t.
+    - The lower tables show the share of each tenth of the timesteps in the draws, and in the product of density and
+      weight of the MSE.
+
+    A learned density is drawn as it is at the start of training. Equal settings give files with equal bytes.
 
     Args:
-        study: its name, for the title.
-        runs: arm -> the settings of its runs, in the order in which arms get their styles.
-        paths: where to save; the suffix chooses the format ("png", "svg", "pdf").
+        study: name of the study, for the title.
+        runs: arm -> settings of its runs, in the order that fixes the styles of the arms.
+        paths: files to write; the suffix chooses the format ("png", "svg", "pdf").
     """
     # All arms of a study have the same noise schedule.
     schedule = noise_schedule(next(iter(runs.values())).diffusion)
@@ -85,7 +91,7 @@ def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path])
 
 
 def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Tables], learned: list[str]) -> Figure:
-    """Draws the tables of the arms of a study; the densities of the arms in `learned` change during training."""
+    """Draws the densities and weights of the arms. The densities of the arms in `learned` change during training."""
     widths = np.linspace(*LINE_WIDTHS, len(tables))
     styles: dict[str, Style] = {
         arm: {**line_style(index), "linewidth": widths[index], "markersize": 5, "zorder": 2 + index / len(tables)}
@@ -165,19 +171,20 @@ def _draw_lines(ax: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray], styles
 def axis_limits(
     lines: list[np.ndarray], draws: list[np.ndarray], log_from: float = LOG_AXIS_FROM_RATIO
 ) -> tuple[str, float, float]:
-    """Chooses the scale ("linear" or "log") and the limits of a y axis that shows all lines [T].
+    """Chooses the scale ("linear" or "log") and the limits of a y axis that shows several curves [T].
 
-    The typical value of a line is its median over the draws [T] of its arm. The axis is logarithmic if the largest
-    value is more than `log_from` times the smallest typical value, which would be invisible on a linear axis. A log
-    axis extends at most a factor of 1,000 beyond the typical values, because densities can have tails of any depth.
+    The typical value of a curve is its median over the timesteps that the arm draws. The axis is logarithmic if the
+    largest value of all curves is more than `log_from` times the smallest typical value: on a linear axis, this typical
+    value would look like 0. A log axis extends at most a factor of 1,000 beyond the typical values, because densities
+    can have tails of any depth.
 
     Args:
-        lines: the curve of each arm; zeros and NaN are ignored.
-        draws: T p_t of each arm.
-        log_from: the ratio above which the axis is logarithmic; 0: always.
+        lines: curve [T] of each arm; zeros and NaN are ignored.
+        draws: T p_t [T] of each arm, where p_t is the probability of t.
+        log_from: ratio above which the axis is logarithmic; 0: always.
 
     Returns:
-        Scale, lower limit and upper limit.
+        scale, lower limit and upper limit.
     """
     drawn = [(line[line > 0], p[line > 0]) for line, p in zip(lines, draws, strict=True) if (line > 0).any()]
     if not drawn:
@@ -191,7 +198,7 @@ def axis_limits(
 
 
 def _draw_shares(ax: Axes, shares: np.ndarray, timesteps: int) -> None:
-    """Draws shares [arms, 10] as a table whose colours compare them with uniform draws."""
+    """Draws shares [arms, 10] as a table. Its colours compare the shares with those of uniform draws."""
     times_uniform = np.maximum(TENTHS * shares, SHARES_RANGE[0])
     cells = ax.pcolormesh(times_uniform, cmap="PuOr_r", norm=LogNorm(*SHARES_RANGE), edgecolors="white")
     colours = cells.to_rgba(times_uniform)[..., :3]
@@ -210,7 +217,7 @@ def _percent(share: float) -> str:
 
 
 def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
-    """Describes the draws in the first tenth, the curves that are equal, and the products that are proportional."""
+    """Describes the draws in the first tenth of the timesteps, equal curves, and proportional expected weights."""
     by_share: dict[str, list[str]] = {}
     for arm, arm_curves in arms.items():
         by_share.setdefault(_percent(tenths(arm_curves.draws)[0]), []).append(arm)
@@ -244,7 +251,7 @@ def _caption(arms: Mapping[str, Curves], learned: list[str]) -> str:
 
 
 def _equal(lines: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """Returns the groups of two or more arms whose lines are equal up to rounding."""
+    """Returns each group of two or more arms whose curves are equal up to rounding."""
     groups: list[list[str]] = []
     for arm, line in lines.items():
         same = (g for g in groups if np.allclose(line, lines[g[0]], rtol=1e-9, atol=0, equal_nan=True))

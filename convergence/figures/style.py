@@ -36,7 +36,7 @@ def draw_legend(
     width: float,
     loc: Literal["outside lower center", "outside upper center"],
 ) -> int:
-    """Adds a legend with as few rows as fit into a figure of `width` inches. Returns the number of rows."""
+    """Adds a legend with as few rows as possible to a figure of `width` inches. Returns the number of rows."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(width / (0.65 + 0.08 * longest)))  # inches of a handle and of a letter
     rows = -(-len(handles) // fitting)
@@ -47,7 +47,7 @@ def draw_legend(
 
 
 def line_style(index: int) -> Style:
-    """Returns colour, marker and dashes of arm number `index`; without colour, marker and dashes still differ."""
+    """Returns colour, marker and dashes of arm number `index`. Arms differ even without colour."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -56,7 +56,10 @@ def line_style(index: int) -> Style:
 
 
 def set_log_axis(ax: Axes) -> None:
-    """Makes the y axis logarithmic with ticks at round numbers, also on a short axis. Call it after drawing."""
+    """Makes the y axis logarithmic with ticks at round numbers, also on a short axis.
+
+    Call this function after drawing.
+    """
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     digits = (1,) if high > 1000 * low else (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)
@@ -70,7 +73,7 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
 
     Args:
         ax: the axes, with training images as x.
-        panel: table with the columns images and step.
+        panel: table with the columns `images` and `step`.
     """
     last = panel["images"].max() or 1
     ax.set_xlim(-0.03 * last, 1.04 * last)
@@ -91,7 +94,7 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
 
 
 def short_count(count: float) -> str:
-    """Writes a count with three digits: 500, 3.2k, 1.25M."""
+    """Returns a count as text with three digits: 500, 3.2k, 1.25M."""
     count = float(f"{count:.3g}")
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -100,7 +103,7 @@ def short_count(count: float) -> str:
 
 
 def save_figure(figure: Figure, paths: list[Path]) -> None:
-    """Saves a figure to each path, in the format of its suffix (png, svg or pdf). Equal figures give equal bytes."""
+    """Saves a figure to each path in the format of the suffix (png, svg or pdf). Equal figures give equal bytes."""
     for path in paths:
         with atomic_write(path) as file:
             # A date or a version in the file would make files with equal data differ.
