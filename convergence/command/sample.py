@@ -110,12 +110,12 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
     """Returns the checkpoint at `path`.
 
     Args:
-        path: A .safetensors file of this project, or any other file for a published checkpoint.
+        path: a .safetensors file of this project, or any other file for a published checkpoint.
         device: torch device.
-        layout: The given options that describe a published checkpoint, as keyword arguments of `load_published`.
+        layout: the given options that describe a published checkpoint, as keyword arguments of `load_published`.
 
     Raises:
-        StudyError: If these options are given for a file of this project.
+        StudyError: if these options are given for a file of this project.
     """
     from diffusion.published import load_published
 
