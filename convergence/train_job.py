@@ -56,11 +56,11 @@ class Segment(BaseModel):
 def drop_older_states(state: Path) -> None:
     """Removes the states of a run that are older than `state`.
 
-    A job calls this function when it starts from `state`, because Snakemake only passes complete files to a job.
-    Therefore the two newest states of a run always remain.
+    A job calls this function when training continues from `state`. At that time, Snakemake knows that `state` is
+    complete. The two newest states of a run always remain.
 
     Args:
-        state: state.pt of the checkpoint from which the job starts.
+        state: state.pt of the checkpoint from which training continues.
     """
     step = int(state.parent.name.removeprefix("step"))
     for older in state.parent.parent.glob("step*/state.pt"):

@@ -15,7 +15,7 @@ LOCKS = Path(".snakemake/locks")
 
 
 def orphans(experiments: Iterable[Experiment]) -> list[Path]:
-    """Returns the directories of runs, the datasets and the references in `results/` that no study uses.
+    """Returns the directories of runs, the datasets and the references in `results/` that none of the studies uses.
 
     If no run of an arm is used, the directory of the arm is returned instead of the directories of its runs. If a run
     is used, all its checkpoints count as used.
