@@ -26,7 +26,7 @@ def with_remedy(error: InputError, again: str = SAME_COMMAND) -> str:
 
     Args:
         error: the error.
-        again: how to write the file again.
+        again: how to write the file again, such as `RUN_AGAIN`.
     """
     from convergence.layout import REPORTS, RESULTS  # slow to import: `convergence --help` imports this module
 
@@ -41,7 +41,7 @@ def exit_on_user_error(again: str = RUN_AGAIN) -> Iterator[None]:
     """Ends the process with exit code 1 and a message if the body raises an `InputError` or an `OSError`.
 
     Args:
-        again: how to write a file of a job again, as for `with_remedy`.
+        again: how to write a file in results/ or reports/ again, as for `with_remedy`.
     """
     try:
         yield

@@ -69,12 +69,12 @@ def job(snakemake: Any) -> Iterator[None]:
 def exit_on_job_error(section: str | None = None) -> Iterator[None]:
     """Ends the process with exit code 1 and one sentence in the log if the body raises certain errors.
 
-    These are `InputError`, `Stopped`, Ctrl-C, full memory, a full disk and a missing permission. Any other exception is
-    a bug and keeps its traceback.
+    These errors are `InputError`, `Stopped`, Ctrl-C, full memory, a full disk and a missing permission. Any other
+    exception is a bug and keeps its traceback.
 
     Args:
-        section: section of the study file. It is written before the message of an `InputError` that is about a value,
-            and not about a file or a study.
+        section: section of the study file. If an `InputError` is about a value in this section, the name of the section
+            is written before the message.
 
     Raises:
         RuntimeError: the body raised a RuntimeError that is not torch's error for full memory.

@@ -47,10 +47,11 @@ def pixels(dataset: Dataset) -> str:
 
 
 def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
-    """Returns the path of the reference of a dataset: the features of its images and their statistics.
+    """Returns the path of the reference of a dataset: features of real images, and statistics of these features.
 
-    The path is `results/references/<dataset>-<features>-<part>-<images>.npz`, with suffixes for the number of held-out
-    images and for weights with a SHA-256. Studies with the same reference share the file.
+    The path is `results/references/<dataset>-<features>-<part>-<images>.npz`, where `<part>` is `train` or `held_out`.
+    The name has suffixes for the number of held-out images and for weights with a SHA-256. Studies with the same
+    reference share the file.
     """
     name = f"{dataset_directory(dataset).name}-{features}-{evaluate.reference}-{evaluate.reference_images or 'all'}"
     if dataset.held_out:
@@ -90,7 +91,7 @@ def study_file(study: str) -> Path:
 
 
 def plan_path(study: str) -> Path:
-    """Returns the path of the recorded plan of a study: `results/<study>/plan.json`."""
+    """Returns the path of the file in which the plan of a study is recorded: `results/<study>/plan.json`."""
     return RESULTS / study / "plan.json"
 
 

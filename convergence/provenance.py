@@ -34,8 +34,8 @@ def environment() -> dict[str, Any]:
     """Returns the commit of this code, whether tracked files differ from the commit, the host, and package versions.
 
     A job calls this function before it computes, because the code and the packages may change while the job runs. The
-    commit is None if no git repository contains this code, or if the repository does not contain this file in its
-    commit. In the second case, the project was only unpacked inside another repository.
+    commit is None if no git repository contains this code. The commit is also None if the repository's commit does not
+    contain this file, because the project was only unpacked inside another repository.
     """
     hashes = _git("rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", str(layout.ROOT)) if hashes else None
@@ -87,8 +87,8 @@ def tables_hash(run: RunConfig) -> str:
 def newest_provenances(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
     """Returns (arm, provenance) of each run of a study, from the newest checkpoint of the run.
 
-    A run is left out if it has no checkpoint after step 0, or if the provenance.json is damaged. Jobs that use a
-    damaged file report the damage.
+    The provenance is the content of provenance.json. A run is left out if it has no checkpoint after step 0, or if its
+    provenance.json is damaged. Jobs that use a damaged file report the damage.
     """
     found = []
     for arm in experiment.arms:
@@ -157,8 +157,8 @@ def stale_runs(study: str, newest: NewestProvenances) -> list[str]:
 def changed_tables(study: str, newest: NewestProvenances, runs: Mapping[str, RunConfig]) -> list[str]:
     """Returns a warning if the density or the loss weights of arms have changed since the arms were trained.
 
-    The list has one sentence or none, as that of `stale_runs`. The tables are always computed and compared, so this
-    function also finds changes that `source_hash` misses. This function imports torch.
+    As in `stale_runs`, the list has one sentence or none. The tables are always computed and compared, so this function
+    also finds changes that `source_hash` misses. This function imports torch.
 
     Args:
         study: name of the study.

@@ -67,7 +67,7 @@ def count_images(config: Dataset) -> int:
 def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) -> Request:
     """Returns the time and memory of a job that trains `steps` steps on a dataset of `images` images.
 
-    The memory is that of all `processes`, which divide each batch among themselves.
+    The memory covers all `processes`, which divide each batch among themselves.
     """
     size, settings = unet_size(run.model, run.dataset.image_size), run.train
     per_process = math.ceil(settings.batch_size / processes)
@@ -94,7 +94,7 @@ def reference(settings: Evaluate, images: int, threads: int, gpus: int) -> Reque
 def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> Request:
     """Returns the time and memory of a job that samples one checkpoint and evaluates the samples.
 
-    The samples stay in memory, and every feature extractor compares them with a dataset of `images` images.
+    The samples stay in memory. They are compared with a dataset of `images` images, once per feature extractor.
     """
     settings, threads = experiment.sample, run.train.threads
     size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH

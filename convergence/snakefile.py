@@ -47,8 +47,8 @@ def stop_on_hangup() -> None:
 def date_back() -> None:
     """Sets the modification times of results and reports that are in the future to the present.
 
-    Snakemake fails a job whose inputs have such times, which come from a clock that was ahead. No file becomes newer,
-    so no job runs again because of this change.
+    Such times come from a clock that was ahead, and a job of Snakemake fails if its inputs have such times. No file
+    becomes newer, so no job runs again because of this change.
     """
     now = time.time()
     for path in chain(layout.RESULTS.rglob("*"), layout.REPORTS.rglob("*")):

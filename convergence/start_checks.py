@@ -61,7 +61,7 @@ def tracked_studies(config: Mapping[str, Any], experiments: Mapping[str, Experim
 
 
 def check_experiments(experiments: Mapping[str, Experiment]) -> None:
-    """Checks that the jobs of studies can write their results, and can use their curves, weights and schemes.
+    """Checks that the jobs of studies can write their results, and that their inputs can be used.
 
     Raises:
         StudyError: a directory cannot be written, or external curves, weights of a feature extractor, or a scheme

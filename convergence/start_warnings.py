@@ -64,11 +64,11 @@ def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
 
 
 def few_images(experiment: Experiment, newest: NewestProvenances) -> list[str]:
-    """Returns a sentence for each part of a study, training or reference images, that has few images.
+    """Returns a warning if a study has few training images, and a warning if it has few reference images.
 
-    Training images are few if there are fewer than a batch has. Reference images are few if there are not more than the
-    features have dimensions. The list is empty if the number of images is not known, because the dataset is not
-    downloaded yet.
+    Training images are few if they do not fill one batch. Reference images are few if their number does not exceed the
+    number of dimensions of the features. The list is empty if the number of images is not known, because the dataset is
+    not downloaded yet.
 
     Args:
         experiment: the study.
@@ -144,7 +144,7 @@ def _change(source: Path, directory: Path) -> str:
 
 
 def _remedy(source: Path, study: str) -> str:
-    """Returns advice on how to make a new dataset: a link has another path, so its dataset is a new one."""
+    """Returns advice on how to make a new dataset: a link to the source gets a dataset of its own."""
     source = source if source.name.strip(".") else Path(os.path.abspath(source))
     names = (source.with_name(f"{source.stem}-{number}{source.suffix}") for number in count(2))
     new = next(name for name in names if not os.path.lexists(name))

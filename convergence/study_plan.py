@@ -1,7 +1,8 @@
-"""Records the plan of a study, the choices that decide its verdict, in `results/<study>/plan.json`.
+"""Records the plan of a study in `results/<study>/plan.json`.
 
-An analysis that is chosen after the results are known can be chosen to give the wanted result. Therefore, the plan can
-change only until the first checkpoint of the study is evaluated.
+The plan contains the choices that decide the verdict. An analysis that is chosen after the results are known can be
+chosen to give the wanted result. Therefore, the plan can change only until the first checkpoint of the study is
+evaluated.
 """
 
 from pathlib import Path
@@ -31,8 +32,8 @@ class StudyPlan(Section):
     thresholds: tuple[float, ...] | None
     """Values of the primary metric that runs must reach; None: a fixed rule chooses a value from the runs."""
     margin: float | None
-    """Margin of equivalence. The margin is in percent if the primary metric is compared by ratios, otherwise in its \
-units."""
+    """Margin of equivalence: in percent if the primary metric is compared by ratios, otherwise in units of the \
+metric."""
     seeds: tuple[int, ...] | None
     """Planned seeds, whose runs decide the verdict; None: all seeds."""
     last_step: int | None
@@ -73,8 +74,9 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
 def frozen_plan(experiment: Experiment) -> StudyPlan | None:
     """Returns the plan that decides the verdict; None if the study has no section `compare`.
 
-    Until the first checkpoint of the study is evaluated, this is the plan in the study file. Afterwards it is the
-    recorded plan. If results exist but no plan is recorded, it is the plan in the study file with `after_results` set.
+    Until the first checkpoint of the study is evaluated, this is the plan in the study file. Afterwards, this is the
+    recorded plan. If results exist but no plan is recorded, the plan in the study file is returned with `after_results`
+    set.
 
     Raises:
         FileError: the recorded plan is damaged.
@@ -93,7 +95,7 @@ def frozen_plan(experiment: Experiment) -> StudyPlan | None:
 def freeze_plan(experiment: Experiment) -> None:
     """Writes the plan that `frozen_plan` returns to `results/<study>/plan.json`.
 
-    Until the first checkpoint of the study is evaluated, this replaces the plan that was recorded before.
+    Until the first checkpoint of the study is evaluated, each call replaces the plan that is recorded in this file.
     """
     if plan := frozen_plan(experiment):
         path = layout.plan_path(experiment.name)

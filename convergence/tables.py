@@ -247,7 +247,7 @@ def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mappin
     """Returns the measurements of one checkpoint as rows for the table of metrics or the table of probes.
 
     Args:
-        rows: measurements, as column -> value.
+        rows: a dict (column -> value) per measurement.
         wildcards: wildcards of the Snakemake job: study, arm (with its hash) and seed.
         provenance: content of `provenance.json` of the checkpoint.
     """

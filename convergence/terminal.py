@@ -113,7 +113,7 @@ def report_command(experiments: Iterable[str]) -> str:
 
 
 def _mlflow_command() -> str:
-    """Returns the hint to start MLflow's UI; "" if MLFLOW_TRACKING_URI names another store or a server."""
+    """Returns the hint on how to start MLflow's UI; "" if MLFLOW_TRACKING_URI is set."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return ""
     if Path.cwd() == layout.ROOT:

@@ -118,7 +118,7 @@ def _default(value: dict[str, Any], required: bool) -> str:
 
 
 def imports() -> dict[str, set[str]]:
-    """Returns module -> the modules of this project that it imports, also inside functions.
+    """Returns module -> the modules of this project that the module imports. Imports inside functions count.
 
     The rules of Snakemake count as one module, `workflow.rules`, and their scripts as another, `workflow.scripts`.
     """

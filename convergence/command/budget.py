@@ -149,7 +149,7 @@ def measure(experiment: Experiment) -> Rates:
 
 
 def table(budgets: dict[str, Budget]) -> str:
-    """Returns a Markdown table with a row per study, and a row of their sums if there are several studies."""
+    """Returns a Markdown table with a row per study, and a row of sums if there are several studies."""
     if len(budgets) > 1:
         budgets = budgets | {"all": Budget(*map(sum, zip(*budgets.values(), strict=True)))}
     rows = [
@@ -185,7 +185,7 @@ _RATE = _Rate(min=1e-6, max=1e9)
 def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float | None, jobs: int) -> None:
     """Estimate the hours, disk space and jobs of studies.
 
-    Each STUDY is a file in experiments/. A study is estimated as a whole, whether or not it has results already.
+    Each STUDY is a file in experiments/. The estimate is for the whole study, even if some results exist already.
     """
     budgets = {}
     for study in studies:

@@ -70,7 +70,7 @@ class Names(click.ParamType):
 
 
 def device_option(function: Callable) -> Callable:
-    """Adds the option `--device` to a click command. `find_device` converts its value to a torch device."""
+    """Adds the option `--device` to a click command. `find_device` converts the value to a torch device."""
     choice = click.Choice(["auto", "cpu", "cuda"])
     return click.option("--device", type=choice, default="auto", help="auto: the GPU if there is one.")(function)
 

@@ -29,7 +29,7 @@ def configure_mlflow() -> None:
 
 
 def is_server(uri: str) -> bool:
-    """Returns whether an MLflow address is that of a server, and not that of a database or directory."""
+    """Returns whether an MLflow address names a server, and not a database or a directory."""
     return uri.startswith("http")
 
 

@@ -15,7 +15,11 @@ _tracker: subprocess.Popen | None = None
 
 
 def start_tracking(studies: Collection[str]) -> None:
-    """Starts the process that sends the results of the studies with these names to MLflow."""
+    """Starts the process that sends the results of studies to MLflow.
+
+    Args:
+        studies: names of the studies. No process is started if there are none.
+    """
     global _tracker
     if not studies:
         return
@@ -29,13 +33,15 @@ def start_tracking(studies: Collection[str]) -> None:
 
 
 def stop_tracking(studies: Collection[str]) -> list[str]:
-    """Stops the tracking process after it has sent the remaining results, and prints its warnings.
+    """Stops the tracking process after it has sent the remaining results to MLflow.
+
+    The warnings of the process are printed.
 
     Args:
-        studies: names of the studies. A warning names them if the process does not end properly.
+        studies: names of the studies, for a warning if the process does not end properly.
 
     Returns:
-        one line per study in MLflow: its name and its address.
+        one line per study in MLflow: name and address of the study.
     """
     if _tracker is None:
         return []
