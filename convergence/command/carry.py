@@ -203,9 +203,9 @@ def _run(command: list[str], problem: str) -> None:
 def main() -> None:
     """Run studies on a machine without a network.
 
-    `pack` writes an archive with the project, its datasets and packages. On the other machine, the command `tar xf
-    carry.tar && bash carry/run.sh` runs the studies and writes results.tar.gz. On this machine, `tar xzf
-    results.tar.gz` adds the results to the project.
+    `pack` writes an archive with the project, its datasets and packages.
+    On the other machine, `tar xf carry.tar && bash carry/run.sh` runs the studies and writes results.tar.gz.
+    On this machine, `tar xzf results.tar.gz` adds the results to the project.
     """
 
 

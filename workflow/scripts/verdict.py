@@ -1,4 +1,4 @@
-"""Compares the arms of one study, and writes the verdict (JSON, Markdown) and the tables behind it (CSV)."""
+"""Compares the arms of one study, and writes the verdict (JSON, Markdown) and its tables (CSV)."""
 
 from pathlib import Path
 
