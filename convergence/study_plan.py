@@ -1,8 +1,7 @@
-"""Records the plan of a study in `results/<study>/plan.json`.
+"""The plan of a study: what its verdict judges by, recorded in `results/<study>/plan.json` before the first result.
 
-The plan contains the choices that decide the verdict. An analysis that is chosen after the results are known can be
-chosen to give the wanted result. Therefore, the plan can change only until the first checkpoint of the study is
-evaluated.
+An analysis that is chosen after results were seen can be chosen to give the wanted result. So the plan may change until
+the first checkpoint of the study is evaluated, and is frozen from then on.
 """
 
 from pathlib import Path
@@ -19,39 +18,35 @@ from diffusion.section import Section
 
 
 class StudyPlan(Section):
-    """The choices that decide the verdict of a study: arms, features, metric, thresholds, margin and seeds."""
+    """What the verdict of a study judges by."""
 
     baseline: str
     candidates: tuple[str, ...]
     candidate: str
-    """Candidate of the primary comparison. The comparisons of the other candidates are secondary."""
+    """Of the primary comparison; the other candidates are secondary."""
     features: str
     metric: str
-    """Metric of the primary comparison."""
+    """Of the primary comparison."""
     endpoint: Literal["average over training images"] = "average over training images"
     thresholds: tuple[float, ...] | None
-    """Values of the primary metric that runs must reach; None: a fixed rule chooses a value from the runs."""
+    """Values of the primary metric; None: derived from the runs by a fixed rule."""
     margin: float | None
-    """Margin of equivalence: in percent if the primary metric is compared by ratios, otherwise in units of the \
-metric."""
+    """Margin of equivalence: in percent if the primary metric is compared by ratios, otherwise a change of it."""
     seeds: tuple[int, ...] | None
-    """Planned seeds, whose runs decide the verdict; None: all seeds."""
+    """The planned seeds, which decide; None: all."""
     last_step: int | None
-    """Step of the last planned checkpoint; None: the last step that all runs have."""
+    """Step of the last planned checkpoint; None: the last one that all runs have."""
     after_results: bool = False
     """Whether the plan was recorded after the first checkpoint had been evaluated."""
 
     @property
     def scale(self) -> Literal["ratio", "difference"]:
-        """Scale on which the primary metric is compared: ratios or differences of its values."""
+        """How the primary metric is compared."""
         return "difference" if self.metric in DIFFERENCES else "ratio"
 
 
 def current_plan(experiment: Experiment) -> StudyPlan | None:
-    """Returns the plan in the present study file, even if another plan is recorded.
-
-    The result is None if the study has no section `compare`.
-    """
+    """Returns the plan that follows from a study, whatever was recorded; None if the study has no section `compare`."""
     compare = experiment.compare
     if compare is None:
         return None
@@ -72,11 +67,7 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
 
 
 def frozen_plan(experiment: Experiment) -> StudyPlan | None:
-    """Returns the plan that decides the verdict; None if the study has no section `compare`.
-
-    Until the first checkpoint of the study is evaluated, this is the plan in the study file. Afterwards, this is the
-    recorded plan. If results exist but no plan is recorded, the plan in the study file is returned with `after_results`
-    set.
+    """Returns the plan that the verdict judges by: the recorded one if a checkpoint of the study was evaluated.
 
     Raises:
         FileError: the recorded plan is damaged.
@@ -93,10 +84,7 @@ def frozen_plan(experiment: Experiment) -> StudyPlan | None:
 
 
 def freeze_plan(experiment: Experiment) -> None:
-    """Writes the plan that `frozen_plan` returns to `results/<study>/plan.json`.
-
-    Until the first checkpoint of the study is evaluated, each call replaces the plan that is recorded in this file.
-    """
+    """Records the plan. While no checkpoint of the study is evaluated, this replaces what was recorded before."""
     if plan := frozen_plan(experiment):
         path = layout.plan_path(experiment.name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,16 +92,13 @@ def freeze_plan(experiment: Experiment) -> None:
 
 
 def write_plan(plan: StudyPlan, path: Path) -> None:
-    """Writes a plan to a JSON file."""
+    """Writes a plan as JSON."""
     with atomic_write(path) as file:
         file.write(plan.model_dump_json(indent=1).encode() + b"\n")
 
 
 def plan_changes(frozen: StudyPlan, current: StudyPlan) -> tuple[str, ...]:
-    """Returns a sentence for each difference between the recorded plan and the plan in the study file.
-
-    One more sentence is returned if the plan was recorded after results existed.
-    """
+    """Returns a sentence for each difference between the recorded plan and the study file."""
     changes = [
         f"{name} was {_text(planned)} and is {_text(now)} in the study file."
         for name, planned in frozen
