@@ -1,6 +1,7 @@
-"""Convergence studies: paired comparisons of training schemes of diffusion models.
+"""Paired comparisons of training schemes of diffusion models.
 
-The names below are imported on first use. `compare` compares two arms of a table of curves.
+Each name in `__all__` is imported at its first use. `compare` compares two arms (training schemes) of a table of FID
+curves.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Runs the command as `python -m convergence`."""
+"""Runs the command `convergence` as `python -m convergence`."""
 
 from convergence.command import main
 

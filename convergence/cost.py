@@ -1,4 +1,4 @@
-"""The cost of training an arm: seconds that its training steps take alone on the machine that trains."""
+"""Computes the training cost of each arm: seconds per 1000 training images, timed while no other job runs."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ COLUMNS = [
 
 
 def round_table(seconds: np.ndarray, arms: Sequence[str], device: str) -> pd.DataFrame:
-    """Returns the measured times as a table with the columns `ROUND_COLUMNS`.
+    """Returns measured times as a table with the columns `ROUND_COLUMNS`.
 
     Args:
-        seconds: seconds per image, [rounds, arms].
+        seconds: seconds per training image, [rounds, arms].
         arms: names of the arms.
         device: name of the device.
     """
@@ -27,14 +27,15 @@ def round_table(seconds: np.ndarray, arms: Sequence[str], device: str) -> pd.Dat
 
 
 def cost_table(rounds: pd.DataFrame, study: str, baseline: str | None) -> pd.DataFrame:
-    """Returns the cost of each arm and its ratio to that of the baseline, with 95% intervals over rounds.
+    """Returns a table with the cost of each arm, and the ratio of this cost to the cost of the baseline.
 
-    Costs are geometric means, so the ratio of two costs is exactly the mean ratio of the rounds.
+    Costs and ratios have 95% intervals over rounds. A cost is the geometric mean over rounds, so the ratio of two costs
+    equals the geometric mean of the ratios of the rounds.
 
     Args:
-        rounds: what `round_table` returns.
-        study: its name.
-        baseline: the arm to compare with. Without it, or if it was not timed, the ratios are missing.
+        rounds: table that `round_table` returned.
+        study: name of the study.
+        baseline: arm to compare with. If the baseline is None or was not timed, the ratios are NaN.
     """
     devices = rounds.groupby("arm")["device"].first()
     logs = np.log(rounds.pivot(index="round", columns="arm", values="seconds_per_1000_images"))
@@ -50,5 +51,5 @@ def _exp(logs: pd.Series) -> Interval:
 
 
 def costs(table: pd.DataFrame) -> dict[str, float]:
-    """Returns arm -> seconds per 1000 training images, from what `cost_table` returns."""
+    """Returns arm -> seconds per 1000 training images, from a table that `cost_table` returned."""
     return dict(zip(table["arm"], table["seconds_per_1000_images"], strict=True))

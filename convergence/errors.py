@@ -1,4 +1,4 @@
-"""The errors of a study, and how a command reports them."""
+"""Defines the error of a study, and how commands and jobs report errors of the user."""
 
 import errno
 import sys
@@ -13,15 +13,20 @@ SAME_COMMAND = "run the same command again"
 
 
 class StudyError(InputError):
-    """A mistake in a study, or an unusable result. The message states what is wrong, where, and what to do."""
+    """A mistake in a study or a command, or an unusable result.
+
+    The message states what is wrong, where, and what to do.
+    """
 
 
 def with_remedy(error: InputError, again: str = SAME_COMMAND) -> str:
-    """Returns the message of an error, with the advice to write the file again if it is a file of a job.
+    """Returns the message of an error, with advice if the error is about a file in results/ or reports/.
+
+    Such a file was written by a job. The advice is to delete the file, if it exists, and to write it again.
 
     Args:
-        error: The error.
-        again: How to write the file again.
+        error: the error.
+        again: how to write the file again, such as `RUN_AGAIN`.
     """
     from convergence.layout import REPORTS, RESULTS  # slow to import: `convergence --help` imports this module
 
@@ -33,10 +38,10 @@ def with_remedy(error: InputError, again: str = SAME_COMMAND) -> str:
 
 @contextmanager
 def exit_on_user_error(again: str = RUN_AGAIN) -> Iterator[None]:
-    """End the command with exit code 1 and one sentence on stderr after an `InputError` or an `OSError`.
+    """Ends the process with exit code 1 and a message if the body raises an `InputError` or an `OSError`.
 
     Args:
-        again: As for `with_remedy`.
+        again: how to write a file in results/ or reports/ again, as for `with_remedy`.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Failed runs in tables: their values are removed, so that they win no comparison."""
+"""Removes the values of failed runs from tables, so that a failed run wins no comparison."""
 
 import pandas as pd
 
@@ -6,18 +6,23 @@ from diffusion.evaluation.failure import FAILURES
 
 
 def failed(rows: pd.DataFrame) -> pd.Series:
-    """Returns for each row of a long table whether it has no value because its run diverged or collapsed."""
+    """Returns for each row of a table of metrics whether the value is missing because the run failed.
+
+    A run failed if it diverged or collapsed (`diffusion.evaluation.failure`).
+    """
     return rows["value"].isna() & rows["reason"].astype(str).str.startswith(FAILURES)
 
 
 def without_failures(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Returns a long table of metrics without the values of failed runs.
+    """Returns a table of metrics without the values of failed runs.
 
-    A run failed if its last checkpoint did (`diffusion.evaluation.failure`). Its values are removed from the checkpoint
-    on from which all have failed, and the reason is that of the last one. A checkpoint before is ordinary data.
+    A run failed if its last checkpoint diverged or collapsed (`diffusion.evaluation.failure`). The values of this
+    checkpoint, and of failed checkpoints directly before it, become NaN, and the column `reason` has the reason of the
+    last checkpoint. If a checkpoint failed but a later checkpoint of the same run did not, its value remains.
 
     Args:
-        metrics: the values of complete runs; `reason` is what `failure` returned for each checkpoint that failed.
+        metrics: table of metrics (`convergence.tables`) with all checkpoints of the runs. In the rows of a failed
+            checkpoint, `reason` is the result of `diffusion.evaluation.failure.failure`.
     """
     metrics = metrics.assign(reason=metrics["reason"].astype(object).fillna(""))
     runs, marked = [metrics["arm"], metrics["seed"]], metrics["reason"].str.startswith(FAILURES)
@@ -33,11 +38,11 @@ def without_failures(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def without_failed_runs(probes: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
-    """Returns a long table of probes without the values of failed runs, as their metrics were removed.
+    """Returns a table of probes without the values of the checkpoints whose metrics `without_failures` removed.
 
     Args:
-        probes: the probes of the same runs.
-        metrics: what `without_failures` returned.
+        probes: table of the probes of the same runs.
+        metrics: table that `without_failures` returned.
     """
     checkpoint = ["arm", "seed", "step"]
     reasons = metrics[failed(metrics)].drop_duplicates(checkpoint).set_index(checkpoint)["reason"]

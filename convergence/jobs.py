@@ -1,4 +1,4 @@
-"""What the scripts of all rules share: logging, error messages, the device."""
+"""Functions that the scripts of all Snakemake rules use: logging, error messages and the device."""
 
 import errno
 import logging
@@ -37,12 +37,12 @@ FULL_MEMORY = (
 
 
 def job_name(snakemake: Any) -> str:
-    """Returns the rule and the wildcards of a job, such as `train openmoji uni05-1a2b3c4d 0 128`."""
+    """Returns the rule and the wildcards of a job as text, such as `train openmoji uni05-1a2b3c4d 0 128`."""
     return snakemake.rule + "".join(f" {value}" for value in snakemake.wildcards)
 
 
 def log_to(path: str, name: str) -> None:
-    """Write the log of this process to the terminal and to a file, each line with the name of the job."""
+    """Writes the log of this process to the terminal and to a file, with the name of the job in each line."""
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s  {name}: %(message)s",
@@ -53,7 +53,9 @@ def log_to(path: str, name: str) -> None:
 
 @contextmanager
 def job(snakemake: Any) -> Iterator[None]:
-    """Run the body of a script: log to the terminal and to the log file of the rule, report user errors in a sentence.
+    """Runs the body of a script, and writes its log to the terminal and to the log file of the rule.
+
+    After an error of the user or of the machine, the process ends with one sentence in the log (`exit_on_job_error`).
 
     Args:
         snakemake: the object that Snakemake puts into every script.
@@ -65,17 +67,18 @@ def job(snakemake: Any) -> Iterator[None]:
 
 @contextmanager
 def exit_on_job_error(section: str | None = None) -> Iterator[None]:
-    """End this process with exit code 1 and one sentence in its log after an error of the user or of the machine.
+    """Ends the process with exit code 1 and one sentence in the log if the body raises certain errors.
 
-    These are `InputError`, `Stopped`, Ctrl-C, full memory, a full disk and a missing permission. Any other exception is
-    a bug and keeps its traceback.
+    These errors are `InputError`, `Stopped`, Ctrl-C, full memory, a full disk and a missing permission. Any other
+    exception is a bug and keeps its traceback.
 
     Args:
-        section: section of the study file, which precedes the message of an `InputError` of the library about a value.
+        section: section of the study file. If an `InputError` is about a value in this section, the name of the section
+            is written before the message.
 
     Raises:
-        RuntimeError: The error is not torch's error for full memory.
-        OSError: The error is not a full disk or a missing permission.
+        RuntimeError: the body raised a RuntimeError that is not torch's error for full memory.
+        OSError: the body raised an OSError for a reason other than a full disk or a missing permission.
     """
     try:
         yield
@@ -109,14 +112,14 @@ def exit_on_job_error(section: str | None = None) -> Iterator[None]:
 
 
 def use_torch(threads: int | None, gpus: int) -> str:
-    """Set the number of torch's threads in this process and return the device to compute on, "cuda" or "cpu".
+    """Sets the number of torch's CPU threads, and returns the device to compute on: "cuda" or "cpu".
 
     Args:
         threads: number of threads; None for torch's choice.
         gpus: 1 to compute on a GPU, otherwise 0.
 
     Raises:
-        StudyError: A GPU is needed, and torch finds none.
+        StudyError: a GPU is needed, and torch finds none.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The verdict on curves that other people measured."""
+"""Computes the verdict on curves that were measured outside of this project."""
 
 from pathlib import Path
 
@@ -14,21 +14,25 @@ from convergence.tables import PROBE_COLUMNS, check_sample_counts
 
 
 def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path) -> list[StudyVerdict]:
-    """Compares two arms in every study of a table, and writes the verdicts and figures.
+    """Compares two arms in every study of a table of curves, and writes a verdict and figures for each study.
 
-    The files of one study (verdict.json, verdict.md, effects.csv, speedups.png, fid_curves.png) are written to the
-    directory itself; those of several studies to a directory per study, next to a fid_curves.png of all of them.
+    The files are verdict.json, verdict.md, effects.csv, speedups.png and fid_curves.png. If the table has one study,
+    they are in `directory`. If the table has several studies, each study has a subdirectory, and `directory` has a
+    fid_curves.png of all studies.
 
     Args:
-        metrics: the long table of metrics, such as `convergence.tables.read_curves` returns. The first metric and the
-            first feature extractor of each study are primary.
-        baseline: an arm.
-        candidate: another arm.
-        directory: is created if it does not exist.
+        metrics: table of metrics, as `convergence.tables.read_curves` returns it. The metric and the feature extractor
+            in the first row of each study are primary.
+        baseline: name of the arm to compare with.
+        candidate: name of the arm that is compared with the baseline.
+        directory: directory for the files; created if it does not exist.
+
+    Returns:
+        the verdict of each study.
 
     Raises:
-        StudyError: an arm is not in the table, or the curves cannot be compared or drawn; both arms are the same; or
-            one of several studies has a name that is not that of a directory.
+        StudyError: an arm is not in the table, both arms are the same, the curves cannot be compared or drawn, or the
+            name of one of several studies cannot be the name of a directory.
     """
     if baseline == candidate:
         raise StudyError(f"the baseline and the candidate are both {baseline}: name two arms")

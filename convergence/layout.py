@@ -1,4 +1,7 @@
-"""Paths of studies and results, relative to the directory in which Snakemake runs."""
+"""Defines the paths of studies and results, relative to the directory in which Snakemake runs.
+
+In a path, `<hash8>` is the first 8 hexadecimal digits of the SHA-256 of settings.
+"""
 
 import hashlib
 import shlex
@@ -31,17 +34,25 @@ REPORT = REPORTS / "{study}"
 
 
 def dataset_directory(dataset: Dataset) -> Path:
-    """`results/datasets/<source>-<hash8>`, where the hash is that of the settings that determine the pixels."""
+    """Returns `results/datasets/<source>-<hash8>`, with the hash of the settings that determine the pixels."""
     return DATASETS / f"{dataset.source}-{_hash8(pixels(dataset))}"
 
 
 def pixels(dataset: Dataset) -> str:
-    """The settings that determine the pixels of a dataset, as JSON: all keys, with `held_out` at 0."""
+    """Returns the settings that determine the pixels of a dataset, as JSON.
+
+    `held_out` is set to 0, because this key does not change the pixels.
+    """
     return dataset.model_copy(update={"held_out": 0}).canonical()
 
 
 def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
-    """`results/references/<dataset>-<features>-<part>-<images>.npz`, shared by all studies with the same reference."""
+    """Returns the path of the reference of a dataset: features of real images, and statistics of these features.
+
+    The path is `results/references/<dataset>-<features>-<part>-<images>.npz`, where `<part>` is `train` or `held_out`.
+    The name has suffixes for the number of held-out images and for weights with a SHA-256. Studies with the same
+    reference share the file.
+    """
     name = f"{dataset_directory(dataset).name}-{features}-{evaluate.reference}-{evaluate.reference_images or 'all'}"
     if dataset.held_out:
         name += f"-without{dataset.held_out}"
@@ -52,12 +63,16 @@ def reference_path(dataset: Dataset, features: str, evaluate: Evaluate) -> Path:
 
 
 def run_directory(study: str, arm: str, run: RunConfig, seed: int) -> Path:
-    """Directory of one training run: `results/<study>/<arm>-<hash8>/seed<k>`."""
+    """Returns the directory of one training run: `results/<study>/<arm>-<hash8>/seed<k>`."""
     return _step(study, f"{arm}-{run.hash8}", seed, 0).parent
 
 
 def step_directory(study: str, arm: str, run: RunConfig, seed: int, step: int) -> Path:
-    """Directory of one checkpoint. The untrained net (step 0) is shared by all arms that start from it."""
+    """Returns the directory of one checkpoint: `results/<study>/<arm>-<hash8>/seed<k>/step<n>`.
+
+    The untrained net (step 0) is in a directory `init-<hash8>` instead of `<arm>-<hash8>`. All arms that start from
+    this net share the directory.
+    """
     return _step(study, f"{arm}-{run.hash8}" if step else f"init-{run.initial.hash8}", seed, step)
 
 
@@ -66,27 +81,33 @@ def _step(study: str, arm: str, seed: int, step: int) -> Path:
 
 
 def report_directory(study: str) -> Path:
-    """Directory of the tables, figures and verdict of one study: `reports/<study>`."""
+    """Returns the directory of the tables, figures and verdict of one study: `reports/<study>`."""
     return REPORTS / study
 
 
 def study_file(study: str) -> Path:
-    """File with the settings of one study: `experiments/<study>.yaml`."""
+    """Returns the path of the file with the settings of one study: `experiments/<study>.yaml`."""
     return EXPERIMENTS / f"{study}.yaml"
 
 
 def plan_path(study: str) -> Path:
-    """File with the recorded plan of a study: `results/<study>/plan.json`."""
+    """Returns the path of the file in which the plan of a study is recorded: `results/<study>/plan.json`."""
     return RESULTS / study / "plan.json"
 
 
 def untracked(study: str) -> Path:
-    """File that exists while MLflow may lack results of a study: `results/<study>.untracked`."""
+    """Returns the path of an empty file that exists while results of a study may be missing in MLflow.
+
+    The path is `results/<study>.untracked`.
+    """
     return RESULTS / f"{study}.untracked"
 
 
 def snakemake_command(*arguments: str) -> str:
-    """Returns a Snakemake command line for the working directory, with the options it needs outside the clone."""
+    """Returns a Snakemake command line for the working directory.
+
+    Outside of the clone, the command includes the options `--snakefile` and `--directory`.
+    """
     outside = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(Path.cwd())]
     return shlex.join(["snakemake", *(outside if Path.cwd() != ROOT else []), *arguments])
 

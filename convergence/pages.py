@@ -1,4 +1,4 @@
-"""The pages of the report: its front page, and data, provenance and cost of each study."""
+"""Makes the pages of the report: the front page, and the pages data, provenance and cost of each study."""
 
 import html
 import math
@@ -22,7 +22,7 @@ pre { padding: 0.8rem; overflow-x: auto; }
 
 
 def to_html(markdown: str, title: str) -> str:
-    """Returns a complete HTML page that loads no other file."""
+    """Converts Markdown to a complete HTML page, which loads no other file."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
@@ -33,7 +33,7 @@ def front_page(introduction: str, answers: Mapping[str, str | None]) -> str:
 
     Args:
         introduction: reStructuredText with a line `.. answers`, which the answers replace.
-        answers: study -> the answer of its verdict in plain text; None if the study compares nothing.
+        answers: name of a study -> the answer of its verdict in plain text; None if the study compares nothing.
     """
     paragraphs = [
         f"*{_escape(study)}*: {_escape(answer) if answer else 'compares nothing.'}" for study, answer in answers.items()
@@ -47,7 +47,15 @@ def _escape(text: str) -> str:
 
 
 def data_page(study: str, manifest: Mapping[str, Any]) -> str:
-    """Returns what a study was trained on and compared with, in Markdown, from the manifest of its dataset."""
+    """Returns the page about the dataset of a study: source, number and size of images, licence and SHA-256.
+
+    Args:
+        study: name of the study.
+        manifest: content of manifest.json of the dataset.
+
+    Returns:
+        the page in Markdown.
+    """
     row = [
         markdown_text(manifest["source"]), f"{manifest['count']:,}", manifest["image_size"],
         markdown_text(manifest.get("licence") or "–"), f"`{manifest['sha256']}`",
@@ -60,13 +68,16 @@ def data_page(study: str, manifest: Mapping[str, Any]) -> str:
 def provenance_page(
     study: str, provenances: Iterable[Mapping[str, Any]], experiment: str, warnings: Iterable[str]
 ) -> str:
-    """Returns the code, machine and settings behind the results of a study, in Markdown.
+    """Returns the page with the code, the machines and the settings that produced the results of a study.
 
     Args:
-        study: its name.
-        provenances: `provenance.json` of its checkpoints.
+        study: name of the study.
+        provenances: content of `provenance.json` of each checkpoint of the study.
         experiment: text of the study file.
-        warnings: those of the verdict, for instance that the code has changed since training.
+        warnings: warnings of the verdict, for instance that the code has changed since training.
+
+    Returns:
+        the page in Markdown.
     """
     origins: dict[tuple[str, ...], list[str]] = {}
     for facts in provenances:
@@ -94,12 +105,15 @@ def provenance_page(
 
 
 def cost_page(study: str, metrics: pd.DataFrame, cost: pd.DataFrame) -> str:
-    """Returns the reference cost of each arm of a study, in Markdown.
+    """Returns the page with the cost of each arm of a study: seconds per 1000 training images, timed alone.
 
     Args:
-        study: its name.
-        metrics: the long table of its metrics.
-        cost: its cost.csv (see `convergence.cost.cost_table`).
+        study: name of the study.
+        metrics: table of the metrics of the study (`convergence.tables`).
+        cost: table that `convergence.cost.cost_table` returned.
+
+    Returns:
+        the page in Markdown.
     """
     runs = metrics.groupby(["arm", "seed"], sort=False)["images"].max()
     rows = []

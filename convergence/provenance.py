@@ -1,4 +1,4 @@
-"""Records where a result comes from (code, versions, machine), and finds results of other code."""
+"""Records which code and machine produced a result, and finds results that other code produced."""
 
 import datetime
 import hashlib
@@ -24,17 +24,18 @@ NewestProvenances = Iterable[tuple[str, Mapping[str, Any]]]  # arm and provenanc
 
 
 def write_provenance(path: Path, **facts: Any) -> None:
-    """Writes facts of a result as JSON, with the time."""
+    """Writes facts about a result, and the present time, to a JSON file."""
     content = facts | {"finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
 def environment() -> dict[str, Any]:
-    """Returns the commit of this code, whether tracked files differ from it, the host, and the versions of packages.
+    """Returns the commit of this code, whether tracked files differ from the commit, the host, and package versions.
 
-    A job calls this before it computes, because all of them may change later. There is no commit (None) if the commit
-    of the repository does not contain this file: then the project was only unpacked in that repository.
+    A job calls this function before it computes, because the code and the packages may change while the job runs. The
+    commit is None if no git repository contains this code. The commit is also None if the repository's commit does not
+    contain this file, because the project was only unpacked inside another repository.
     """
     hashes = _git("rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", str(layout.ROOT)) if hashes else None
@@ -66,12 +67,13 @@ def _version(package: str) -> str | None:
 
 
 def tables_hash(run: RunConfig) -> str:
-    """Returns 16 hexadecimal digits of a SHA-256 digest of an arm's tables: p_t and the weights of mse and vb.
+    """Returns a hash of an arm's tables: the timestep density p_t, and the loss weights of mse and vb.
 
-    The numbers are rounded to 10 significant digits, because their last digits depend on the type of CPU.
+    The hash is the first 16 hexadecimal digits of a SHA-256. The numbers are rounded to 10 significant digits first,
+    because their last digits depend on the type of CPU.
 
     Raises:
-        InputError: If the tables are not finite (`diffusion.schemes.scheme_tables`).
+        InputError: if the tables are not finite (`diffusion.schemes.scheme_tables`).
     """
     from diffusion.build import noise_schedule
     from diffusion.schemes import scheme_tables
@@ -83,9 +85,10 @@ def tables_hash(run: RunConfig) -> str:
 
 
 def newest_provenances(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the arm and the provenance of the newest checkpoint of each run of a study that has one after step 0.
+    """Returns (arm, provenance) of each run of a study, from the newest checkpoint of the run.
 
-    Damaged files are left out: the jobs that use them report the damage.
+    The provenance is the content of provenance.json. A run is left out if it has no checkpoint after step 0, or if its
+    provenance.json is damaged. Jobs that use a damaged file report the damage.
     """
     found = []
     for arm in experiment.arms:
@@ -106,8 +109,8 @@ def trained_on(provenance: Path, manifest: Path) -> bool | None:
     """Returns whether a checkpoint was trained on the images of a dataset; None if this is not known.
 
     Args:
-        provenance: provenance.json of the checkpoint.
-        manifest: manifest.json of the dataset.
+        provenance: path of provenance.json of the checkpoint.
+        manifest: path of manifest.json of the dataset.
     """
     with suppress(InputError, KeyError):
         return bool(read_json(provenance)["dataset_sha256"] == read_json(manifest)["sha256"])
@@ -115,10 +118,16 @@ def trained_on(provenance: Path, manifest: Path) -> bool | None:
 
 
 def check_images(checkpoint: Path, manifest: Path) -> None:
-    """Checks that a checkpoint is used together with the images that it was trained on.
+    """Checks that a checkpoint was trained on the images of a dataset.
+
+    If the images of the checkpoint or of the dataset are not known (`trained_on`), the check passes.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        manifest: path of manifest.json of the dataset.
 
     Raises:
-        FileError: If its provenance records other images. The error names the directory of the run.
+        FileError: if provenance.json of the checkpoint records other images. The error names the directory of the run.
     """
     if trained_on(checkpoint / "provenance.json", manifest) is False:
         raise FileError(
@@ -127,14 +136,14 @@ def check_images(checkpoint: Path, manifest: Path) -> None:
 
 
 def stale_runs(study: str, newest: NewestProvenances) -> list[str]:
-    """Returns one warning if results of a study were trained with code that differs from the present code, or none.
+    """Returns a warning if runs of a study were trained with code that differs from the present code.
 
-    The sentence names each such arm with the commit that trained it, and the command that trains the study again. Torch
-    is not imported.
+    The list has one sentence or none. The sentence names each such arm with the commit that trained the arm, and
+    contains the command that trains the study again. This function does not import torch.
 
     Args:
-        study: its name.
-        newest: the arm and the provenance of the newest checkpoint of each run.
+        study: name of the study.
+        newest: (arm, provenance) of each run, as `newest_provenances` returns them.
     """
     problems = []
     for arm, provenance in newest:
@@ -146,17 +155,18 @@ def stale_runs(study: str, newest: NewestProvenances) -> list[str]:
 
 
 def changed_tables(study: str, newest: NewestProvenances, runs: Mapping[str, RunConfig]) -> list[str]:
-    """Returns a sentence if the density or the loss weights of arms have changed since their training, as `stale_runs`.
+    """Returns a warning if the density or the loss weights of arms have changed since the arms were trained.
 
-    The tables are always compared, so that a cause that `source_hash` misses is reported, too. Torch is imported.
+    As in `stale_runs`, the list has one sentence or none. The tables are always computed and compared, so this function
+    also finds changes that `source_hash` misses. This function imports torch.
 
     Args:
-        study: its name.
-        newest: as for `stale_runs`.
-        runs: the settings of each arm.
+        study: name of the study.
+        newest: (arm, provenance) of each run, as `newest_provenances` returns them.
+        runs: arm -> settings of the arm.
 
     Raises:
-        InputError: If the tables of an arm are not finite (`tables_hash`).
+        InputError: if the tables of an arm are not finite (`tables_hash`).
     """
     hashes = {arm: tables_hash(run) for arm, run in runs.items()}
     problem = "the density or the loss weights have changed since the training of"

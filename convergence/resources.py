@@ -1,10 +1,10 @@
-"""Time and memory that each job requests from a cluster, estimated from its net and its number of images.
+"""Estimates the time and memory that each job requests from a cluster.
 
-The estimates are for slow hardware and generous. A training job that reaches its time limit is not lost: it saves its
-state and resumes from it in the next attempt.
+The estimates are generous and assume slow hardware. A training job that reaches its time limit saves its state, and the
+next attempt resumes from this state.
 
-In all functions, `gpus` is the number of GPUs per process, 0 or 1. With 0, a process computes in `threads` CPU threads
-(`train.threads` of the run, where there is no such argument).
+In all functions, `gpus` is the number of GPUs per process, 0 or 1. Without a GPU, a process computes in `threads` CPU
+threads. Functions without the argument `threads` use the setting `train.threads` of the run.
 """
 
 import math
@@ -35,20 +35,24 @@ FACTOR = 2  # safety margin of time and memory
 
 
 class Request(NamedTuple):
-    """Time and host memory of one job."""
+    """Time in minutes, and host memory in megabytes, that one job requests."""
 
     minutes: int
     megabytes: int
 
 
 def dataset(config: Dataset) -> Request:
-    """Returns the request of a job that prepares a dataset."""
+    """Returns the time and memory of a job that prepares a dataset."""
     count = count_images(config)
     return _request(count * READ_SECONDS, _megabytes(_pixels(count, config)))
 
 
 def count_images(config: Dataset) -> int:
-    """Returns the number of images in the source of a dataset: counted for a folder or zip, else an upper bound."""
+    """Returns the number of images in the source of a dataset.
+
+    The images of a folder or zip file are counted; the result is 0 if the folder or zip file cannot be read. For all
+    other sources, the result is a fixed estimate that is larger than most datasets.
+    """
     if config.source != "folder":
         return OPENMOJI_IMAGES if config.source == "openmoji" else NAMED_IMAGES
     from diffusion.data.files import is_image, open_source  # imports Pillow, which is slow
@@ -61,9 +65,9 @@ def count_images(config: Dataset) -> int:
 
 
 def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) -> Request:
-    """Returns the request of a job that trains for `steps` steps on a dataset of `images` images.
+    """Returns the time and memory of a job that trains `steps` steps on a dataset of `images` images.
 
-    The job requests memory for all its `processes`, which divide each batch among themselves.
+    The memory covers all `processes`, which divide each batch among themselves.
     """
     size, settings = unet_size(run.model, run.dataset.image_size), run.train
     per_process = math.ceil(settings.batch_size / processes)
@@ -75,22 +79,22 @@ def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) ->
 
 
 def cost(runs: Sequence[RunConfig], images: int, gpus: int, processes: int) -> Request:
-    """Returns the request of a job that times one process of each run, one after another."""
+    """Returns the time and memory of a job that times one process of each run, one run after another."""
     requests = [train(run, COST_STEPS, images, gpus, processes) for run in runs]
     minutes = START_MINUTES + sum(request.minutes - START_MINUTES for request in requests)
     return Request(min(minutes, LONGEST_MINUTES), max(request.megabytes for request in requests) // processes)
 
 
 def reference(settings: Evaluate, images: int, threads: int, gpus: int) -> Request:
-    """Returns the request of a job that computes reference features of a dataset of `images` images."""
+    """Returns the time and memory of a job that computes reference features of a dataset of `images` images."""
     count = min(settings.reference_images or images, images)
     return _request(_feature_seconds(count, threads, gpus) + PAIR_SECONDS * count**2, _megabytes(_features(count)))
 
 
 def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> Request:
-    """Returns the request of sampling one checkpoint and evaluating the samples with every extractor, in one job.
+    """Returns the time and memory of a job that samples one checkpoint and evaluates the samples.
 
-    The samples, which are compared with a dataset of `images` images, stay in memory.
+    The samples stay in memory. They are compared with a dataset of `images` images, once per feature extractor.
     """
     settings, threads = experiment.sample, run.train.threads
     size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
@@ -103,7 +107,7 @@ def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> 
 
 
 def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
-    """Returns the request of a job that probes one checkpoint."""
+    """Returns the time and memory of a job that probes one checkpoint."""
     size = unet_size(run.model, run.dataset.image_size)
     seconds = 4 * _seconds(size, settings.images, settings.batch_size, run.train.threads, gpus, fp32=True)
     # Sums of gradients are float64.
@@ -112,10 +116,14 @@ def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
 
 
 def images_in(path: str, image_size: int) -> int:
-    """Returns the number of images in a prepared dataset, from the size of its images.npy.
+    """Returns the number of images in a prepared dataset, computed from the size of its file images.npy.
+
+    Args:
+        path: path of images.npy.
+        image_size: height and width of the images in pixels.
 
     Raises:
-        FileNotFoundError: the dataset is not prepared yet. Snakemake then calls this again later.
+        FileNotFoundError: the dataset is not prepared yet. Snakemake then calls this function again later.
     """
     return os.path.getsize(path) // (3 * image_size**2)
 

@@ -1,6 +1,7 @@
-"""The schema of a study file, which compares training schemes (arms) over seeds on one dataset. Does not import torch.
+"""Defines the keys of a study file. A study compares training schemes (arms) on one dataset, with several seeds.
 
-`Experiment` is one study, and `Experiment.run(arm)` returns the `RunConfig` of one of its arms.
+`Experiment` is one study, and `Experiment.run(arm)` returns the settings of one arm as a `RunConfig`. This module does
+not import torch.
 """
 
 from itertools import pairwise
@@ -59,7 +60,7 @@ DEFAULT_MARGIN = "2%"
 
 
 class TrainKeys:
-    """Annotation: the value is a dict that the JSON schema describes as the section `train`."""
+    """Annotates a dict, so that the JSON schema describes the dict as the section `train`."""
 
     @staticmethod
     def __get_pydantic_json_schema__(core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -70,9 +71,9 @@ class Arm(Scheme):
     """One training scheme of the study."""
 
     match: str | None = None
-    """Arm to match: loss weights are chosen so that both have the same expected gradient."""
+    """Name of another arm. The loss weights of this arm are chosen so that both arms have equal expected gradients."""
     weigh_twice: bool = False
-    """Allows an arm to draw timesteps by p2 and to weight the loss as well."""
+    """Allows this arm to draw timesteps by p2 and also to weight the loss."""
     train: Annotated[dict[str, Any], TrainKeys] = {}
     """Keys of `train` that have another value in this arm."""
 
@@ -102,9 +103,9 @@ class EveryNSteps(Section):
     every: PositiveInt
     """Steps between two checkpoints."""
     until: PositiveInt
-    """Last step (inclusive)."""
+    """Upper limit of the steps (inclusive)."""
     start: NonNegativeInt | None = None
-    """First step; 0 is the untrained net; unset: `every`."""
+    """Step of the first checkpoint; 0 is the untrained net. Unset: the value of `every`."""
 
     @model_validator(mode="after")
     def _few(self) -> "EveryNSteps":
@@ -118,17 +119,17 @@ class EveryNSteps(Section):
 
     @property
     def steps(self) -> list[int]:
-        """All steps in ascending order."""
+        """Steps of the checkpoints in ascending order."""
         return list(self._range)
 
 
 class WeightsFile(Section):
-    """Weights of a feature extractor in a local file: a path, or a path with a SHA-256."""
+    """Local file with the weights of a feature extractor: a path, or a path with a SHA-256."""
 
     path: UserPath
     """File with the weights."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 of the file; unset: that of the published weights."""
+    """SHA-256 of the file. Unset: the SHA-256 of the published weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -141,20 +142,21 @@ class WeightsFile(Section):
 
 
 class Evaluate(Section):
-    """How sampled images are compared with images of the dataset, using features of pretrained nets."""
+    """How sampled images are compared with images of the dataset: by features that pretrained nets compute."""
 
     features: Annotated[tuple[str, ...], Distinct] = Field(("inception-v3-compat",), min_length=1)
     """Feature extractors. The primary comparison uses the first one."""
     metrics: Annotated[
         tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...], Distinct
     ] = Field(("fd",), min_length=1)
-    """Metrics; must include `fd`, which the curves show."""
+    """Metrics to compute. `fd` is required, because the curves show it."""
     reference: Literal["train", "held_out"] = "train"
     """Images of the dataset that samples are compared with: training images or held-out images."""
     reference_images: int | None = Field(None, ge=2, le=MAX_INTEGER)
-    """Number of these images; unset: all of them."""
+    """Number of images that samples are compared with. Unset: all training images or all held-out images, as \
+`reference` says."""
     weights: dict[str, WeightsFile] = {}
-    """Feature extractor -> local file with its weights, for machines without a network connection."""
+    """Feature extractor -> local file with its weights, for machines without a network."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Evaluate":
@@ -169,7 +171,10 @@ class Evaluate(Section):
 
 
 class Probe(Section):
-    """How loss and gradient noise of checkpoints are measured per bin of timesteps (`diffusion.evaluation.probe`)."""
+    """How the loss and the gradient noise of a checkpoint are measured in bins of timesteps.
+
+    The measurement is defined in `diffusion.evaluation.probe`.
+    """
 
     images: BatchSize = 256
     """Number of images; held-out images if the dataset has any, otherwise training images."""
@@ -192,29 +197,29 @@ class Primary(Section):
     """The comparison that answers the question of the study."""
 
     candidate: str
-    """One of the candidates."""
+    """Arm that is compared with the baseline: one of `candidates`."""
     metric: Literal["fd", "kid", "precision", "recall"] = "fd"
-    """One of `evaluate.metrics`, computed from the first of `evaluate.features`."""
+    """Metric of the comparison: one of `evaluate.metrics`, computed from the first of `evaluate.features`."""
 
 
 class Compare(Section):
-    """The arms that the verdict compares: one primary comparison, and all others as secondary comparisons."""
+    """The comparisons of arms in the verdict. One comparison is primary; all others are secondary."""
 
     baseline: str
     """Arm that the candidates are compared with."""
     candidates: tuple[str, ...] = Field(min_length=1)
     """Arms that are compared with the baseline."""
     primary: Primary
-    """The comparison that the study is made for; declare it before the first result."""
+    """The comparison that the study is made for. Choose it before the first result."""
     thresholds: Annotated[tuple[PositiveFloat, ...] | None, Distinct] = Field(None, min_length=1)
-    """Values of the primary metric until which training images are compared, the middle one in the verdict; \
-unset: the lowest value that all planned runs reach."""
+    """Values of the primary metric. For each value, the numbers of training images that the arms need to reach this \
+value are compared. The verdict uses the middle value. Unset: the lowest value that all planned runs reach."""
     planned_seeds: Annotated[tuple[Seed, ...] | None, Distinct] = Field(None, min_length=1)
-    """Seeds that decide the verdict, which is interim until all of them are evaluated; \
-unset: `seeds` when the first checkpoint is evaluated."""
+    """Seeds that decide the verdict. The verdict is interim until the runs of all these seeds are evaluated. Unset: \
+the value of `seeds` when the first checkpoint is evaluated."""
     margin: Percent | PositiveFloat | None = None
-    """Largest change of the primary metric that counts as the same: a percentage for fd (unset: 2%), for other \
-metrics a number without default."""
+    """Largest change of the primary metric that counts as the same: a percentage for fd (unset: 2%), a number for \
+other metrics (no default)."""
 
     @model_validator(mode="after")
     def _arms_differ(self) -> "Compare":
@@ -250,17 +255,18 @@ timesteps and latents."""
     evaluate: Evaluate = Evaluate()
     """How sampled images are evaluated."""
     probe: Probe | None = Probe()
-    """How loss and gradient noise are measured; null: not at all."""
+    """How the loss and the gradient noise of checkpoints are measured; null: not at all."""
     compare: Compare | None = None
     """The comparisons of the verdict; unset: the study has no verdict."""
     external_curves: UserPath | None = None
-    """CSV of curves from other people, drawn in grey; it enters no verdict."""
+    """CSV file of curves from other people. These curves are drawn in grey and are not used for the verdict."""
     tracking: bool = True
-    """Whether the study is recorded in MLflow."""
+    """Whether the results of the study are sent to MLflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the nets; auto: a GPU if there is one."""
+    """Device of the nets; auto: a GPU if there is one, otherwise the CPU."""
     processes: int = Field(1, gt=0, le=1024)
-    """Data-parallel processes per training run, with one GPU each (on a CPU: `train.threads` threads each)."""
+    """Number of data-parallel processes per training run. Each process has one GPU (on a CPU: `train.threads` \
+threads)."""
 
     _text: str = PrivateAttr("")
     RESERVED_ARMS: ClassVar[set[str]] = {"init"}
@@ -371,7 +377,7 @@ timesteps and latents."""
 
     @property
     def text(self) -> str:
-        """The content of the file that the study was read from; the file may change later."""
+        """Content of the study file when it was read. The file may change later."""
         return self._text
 
     @property
@@ -380,7 +386,7 @@ timesteps and latents."""
         return self.checkpoints.steps if isinstance(self.checkpoints, EveryNSteps) else list(self.checkpoints)
 
     def run(self, arm_name: str) -> RunConfig:
-        """Returns the settings of a run of an arm: the shared sections, the arm's own `train` keys, and its scheme."""
+        """Returns the settings of one arm: the sections of the study, the arm's `train` keys, and the arm's scheme."""
         arm = self.arms[arm_name]
         return RunConfig(
             dataset=self.dataset,

@@ -1,4 +1,4 @@
-"""What the Snakefile needs: environment, signals, file times, GPUs, SLURM jobs of a killed Snakemake, study files."""
+"""Functions that the Snakefile calls: environment, signals, file times, GPUs, SLURM jobs and study files."""
 
 import atexit
 import logging
@@ -25,7 +25,7 @@ LEFT_JOBS_SECONDS = 120  # until cancelled SLURM jobs must have ended
 
 
 def set_environment(root: str) -> None:
-    """Set the environment of the processes of all jobs: where this project's packages are, and how memory is kept.
+    """Sets environment variables for all jobs: where Python finds this project, and how glibc manages memory.
 
     Args:
         root: directory of the Snakefile.
@@ -39,15 +39,16 @@ def set_environment(root: str) -> None:
 
 
 def stop_on_hangup() -> None:
-    """Stop as after Ctrl-C when the terminal is closed, unless `nohup` makes this process ignore that."""
+    """Makes Snakemake stop as after Ctrl-C when the terminal is closed, unless `nohup` started Snakemake."""
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def date_back() -> None:
-    """Set modification times in the future to the present: Snakemake fails jobs whose inputs are from the future.
+    """Sets the modification times of results and reports that are in the future to the present.
 
-    Such times come from a clock that was ahead. No file becomes newer, so no job runs again because of this.
+    Such times come from a clock that was ahead, and a job of Snakemake fails if its inputs have such times. No file
+    becomes newer, so no job runs again because of this change.
     """
     now = time.time()
     for path in chain(layout.RESULTS.rglob("*"), layout.REPORTS.rglob("*")):
@@ -57,10 +58,10 @@ def date_back() -> None:
 
 
 def gpus(experiment: Experiment, elsewhere: bool) -> int:
-    """Returns the number of GPUs that a process of a job needs, 0 or 1.
+    """Returns the number of GPUs that each process of a job needs, 0 or 1.
 
-    With `device: auto` it is 1 if this machine has a GPU, or if jobs run elsewhere, because the machine that submits
-    jobs to a cluster often has no GPU itself.
+    With `device: auto`, this is 1 if this machine has a GPU or if jobs run on other machines. The machine that submits
+    jobs to a cluster often has no GPU.
 
     Args:
         experiment: the study of the job.
@@ -74,16 +75,16 @@ def _has_gpu() -> bool:
 
 
 def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """Cancel the SLURM jobs of a killed Snakemake that this call is about to submit again.
+    """Cancels SLURM jobs that a killed Snakemake left, if this call is about to submit the same jobs again.
 
-    Two jobs would write the same outputs. A training job saves its state before it ends, so nothing is lost. Snakemake
-    locks the directory, so no other Snakemake waits for these jobs.
+    Otherwise two jobs would write the same outputs. A training job saves its state before it ends, so no training is
+    lost. Snakemake locks the directory, so no other Snakemake waits for the cancelled jobs.
 
     Args:
         jobs: rule and wildcards of each job that this call will run.
 
     Raises:
-        WorkflowError: The jobs do not end within two minutes, or squeue fails.
+        WorkflowError: the jobs do not end within two minutes, or squeue fails.
     """
     # The plugin stores the rule and the wildcards in the comment of a job.
     comments = {f"rule_{rule}_wildcards_{'_'.join(wildcards)}" for rule, wildcards in jobs}
@@ -115,20 +116,25 @@ def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:
 
 
 def check_all_ran(left: Iterable[Any]) -> None:
-    """Check that Snakemake has run all jobs: it can lose one that waits for its next attempt while others are added.
+    """Checks that Snakemake has run all jobs.
+
+    Snakemake can lose a job that waits for its next attempt while other jobs are added.
 
     Args:
         left: the jobs that have not run.
 
     Raises:
-        WorkflowError: There are some.
+        WorkflowError: there are jobs that have not run.
     """
     if number := len(list(left)):
         raise WorkflowError(f"{number} jobs have not run: run the same command again")
 
 
 def save_study_files(experiments: Mapping[str, Experiment]) -> None:
-    """Write the study files as they were read: other processes of this study must use the same settings."""
+    """Writes the text of the study files, as it was read, to `results/studies/`.
+
+    Other processes of a study read these copies, so that all processes use the same settings.
+    """
     layout.STUDIES.mkdir(parents=True, exist_ok=True)
     for name, experiment in experiments.items():
         with atomic_write(layout.STUDIES / f"{name}.yaml") as file:
@@ -136,7 +142,10 @@ def save_study_files(experiments: Mapping[str, Experiment]) -> None:
 
 
 def call_at_exit_if_no_job_runs(action: Callable[[], None]) -> None:
-    """Call a function at the end of this process if Snakemake finds no job to run, and so calls no `onsuccess`."""
+    """Calls a function at the end of this process if Snakemake finds no job to run.
+
+    In this case, Snakemake does not call `onsuccess`.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         if record.msg == NOTHING_TO_BE_DONE_MSG:

@@ -1,4 +1,4 @@
-"""The checks before any job starts: studies, images, curves, directories, feature extractors and schemes."""
+"""Checks studies, images, curves, directories, feature extractors and schemes before any job starts."""
 
 import os
 import re
@@ -26,17 +26,17 @@ BRACES = re.compile("[{}]")
 
 
 def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENTS) -> dict[str, Experiment]:
-    """Load and validate the studies that `--config experiments=a,b` names, or else the study `openmoji`.
+    """Loads and validates the studies that `--config experiments=a,b` names, or else the study `openmoji`.
 
     Args:
         config: Snakemake's configuration.
         folder: directory of the study files.
 
     Returns:
-        The studies by name, in the order in which they are named.
+        the studies by name, in the order of the configuration.
 
     Raises:
-        StudyError: A key of the configuration is unknown, a study file is missing or invalid, or a study has too few
+        StudyError: a key of the configuration is unknown, a study file is missing or invalid, or a study has too few
             images.
     """
     unknown = set(config) - {"experiments", "tracking"}
@@ -55,16 +55,17 @@ def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENT
 
 
 def tracked_studies(config: Mapping[str, Any], experiments: Mapping[str, Experiment]) -> list[str]:
-    """Returns the names of the studies that this call records in MLflow."""
+    """Returns the names of the studies whose results this call sends to MLflow."""
     on = TRACKING[str(config.get("tracking", "on"))]
     return [name for name, experiment in experiments.items() if on and experiment.tracking]
 
 
 def check_experiments(experiments: Mapping[str, Experiment]) -> None:
-    """Check that the jobs of studies can write their files and have all that they need.
+    """Checks that the jobs of studies can write their results, and that their inputs can be used.
 
     Raises:
-        StudyError: They cannot.
+        StudyError: a directory cannot be written, or external curves, weights of a feature extractor, or a scheme
+            cannot be used.
     """
     _check_directories(experiments)
     _check_curves(experiments)
@@ -73,11 +74,11 @@ def check_experiments(experiments: Mapping[str, Experiment]) -> None:
 
 
 def _check_images(experiment: Experiment, file: Path) -> None:
-    """Check that a prepared dataset, or else the folder it is prepared from, has the images that the study needs.
+    """Checks that a prepared dataset, or the folder that it will be prepared from, has enough images for the study.
 
     Raises:
-        FileError: The manifest of the prepared dataset is damaged.
-        StudyError: The folder does not exist, or there are too few images.
+        FileError: the manifest of the prepared dataset is damaged.
+        StudyError: the folder does not exist, or there are too few images.
     """
     dataset = experiment.dataset
     manifest = layout.dataset_directory(dataset) / "manifest.json"  # written last
@@ -93,10 +94,10 @@ def _check_images(experiment: Experiment, file: Path) -> None:
 
 
 def _check_count(experiment: Experiment, count: int, file: Path) -> None:
-    """Check that a dataset of `count` images is large enough for the study.
+    """Checks that a dataset of `count` images is large enough for the study.
 
     Raises:
-        StudyError: There are too few images.
+        StudyError: there are too few images.
     """
     dataset, evaluate = experiment.dataset, experiment.evaluate
     if not count:
@@ -123,10 +124,10 @@ def _check_count(experiment: Experiment, count: int, file: Path) -> None:
 
 
 def _check_directories(studies: Iterable[str]) -> None:
-    """Check that Snakemake can use the directory of this project, and that results and reports can be written.
+    """Checks that Snakemake can use the directory of this project, and that results and reports can be written.
 
     Raises:
-        StudyError: The path of the project has braces, or a directory cannot be written, is a file, or is a link to
+        StudyError: the path of the project has braces, or a directory cannot be written, is a file, or is a link to
             nothing.
     """
     if BRACES.search(str(layout.ROOT)):
@@ -139,10 +140,10 @@ def _check_directories(studies: Iterable[str]) -> None:
 
 
 def _check_directory(path: Path) -> None:
-    """Check that a directory can be written, or created in the first of its parents that exists.
+    """Checks that a directory can be written, or can be created in the first of its parents that exists.
 
     Raises:
-        StudyError: It cannot.
+        StudyError: the directory cannot be written or created.
     """
     place = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not place.exists():
@@ -154,10 +155,10 @@ def _check_directory(path: Path) -> None:
 
 
 def _check_curves(experiments: Mapping[str, Experiment]) -> None:
-    """Check the tables of curves from other people.
+    """Checks the tables of curves from other people.
 
     Raises:
-        StudyError: A table is missing or unusable.
+        StudyError: a table is missing or unusable.
     """
     for name, curves in [(name, e.external_curves) for name, e in experiments.items() if e.external_curves]:
         from convergence.tables import read_curves  # imports pandas, which is slow
@@ -174,11 +175,11 @@ def _check_curves(experiments: Mapping[str, Experiment]) -> None:
 
 
 def _check_extractors(experiments: Mapping[str, Experiment]) -> None:
-    """Check, before anything is trained, that the weights of the feature extractors still needed are available.
+    """Checks that the weights are available for all feature extractors whose references do not exist yet.
 
     Raises:
-        StudyError: An extractor is unknown, or its weights are the wrong ones, or they are neither on this machine nor
-            can be downloaded.
+        StudyError: an extractor is unknown, its weights are wrong, or the weights are not on this machine and cannot be
+            downloaded.
     """
     for name, experiment in experiments.items():
         evaluate = experiment.evaluate
@@ -194,10 +195,10 @@ def _check_extractors(experiments: Mapping[str, Experiment]) -> None:
 
 
 def _check_schemes(experiments: Mapping[str, Experiment]) -> None:
-    """Check the tables of the arms that have functions which are not finite for all parameters.
+    """Checks the tables of arms with a density or weight that is not finite for some parameters.
 
     Raises:
-        StudyError: A density or a weight is not finite, or losses are to be divided by a probability of 0.
+        StudyError: a density or a weight is not finite, or losses are to be divided by a probability of 0.
     """
     for name, experiment in experiments.items():
         for arm in experiment.arms:

@@ -1,4 +1,4 @@
-"""The warnings before any job starts: old code, changed folders, few images, and checkpoints that are trained again."""
+"""Prints warnings before any job starts: old code, changed folders, few images, checkpoints that are trained again."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ CHECK_SECONDS = 2
 
 
 def print_warnings(experiments: Collection[Experiment]) -> None:
-    """Print a warning for results of other code, for changed folders and for few images."""
+    """Prints warnings about results of other code, few images, and image folders that have changed."""
     for experiment in experiments:
         newest = newest_provenances(experiment)
         for warning in [*stale_runs(experiment.name, newest), *few_images(experiment, newest)]:
@@ -31,10 +31,11 @@ def print_warnings(experiments: Collection[Experiment]) -> None:
 
 
 def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
-    """Print how many checkpoints this call trains again, and why.
+    """Prints how many finished checkpoints this call trains again, and why.
 
     Args:
-        jobs: of each training job: its weights, which exist if it has run before, and Snakemake's reason to run it.
+        jobs: for each training job, the path of its weights and Snakemake's reason to run the job. The weights exist if
+            the job has run before.
     """
     again = [reason for weights, reason in jobs if weights.exists()]
     changed = [reason for reason in again if reason.input_changed]
@@ -63,16 +64,18 @@ def print_repeated(jobs: Iterable[tuple[Path, Any]]) -> None:
 
 
 def few_images(experiment: Experiment, newest: NewestProvenances) -> list[str]:
-    """Returns a sentence for each part of a study that has few images: training and references.
+    """Returns a warning if a study has few training images, and a warning if it has few reference images.
 
-    It is empty if the number of images is not known yet, because a dataset must be downloaded.
+    Training images are few if they do not fill one batch. Reference images are few if their number does not exceed the
+    number of dimensions of the features. The list is empty if the number of images is not known, because the dataset is
+    not downloaded yet.
 
     Args:
         experiment: the study.
-        newest: as for `stale_runs`.
+        newest: (arm, provenance) of each run, as `convergence.provenance.newest_provenances` returns them.
 
     Raises:
-        FileError: If the manifest of the dataset is damaged.
+        FileError: if the manifest of the dataset is damaged.
     """
     dataset, evaluate, file = experiment.dataset, experiment.evaluate, layout.study_file(experiment.name)
     manifest = layout.dataset_directory(dataset) / "manifest.json"
@@ -106,9 +109,10 @@ def few_images(experiment: Experiment, newest: NewestProvenances) -> list[str]:
 
 
 def changed_folders(experiments: Iterable[Experiment]) -> Iterator[str]:
-    """Yields one sentence for each folder or zip file that has changed since its dataset was prepared.
+    """Yields one sentence for each folder or zip file that has changed since a dataset was prepared from it.
 
-    Names, sizes and times are compared, and no file is opened. A check that takes more than two seconds is given up.
+    Names, sizes and times of the images are compared, and no file is opened. The check of a folder stops after two
+    seconds.
     """
     for directory, experiment in {layout.dataset_directory(e.dataset): e for e in experiments}.items():
         dataset = experiment.dataset
@@ -140,7 +144,7 @@ def _change(source: Path, directory: Path) -> str:
 
 
 def _remedy(source: Path, study: str) -> str:
-    """Returns how to make a new dataset: its directory is named after its path, so a link has one of its own."""
+    """Returns advice on how to make a new dataset: a link to the source gets a dataset of its own."""
     source = source if source.name.strip(".") else Path(os.path.abspath(source))
     names = (source.with_name(f"{source.stem}-{number}{source.suffix}") for number in count(2))
     new = next(name for name in names if not os.path.lexists(name))

@@ -22,7 +22,7 @@ def load_experiment(path: Path) -> Experiment:
 
     Raises:
         StudyError: the file is missing or unreadable, is not valid YAML, or violates the schema. The message has one
-            line per mistake, with the file, the key, and what to do.
+            line per mistake. Each line names the file and the key, and states what to do.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -55,7 +55,10 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def _follows_from_another(mistake: ErrorDetails) -> bool:
-    """Whether another mistake explains this one: a short list has invalid items, a mapping is not a list of steps."""
+    """Returns whether another mistake explains this one.
+
+    Examples: a list is too short because its items are invalid; the mapping `checkpoints` is not a list of steps.
+    """
     kind, value = mistake["type"], mistake["input"]
     return (kind == "too_short" and bool(value)) or (
         kind == "tuple_type" and mistake["loc"][0] == "checkpoints" and isinstance(value, dict)

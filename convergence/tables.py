@@ -1,7 +1,7 @@
-"""The long table of metrics: a row per checkpoint, feature extractor and metric.
+"""Reads, writes and checks the table of metrics: a row per checkpoint, feature extractor and metric.
 
-`contended_seconds` is the training time of a run so far, measured while other jobs shared the machine. It is a record:
-nothing is computed from it (see `convergence/cost.py` for the cost of an arm).
+The column `contended_seconds` is the training time of a run until the checkpoint, measured while other jobs shared the
+machine. No result is computed from this column (see `convergence/cost.py` for the cost of an arm).
 """
 
 import io
@@ -58,11 +58,11 @@ DEFAULTS = {
 
 
 def metric_name(features: str, metric: str) -> str:
-    """Returns the name of what was measured, such as "FD (EfficientNet-Lite0)".
+    """Returns the name of a metric with its features, such as "FD (EfficientNet-Lite0)".
 
-    FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) are the names of
-    numbers that can be compared with the literature: only those of `inception-v3-compat`. Other features give FD and
-    KD.
+    The names FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) are used for
+    the features `inception-v3-compat` only, because only these values can be compared with the literature. With other
+    features, the names are FD and KD.
     """
     if features == INCEPTION and metric in INCEPTION_NAMES:
         return INCEPTION_NAMES[metric]
@@ -70,16 +70,16 @@ def metric_name(features: str, metric: str) -> str:
 
 
 def write_table(table: pd.DataFrame, path: Path, columns: list[str] = COLUMNS) -> None:
-    """Writes a table with exactly these columns."""
+    """Writes a table to a CSV file that has exactly the given columns."""
     with atomic_write(path) as file:
         table[columns].to_csv(file, index=False)
 
 
 def read_table(path: Path | str, columns: list[str] = COLUMNS) -> pd.DataFrame:
-    """Reads a table that `write_table` wrote. Names such as `2024` and `nan` stay text.
+    """Reads a CSV file that `write_table` wrote. Names such as `2024` and `nan` stay text.
 
     Raises:
-        FileError: the file is missing or damaged, or has other columns; or it is a table of metrics without a row.
+        FileError: the file is missing or damaged, has other columns, or is a table of metrics without a row.
     """
     try:
         content = Path(path).read_bytes()
@@ -99,15 +99,15 @@ def read_table(path: Path | str, columns: list[str] = COLUMNS) -> pd.DataFrame:
 
 
 def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequence[str]]) -> pd.DataFrame:
-    """Reads metrics.csv or probe.csv of one checkpoint, and checks that it has exactly the expected rows.
+    """Reads metrics.csv or probe.csv of one checkpoint, and checks that the file has exactly the expected rows.
 
     Args:
-        path: the file.
+        path: path of the file.
         columns: `COLUMNS` for metrics.csv, `PROBE_COLUMNS` for probe.csv.
-        rows: (features, metric) of each expected row of metrics.csv; (timesteps, metric) of each of probe.csv.
+        rows: expected rows: (features, metric) for metrics.csv, (timesteps, metric) for probe.csv.
 
     Raises:
-        FileError: as `read_table`; or a row is missing, repeated or not expected.
+        FileError: as for `read_table`; or a row is missing, repeated or not expected.
     """
     table = read_table(path, columns)
     pairs = table[["features" if columns == COLUMNS else "timesteps", "metric"]]
@@ -119,15 +119,15 @@ def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequenc
 
 
 def read_influences(path: Path | str, rows: int, n: int) -> list[np.ndarray]:
-    """Reads influences.npy of one checkpoint: the influence of each sample on each value of its metrics.csv.
+    """Reads influences.npy of one checkpoint: how much each sample changes each value in metrics.csv, to first order.
 
     Args:
-        path: the file.
-        rows: the number of rows of metrics.csv.
-        n: the number of samples.
+        path: path of influences.npy.
+        rows: number of rows of metrics.csv.
+        n: number of samples.
 
     Returns:
-        A float32 array [n] per row. It is mapped into memory.
+        a float32 array [n] per row of metrics.csv. The arrays are memory-mapped.
 
     Raises:
         FileError: the file is missing or damaged, or its shape is not [rows, n].
@@ -143,11 +143,11 @@ def read_influences(path: Path | str, rows: int, n: int) -> list[np.ndarray]:
 
 
 def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
-    """Reads a CSV file of curves from any source as the long table of metrics.
+    """Reads a CSV file of curves from any source, and returns the curves as a table of metrics.
 
     Args:
-        path: a CSV file with a row per run and checkpoint; `check_curves` describes its columns.
-        study: the study of a table without the column `study`.
+        path: CSV file with a row per run and checkpoint; `check_curves` describes the columns.
+        study: name of the study if the file has no column `study`.
 
     Raises:
         StudyError: the file cannot be read, or `check_curves` rejects the table.
@@ -168,13 +168,13 @@ def read_curves(path: Path, study: str = "curves") -> pd.DataFrame:
 
 
 def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "curves") -> pd.DataFrame:
-    """Checks a table of curves from any source and returns it as the long table of metrics.
+    """Checks a table of curves from any source, and returns the curves as a table of metrics.
 
     Args:
-        curves: a row per run and checkpoint, with at least the columns `arm`, `images` (seen in training) and `value`.
-            Other columns of the long table are optional. An infinite value counts as missing.
-        study: the study of a table without the column `study`.
-        source: the file or variable that messages name.
+        curves: table with a row per run and checkpoint, and at least the columns `arm`, `images` (seen in training) and
+            `value`. Other columns of the table of metrics are optional. An infinite value counts as missing.
+        study: name of the study if the table has no column `study`.
+        source: name of the file or variable, for messages.
 
     Raises:
         StudyError: a column is missing or has invalid values, there are no rows, or a checkpoint has two values.
@@ -244,12 +244,12 @@ def _check_values(table: pd.DataFrame, source: str) -> None:
 
 
 def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns the measurements of one checkpoint as rows of a long table.
+    """Returns the measurements of one checkpoint as rows for the table of metrics or the table of probes.
 
     Args:
-        rows: the measurements.
-        wildcards: study, arm (with its hash) and seed of the job.
-        provenance: the checkpoint's `provenance.json`.
+        rows: a dict (column -> value) per measurement.
+        wildcards: wildcards of the Snakemake job: study, arm (with its hash) and seed.
+        provenance: content of `provenance.json` of the checkpoint.
     """
     return pd.DataFrame(rows).assign(
         study=wildcards.study,
@@ -262,18 +262,18 @@ def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mappin
 
 
 def collect(paths: list[Path], arms: list[str], rows: Sequence[Sequence[str]]) -> pd.DataFrame:
-    """Returns the rows of all checkpoints of a study, without the values of failed runs.
+    """Returns the metrics of all checkpoints of a study, without the values of failed runs.
 
-    The untrained net, which arms share, appears in every arm.
+    Arms that share an untrained net have the same rows for this net.
 
     Args:
-        paths: `metrics.csv` of each checkpoint of each arm.
-        arms: the arm of each path.
-        rows: the pairs of features and metric that each of these tables has.
+        paths: path of `metrics.csv` of each checkpoint of each arm.
+        arms: arm of each path.
+        rows: expected rows of each file, as (features, metric).
 
     Raises:
-        FileError: as `read_checkpoint`.
-        StudyError: as `check_sample_counts`.
+        FileError: as for `read_checkpoint`.
+        StudyError: as for `check_sample_counts`.
     """
     tables = [read_checkpoint(path, COLUMNS, rows).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
     table = pd.concat(tables, ignore_index=True)
@@ -282,10 +282,12 @@ def collect(paths: list[Path], arms: list[str], rows: Sequence[Sequence[str]]) -
 
 
 def check_sample_counts(table: pd.DataFrame) -> None:
-    """Checks that all values of a metric of one study are of equally many samples, on which its bias depends.
+    """Checks that all values of a metric in a study were computed from the same number of samples.
+
+    The bias of a metric depends on the number of samples.
 
     Raises:
-        StudyError: they are not.
+        StudyError: the numbers of samples differ.
     """
     for (study, features, metric), rows in table[table["value"].notna()].groupby(["study", "features", "metric"]):
         if rows["n"].nunique() > 1:
@@ -297,18 +299,18 @@ def check_sample_counts(table: pd.DataFrame) -> None:
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
-    """Returns a table in Markdown. Cells are converted to text; names in them need `markdown_text`."""
+    """Returns a table in Markdown. Cells are converted to text; names in cells need `markdown_text`."""
     lines = [[str(cell).replace("|", r"\|") for cell in cells] for cells in [head, ["---"] * len(head), *rows]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def markdown_text(text: str) -> str:
-    """Returns text that Markdown shows as it is: no emphasis, link, image, code, HTML or heading, on one line."""
+    """Returns text that Markdown shows unchanged, on one line: no emphasis, link, image, code, HTML or heading."""
     # An underscore between two letters or digits does not start emphasis.
     special = r"[\\`*\[\]<&~]|(?<![^\W_])_|_(?![^\W_])|^[#>+-]"
     return re.sub(special, r"\\\g<0>", " ".join(text.split()))
 
 
 def markdown_code(name: str) -> str:
-    """Returns a name as code in Markdown, or as text if it has a backtick."""
+    """Returns a name as code in Markdown, or as text if the name contains a backtick."""
     return markdown_text(name) if "`" in name else f"`{' '.join(name.split())}`"

@@ -1,4 +1,4 @@
-"""What the terminal shows: Snakemake's messages, without those about scheduling, and the last lines of a run."""
+"""Controls what the terminal shows: Snakemake's messages while jobs run, and the results at the end."""
 
 import logging
 import os
@@ -29,10 +29,12 @@ REPORTED = (
 
 
 def shorten_output(print_plan: Callable[[], None]) -> None:
-    """Hide Snakemake's messages about scheduling and errors that a job has printed, and estimate the remaining time.
+    """Hides Snakemake's messages about scheduling, and about an error that the job itself has printed.
+
+    In addition, the estimated remaining time is printed.
 
     Args:
-        print_plan: called when Snakemake has decided which jobs to run, also in a dry run.
+        print_plan: function to call once when Snakemake has decided which jobs to run, also in a dry run.
     """
     start = time.monotonic()
     ends: dict[int, str] = {}  # thread -> how its job failed: the next message of the thread is JOB_ERROR
@@ -66,13 +68,13 @@ def shorten_output(print_plan: Callable[[], None]) -> None:
 
 
 def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked: list[str]) -> None:
-    """Print the last lines of a run: the warnings and the answer of each study, its files, commands that show more.
+    """Prints the last lines of a Snakemake call: warnings and answer of each study, paths, and further commands.
 
     Args:
         experiments: names of the selected studies.
-        outputs: files of all jobs of this call, including jobs whose files were up to date. Other files are not named:
-            they may be of another call.
-        tracked: result of `stop_tracking`.
+        outputs: files of all jobs of this call, including jobs whose files were up to date. Other files are not named,
+            because they may be from another call.
+        tracked: lines that `stop_tracking` returned.
     """
     from convergence.analysis.verdict import read_verdict  # slow to import, and not needed before the end
 
@@ -96,7 +98,10 @@ def print_results(experiments: Iterable[str], outputs: Collection[Path], tracked
 
 
 def report_command(experiments: Iterable[str]) -> str:
-    """Returns the command that writes `reports/report.html` for these studies: with make where the Makefile is."""
+    """Returns the shell command that writes `reports/report.html` for these studies.
+
+    In the clone, the command uses make, otherwise Snakemake.
+    """
     studies = ",".join(experiments)
     if Path.cwd() == layout.ROOT:
         return f"make report EXPERIMENTS={studies}"
@@ -108,7 +113,7 @@ def report_command(experiments: Iterable[str]) -> str:
 
 
 def _mlflow_command() -> str:
-    """The command that serves MLflow's store, if that is a database of this directory."""
+    """Returns the hint on how to start MLflow's UI; "" if MLFLOW_TRACKING_URI is set."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return ""
     if Path.cwd() == layout.ROOT:

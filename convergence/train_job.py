@@ -1,4 +1,7 @@
-"""Trains one segment of a run: in this process, or in several processes that share its batches (torchrun)."""
+"""Trains one segment of a run, which is the part between two checkpoints.
+
+The segment is trained in this process, or in several processes that share each batch (torchrun).
+"""
 
 import json
 import logging
@@ -21,7 +24,10 @@ from diffusion.training.segment import train_segment
 
 
 class Segment(BaseModel):
-    """Everything that a training process must know. The other processes receive it as JSON."""
+    """Settings of one segment of a run.
+
+    If several processes train the segment, each process receives these settings as JSON.
+    """
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -32,26 +38,29 @@ class Segment(BaseModel):
     dataset: Path
     """Directory of the prepared dataset."""
     previous: Path | None
-    """state.pt of the previous checkpoint. None: the run starts from the seed."""
+    """state.pt of the previous checkpoint; None: training starts at step 0."""
     directory: Path
-    """Directory of this checkpoint."""
+    """Directory of the checkpoint at the end of the segment."""
     until: int
-    """Step of this checkpoint."""
+    """Step of the checkpoint at the end of the segment."""
     gpus: int
-    """GPUs of each process: 0 or 1."""
+    """Number of GPUs of each process: 0 or 1."""
     threads: int
-    """CPU threads of torch in each process."""
+    """Number of CPU threads of torch in each process."""
     log: str
     """Log file, to which every process appends."""
     name: str
-    """Prefix of log lines."""
+    """Prefix of each log line."""
 
 
 def drop_older_states(state: Path) -> None:
     """Removes the states of a run that are older than `state`.
 
-    A segment calls this when it starts from `state`, which Snakemake then knows to be complete. The two newest states
-    of a run always remain.
+    A job calls this function when training continues from `state`. At that time, Snakemake knows that `state` is
+    complete. The two newest states of a run always remain.
+
+    Args:
+        state: state.pt of the checkpoint from which training continues.
     """
     step = int(state.parent.name.removeprefix("step"))
     for older in state.parent.parent.glob("step*/state.pt"):
@@ -62,11 +71,15 @@ def drop_older_states(state: Path) -> None:
 def train(segment: Segment, processes: int) -> None:
     """Trains a segment.
 
+    Args:
+        segment: settings of the segment.
+        processes: number of processes that share each batch.
+
     Raises:
-        Stopped: If training was asked to stop. Its state is saved.
-        StudyError: If `processes` does not divide the batch size, there are fewer GPUs than processes, or a process
+        Stopped: if training was asked to stop. The state of training is saved.
+        StudyError: if `processes` does not divide the batch size, there are fewer GPUs than processes, or a process
             failed.
-        InputError: If a state file is damaged, no image is left for training, or another process trains this run.
+        InputError: if a state file is damaged, no image is left for training, or another process trains this run.
     """
     if processes == 1:
         return _train_here(segment)
@@ -119,7 +132,7 @@ def _main() -> None:
     """Runs one of several processes, as torchrun starts it.
 
     Raises:
-        RuntimeError: If this process failed. If another process failed, this one exits without a message.
+        RuntimeError: if this process failed. If another process failed, this process exits without a message.
     """
     segment = Segment.model_validate_json(sys.argv[1])
     if segment.gpus:

@@ -1,7 +1,7 @@
 """Writes the parts of the documentation that are derived from the code.
 
 `python docs/generate.py` writes docs/study.md (the keys of a study file), docs/schema.json (its JSON schema), and
-docs/imports.dot and docs/imports.svg (which module imports which; drawing it requires graphviz).
+docs/imports.dot and docs/imports.svg (which module imports which). Graphviz is required for the last file.
 """
 
 import ast
@@ -40,7 +40,8 @@ PACKAGES = {"diffusion": "#dbe9f6", "convergence": "#e3f2dc", "workflow": "#fdeb
 def json_schema() -> str:
     """Returns the JSON schema of a study file (draft 2020-12).
 
-    Titles and the defaults of sections are left out: editors would show the former and insert the latter.
+    Titles are left out, because editors would show them. The defaults of sections are left out, because editors would
+    insert these defaults.
     """
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Study file"}
     return json.dumps(schema | _simplified(Experiment.model_json_schema()), indent=1) + "\n"
@@ -60,7 +61,7 @@ def _simplified(value: Any) -> Any:
 
 
 def study_page() -> str:
-    """Returns the reference page of a study file in Markdown, with one table per section of the schema."""
+    """Returns the page that documents the keys of a study file, in Markdown, with one table per section."""
     schema = Experiment.model_json_schema()
     definitions = {"Experiment": schema, **schema["$defs"]}
     parts, names = [INTRODUCTION], ["Experiment"]
@@ -117,7 +118,7 @@ def _default(value: dict[str, Any], required: bool) -> str:
 
 
 def imports() -> dict[str, set[str]]:
-    """Returns which modules of the project each module imports, anywhere in its code.
+    """Returns module -> the modules of this project that the module imports. Imports inside functions count.
 
     The rules of Snakemake count as one module, `workflow.rules`, and their scripts as another, `workflow.scripts`.
     """
@@ -146,7 +147,8 @@ def _imported(code: str) -> set[str]:
 def import_graph() -> str:
     """Returns the graph of imports in the language of graphviz.
 
-    A subpackage is one node that lists its modules. Arrows that follow from other arrows are left out.
+    A subpackage is one node that lists its modules. An arrow is left out if a longer path of arrows connects its two
+    nodes.
     """
     modules = imports()
     members: dict[str, list[str]] = {}

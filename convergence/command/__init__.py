@@ -1,4 +1,4 @@
-"""The command `convergence`: a click command named `main` in each module of this package."""
+"""Defines the command `convergence`. Each subcommand is a module with a click command named `main`."""
 
 import logging
 import re
@@ -28,7 +28,7 @@ SUBCOMMANDS = {
 
 
 class _Subcommands(click.Group):
-    """A group that imports the module of a subcommand when it is run, and reports errors in one sentence."""
+    """A click group that imports the module of a subcommand on use, and reports errors in one sentence."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(SUBCOMMANDS)
@@ -47,11 +47,11 @@ class _Subcommands(click.Group):
 
 @contextmanager
 def _explain_missing_packages() -> Iterator[None]:
-    """Turn the error for a package that is not installed into a `StudyError` with the command that installs it.
+    """Turns the error for a package that is not installed into a `StudyError` that states how to install the package.
 
     Raises:
-        ModuleNotFoundError: If the missing module belongs to this project.
-        StudyError: If it does not.
+        ModuleNotFoundError: if the missing module belongs to this project.
+        StudyError: if the missing module belongs to another package.
     """
     try:
         yield
@@ -67,11 +67,11 @@ def _explain_missing_packages() -> Iterator[None]:
 
 @contextmanager
 def _keys_as_options(ctx: click.Context) -> Iterator[None]:
-    """Turn an error of the library about a value into a `StudyError` that names the option of the subcommand.
+    """Turns an error of the library about a value into a `StudyError` that names the option of the subcommand.
 
     Raises:
-        InputError: If the error is about a file or a study.
-        StudyError: If it is about a value.
+        InputError: if the error is about a file or a study.
+        StudyError: if the error is about a value.
     """
     try:
         yield

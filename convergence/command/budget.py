@@ -26,32 +26,39 @@ GIGA = 1e9
 
 
 class Rates(NamedTuple):
-    """Images per second of a training job, and of a sampling job with the study's number of sampling steps."""
+    """Images per second in training and in sampling, where sampling has the study's number of sampling steps."""
 
     train: float
     sample: float
 
 
 class Budget(NamedTuple):
-    """The cost of a whole study."""
+    """The estimated cost of a whole study."""
 
     runs: int
     checkpoints: int
-    """Checkpoints after training has started."""
+    """Number of checkpoints without untrained nets (step 0)."""
     images: int
-    """Training images of all runs together."""
+    """Number of training images of all runs together."""
     samples: int
     train_hours: float
     sample_hours: float
     jobs: int
     kept: int
-    """Bytes on disk at the end."""
+    """Disk space at the end, in bytes."""
     peak: int
-    """Bytes on disk at most, while each job writes a training state."""
+    """Largest disk space during the study, in bytes: `kept`, and one training state per job that runs at the same \
+time."""
 
 
 def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
-    """Returns the cost of a study of which `at_once` jobs run at the same time."""
+    """Returns the estimated cost of a study.
+
+    Args:
+        experiment: the study.
+        rates: images per second in training and in sampling.
+        at_once: number of jobs that run at the same time.
+    """
     steps = {directory: step for _, _, step, directory in layout.checkpoints(experiment)}
     checkpoints, trained = len(steps), sum(step > 0 for step in steps.values())
     runs = len(experiment.arms) * len(experiment.seeds)
@@ -84,10 +91,12 @@ def _images(experiment: Experiment) -> int:
 
 
 def measure(experiment: Experiment) -> Rates:
-    """Measures the rates of the study's net on this machine, which takes about half a minute.
+    """Measures on this machine how many images per second the study's net trains and samples.
+
+    The measurement takes about half a minute.
 
     Raises:
-        StudyError: If the net does not fit the GPU memory, or the study needs a GPU and there is none.
+        StudyError: if the net does not fit the GPU memory, or the study needs a GPU and there is none.
     """
     import numpy as np
     import torch
@@ -140,7 +149,7 @@ def measure(experiment: Experiment) -> Rates:
 
 
 def table(budgets: dict[str, Budget]) -> str:
-    """Returns a Markdown table of budgets by study, with their sum if there are several."""
+    """Returns a Markdown table with a row per study, and a row of sums if there are several studies."""
     if len(budgets) > 1:
         budgets = budgets | {"all": Budget(*map(sum, zip(*budgets.values(), strict=True)))}
     rows = [
@@ -155,10 +164,10 @@ def table(budgets: dict[str, Budget]) -> str:
 
 
 class _Rate(click.FloatRange):
-    """A rate in images per second."""
+    """Click type of a rate in images per second."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Returns the rate."""
+        """Returns the rate, which must not be NaN."""
         rate = super().convert(value, param, ctx)
         return self.fail("nan is not a rate.", param, ctx) if math.isnan(rate) else rate
 
@@ -176,7 +185,7 @@ _RATE = _Rate(min=1e-6, max=1e9)
 def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float | None, jobs: int) -> None:
     """Estimate the hours, disk space and jobs of studies.
 
-    Each STUDY is a file in experiments/. A study is estimated as a whole, whether or not it has results already.
+    Each STUDY is a file in experiments/. The estimate is for the whole study, even if some results exist already.
     """
     budgets = {}
     for study in studies:

@@ -63,10 +63,10 @@ exit $status
 
 
 def pin_requirements(names: Iterable[str], python: str) -> list[str]:
-    """Returns packages and their dependencies as requirements, each with the version that is installed here.
+    """Returns packages and their dependencies as requirements with the versions that are installed here.
 
     Args:
-        names: Names of packages. Those in `LEFT_OUT` are left out.
+        names: names of packages. Packages in `LEFT_OUT` are left out.
         python: Python version for which dependencies are selected, such as "3.12".
     """
     changes = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
@@ -97,7 +97,7 @@ def _weights(experiments: Mapping[str, Experiment]) -> dict[str, Path]:
     """Returns the weights of feature extractors that no wheel contains: path below torch's hub directory -> file.
 
     Raises:
-        StudyError: If a file is missing.
+        StudyError: if a file is missing.
     """
     files = {}
     for name in {name for experiment in experiments.values() for name in experiment.evaluate.features} - {LITE0}:
@@ -118,7 +118,7 @@ def _is_pure(name: str) -> bool:
 
 
 def _fetch_wheels(python: str, also: Iterable[str], directory: Path) -> None:
-    """Download or build the wheels of all required packages for a Python version on Linux x86-64."""
+    """Downloads or builds the wheels of all required packages for a Python version on Linux x86-64."""
     pins = pin_requirements(_required_packages(), python)
     pure = [pin for pin in pins if _is_pure(pin.partition("==")[0])]
     compiled = [*(pin for pin in pins if pin not in pure), *also]
@@ -132,16 +132,16 @@ def _fetch_wheels(python: str, also: Iterable[str], directory: Path) -> None:
 
 
 def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) -> None:
-    """Prepare the datasets of studies, download wheels, and write the archive.
+    """Prepares the datasets of studies, downloads wheels, and writes the archive for the other machine.
 
     Args:
-        studies: Names of files in `experiments/`.
+        studies: names of files in `experiments/`.
         python: Python version of the other machine, such as "3.12".
-        also: Additional requirements, without their dependencies, such as torchvision==0.26.0.
-        out: Path of the archive.
+        also: additional requirements, such as torchvision==0.26.0. Their dependencies are not included.
+        out: path of the archive.
 
     Raises:
-        StudyError: If a dataset cannot be prepared, a wheel cannot be downloaded, or this is not a clone.
+        StudyError: if a dataset cannot be prepared, a wheel cannot be downloaded, or this project is not a git clone.
     """
     names = ",".join(studies)
     experiments = load_experiments({"experiments": names})
@@ -173,10 +173,12 @@ def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) ->
 
 
 def collect(experiments: Mapping[str, Experiment], out: Path) -> None:
-    """Write an archive of the reports and the small files of the results: all but datasets, weights and states.
+    """Writes an archive with the reports and the small files of the results.
+
+    Datasets, weights and states are left out.
 
     Raises:
-        StudyError: If there are no results.
+        StudyError: if there are no results.
     """
     files = [path for path in layout.REPORTS.glob("*") if path.is_file()]
     for study, experiment in experiments.items():
@@ -201,8 +203,9 @@ def _run(command: list[str], problem: str) -> None:
 def main() -> None:
     """Run studies on a machine without a network.
 
-    `pack` writes an archive with the project, its datasets and packages. There, `tar xf carry.tar && bash carry/run.sh`
-    runs the studies and writes results.tar.gz. Here, `tar xzf results.tar.gz` adds these results to the project.
+    `pack` writes an archive with the project, its datasets and packages.
+    On the other machine, `tar xf carry.tar && bash carry/run.sh` runs the studies and writes results.tar.gz.
+    On this machine, `tar xzf results.tar.gz` adds the results to the project.
     """
 
 

@@ -45,12 +45,12 @@ def main(
 ) -> None:
     """Compare a set of generated images with a set of real ones.
 
-    GENERATED and REAL are each a folder or zip file of images of one size, or a .npy file or the arr_0 of a .npz file,
-    uint8 [N, H, W, 3]. Prints a line per metric.
+    GENERATED and REAL are each a folder or zip file of images of one size, a .npy file, or a .npz file with the array
+    arr_0. Arrays are uint8 [N, H, W, 3]. Prints a line per metric.
     \f
 
     Raises:
-        StudyError: If a SHA-256 is given without a file of weights, or a set has only one image.
+        StudyError: if a SHA-256 is given without a file of weights, or a set has only one image.
     """
     from diffusion.data.folder import read_images
     from diffusion.evaluation import reference

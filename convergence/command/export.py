@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 def main(weights: Path, out: Path) -> None:
     """Convert weights of a run to the layout of guided-diffusion.
 
-    Reads WEIGHTS, the weights.safetensors of a run or its directory. Writes OUT, a .pt file with a plain state dict,
-    and OUT.json, the settings that `convergence sample` needs to sample it.
+    WEIGHTS is the weights.safetensors of a run, or the directory with this file. Writes OUT, a .pt file with a plain
+    state dict, and OUT.json, the settings that `convergence sample` needs to sample from OUT.
     \f
 
     Raises:
-        StudyError: If the files have other suffixes.
+        StudyError: if WEIGHTS is not a .safetensors file, or OUT is not a .pt file.
     """
     from diffusion.published import settings_file, write_published
 

@@ -1,4 +1,4 @@
-"""`convergence judge`: the verdict on curves from a CSV file."""
+"""`convergence judge`: computes the verdict on curves from a CSV file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several subcommands share."""
+"""Defines arguments and options that several subcommands share."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +17,10 @@ PATH = click.Path(path_type=Path)
 
 
 class _Checkpoint(click.Path):
-    """The file of a checkpoint, or the directory of a run's checkpoint, which has one."""
+    """Click type of a checkpoint: its file, or the directory with its weights.safetensors."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Returns the file."""
+        """Returns the path of the file."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.is_dir():
             return path
@@ -35,7 +35,7 @@ CHECKPOINT = _Checkpoint(exists=True, path_type=Path)
 
 
 def studies_argument(function: Callable) -> Callable:
-    """Add the argument `studies`, which is a tuple of names of studies."""
+    """Adds the argument `studies`, a tuple of names of studies, to a click command."""
     return click.argument("studies", nargs=-1, required=True, metavar="STUDY...", callback=_study_names)(function)
 
 
@@ -49,10 +49,10 @@ def _study_names(context: click.Context, parameter: click.Parameter, values: Ite
 
 
 class Names(click.ParamType):
-    """A comma-separated list of names.
+    """Click type of a comma-separated list of names.
 
     Args:
-        choices: The allowed names.
+        choices: the allowed names.
     """
 
     name = "names"
@@ -70,13 +70,18 @@ class Names(click.ParamType):
 
 
 def device_option(function: Callable) -> Callable:
-    """Add the option `--device`, whose value `find_device` resolves."""
+    """Adds the option `--device` to a click command. `find_device` converts the value to a torch device."""
     choice = click.Choice(["auto", "cpu", "cuda"])
     return click.option("--device", type=choice, default="auto", help="auto: the GPU if there is one.")(function)
 
 
 def find_device(name: str, threads: int | None = None) -> str:
-    """Returns the torch device, "cpu" or "cuda", for the value of `--device`, after `convergence.jobs.use_torch`."""
+    """Sets the number of torch's CPU threads, and returns the torch device for a value of `--device`: "cpu" or "cuda".
+
+    Args:
+        name: "auto", "cpu" or "cuda".
+        threads: number of threads; None for torch's choice.
+    """
     import torch
 
     from convergence.jobs import use_torch
@@ -85,10 +90,10 @@ def find_device(name: str, threads: int | None = None) -> str:
 
 
 def load_run(path: Path, device: str) -> "Checkpoint":
-    """Returns the checkpoint of a run.
+    """Loads and returns the checkpoint of a run.
 
     Raises:
-        StudyError: If the file is damaged or is not a checkpoint of a run, or the run diverged.
+        StudyError: if the file is damaged or is not a checkpoint of a run, or the run diverged.
     """
     from diffusion.checkpoints import load_checkpoint
 

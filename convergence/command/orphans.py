@@ -15,10 +15,10 @@ LOCKS = Path(".snakemake/locks")
 
 
 def orphans(experiments: Iterable[Experiment]) -> list[Path]:
-    """Returns the run directories, datasets and references below `results/` that none of the studies uses.
+    """Returns the directories of runs, the datasets and the references in `results/` that none of the studies uses.
 
-    If no seed of an arm is used, the directory of the arm is returned instead of those of its seeds. All checkpoints of
-    a run that is used are kept.
+    If no run of an arm is used, the directory of the arm is returned instead of the directories of its runs. If a run
+    is used, all its checkpoints count as used.
     """
     used = set()
     for experiment in experiments:
@@ -45,16 +45,16 @@ def _directories(root: Path, pattern: str) -> list[Path]:
 
 
 def size(path: Path) -> int:
-    """Returns the bytes of a file, or of all files below a directory."""
+    """Returns the size of a file in bytes, or the total size of all files below a directory."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if not file.is_dir())
 
 
 def remove(paths: Sequence[Path]) -> None:
-    """Delete files and directories.
+    """Deletes files and directories.
 
     Raises:
-        StudyError: If Snakemake has locked the working directory.
+        StudyError: if Snakemake has locked the working directory.
     """
     if any(LOCKS.glob("*")):
         raise StudyError(
@@ -74,7 +74,7 @@ def main(delete: bool) -> None:
     \f
 
     Raises:
-        StudyError: If there is no study, or one cannot be read.
+        StudyError: if there is no study, or a study cannot be read.
     """
     files = sorted(layout.EXPERIMENTS.glob("*.yaml"))
     if not files:

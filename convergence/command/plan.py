@@ -15,7 +15,7 @@ from convergence.tables import read_curves, read_table
 
 
 class _Effect(click.ParamType):
-    """A difference above 0 and below 1, written as 2% or 0.02."""
+    """Click type of a difference above 0 and below 1, written as 2% or 0.02."""
 
     name = "effect"
 
@@ -31,15 +31,15 @@ class _Effect(click.ParamType):
 
 
 def _pilot(path: Path, arms: list[str], **choices: str | None) -> pd.DataFrame:
-    """Returns the rows of one study, feature extractor and metric of a table of curves.
+    """Returns the rows of a table of curves that belong to one study, feature extractor and metric.
 
     Args:
         path: CSV file.
-        arms: Names of arms that must be in these rows.
-        **choices: A value for each of the columns `study`, `features` and `metric`; None if the column has one value.
+        arms: names of arms that must be in these rows.
+        **choices: a value for each of the columns `study`, `features` and `metric`; None if the column has one value.
 
     Raises:
-        StudyError: If a value or an arm is not in the table, a choice is missing, or an arm is named twice.
+        StudyError: if a value or an arm is not in the table, a choice is missing, or an arm is named twice.
     """
     if len(set(arms)) < len(arms):
         raise StudyError(f"--baseline and --candidate are both {arms[0]}: name two arms")
@@ -61,7 +61,7 @@ def _pilot(path: Path, arms: list[str], **choices: str | None) -> pd.DataFrame:
 
 
 def _costs(path: Path, arms: list[str]) -> dict[str, float] | None:
-    """Returns what cost.csv says about arms; None if the file is missing or lacks one of them."""
+    """Returns arm -> cost from cost.csv; None if the file is missing or lacks one of the arms."""
     known = costs(read_table(path, COLUMNS)) if path.exists() else {}
     return known if known.keys() >= set(arms) else None
 
@@ -85,8 +85,8 @@ def main(
 ) -> None:
     """Estimate how many seeds a difference needs, from the metrics of a finished study.
 
-    METRICS is the reports/STUDY/metrics.csv of a study with at least two seeds: the pilot. Prints seeds and hours of
-    training; the hours need the cost.csv next to it.
+    METRICS is reports/STUDY/metrics.csv of a study with at least two seeds: the pilot. Prints the number of seeds and
+    the hours of training. The hours require a cost.csv in the directory of METRICS.
     """
     pilot = _pilot(metrics, [baseline, candidate], metric=metric, study=study, features=features)
     known = _costs(metrics.with_name("cost.csv"), [baseline, candidate])

@@ -60,15 +60,15 @@ def main(
 ) -> None:
     """Sample images from a checkpoint.
 
-    CHECKPOINT is the weights.safetensors of a run or its directory, or a .pt file in the layout of guided-diffusion.
-    Writes samples.npy, uint8 [N, H, W, 3], and samples.png, a grid of up to 64 samples.
+    CHECKPOINT is the weights.safetensors of a run, the directory with this file, or a .pt file in the layout of
+    guided-diffusion. Writes samples.npy, uint8 [N, H, W, 3], and samples.png, a grid of up to 64 samples.
     \f
 
     Raises:
-        UsageError: If both `--heads` and `--head-channels` are given.
-        InputError: If the options do not fit the checkpoint.
-        StudyError: If the GPU memory is too small.
-        OSError: If the samples do not fit the disk.
+        UsageError: if both `--heads` and `--head-channels` are given.
+        InputError: if the options do not fit the checkpoint.
+        StudyError: if the GPU memory is too small, or the samples are not finite.
+        OSError: if the samples do not fit the disk.
     """
     if heads and head_channels:
         raise click.UsageError("--heads and --head-channels exclude each other.")
@@ -110,12 +110,12 @@ def _load(path: Path, device: str, layout: dict[str, Any]) -> "Checkpoint":
     """Returns the checkpoint at `path`.
 
     Args:
-        path: A .safetensors file of this project, or any other file for a published checkpoint.
+        path: a .safetensors file of this project, or any other file for a published checkpoint.
         device: torch device.
-        layout: The given options that describe a published checkpoint, as keyword arguments of `load_published`.
+        layout: the given options that describe a published checkpoint, as keyword arguments of `load_published`.
 
     Raises:
-        StudyError: If these options are given for a file of this project.
+        StudyError: if these options are given for a file of this project.
     """
     from diffusion.published import load_published
 

@@ -1,4 +1,4 @@
-"""`convergence sync`: forwards the results of studies to MLflow."""
+"""`convergence sync`: sends the results of studies to MLflow."""
 
 import sys
 
@@ -20,8 +20,8 @@ from convergence.tracking.follow import follow, sync
 def main(studies: tuple[str, ...], uri: str, parent: int | None) -> None:
     """Forward the results of studies to MLflow.
 
-    A running study does this itself. This command forwards what it could not, for instance because the server was down,
-    with the settings that ran last.
+    A running study does this itself. This command sends the results that are missing in MLflow, for instance because
+    the server was down. The settings are those with which each study ran last.
     """
     started = {name: layout.STUDIES / f"{name}.yaml" for name in studies}
     paths = [path if path.exists() else layout.study_file(name) for name, path in started.items()]

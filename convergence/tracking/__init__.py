@@ -1,1 +1,1 @@
-"""Tracking of studies in MLflow."""
+"""Sends the results of studies to MLflow."""

@@ -1,4 +1,4 @@
-"""The connection to MLflow's store or server."""
+"""Connects to MLflow's tracking store or to an MLflow server."""
 
 import logging
 import os
@@ -13,7 +13,10 @@ ANSWER_SECONDS = 1.5
 
 
 def configure_mlflow() -> None:
-    """Sets MLflow's environment variables: little output, and no long retries, because the next pass tries again."""
+    """Sets MLflow's environment variables: little output and short retries.
+
+    Long retries are not needed, because the process that sends results to MLflow tries again in its next pass.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -26,16 +29,19 @@ def configure_mlflow() -> None:
 
 
 def is_server(uri: str) -> bool:
-    """Returns whether this is the address of an MLflow server."""
+    """Returns whether an MLflow address names a server, and not a database or a directory."""
     return uri.startswith("http")
 
 
 def check_answer(uri: str) -> None:
-    """Checks that a server or database server answers at once. MLflow itself tries again for up to two minutes.
+    """Checks that a server or database server answers at once. MLflow itself retries for up to two minutes.
+
+    Args:
+        uri: address of MLflow's tracking store or server.
 
     Raises:
-        MlflowException: A server does not answer.
-        SQLAlchemyError: A database server accepts no connection.
+        MlflowException: a server does not answer.
+        SQLAlchemyError: a database server accepts no connection.
     """
     # Imported here, as in all functions of this file, because it takes seconds.
     from mlflow.store.db.utils import create_sqlalchemy_engine
@@ -50,7 +56,10 @@ def check_answer(uri: str) -> None:
 
 
 def connect(uri: str) -> "MlflowClient":
-    """Returns a client of a server or store; creates the tables of an empty database."""
+    """Returns an MLflow client for the address of a tracking store or server.
+
+    The tables of an empty database are created.
+    """
     from mlflow import MlflowClient
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -61,23 +70,23 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def artifact_root() -> str:
-    """Returns where the artifacts of new experiments are stored, unless a server chooses this."""
+    """Returns where the artifacts of new MLflow experiments are stored, unless an MLflow server chooses the place."""
     return (os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or Path("mlartifacts").resolve().as_uri()).rstrip("/")
 
 
 def is_elsewhere(location: str, expected: str) -> bool:
-    """Returns whether artifacts are in another local directory than expected, and outside the working directory.
+    """Returns whether artifacts are in an unexpected local directory that is outside of the working directory.
 
     Args:
-        location: artifact location of an experiment in a store.
-        expected: artifact location that a new experiment would have.
+        location: artifact location of an MLflow experiment.
+        expected: artifact location that a new MLflow experiment would have.
     """
     path = _local_path(location)
     return path is not None and path != _local_path(expected) and not path.is_relative_to(Path.cwd())
 
 
 def _local_path(location: str) -> Path | None:
-    """Returns the path of a local artifact location: a path or a file URL; None for others."""
+    """Returns the path of a local artifact location, given as a path or a file URL; None for other locations."""
     parts = urlsplit(location)
     if parts.scheme not in ("", "file"):
         return None
@@ -85,7 +94,7 @@ def _local_path(location: str) -> Path | None:
 
 
 def _database(uri: str) -> str | None:
-    """Returns the kind of a database, such as `sqlite`; None for other stores."""
+    """Returns the kind of a database, such as `sqlite`; None for other addresses."""
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
     kind = uri.partition(":")[0].partition("+")[0]

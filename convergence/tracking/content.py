@@ -1,4 +1,4 @@
-"""The content that is logged to MLflow, as pure functions of studies and their results."""
+"""Computes the content that is sent to MLflow, with pure functions of studies and their results."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ LEGEND = 'Steps are training images. The view "Arms" groups the runs by arm, bes
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file that may still be written: an incomplete last line is left out."""
+    """Returns the rows of a CSV file that may still be written. An incomplete last line is left out."""
     text = path.read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
@@ -42,16 +42,16 @@ def finite_number(cell: str | None) -> float | None:
 
 
 def train_metrics(row: dict[str, str], images: int, last_images: int) -> dict[str, float]:
-    """Returns the metrics of one row of log.csv.
+    """Returns the MLflow metrics of one row of the training log, log.csv.
 
     Args:
-        row: the row.
+        row: row of log.csv.
         images: training images up to this row.
         last_images: training images of the whole run.
 
     Returns:
-        Name -> value. Every row has `progress` (0 to 1): its newest value in the store shows up to which row a run is
-        stored. `time_left_s` is the remaining training time in seconds at the speed of this row.
+        name -> value. Every row has the metric `progress` (0 to 1). Its newest value in MLflow shows up to which row
+        the log was sent. `time_left_s` is the remaining training time in seconds at the speed of this row.
     """
     columns = row.keys() - {"step", "images", "seconds"}
     values = {f"train/{name}": finite_number(row[name]) for name in sorted(columns)} | {
@@ -63,7 +63,7 @@ def train_metrics(row: dict[str, str], images: int, last_images: int) -> dict[st
 
 
 def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]:
-    """Returns (metric, training images) -> value for the rows of a checkpoint's metrics.csv."""
+    """Returns (metric, training images) -> value for the finite values in metrics.csv of a checkpoint."""
     return {
         (metric_key(row["metric"], row["features"]), round(float(row["images"]))): value
         for row in rows
@@ -72,19 +72,22 @@ def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]
 
 
 def failure(rows: Iterable[dict[str, str]]) -> str | None:
-    """Returns why the run of a checkpoint failed, from its metrics.csv; None if it did not."""
+    """Returns why a run failed, according to metrics.csv of one checkpoint; None if the checkpoint did not fail."""
     reasons = (row.get("reason") or "" for row in rows)
     return next((reason for reason in reasons if reason.startswith(FAILURES)), None)
 
 
 def metric_key(metric: str, features: str) -> str:
-    """Returns the name of a metric in the store. `eval/fid` and `eval/kid` are reserved for Inception features."""
+    """Returns the name of a metric in MLflow. FID and KID are used as names for Inception features only."""
     names = {"fd": "fid"} if features == INCEPTION else {"kid": "kd"}
     return f"eval/{names.get(metric, metric)} {features}"
 
 
 def arms_view(experiment: Experiment) -> str:
-    """Returns the saved view `Arms` in the format of MLflow's UI: runs grouped by arm, by their mean, best first."""
+    """Returns the saved view `Arms` in the format of MLflow's UI.
+
+    The view groups the runs by arm and shows the mean of each arm, best arm first.
+    """
     evaluate = experiment.evaluate
     metrics = [(metric, features) for features in evaluate.features for metric in evaluate.metrics]
     keys = [metric_key(metric, features) for metric, features in metrics]
@@ -99,14 +102,14 @@ def arms_view(experiment: Experiment) -> str:
 
 
 def provenance_tags(provenance: dict[str, Any], directory: Path) -> dict[str, str | None]:
-    """Returns the tags of a run from the provenance.json of its newest checkpoint.
+    """Returns the MLflow tags of a run, from provenance.json of its newest checkpoint.
 
     Args:
         provenance: content of provenance.json.
         directory: directory of the checkpoint.
 
     Returns:
-        Name -> value; None means that the run must not have this tag.
+        name -> value; None means that the run must not have this tag.
     """
     names = ("git_commit", "git_dirty", "host", "device", "config_hash", "source_hash", "tables_hash")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
@@ -116,19 +119,19 @@ def provenance_tags(provenance: dict[str, Any], directory: Path) -> dict[str, st
 
 
 def common_config(experiment: Experiment) -> RunConfig:
-    """Returns the settings that all arms of a study share, with the default scheme in place of theirs."""
+    """Returns the settings that all arms of a study share, with the default scheme."""
     sections = {name: getattr(experiment, name) for name in ("dataset", "model", "diffusion", "train")}
     return RunConfig(**sections, scheme=Scheme(), train_version=TRAIN_VERSION)
 
 
 def common_params(run: RunConfig) -> dict[str, str]:
-    """Returns `section.key` -> value for all settings of a run except its scheme."""
+    """Returns all settings of a run except its scheme, as `section.key` -> value."""
     sections = run.model_dump(mode="json", include={"dataset", "model", "diffusion", "train"}, exclude_none=True)
     return {f"{section}.{key}": _text(value) for section, keys in sections.items() for key, value in keys.items()}
 
 
 def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
-    """Returns the parameters of one run. The table of runs is grouped by the parameter `arm`."""
+    """Returns the MLflow parameters of one run. MLflow's table of runs is grouped by the parameter `arm`."""
     run, match = experiment.run(arm), experiment.arms[arm].match
     scheme = {name: _describe(value) if isinstance(value, Choice) else _text(value) for name, value in run.scheme}
     scheme["importance_corrected"] = _text(run.scheme.corrected)
@@ -137,13 +140,15 @@ def run_params(experiment: Experiment, arm: str, seed: int) -> dict[str, str]:
 
 
 def means_table(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
-    """Returns a Markdown table of each metric's mean over seeds, at the newest checkpoint that all runs have.
+    """Returns a Markdown table with the mean of each metric over the runs of an arm.
+
+    The values are those of the newest checkpoint that all runs have.
 
     Args:
-        arms: the evaluations of each arm's runs, as (metric, training images) -> value.
+        arms: arm -> the values of each of its runs, as (metric, training images) -> value.
 
     Returns:
-        The table, or "" if the runs have no checkpoint in common.
+        the table, or "" if the runs have no checkpoint in common.
     """
     shared = sorted(set.intersection(*(set(run) for runs in arms.values() for run in runs)))
     newest = dict(shared)  # the last pair of a metric has the most images
@@ -156,9 +161,14 @@ def means_table(arms: dict[str, list[dict[tuple[str, int], float]]]) -> str:
 
 
 def note(verdict: "StudyVerdict | None", means: str) -> str:
-    """Returns the note of a study's parent run in Markdown: warnings, question, answer and the table of means.
+    """Returns the note of a study's parent run in MLflow: warnings, question, answer and the table of means.
 
-    The other parts of the verdict are in the artifact verdict.md, because MLflow cuts a note at 8,000 characters.
+    The note is Markdown. The other parts of the verdict are in the artifact verdict.md, because MLflow cuts a note at
+    8,000 characters.
+
+    Args:
+        verdict: verdict of the study; None if there is no verdict yet.
+        means: table that `means_table` returned.
     """
     parts = [means]
     if verdict and verdict.question:
@@ -169,7 +179,7 @@ def note(verdict: "StudyVerdict | None", means: str) -> str:
 
 
 def run_status(complete: bool, running: bool, failed: bool = False) -> str:
-    """Returns MLflow's status of a run: FAILED (it diverged or collapsed), FINISHED, RUNNING, or else KILLED."""
+    """Returns the MLflow status of a run: FAILED (diverged or collapsed), FINISHED, RUNNING, or otherwise KILLED."""
     if failed:
         return "FAILED"
     if complete:
@@ -178,7 +188,10 @@ def run_status(complete: bool, running: bool, failed: bool = False) -> str:
 
 
 def batches(rows: Iterable[list], limit: int = BATCH_METRICS) -> Iterator[list]:
-    """Joins rows into lists of at most `limit` metrics. No row is split, because the store saves a batch as a whole."""
+    """Yields lists of at most `limit` metrics, which are joined from rows of metrics.
+
+    All metrics of a row are in the same list, because MLflow saves a list as a whole.
+    """
     batch: list = []
     for row in rows:
         if batch and len(batch) + len(row) > limit:

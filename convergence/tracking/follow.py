@@ -1,4 +1,4 @@
-"""Forwarding of results to MLflow: once, or repeatedly in a process next to a running study."""
+"""Sends results to MLflow: once, or repeatedly in a process that runs at the same time as a study."""
 
 import logging
 import os
@@ -25,14 +25,14 @@ SYNC_ADVICE = ", then run `convergence sync {name}` again"
 
 
 def follow(uri: str, paths: Iterable[Path], parent: int) -> None:
-    """Forwards studies to MLflow until this process receives SIGTERM or its parent process ends.
+    """Sends results to MLflow repeatedly, until this process receives SIGTERM or SIGINT or its parent process ends.
 
     Errors of MLflow are logged and not raised: they must not stop a study.
 
     Args:
-        uri: address of MLflow's store or server.
+        uri: address of MLflow's tracking store or server.
         paths: study files.
-        parent: process ID of the process that started this one.
+        parent: process ID of the process that started this process.
 
     Raises:
         InputError: if a study file has a mistake.
@@ -60,14 +60,14 @@ def follow(uri: str, paths: Iterable[Path], parent: int) -> None:
 
 
 def sync(uri: str, paths: Iterable[Path]) -> bool:
-    """Forwards the results of studies to MLflow once, and logs errors of the store.
+    """Sends the results of studies to MLflow once, and logs errors of MLflow.
 
     Args:
-        uri: address of MLflow's store or server.
+        uri: address of MLflow's tracking store or server.
         paths: study files.
 
     Returns:
-        Whether all studies were forwarded.
+        whether the results of all studies were sent.
 
     Raises:
         InputError: if a study file has a mistake.
@@ -91,18 +91,18 @@ def _lock() -> FileLock:
 
 
 def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[], bool], advice: str) -> list[str]:
-    """Forwards the studies repeatedly until stopped, with one last pass after that. Prints their addresses in MLflow.
+    """Sends results repeatedly until stopped, and once after that. Prints the address of each study in MLflow.
 
-    An error ends only the present pass of its study. It is logged once; the next pass connects to the store again.
+    An error ends only the present pass of its study, and is logged once. The next pass connects to MLflow again.
 
     Args:
-        uri: address of MLflow's store or server.
+        uri: address of MLflow's tracking store or server.
         experiments: study file -> study.
-        stopped: whether to stop.
+        stopped: function that returns whether to stop.
         advice: end of the message about an error; `{name}` is replaced by the name of the study.
 
     Returns:
-        A message for each study that the last pass could not forward.
+        a message for each study whose results could not be sent in the last pass.
     """
     configure_mlflow()
     began = time.time()
@@ -133,10 +133,12 @@ def _forward(uri: str, experiments: dict[Path, Experiment], stopped: Callable[[]
 def _forward_once(
     uri: str, experiments: dict[Path, Experiment], studies: dict[Path, Study], since: float | None
 ) -> dict[Path, Exception]:
-    """Forwards each study once; connects those that are not in `studies` to the store, and removes failed ones.
+    """Sends the results of each study once.
+
+    A study that is not in `studies` is first connected to MLflow and added. A study with an error is removed.
 
     Returns:
-        Study file -> error.
+        study file -> error.
     """
     errors: dict[Path, Exception] = {}
     try:

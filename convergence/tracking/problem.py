@@ -1,4 +1,4 @@
-"""One sentence for an error of MLflow's store: what is wrong, and what to do."""
+"""Describes an error of MLflow in one sentence: what is wrong, and what to do."""
 
 import os
 import re
@@ -22,8 +22,8 @@ def problem(error: Exception, uri: str, study: str) -> str:
     """Returns the first part of a sentence: which study is not tracked, where, why, and how to correct this.
 
     Args:
-        error: error of the store.
-        uri: address of the store.
+        error: error that MLflow raised.
+        uri: address of MLflow's tracking store or server.
         study: name of the study.
     """
     text = " ".join(str(error).split())
@@ -39,7 +39,12 @@ def problem(error: Exception, uri: str, study: str) -> str:
 
 
 def masked(text: str, uri: str) -> str:
-    """Returns a text with *** in place of the user and the password in the address of a store."""
+    """Returns a text in which *** replaces the user name and the password of an MLflow address.
+
+    Args:
+        text: any text.
+        uri: address that may contain a user name and a password.
+    """
     login = "" if uri.startswith("sqlite") else uri.partition("//")[2].rpartition("@")[0]
     words = {login, *login.split(":", 1), *re.findall(r"[?&](?:user|password)=([^&]+)", uri)}
     for word in sorted(filter(None, words), key=len, reverse=True):

@@ -1,4 +1,4 @@
-"""The process that forwards results to MLflow while jobs run, and what starts and stops it."""
+"""Starts and stops the process that sends results to MLflow while jobs run."""
 
 import os
 import signal
@@ -15,7 +15,11 @@ _tracker: subprocess.Popen | None = None
 
 
 def start_tracking(studies: Collection[str]) -> None:
-    """Starts the process that forwards the results of the studies with these names to MLflow."""
+    """Starts the process that sends the results of studies to MLflow.
+
+    Args:
+        studies: names of the studies. No process is started if there are none.
+    """
     global _tracker
     if not studies:
         return
@@ -29,13 +33,15 @@ def start_tracking(studies: Collection[str]) -> None:
 
 
 def stop_tracking(studies: Collection[str]) -> list[str]:
-    """Stops the tracking process after it has forwarded the remaining results, and prints what it could not forward.
+    """Stops the tracking process after it has sent the remaining results to MLflow.
+
+    The warnings of the process are printed.
 
     Args:
-        studies: names of the studies, for the hint that is printed if the process does not end properly.
+        studies: names of the studies, for a warning if the process does not end properly.
 
     Returns:
-        One line per study in MLflow: its name and its address.
+        one line per study in MLflow: name and address of the study.
     """
     if _tracker is None:
         return []
@@ -56,7 +62,11 @@ def stop_tracking(studies: Collection[str]) -> list[str]:
 
 
 def forward_missing(studies: Iterable[str]) -> None:
-    """Forward what MLflow may lack of these studies since a process was killed or MLflow failed."""
+    """Sends results that MLflow may lack because a tracking process was killed or MLflow failed.
+
+    Args:
+        studies: names of the studies.
+    """
     left = [name for name in studies if layout.untracked(name).exists()]
     if left:
         subprocess.run([sys.executable, "-m", "convergence", "sync", *left], stdout=sys.stderr)

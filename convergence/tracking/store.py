@@ -1,4 +1,4 @@
-"""A study in MLflow's store: an MLflow experiment with a parent run for the study and one run per arm and seed."""
+"""Writes a study to MLflow: an MLflow experiment with a parent run for the study, and one run per arm and seed."""
 
 import json
 import re
@@ -46,7 +46,7 @@ TRAIN_NAMES = ("progress", "train/loss")
 
 @dataclass
 class StoredRun:
-    """The content of the store for one run, and the files from which it was forwarded."""
+    """The content of one run in MLflow, and the files from which the content was sent."""
 
     id: str
     status: str
@@ -58,7 +58,7 @@ class StoredRun:
     files: dict[Path, tuple[float, int]] = field(default_factory=dict)  # path -> (modification time, size)
 
     def is_new(self, path: Path) -> bool:
-        """Returns whether a file exists and has changed since the last call with this path."""
+        """Returns whether a file exists and has changed since the last call with the same path."""
         try:
             stat = path.stat()
         except FileNotFoundError:
@@ -67,20 +67,23 @@ class StoredRun:
         return before != self.files[path]
 
     def modified_since(self, moment: float | None) -> bool:
-        """Returns whether a forwarded file was modified at or after a moment, in seconds since the epoch."""
+        """Returns whether a file of the run was modified at or after a moment, in seconds since the epoch.
+
+        The result is False if the moment is None.
+        """
         return moment is not None and any(modified >= moment for modified, _ in self.files.values())
 
 
 class Study:
-    """One study in the store.
+    """One study in MLflow.
 
-    The tag `run` identifies a run: `<arm>-<hash8>/seed<k>`, or `study-<hash8>` for the parent run. Therefore, an edited
-    arm gets new runs, and the old runs remain. A run that is trained again gets second points with a newer time where
-    its log or its evaluations differ, and the tag `trained_again` if its log differs. After an error of the store, a
-    new `Study` reads the stored state again.
+    The tag `run` identifies a run: `<arm>-<hash8>/seed<k>`, or `study-<hash8>` for the parent run. The hash changes if
+    an arm is edited. An edited arm therefore gets new runs, and the old runs remain. If a run is trained again, each
+    value that differs is added as a second point with a newer time. If the training log differs, the run also gets the
+    tag `trained_again`. After an error of MLflow, a new `Study` reads the content of MLflow again.
 
     Args:
-        uri: address of the store or server.
+        uri: address of MLflow's tracking store or server.
         path: study file.
         experiment: content of the study file.
     """
@@ -114,10 +117,10 @@ class Study:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def _find_experiment(self, server: bool) -> tuple[str, str]:
-        """Returns the id of MLflow's experiment and how to call it; creates the experiment if necessary.
+        """Returns the id of MLflow's experiment and its name for messages; creates the experiment if necessary.
 
-        In a copy of a project, the experiment of the copied store has its artifacts in the original project. The copy
-        gets an experiment of its own, whose name contains its directory.
+        If the project was copied, the artifacts of the copied MLflow experiment are in the original project. In this
+        case, the copy gets its own MLflow experiment, whose name contains the directory of the copy.
         """
         name, root = self.experiment.name, artifact_root()
         # A server chooses where artifacts are stored; for a database it must be given.
@@ -131,10 +134,10 @@ class Study:
         return stored.experiment_id if stored else self.client.create_experiment(name, location), label
 
     def _check_active(self) -> None:
-        """Checks that the experiment is not deleted. MLflow itself reports this only when something is written.
+        """Checks that the experiment is not deleted. MLflow itself reports a deletion only when something is written.
 
         Raises:
-            StudyError: It is.
+            StudyError: the experiment is deleted.
         """
         if self.client.get_experiment(self.id).lifecycle_stage == "deleted":
             raise StudyError(f"the experiment {self.id} of MLflow is deleted")
@@ -144,11 +147,11 @@ class Study:
         return [(arm, seed) for arm, seed in self.directories if self._directory(arm, seed).is_dir()]
 
     def forward(self, since: float | None) -> None:
-        """Forwards what has changed since the last call.
+        """Sends everything that has changed since the last call to MLflow.
 
         Args:
-            since: runs with a file modified since this moment (in seconds since the epoch) are marked as running;
-                with None, no run is.
+            since: moment in seconds since the epoch. Runs with a file that was modified at or after this moment are
+                marked as running. With None, no run is marked as running.
         """
         self._check_active()
         started = self._started()
@@ -216,7 +219,7 @@ class Study:
             self.client.log_batch(run.id, metrics=batch)
 
     def _forward_evaluations(self, run: StoredRun, paths: list[Path]) -> None:
-        """Forwards the values of all checkpoints but those at the end of a run that failed (`convergence.failures`)."""
+        """Sends the values of all checkpoints except the last ones of a failed run (`convergence.failures`)."""
         if not any([run.is_new(path) for path in paths]):  # a list: `is_new` must see every path
             return
         tables = {path: read_rows(path) for path in paths if path.exists()}
@@ -247,7 +250,7 @@ class Study:
             run.has_dataset = True
 
     def _forward_reports(self, parent: StoredRun) -> None:
-        """Forwards the study file, and the tables, the verdict and the figures of the study."""
+        """Sends the study file, and the tables, the verdict and the figures of the study."""
         tables = [
             self.reports / name for name in ("metrics.csv", "cost.csv", "effects.csv", "verdict.json", "verdict.md")
         ]
@@ -256,7 +259,7 @@ class Study:
                 self.client.log_artifact(parent.id, str(path))
 
     def _run(self, key: str, name: str, tags: dict[str, str], params: dict[str, str]) -> StoredRun:
-        """Returns the run with this key; creates it in the store if necessary."""
+        """Returns the run with this key; creates the run in MLflow if necessary."""
         if key not in self.runs:
             if key not in self.run_ids:
                 run = self.client.create_run(self.id, tags={**tags, "run": key}, run_name=name)
@@ -266,7 +269,7 @@ class Study:
         return self.runs[key]
 
     def _read_run(self, run_id: str, params: dict[str, str]) -> StoredRun:
-        """Reads the content of the store for one run, and adds missing parameters."""
+        """Reads the content of MLflow for one run, and adds missing parameters to MLflow."""
         run = self.client.get_run(run_id)
         missing = [self.entities.Param(*item) for item in params.items() if item[0] not in run.data.params]
         self.client.log_batch(run_id, params=missing)
@@ -313,7 +316,7 @@ class Study:
         self.experiment_tags = {**self.experiment_tags, **tags}
 
     def _metrics(self, path: Path, values: dict[tuple[str, int], float]) -> list:
-        """Returns MLflow's metrics, with the modification time of the file they come from."""
+        """Returns MLflow's metrics, with the modification time of the file that contains the values."""
         written = round(path.stat().st_mtime * 1000)
         return [self.entities.Metric(name, value, written, images) for (name, images), value in values.items()]
 

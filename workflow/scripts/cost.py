@@ -1,4 +1,4 @@
-"""Time the training steps of all arms of one study, in turns."""
+"""Times the training steps of all arms of one study, in turns."""
 
 import platform
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prepare one dataset."""
+"""Prepares one dataset."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sample one checkpoint and evaluate the samples with every feature extractor of the study."""
+"""Samples one checkpoint, and evaluates the samples with every feature extractor of the study."""
 
 from pathlib import Path
 

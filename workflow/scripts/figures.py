@@ -1,4 +1,4 @@
-"""Draw the curves, sample previews, schedules, comparisons and probes of one study."""
+"""Draws the curves, sample previews, schedules, comparisons and probes of one study."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Writes the untrained net of a seed."""
+"""Writes the untrained net of one seed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Draw the curves of all selected studies, compare the studies if there are several, and write the front page."""
+"""Draws the curves of all selected studies and a comparison of several studies, and writes the front page."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Write the report pages of one study."""
+"""Writes the report pages of one study."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Probe one checkpoint."""
+"""Probes one checkpoint: measures its loss and gradient noise in bins of timesteps."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Compute the reference of one dataset and feature extractor."""
+"""Computes the features and the statistics of the real images of one dataset, with one feature extractor."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Trains one segment of one run."""
+"""Trains one segment of one run, from one checkpoint to the next."""
 
 from pathlib import Path
 

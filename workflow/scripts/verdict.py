@@ -1,4 +1,4 @@
-"""Compare the arms of one study: metrics, mechanism, cost and effects as CSV, verdict.json, verdict.md, plan.json."""
+"""Compares the arms of one study, and writes the verdict (JSON, Markdown) and its tables (CSV)."""
 
 from pathlib import Path
 
