@@ -116,7 +116,7 @@ def hybrid_loss(
 def _variational_bound(
     schedule: NoiseSchedule, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]. Its gradient reaches only the variance."""
+    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]. L_t has no gradient with respect to epsilon."""
     epsilon, variance = model_output.chunk(2, dim=1)
     detached = torch.cat([epsilon.detach(), variance], dim=1)
     mean, log_variance, _ = p_mean_variance(schedule, detached, x_t, t, clip=False)
