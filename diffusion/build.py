@@ -24,10 +24,10 @@ def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
 
 
 def constant_tables(runs: Mapping[str, RunConfig]) -> dict[str, Tables]:
-    """Returns the density and the loss weights of each arm, without arms that learn their density during training.
+    """Returns the density and the loss weights of each arm whose density does not change during training.
 
     Args:
-        runs: maps the name of each arm to the settings of the arm's runs.
+        runs: maps the name of each arm (one way to train) to the settings of a training run.
 
     Returns:
         a dict that maps names of arms to tables.

@@ -77,8 +77,8 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
         the net with its weights and its noise schedule.
 
     Raises:
-        FileError: if the file is damaged, was not written by `save_weights`, or has another digest than `digest`; if
-            a weight is not finite although the run did not diverge.
+        FileError: if the file is damaged, was not written by `save_weights`, or does not have the given digest; if a
+            weight is not finite although the run did not diverge.
     """
     if digest is not None and path.exists():
         check_unchanged(path, digest)
@@ -106,7 +106,7 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
         weights: state dict; maps names to tensors [...].
 
     Raises:
-        InputError: if a tensor is not dense, has another type of numbers, or contains NaN or infinity.
+        InputError: if a tensor is not dense, does not have a floating-point dtype, or contains NaN or infinity.
     """
     for key, value in weights.items():
         if value.is_meta or value.layout != torch.strided or not value.is_floating_point():

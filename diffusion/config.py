@@ -42,7 +42,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 
 
 class NoParameters(Section):
-    """Section of a density or a weight that has no parameters."""
+    """Parameters of a function that has no parameters."""
 
 
 class P2(Section):
@@ -106,7 +106,7 @@ class SpeedWeight(Section):
     lam: float = Field(0.6, ge=0.5, lt=1)
     """Upper bound of the weight for t < tau. The lower bound is 1 - lam."""
     tau: PositiveInt = 700
-    """The weight is 1 for t >= tau. At most the number of timesteps T."""
+    """First timestep at which the weight is 1; at most the number of timesteps T."""
 
 
 class Density(Choice):
@@ -158,7 +158,7 @@ class Images(Section):
 
 
 class PaddedImages(Images):
-    """Keys of datasets to whose images a border can be added."""
+    """Keys of datasets that can add a border to the images."""
 
     pad: int = Field(0, ge=0, le=4096)
     """Width in pixels of the black border that is added on each side before the image is resized."""
@@ -327,7 +327,7 @@ only."""
 
     @property
     def corrected(self) -> bool:
-        """Whether the loss weights are divided by T p_t: `importance_corrected`, or the default if unset."""
+        """Whether the loss weights are divided by T p_t. Equals `importance_corrected`, or its default if unset."""
         return self.timesteps.learned if self.importance_corrected is None else self.importance_corrected
 
 
@@ -341,12 +341,12 @@ class Sample(Section):
     images: int = Field(10_000, ge=2, le=MAX_INTEGER)
     """Number of images that are sampled from each checkpoint. Metrics, such as FD, are computed from these images."""
     batch_size: BatchSize | None = None
-    """Number of images that are sampled at once; unset: 64 on a CPU, and a number that fits in the memory on a GPU."""
+    """Number of images that are sampled at once; unset: 64 on a CPU, and on a GPU as many as fit in the free memory."""
     precision: Precision = "auto"
     """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
     seed: Seed = 0
     """Seed of the latents (the initial noise x_T). The latents depend on this seed and on the seed of the run. Runs \
-with the same seed have the same latents at all checkpoints and in all arms; runs with different seeds do not."""
+with the same seed have the same latents in all arms and at all checkpoints. Runs with different seeds do not."""
     keep: bool = False
     """Whether the sampled images are kept on disk after evaluation. If the metrics change, images are sampled again, \
 even if the old images were kept."""
@@ -403,7 +403,7 @@ def check_image_size(image_size: int, model: Model) -> None:
 
 
 def check_sampling_steps(sample: Sample, timesteps: int) -> None:
-    """Checks that the sampler can use `sample.steps` of the T = `timesteps` timesteps.
+    """Checks that the sampler in `sample` can take `sample.steps` steps if T is `timesteps`.
 
     Raises:
         InputError: if the sampler cannot use this number of steps.

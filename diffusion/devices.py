@@ -28,8 +28,8 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 class CudaGraphed:
     """A function of CUDA tensors that runs as a CUDA graph.
 
-    The first call with a batch size captures a graph, and later calls with the same batch size replay this graph. These
-    later calls overwrite the tensors that earlier calls returned.
+    The first call with a batch size captures a graph, and later calls with the same batch size replay this graph. Each
+    of these calls overwrites the tensors that the previous call returned.
 
     Args:
         function: function of tensors [B, ...] that returns a list of tensors. For a given B, all shapes inside the

@@ -33,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     still writing `path`, the write of that process fails.
 
     Raises:
-        OSError: if the file cannot be written. The error names `path`.
+        OSError: if the file cannot be written. The attribute `filename` of the error is `path`.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         leftover.unlink(missing_ok=True)

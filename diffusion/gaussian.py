@@ -80,7 +80,7 @@ class NoiseSchedule:
         self.posterior_mean_x_t = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Returns a copy with all tables on `device`, where timesteps can index the tables without synchronization."""
+        """Returns a copy with all tables on `device`. Timesteps on `device` index these without synchronization."""
         moved = copy.copy(self)
         moved.__dict__.update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
         return moved
@@ -127,9 +127,9 @@ def p_mean_variance(
 
     Args:
         schedule: noise schedule of T timesteps.
-        model_output: either epsilon and then v, [B, 2C, H, W], or only epsilon, [B, C, H, W]. With v, the log variance
-            is interpolated between its bounds (Nichol & Dhariwal 2021, eq. 15). Without v, the log variance is
-            `schedule.posterior_log_variance_clipped`.
+        model_output: either epsilon and then v, [B, 2C, H, W], or only epsilon, [B, C, H, W]. If v is
+            present, v interpolates the log variance between two bounds (Nichol & Dhariwal 2021, eq. 15). Without v, the
+            log variance is `schedule.posterior_log_variance_clipped`.
         x_t: noisy images, [B, C, H, W].
         t: timesteps of the images, int64 [B].
         clip: whether the predicted x_0 is clipped to [-1, 1].
@@ -152,8 +152,8 @@ def p_mean_variance(
 def respaced(schedule: NoiseSchedule, timesteps: Tensor) -> NoiseSchedule:
     """Returns the noise schedule of a subset of the timesteps.
 
-    Each timestep of the subset keeps its alphas_cumprod. The betas are computed from these alphas_cumprod. Source:
-    Nichol & Dhariwal 2021, sec. 4.
+    Each timestep of the subset keeps its value of alphas_cumprod, and the betas are computed from these values.
+    Source: Nichol & Dhariwal 2021, sec. 4.
 
     Args:
         schedule: noise schedule of T timesteps.

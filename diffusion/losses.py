@@ -36,8 +36,8 @@ def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
 def min_snr(schedule: NoiseSchedule, gamma: float) -> Tensor:
     """Returns the Min-SNR weight min(SNR, gamma) / SNR for models that predict epsilon, [T].
 
-    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. For models that predict v, the paper has another weight,
-    min(SNR, gamma) / (SNR + 1).
+    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. For models that predict the velocity, the paper has another
+    weight, min(SNR, gamma) / (SNR + 1).
     """
     return schedule.snr.clamp(max=gamma) / schedule.snr
 
@@ -96,7 +96,8 @@ def hybrid_loss(
 
     Args:
         schedule: noise schedule of T timesteps.
-        model_output: either epsilon and then v, [B, 2C, H, W], or only epsilon, [B, C, H, W]. Without v, vb is 0.
+        model_output: either epsilon and then v (see `diffusion.gaussian.p_mean_variance`), [B, 2C, H, W], or only
+            epsilon, [B, C, H, W]. Without v, the vb term is 0.
         x_start: images in [-1, 1], [B, C, H, W].
         x_t: noisy images, the result of `schedule.q_sample(x_start, t, noise)`, [B, C, H, W].
         t: timesteps of the images, int64 [B].

@@ -16,7 +16,7 @@ class Progress:
     """Progress of a loop: logs the number of finished items, the rate and the remaining time.
 
     Args:
-        label: name of the items in the plural, such as "images read".
+        label: what the number counts, in the plural, such as "images read".
         total: number of all items.
     """
 

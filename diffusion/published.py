@@ -271,7 +271,7 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial, 
         seed: seed of the run.
 
     Returns:
-        the content of the settings file. Without this file, these settings are arguments of `load_published`.
+        the settings in the settings file. If this file is missing, `load_published` needs these settings as arguments.
     """
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     heads = config.model.model_dump(include={"head_channels", "heads"})

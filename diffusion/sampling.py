@@ -55,7 +55,7 @@ def ddpm_timesteps(timesteps: int, steps: int) -> Tensor:
 
 @torch.inference_mode()
 def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int) -> Tensor:
-    """Samples images by DDIM with eta = 0 (Song et al. 2021, eq. 12), clipping the predicted x_0 at every step.
+    """Samples images by DDIM with eta = 0 (Song et al. 2021, eq. 12). Each step clips the predicted x_0 to [-1, 1].
 
     Args:
         model: see the top of this module.
@@ -86,7 +86,7 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
 def ddpm_sample(
     model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int, noise: Callable[[int], Tensor]
 ) -> Tensor:
-    """Samples images by ancestral sampling (Ho et al. 2020, algorithm 2), clipping the predicted x_0 at every step.
+    """Samples images by ancestral sampling (Ho et al. 2020, algorithm 2). Each step clips the predicted x_0 to [-1, 1].
 
     Args:
         model: see the top of this module. If the model returns v, the variance is computed from v.

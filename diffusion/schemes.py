@@ -18,7 +18,7 @@ class Tables:
     """Density and loss weights of a training scheme, each float64 [T].
 
     Attributes:
-        probabilities: density that timesteps are drawn from; it sums to 1.
+        probabilities: density from which timesteps are drawn, with a sum of 1.
         mse_weight: factor of the mse term of the loss.
         vb_weight: factor of the vb term of the loss.
     """
@@ -28,7 +28,7 @@ class Tables:
     vb_weight: Tensor
 
     def to(self, device: torch.device) -> "Tables":
-        """Returns a copy on `device`; each table keeps its shape [T]."""
+        """Returns a copy with all tables [T] on `device`."""
         return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
 
 
@@ -70,10 +70,10 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
 def _table(
     functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
 ) -> Tensor:
-    """Returns the table [T] of a density or weight. `chosen` is the name and the parameters of its function.
+    """Returns the table [T] of a density or a weight. `chosen` contains the name and the parameters of a function.
 
     Raises:
-        InputError: if no function has the name, or if the table is not finite.
+        InputError: if no function has this name, or if the table is not finite.
     """
     name, parameters = chosen
     if name not in functions:
@@ -93,8 +93,8 @@ def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> T
     E_p[(q / p) w grad]. These weights are large where p_t is small. For example, the vb weight at t = 0 is 80 for the
     P2 density (gamma 0.5, k 1, linear betas, T = 1000) and a uniform target.
 
-    Without `correct_vb`, the expected gradient with respect to the predicted variance differs from the target. The
-    expected gradient with respect to epsilon is still equal, because vb has no gradient with respect to epsilon.
+    Without `correct_vb`, the expected gradients with respect to the predicted variance differ. The expected gradients
+    with respect to epsilon are still equal, because the vb term has no gradient with respect to epsilon.
 
     Args:
         probabilities: density p to draw from, [T], each greater than 0.

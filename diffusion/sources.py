@@ -39,7 +39,7 @@ def normalized(source: str) -> str:
 
 
 def _definition(tree: Any, name: str) -> ast.AST:
-    """Returns the syntax tree of one function, class or constant. The name of a method has the form "Class.method"."""
+    """Returns the part of a syntax tree that defines `name`: a class, function or constant, or "Class.method"."""
     first, _, rest = name.partition(".")
     node = next(node for node in tree.body if first in _names(node))
     return _definition(node, rest) if rest else node

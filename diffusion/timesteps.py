@@ -1,4 +1,4 @@
-"""Densities over timesteps, and functions that draw timesteps from them.
+"""Densities over timesteps, and functions that draw timesteps from a density.
 
 A density is a function of the noise schedule that returns one probability per timestep, [T], with a sum of 1.
 `DENSITIES` maps names to these functions. `LossHistory` is the only density that is learned during training.
@@ -59,7 +59,7 @@ def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
 
 
 def loss_second_moment(schedule: NoiseSchedule, history: int, uniform_share: float) -> Tensor:
-    """Returns the uniform density, with which `LossHistory` starts, [T] (Nichol & Dhariwal 2021)."""
+    """Returns the uniform density, [T], which `LossHistory` replaces during training (Nichol & Dhariwal 2021)."""
     return uniform(schedule)
 
 
@@ -101,17 +101,24 @@ class LossHistory:
         return torch.where((self.counts >= self.history).all(), learned, 1 / timesteps)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the losses [T + 1, history] and their counts [T]. Later calls of `add` change these tensors."""
+        """Returns the losses [T + 1, history] and the number of losses added at each timestep [T], without copies.
+
+        Later calls of `add` change these tensors. The last row of the losses is not used.
+        """
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replaces the losses [T + 1, history] and counts [T] by the tensors from `state_dict`, without copies."""
+        """Replaces the losses and their numbers by the tensors that `state_dict` returned, without copies.
+
+        Args:
+            state: losses [T + 1, history] and numbers of losses added [T], on the device of this history.
+        """
         self.losses, self.counts = state["losses"], state["counts"]
 
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Adds the losses of a batch without synchronization with the device.
 
-        If a timestep is already full, the new losses replace its oldest losses.
+        If a timestep already has `history` losses, the new losses replace the oldest ones.
 
         Args:
             t: timesteps, int64 [B].
@@ -135,9 +142,9 @@ def draw_timesteps(probabilities: Tensor, count: int, generator: torch.Generator
     min(1, p_t T). Otherwise, the run draws a timestep from the part of its density that exceeds the uniform density.
     The result has exactly the given density.
 
-    For equal images and noise, the coupling reduces the variance of the difference between the gradients of two runs:
-    this variance is 48% lower than with independent draws. With a shared u in the inverse CDF, this variance is only
-    16% lower than with independent draws (`benchmarks/gradient_variance.py`).
+    For equal images and noise, the coupling lowers the variance of the difference between the gradients of two runs by
+    48%, compared with independent draws. If both runs apply their inverse CDF to the same uniform numbers, this
+    variance is only 16% lower than with independent draws (`benchmarks/gradient_variance.py`).
 
     Args:
         probabilities: density [T] that sums to 1.
@@ -145,7 +152,7 @@ def draw_timesteps(probabilities: Tensor, count: int, generator: torch.Generator
         generator: random generator; its device is the device of the result.
 
     Returns:
-        Timesteps in 0..T-1, int64 [count].
+        timesteps in 0..T-1, int64 [count].
     """
     timesteps = len(probabilities)
     p = probabilities.to(generator.device, torch.float64)
@@ -169,7 +176,7 @@ def draw_stratified(probabilities: Tensor, count: int, generator: torch.Generato
         generator: random generator; its device is the device of the result.
 
     Returns:
-        Timesteps in 0..T-1, int64 [count].
+        timesteps in 0..T-1, int64 [count].
     """
     cumulative = probabilities.to(generator.device, torch.float64).cumsum(0)
     offset = torch.rand((), dtype=torch.float64, device=generator.device, generator=generator)

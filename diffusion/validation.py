@@ -32,17 +32,17 @@ def first_mistake(error: ValueError, root: type[BaseModel]) -> str:
 
     Args:
         error: a `ValidationError` of pydantic. The message of any other error is returned unchanged.
-        root: class of the section that was validated.
+        root: class of the settings that were validated.
     """
     return in_one_sentence(error.errors()[0], root) if isinstance(error, ValidationError) else str(error)
 
 
 def in_one_sentence(error: ErrorDetails, root: type[BaseModel]) -> str:
-    """Returns a sentence about one mistake in a section, in the form `key: what is wrong: what to do`.
+    """Returns one mistake in settings as a sentence of the form `key: what is wrong: what to do`.
 
     Args:
         error: one item of `ValidationError.errors()` of pydantic.
-        root: class of the section that was validated.
+        root: class of the settings that were validated.
     """
     keys, _ = _follow(error["loc"], root)
     location, kind, context, value = ".".join(keys), error["type"], error.get("ctx", {}), error["input"]
