@@ -1,7 +1,8 @@
-"""The plan of a study: what its verdict judges by, recorded in `results/<study>/plan.json` before the first result.
+"""Records the plan of a study in `results/<study>/plan.json`.
 
-An analysis that is chosen after results were seen can be chosen to give the wanted result. So the plan may change until
-the first checkpoint of the study is evaluated, and is frozen from then on.
+The plan contains the choices that decide the verdict. An analysis that is chosen after the results are known can be
+chosen to give the wanted result. Therefore, the plan can change only until the first checkpoint of the study is
+evaluated.
 """
 
 import hashlib
@@ -19,39 +20,43 @@ from diffusion.section import Section
 
 
 class StudyPlan(Section):
-    """What the verdict of a study judges by."""
+    """The choices that decide the verdict of a study: arms, features, metric, thresholds, margin and seeds."""
 
     baseline: str
     candidates: tuple[str, ...]
     candidate: str
-    """Of the primary comparison; the other candidates are secondary."""
+    """Candidate of the primary comparison. The comparisons of the other candidates are secondary."""
     features: str
     metric: str
-    """Of the primary comparison."""
+    """Metric of the primary comparison."""
     endpoint: Literal["average over training images"] = "average over training images"
     thresholds: tuple[float, ...] | None
-    """Values of the primary metric; None: derived from the runs by a fixed rule."""
+    """Values of the primary metric that runs must reach; None: a fixed rule chooses a value from the runs."""
     margin: float | None
-    """Margin of equivalence: in percent if the primary metric is compared by ratios, otherwise a change of it."""
+    """Margin of equivalence: in percent if the primary metric is compared by ratios, otherwise in units of the \
+metric."""
     seeds: tuple[int, ...] | None
-    """The planned seeds, which decide; None: all."""
+    """Planned seeds, whose runs decide the verdict; None: all seeds."""
     last_step: int | None
-    """Step of the last planned checkpoint; None: the last one that all runs have."""
+    """Step of the last planned checkpoint; None: the last step that all runs have."""
     runs: dict[str, str] = {}
-    """Hash of the settings of the runs of each compared arm."""
+    """Name of each compared arm -> hash of the settings of its runs."""
     measurement: str = ""
-    """Hash of how checkpoints are sampled and evaluated."""
+    """Hash of the settings with which checkpoints are sampled and evaluated."""
     after_results: bool = False
     """Whether the plan was recorded after the first checkpoint had been evaluated."""
 
     @property
     def scale(self) -> Literal["ratio", "difference"]:
-        """How the primary metric is compared."""
+        """Scale on which the primary metric is compared: ratios or differences of its values."""
         return "difference" if self.metric in DIFFERENCES else "ratio"
 
 
 def current_plan(experiment: Experiment) -> StudyPlan | None:
-    """Returns the plan that follows from a study, whatever was recorded; None if the study has no section `compare`."""
+    """Returns the plan in the present study file, even if another plan is recorded.
+
+    The result is None if the study has no section `compare`.
+    """
     compare = experiment.compare
     if compare is None:
         return None
@@ -74,7 +79,11 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
 
 
 def plan_in_force(experiment: Experiment) -> StudyPlan | None:
-    """Returns the plan that the verdict judges by: the recorded one if a checkpoint of the study was evaluated.
+    """Returns the plan that decides the verdict; None if the study has no section `compare`.
+
+    Until the first checkpoint of the study is evaluated, this is the plan in the study file. Afterwards, this is the
+    recorded plan. If results exist but no plan is recorded, the plan in the study file is returned with `after_results`
+    set.
 
     Raises:
         FileError: the recorded plan is damaged.
@@ -91,7 +100,10 @@ def plan_in_force(experiment: Experiment) -> StudyPlan | None:
 
 
 def record_plan(experiment: Experiment) -> None:
-    """Records the plan. While no checkpoint of the study is evaluated, this replaces what was recorded before."""
+    """Writes the plan that `plan_in_force` returns to `results/<study>/plan.json`.
+
+    Until the first checkpoint of the study is evaluated, each call replaces the plan that is recorded in this file.
+    """
     if plan := plan_in_force(experiment):
         path = layout.plan_path(experiment.name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +111,16 @@ def record_plan(experiment: Experiment) -> None:
 
 
 def write_plan(plan: StudyPlan, path: Path) -> None:
-    """Writes a plan as JSON."""
+    """Writes a plan to a JSON file."""
     with atomic_write(path) as file:
         file.write(plan.model_dump_json(indent=1).encode() + b"\n")
 
 
 def plan_changes(frozen: StudyPlan, current: StudyPlan) -> tuple[str, ...]:
-    """Returns a sentence for each difference between the recorded plan and the study file."""
+    """Returns a sentence for each difference between the recorded plan and the plan in the study file.
+
+    One more sentence is returned if the plan was recorded after results existed.
+    """
     changes = [
         f"{name} was {_text(planned)} and is {_text(now)} in the study file."
         for name, planned in frozen
@@ -116,7 +131,10 @@ def plan_changes(frozen: StudyPlan, current: StudyPlan) -> tuple[str, ...]:
 
 
 def _measurement(experiment: Experiment) -> str:
-    """Returns a hash of the settings of samples and metrics, but not of what is only kept or where weights are."""
+    """Returns a hash of the settings of sampling and metrics.
+
+    The keys `sample.keep` and `evaluate.weights` are left out, because they do not change any value.
+    """
     sample = experiment.sample.model_copy(update={"keep": False}).canonical()
     evaluate = experiment.evaluate.model_copy(update={"weights": {}}).canonical()
     return hashlib.sha256((sample + evaluate).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Diffusion models: noise schedules, densities and weights over timesteps, losses, nets, training, sampling, metrics.
+"""Diffusion models: noise schedules, timestep densities, loss weights, losses, nets, training, sampling, metrics.
 
 The names in `__all__` are imported at first use, so that `import diffusion` does not import torch.
 """

@@ -1,4 +1,4 @@
-"""The untrained net and the noise schedule that a configuration describes."""
+"""Builds the untrained net, the noise schedule and the tables over timesteps from the settings of a run."""
 
 from collections.abc import Mapping
 
@@ -9,28 +9,31 @@ from diffusion.schemes import Tables, scheme_tables
 
 
 def build_net(image_size: int, model: Model) -> UNet:
-    """Returns the net of a model section, with random weights, for images of `image_size` x `image_size` pixels."""
+    """Returns the net that `model` describes, with random weights, for images of `image_size` x `image_size` pixels."""
     return UNet(image_size=image_size, **model.model_dump())
 
 
 def noise_schedule(diffusion: Diffusion) -> NoiseSchedule:
-    """Returns the noise schedule of a diffusion section."""
+    """Returns the noise schedule that `diffusion` describes."""
     return NoiseSchedule(SCHEDULES[diffusion.schedule](diffusion.timesteps))
 
 
 def build(config: Initial) -> tuple[UNet, NoiseSchedule]:
-    """Returns the untrained net and the noise schedule of a run."""
+    """Returns the untrained net and the noise schedule that `config` describes."""
     return build_net(config.dataset.image_size, config.model), noise_schedule(config.diffusion)
 
 
 def constant_tables(runs: Mapping[str, RunConfig]) -> dict[str, Tables]:
-    """Returns the tables of each arm of which training does not learn the density.
+    """Returns the density and the loss weights of each arm whose density does not change during training.
 
     Args:
-        runs: arm -> the settings of its runs.
+        runs: maps the name of each arm (one way to train) to the settings of a training run.
+
+    Returns:
+        a dict that maps names of arms to tables.
 
     Raises:
-        InputError: The tables of an arm are not finite (`diffusion.schemes.scheme_tables`).
+        InputError: if the tables of an arm cannot be computed (see `diffusion.schemes.scheme_tables`).
     """
     return {
         arm: scheme_tables(noise_schedule(run.diffusion), run.scheme, run.match)

@@ -1,4 +1,4 @@
-"""Checkpoints of this project: nets on disk, and images sampled from them."""
+"""Writes and reads checkpoints (the weights of a run at one training step), and samples images from checkpoints."""
 
 import json
 from collections.abc import Mapping
@@ -28,17 +28,17 @@ PREVIEW_GAP = 1  # pixels between the images of a preview
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: int, step: int, diverged: bool) -> None:
-    """Writes weights and the configuration that rebuilds the net to a safetensors file.
+    """Writes a safetensors file with the weights of a net and the settings from which the net can be rebuilt.
 
-    Equal arguments give equal bytes.
+    Equal arguments give files with equal bytes.
 
     Args:
-        path: The file.
-        weights: Maps parameter names to tensors [...].
-        config: Configuration of the run.
-        seed: Seed of the run.
-        step: Optimizer steps so far.
-        diverged: Whether the run diverged.
+        path: file to write.
+        weights: maps parameter names to tensors [...].
+        config: settings of the run.
+        seed: seed of the run.
+        step: optimizer step of the checkpoint.
+        diverged: whether the run diverged, that is, the loss or a weight became infinite or NaN.
     """
     about = {"config": config.canonical(), "seed": seed, "step": step, "diverged": diverged}
     # safetensors writes several metadata keys in arbitrary order, so all of it is in one key.
@@ -49,36 +49,36 @@ def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A net with its weights, ready to sample."""
+    """A net with its weights and everything else that sampling requires."""
 
     model: UNet
-    """The net in evaluation mode, float32."""
+    """Net in evaluation mode, with float32 weights."""
     schedule: NoiseSchedule
-    """Its noise schedule."""
+    """Noise schedule with which the net was trained."""
     image_size: int
-    """Height and width of its images in pixels."""
+    """Height and width in pixels of the images that the net generates."""
     seed: int = 0
-    """Seed of its run, from which its latents are drawn."""
+    """Seed of the run. The latents (the initial noise x_T) depend on this seed and on `Sample.seed`."""
     diverged: bool = False
-    """Whether the run diverged. Such a net cannot be sampled."""
+    """Whether the run diverged. `sample_checkpoint` returns no images for a run that diverged."""
     config: Initial | None = None
-    """Settings of its run; None if it is not a checkpoint of a run."""
+    """Settings of the run; None for a net that `diffusion.published.load_published` read."""
 
 
 def load_checkpoint(path: Path, device: torch.device | str, digest: str | None = None) -> Checkpoint:
-    """Rebuilds the net of a weights file.
+    """Reads a file that `save_weights` wrote, and rebuilds the net.
 
     Args:
-        path: A file that `save_weights` wrote.
-        device: Device of the net.
-        digest: The file's SHA-256 digest when it was written, if known. The file is compared with it.
+        path: file to read.
+        device: device of the net.
+        digest: SHA-256 digest that the file must have. None: the digest of the file is not checked.
 
     Returns:
-        The net with its noise schedule.
+        the net with its weights and its noise schedule.
 
     Raises:
-        FileError: If the file is damaged, has changed, or was not written by `save_weights`, or the weights are not
-            finite although the run did not diverge.
+        FileError: if the file is damaged, was not written by `save_weights`, or does not have the given digest; if a
+            weight is not finite although the run did not diverge.
     """
     if digest is not None and path.exists():
         check_unchanged(path, digest)
@@ -100,13 +100,13 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Checks that weights are finite floating-point numbers; others would give wrong images.
+    """Checks that all weights are dense tensors of finite floating-point numbers.
 
     Args:
-        weights: A state dict; maps names to tensors [...].
+        weights: state dict; maps names to tensors [...].
 
     Raises:
-        InputError: If they are not.
+        InputError: if a tensor is not dense, does not have a floating-point dtype, or contains NaN or infinity.
     """
     for key, value in weights.items():
         if value.is_meta or value.layout != torch.strided or not value.is_floating_point():
@@ -116,12 +116,14 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 
 def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
-    """Moves a net from the meta device to `device`, loads its weights as float32, and sets evaluation mode.
+    """Moves a net from the meta device to `device`, loads the weights as float32, and sets evaluation mode.
+
+    The returned net requires no gradients.
 
     Args:
-        model: The net, built under `torch.device("meta")`.
-        weights: Its state dict; maps names to tensors [...].
-        device: Device of the result.
+        model: net that was built under `torch.device("meta")`.
+        weights: state dict of the net; maps names to tensors [...].
+        device: device of the returned net.
     """
     model = model.to_empty(device=device).to(memory_format=torch.channels_last)
     model.load_state_dict(weights)
@@ -131,16 +133,16 @@ def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.devic
 def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.device | str) -> np.ndarray:
     """Samples images from a checkpoint.
 
-    Sample i depends on the weights and on (settings.seed, checkpoint.seed, i) alone, not on the other samples.
+    For given weights and settings, the noise of image i depends only on `settings.seed`, `checkpoint.seed` and i.
 
     Args:
-        checkpoint: The net, on `device`.
-        settings: Number of images, sampler, steps, seed, precision and batch size.
-        device: Device of the net.
+        checkpoint: net on `device`, with its noise schedule and the seed of its run.
+        settings: number of images, sampler, steps, seed, precision and batch size.
+        device: device of the net.
 
     Returns:
-        Images, uint8 [N, H, W, 3] in 0..255. N is `settings.images`, or 0 if the run diverged or a value of a sample is
-        not finite.
+        images, uint8 [N, H, W, 3] in 0..255. N is `settings.images`. If the run diverged or a sample contains a value
+        that is not finite, N is 0.
     """
     count = 0 if checkpoint.diverged else settings.images
     image = (3, checkpoint.image_size, checkpoint.image_size)
@@ -163,7 +165,10 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
 
 
 def _reporting(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
-    """Returns the model in the precision of `settings`. Its calls report progress, since a batch may take minutes."""
+    """Returns a function that calls the model in the precision of `settings` and reports the progress of sampling.
+
+    The function reports progress at each call of the model, because one batch may take minutes.
+    """
     progress = Progress("samples", count)
     done = 0.0
 
@@ -179,14 +184,15 @@ def _reporting(model: UNet, count: int, settings: Sample, device: torch.device |
 
 
 def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int = 4, scale: int = 1) -> None:
-    """Saves the first columns * rows images as a grid with white lines between them, in a PNG file.
+    """Writes a PNG file with the first `rows` * `columns` images in a grid. White lines separate the images.
 
     Args:
         images: uint8 [N, H, W, 3] in 0..255. Cells without an image are white.
-        destination: The PNG file, of rows * (H + 1) + 1 by columns * (W + 1) + 1 pixels, times `scale`.
-        columns: Images per row.
-        rows: Number of rows.
-        scale: Factor by which each pixel is enlarged, in both directions.
+        destination: PNG file to write. At a scale of 1, the height is rows * (H + 1) + 1 pixels, and the width is
+            columns * (W + 1) + 1 pixels.
+        columns: number of images per row.
+        rows: number of rows.
+        scale: factor by which the height and width of the grid are enlarged.
     """
     height, width = images.shape[1] + PREVIEW_GAP, images.shape[2] + PREVIEW_GAP
     canvas = np.full((rows * height + PREVIEW_GAP, columns * width + PREVIEW_GAP, 3), 255, np.uint8)

@@ -1,6 +1,6 @@
-"""The settings of one training run, validated without importing torch.
+"""The settings of a training run and of sampling, validated without importing torch.
 
-A `RunConfig` contains exactly the settings that determine a training run.
+A `RunConfig`, a seed and a number of steps together determine a training run.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 
 
 class NoParameters(Section):
-    """A function without parameters."""
+    """Parameters of a function that has no parameters."""
 
 
 class P2(Section):
@@ -51,20 +51,23 @@ class P2(Section):
     gamma: float = Field(0.5, ge=0, le=100)
     """Exponent; 0 gives a uniform weight."""
     k: PositiveFloat = 1.0
-    """Offset that keeps the weight finite at small SNR; 1 in the paper."""
+    """Offset that is added to the SNR, so that the weight is finite at small SNR; 1 in the paper."""
 
 
 class LossSecondMoment(Section):
-    """Parameters of the density proportional to sqrt(E[L_t^2]), estimated from the losses during training."""
+    """Parameters of the density proportional to sqrt(E[L_t^2]), where L_t is the loss at timestep t.
+
+    The expectation is estimated from recent losses during training (Nichol & Dhariwal 2021).
+    """
 
     history: int = Field(10, gt=0, le=1000)
-    """Number of recent losses kept for each timestep. Draws are uniform until every timestep has that many."""
+    """Number of recent losses kept for each timestep. Draws are uniform until all timesteps have this number."""
     uniform_share: float = Field(0.001, ge=0, le=1)
-    """Weight of the uniform density in the mixture, so that every timestep continues to be drawn."""
+    """Share of the uniform density in the mixture with the estimated density, so that every timestep can be drawn."""
 
 
 class LogNormalSigma(Section):
-    """Parameters of the density under which ln(sigma) is normal, with sigma = SNR^(-1/2)."""
+    """Parameters of the density under which ln(sigma) has a normal distribution, where sigma = SNR^(-1/2)."""
 
     mean: float = Field(-1.2, ge=-100, le=100)
     """Mean of ln(sigma)."""
@@ -73,10 +76,10 @@ class LogNormalSigma(Section):
 
 
 class LogitNormal(Section):
-    """Parameters of the density under which logit(t / T) is normal."""
+    """Parameters of the density under which logit(t / T) has a normal distribution."""
 
     mean: float = Field(0.0, ge=-100, le=100)
-    """Mean of logit(t / T); positive values favour noisy timesteps."""
+    """Mean of logit(t / T). If the mean is positive, timesteps with more noise are more likely."""
     std: PositiveFloat = 1.0
     """Standard deviation of logit(t / T)."""
 
@@ -85,7 +88,7 @@ class SpeedDensity(Section):
     """Parameters of SpeeD's density: timesteps t < tau are k times as likely as the others."""
 
     k: PositiveFloat = 5.0
-    """Ratio of the probability of a timestep below tau to that of a timestep from tau on."""
+    """Probability of a timestep t < tau, divided by the probability of a timestep t >= tau."""
     tau: PositiveInt = 700
     """Timestep at which the probability changes; at most the number of timesteps T."""
 
@@ -94,33 +97,33 @@ class MinSNR(Section):
     """Parameters of the weight min(SNR, gamma) / SNR."""
 
     gamma: PositiveFloat = 5.0
-    """Largest SNR with weight 1; the weight falls as gamma / SNR above it."""
+    """Largest SNR at which the weight is 1. At a larger SNR, the weight is gamma / SNR."""
 
 
 class SpeedWeight(Section):
-    """Parameters of SpeeD's weight, which grows with the change of the noise level per timestep."""
+    """Parameters of SpeeD's weight. For t < tau, the weight is larger where the noise level changes faster with t."""
 
     lam: float = Field(0.6, ge=0.5, lt=1)
-    """The weight is between 1 - lam and lam for t < tau."""
+    """Upper bound of the weight for t < tau. The lower bound is 1 - lam."""
     tau: PositiveInt = 700
-    """Timestep from which on the weight is 1; at most the number of timesteps T."""
+    """First timestep at which the weight is 1; at most the number of timesteps T."""
 
 
 class Density(Choice):
-    """Density over timesteps: set one key. `diffusion.timesteps` has functions of these names."""
+    """Density p_t over timesteps for training. Set exactly one key: the name of a function in `diffusion.timesteps`."""
 
     uniform: NoParameters | None = None
     """p_t = 1 / T (Ho et al. 2020)."""
     p2: P2 | None = None
-    """p_t proportional to the P2 weight (Choi et al. 2022)."""
+    """p_t is proportional to the P2 weight (Choi et al. 2022)."""
     loss_second_moment: LossSecondMoment | None = None
-    """p_t proportional to sqrt(E[L_t^2]), estimated during training (Nichol & Dhariwal 2021)."""
+    """p_t is proportional to sqrt(E[L_t^2]), estimated from the losses during training (Nichol & Dhariwal 2021)."""
     log_normal_sigma: LogNormalSigma | None = None
-    """ln(sigma) is normal (Karras et al. 2022)."""
+    """ln(sigma) has a normal distribution (Karras et al. 2022)."""
     logit_normal: LogitNormal | None = None
-    """logit(t / T) is normal (Esser et al. 2024)."""
+    """logit(t / T) has a normal distribution (Esser et al. 2024)."""
     speed: SpeedDensity | None = None
-    """Timesteps below tau are more likely (SpeeD, Wang et al. 2024)."""
+    """Timesteps t < tau are k times as likely as the others (SpeeD, Wang et al. 2024)."""
 
     @property
     def learned(self) -> bool:
@@ -129,36 +132,36 @@ class Density(Choice):
 
 
 class Weight(Choice):
-    """How a loss term is weighted at each timestep: set one key. `diffusion.losses` has functions of these names."""
+    """Weight of a loss term at each timestep. Set exactly one key: the name of a function in `diffusion.losses`."""
 
     unweighted: NoParameters | None = None
     """1 at every timestep (Ho et al. 2020)."""
     p2: P2 | None = None
-    """The P2 weight (Choi et al. 2022)."""
+    """P2 weight 1 / (k + SNR)^gamma (Choi et al. 2022)."""
     min_snr: MinSNR | None = None
     """min(SNR, gamma) / SNR (Hang et al. 2023)."""
     debiased: NoParameters | None = None
     """1 / sqrt(SNR) (Yu et al. 2023)."""
     speed: SpeedWeight | None = None
-    """Grows with the change of the noise level per timestep (SpeeD, Wang et al. 2024)."""
+    """For t < tau, larger where the noise level changes faster with t; 1 for t >= tau (SpeeD, Wang et al. 2024)."""
 
 
 class Images(Section):
-    """Keys of every dataset."""
+    """Keys that every dataset has."""
 
     source: str
     """Kind of dataset."""
     image_size: ImageSize
     """Height and width of the images in pixels."""
     held_out: NonNegativeInt = 0
-    """Number of images that are excluded from training, for probes and for evaluation."""
+    """Number of images that are excluded from training, so that probes and evaluation can use unseen images."""
 
 
 class PaddedImages(Images):
-    """Keys of datasets whose images may have a border added."""
+    """Keys of datasets that can add a border to the images."""
 
     pad: int = Field(0, ge=0, le=4096)
-    """Black pixels added on each side before the image is resized."""
+    """Width in pixels of the black border that is added on each side before the image is resized."""
 
 
 class OpenMoji(Images):
@@ -178,7 +181,7 @@ class Folder(PaddedImages):
 
 
 class Torchvision(PaddedImages):
-    """A dataset of torchvision, read from `data/` or downloaded into it."""
+    """A dataset of torchvision, read from the folder `data/`. A missing dataset is downloaded into this folder."""
 
     source: Literal["torchvision"]
     """Kind of dataset."""
@@ -189,7 +192,7 @@ class Torchvision(PaddedImages):
 
 
 class HuggingFace(PaddedImages):
-    """An image dataset of the Hugging Face hub; needs the package `datasets`."""
+    """An image dataset of the Hugging Face hub. Requires the package `datasets`."""
 
     source: Literal["huggingface"]
     """Kind of dataset."""
@@ -210,23 +213,25 @@ class Model(Section):
     """The ADM U-Net (Dhariwal & Nichol 2021). The keys are the keyword arguments of `diffusion.nets.unet.UNet`."""
 
     channels: PositiveInt = 128
-    """Number of channels at full resolution, before `channel_mult`."""
+    """Number of channels that `channel_mult` multiplies."""
     channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1, max_length=10)
-    """Channels of each level as a multiple of `channels`. Each level after the first halves height and width."""
+    """Number of channels of each level, as a multiple of `channels`. Each level after the first has half the height \
+and width of the previous level."""
     res_blocks: int = Field(2, gt=0, le=100)
-    """Residual blocks per level of the encoder; the decoder has one more."""
+    """Number of residual blocks per level of the encoder. The decoder has one more block per level."""
     attention_resolutions: tuple[PositiveInt, ...] = (16,)
-    """Heights in pixels of the levels with self-attention. The middle block always has it."""
+    """Heights in pixels of the levels with self-attention. The middle block always has self-attention."""
     head_channels: PositiveInt | None = 64
-    """Channels per attention head."""
+    """Number of channels per attention head."""
     heads: PositiveInt | None = None
-    """Attention heads at every level; replaces `head_channels`."""
+    """Number of attention heads at every level; replaces `head_channels`."""
     scale_shift_norm: bool = True
-    """Whether the timestep embedding scales and shifts activations after a norm; false: it is added before the norm."""
+    """Whether the timestep embedding scales and shifts activations after a group norm. If false, the embedding is \
+added to the activations before the norm."""
     resblock_updown: bool = True
-    """Whether residual blocks change the resolution; false: convolutions do."""
+    """Whether residual blocks change the resolution. If false, convolutions change the resolution."""
     learn_sigma: bool = True
-    """Whether the net predicts the variance; false: the loss has no vb term."""
+    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability in residual blocks."""
 
@@ -262,26 +267,27 @@ class Diffusion(Section):
     timesteps: int = Field(1000, ge=2, le=100_000)
     """Number of timesteps T."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Schedule of the betas: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
+    """Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
 
 
 class Train(Section):
     """Optimisation. One step processes one batch of `batch_size` images, in parts of `micro_batch` images."""
 
     batch_size: BatchSize = 256
-    """Images per step."""
+    """Number of images per optimizer step."""
     micro_batch: BatchSize | None = None
-    """Images per forward and backward pass, a divisor of `batch_size`; unset: the whole batch."""
+    """Number of images per forward and backward pass, a divisor of `batch_size`; unset: the whole batch."""
     learning_rate: PositiveFloat = 1e-4
     """Learning rate of AdamW."""
     learning_rate_warmup: NonNegativeInt = 0
-    """Steps over which the learning rate increases linearly to its value."""
+    """Number of steps at the start over which the learning rate increases linearly to `learning_rate`."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay per step of the moving average of the weights, from which images are sampled."""
+    """Decay per step of the exponential moving average of the weights. Images are sampled with the averaged weights."""
     ema_warmup: bool = True
-    """Whether the decay is at most (1 + step) / (10 + step), so that the average drops the untrained weights early."""
+    """Whether the decay is limited to (1 + step) / (10 + step). With this limit, the moving average contains less of \
+the untrained weights."""
     random_flip: bool = False
     """Whether each image is mirrored horizontally with probability 1/2."""
     precision: Precision = "auto"
@@ -289,7 +295,7 @@ class Train(Section):
     threads: int = Field(1, gt=0, le=1024)
     """CPU threads per process."""
     log_every: PositiveInt = 50
-    """Steps between two rows of the training log."""
+    """Number of steps between two rows of the training log."""
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> "Train":
@@ -301,25 +307,27 @@ class Train(Section):
 
 
 class Scheme(Section):
-    """How timesteps are drawn, and how the two terms of the loss are weighted."""
+    """Training scheme: how timesteps are drawn, and how the two terms of the loss are weighted."""
 
     timesteps: Density = Density(uniform=NoParameters())
     """Density from which timesteps are drawn."""
     stratified: bool = False
-    """Whether the timesteps of a batch are spread evenly over the density by one shared random offset."""
+    """Whether the timesteps of a batch are drawn at evenly spaced quantiles of the density, with one random offset \
+per batch. If false, timesteps are drawn independently."""
     mse_weight: Weight = Weight(unweighted=NoParameters())
-    """Weight of the mse term, which trains the mean."""
+    """Weight of the mse term (mean squared error of the predicted noise), which trains the predicted mean."""
     vb_weight: Weight = Weight(unweighted=NoParameters())
-    """Weight of the vb term, which trains the variance."""
+    """Weight of the vb term (variational bound), which trains the predicted variance."""
     importance_corrected: bool | None = None
-    """Whether weights are divided by T p_t, so that the expected gradient is that of uniform draws; \
-unset: only for `loss_second_moment`, as in its paper."""
+    """Whether the loss weights are divided by T p_t, so that the expected gradient is the same as with uniform draws. \
+Unset: true for the density `loss_second_moment`, as in its paper, and false for all others."""
     correct_vb: bool = True
-    """Whether `importance_corrected` or `match` also changes the weight of the vb term."""
+    """Whether `importance_corrected` and `match` apply to both loss terms. If false, these keys apply to the mse term \
+only."""
 
     @property
     def corrected(self) -> bool:
-        """Whether the weights are divided by T p_t."""
+        """Whether the loss weights are divided by T p_t. Equals `importance_corrected`, or its default if unset."""
         return self.timesteps.learned if self.importance_corrected is None else self.importance_corrected
 
 
@@ -327,25 +335,25 @@ class Sample(Section):
     """How images are sampled from a checkpoint."""
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
-    """DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
+    """Sampler: DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
     steps: PositiveInt = 25
-    """Net evaluations per image."""
+    """Number of net evaluations per image."""
     images: int = Field(10_000, ge=2, le=MAX_INTEGER)
-    """Number of sampled images per checkpoint, the N of its FD."""
+    """Number of images that are sampled from each checkpoint. Metrics, such as FD, are computed from these images."""
     batch_size: BatchSize | None = None
-    """Images sampled at once; unset: as many as the memory of the device allows."""
+    """Number of images that are sampled at once; unset: 64 on a CPU, and on a GPU as many as fit in the free memory."""
     precision: Precision = "auto"
     """Precision of the net; auto: bf16 on a GPU, fp32 on a CPU."""
     seed: Seed = 0
-    """Seed of the latents, together with the seed of the run: all arms and checkpoints of one seed share their \
-latents, and each seed has its own."""
+    """Seed of the latents (the initial noise x_T). The latents depend on this seed and on the seed of the run. Runs \
+with the same seed have the same latents in all arms and at all checkpoints. Runs with different seeds do not."""
     keep: bool = False
-    """Whether the sampled images are kept on disk after evaluation. They are not reused: a change of the metrics \
-samples them again."""
+    """Whether the sampled images are kept on disk after evaluation. If the metrics change, images are sampled again, \
+even if the old images were kept."""
 
 
 class Initial(Section):
-    """The settings that, together with the seed, determine the untrained weights."""
+    """The settings that, together with the seed, determine the untrained weights of a run."""
 
     dataset: Dataset
     model: Model
@@ -362,16 +370,16 @@ class RunConfig(Initial):
 
     @property
     def initial(self) -> Initial:
-        """The settings of the untrained weights from which the run starts."""
+        """Settings that determine the untrained weights of the run."""
         return Initial(**{name: getattr(self, name) for name in Initial.model_fields})
 
 
 def check_image_size(image_size: int, model: Model) -> None:
-    """Checks that a network fits images of `image_size` x `image_size` pixels.
+    """Checks that the net that `model` describes can process images of `image_size` x `image_size` pixels.
 
     Raises:
-        InputError: a level cannot be halved, there is no level with an attention resolution, or the heads do not
-            divide the channels of an attention layer.
+        InputError: if a level cannot be halved, if an attention resolution is not the height of a level, or if `heads`
+            or `head_channels` does not divide the channels of an attention block.
     """
     halvings = len(model.channel_mult) - 1
     if image_size % 2**halvings:
@@ -395,10 +403,10 @@ def check_image_size(image_size: int, model: Model) -> None:
 
 
 def check_sampling_steps(sample: Sample, timesteps: int) -> None:
-    """Checks that the sampler has a variant with `sample.steps` steps for T = `timesteps`.
+    """Checks that the sampler in `sample` can take `sample.steps` steps if T is `timesteps`.
 
     Raises:
-        InputError: it has none.
+        InputError: if the sampler cannot use this number of steps.
     """
     # DDIM takes every n-th timestep, so only some numbers of steps exist.
     possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}

@@ -1,4 +1,4 @@
-"""Device-dependent settings: precision, batch sizes for sampling, and CUDA graphs."""
+"""Settings that depend on the device: precision, batch size of sampling, and CUDA graphs."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ MEMORY_SHARE, MAX_BYTES = 0.5, 16e9
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """Returns the autocast context in which a net is called.
+    """Returns the autocast context for calls of a net in the given precision.
 
     Args:
         device: device of the net.
@@ -26,13 +26,15 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 
 class CudaGraphed:
-    """A function of CUDA tensors that is captured as a CUDA graph at its first call and replayed afterwards.
+    """A function of CUDA tensors that runs as a CUDA graph.
 
-    The function must be shape-static, and the tensors it reads must keep their addresses. One graph is captured for
-    each batch size of the arguments. The next call overwrites the results.
+    The first call with a batch size captures a graph, and later calls with the same batch size replay this graph. Each
+    of these calls overwrites the tensors that the previous call returned.
 
     Args:
-        function: function of tensors [B, ...] that returns a list of tensors.
+        function: function of tensors [B, ...] that returns a list of tensors. For a given B, all shapes inside the
+            function must be constant. Other tensors that the function reads, such as weights, must stay at the same
+            memory addresses.
     """
 
     def __init__(self, function: Callable[..., list[Tensor]]):
@@ -40,7 +42,7 @@ class CudaGraphed:
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
-        """Returns the results for arguments [B, ...]; dimensions other than B must be equal in all calls."""
+        """Returns the results of the function for arguments [B, ...]. Only B may differ between calls."""
         batch_size = len(arguments[0])
         if batch_size not in self.captured:
             self.captured[batch_size] = self._capture(arguments)
@@ -67,16 +69,19 @@ class CudaGraphed:
 
 @torch.inference_mode()
 def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str, precision: str) -> int:
-    """Returns the batch size for evaluating a net without gradients: 64 on a CPU, 1 to 1024 on a GPU.
+    """Returns a batch size for evaluating a net without gradients: 64 on a CPU, 1 to 1024 on a GPU.
 
-    On a GPU, the memory that a batch of 8 images needs is measured (torch raises its OutOfMemoryError if even this
-    batch does not fit). The batch size is then the number of images that fit half of the free memory, at most 16 GB.
+    On a GPU, the function measures how much memory a batch of 8 images needs. The batch size is the number of images
+    that fit in half of the free memory, or in 16 GB if that is less.
 
     Args:
         model: net that is called with images [B, C, H, W] and timesteps [B].
         shape: shape of one image, (C, H, W).
         device: device of the net.
         precision: see `autocast`.
+
+    Raises:
+        torch.OutOfMemoryError: if a batch of 8 images does not fit in the memory of the GPU.
     """
     if torch.device(device).type != "cuda":
         return MAX_IMAGES_ON_CPU

@@ -1,18 +1,18 @@
-"""Exceptions of the library: an unusable value, an unusable file, and a requested stop."""
+"""Exceptions of the library: for unusable values, for unusable files, and for requests to stop training."""
 
 from pathlib import Path
 
 
 class InputError(ValueError):
-    """A value or file that the library cannot use. The message states what is wrong, where, and what to do."""
+    """The library cannot use a value or a file. The message states what is wrong, where, and what to do."""
 
 
 class FileError(InputError):
-    """A file that is missing, damaged, or belongs to something else.
+    """A file is missing, damaged, or does not have the expected content. The message is "<path>: <problem>".
 
     Args:
-        path: The file or directory. It is also the attribute `path` of the exception.
-        problem: What is wrong, such as "is damaged (unexpected end of file)". The message is "<path>: <problem>".
+        path: file or directory. The exception has this path as its attribute `path`.
+        problem: what is wrong, such as "is damaged (unexpected end of file)".
     """
 
     def __init__(self, path: Path | str, problem: str):
@@ -21,4 +21,4 @@ class FileError(InputError):
 
 
 class Stopped(Exception):
-    """Training was asked to stop. Its state is saved, and training can resume from it."""
+    """Training stopped because a stop was requested. The training state is saved, and training can resume from it."""

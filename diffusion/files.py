@@ -1,4 +1,4 @@
-"""Atomic writes, locks, and checked reads of files."""
+"""Writes files atomically, reads files with checks, and locks directories."""
 
 import errno
 import fcntl
@@ -24,15 +24,16 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file that replaces `path` if the block succeeds, and is removed otherwise.
+    """Opens a temporary binary file for a `with` block. The temporary file replaces `path` if the block succeeds.
 
-    The content is on the disk before the file has its name, so a power failure leaves the old file or the new one.
+    If the block fails, the temporary file is removed, and `path` stays as it is. The content is on the disk before
+    the temporary file is renamed. Therefore, `path` has either the old or the new content after a power failure.
 
-    Temporary files that a killed process left for the same path are removed first. If such a process is still
-    running, its write fails.
+    First, the function removes temporary files that earlier processes left for the same path. If another process is
+    still writing `path`, the write of that process fails.
 
     Raises:
-        OSError: If the file cannot be written. The error names `path`.
+        OSError: if the file cannot be written. The attribute `filename` of the error is `path`.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         leftover.unlink(missing_ok=True)
@@ -55,7 +56,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync(path: Path) -> None:
-    """Writes the cached content of a file or directory to the disk."""
+    """Writes the content of a file or directory from the cache of the operating system to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,17 +65,24 @@ def _sync(path: Path) -> None:
 
 
 def write_npy_header(file: IO[bytes], shape: tuple[int, ...], dtype: str = "|u1") -> None:
-    """Writes the header of a .npy file of an array in C order, uint8 by default. The caller writes the data."""
+    """Writes the header of a .npy file for an array in C order. The caller then writes the data.
+
+    Args:
+        file: file that is open for writing.
+        shape: shape of the array.
+        dtype: type of the numbers in NumPy's notation; "|u1" is uint8.
+    """
     import numpy as np  # slow to import: dry runs import this module
 
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
 
 
 def save_npy(path: Path, array: "np.ndarray") -> None:
-    """Writes an array of numbers [...] to a .npy file. Unlike `numpy.save`, it raises an error if the disk is full.
+    """Writes an array of numbers [...] to a .npy file.
 
     Raises:
-        OSError: If the file cannot be written.
+        OSError: if the file cannot be written. Unlike `numpy.save`, this function also raises the error if the disk is
+            full.
     """
     with atomic_write(path) as file:
         write_npy_header(file, array.shape, array.dtype.str)
@@ -82,10 +90,10 @@ def save_npy(path: Path, array: "np.ndarray") -> None:
 
 
 def check_free_space(path: Path, size: int) -> None:
-    """Checks that a file of `size` bytes fits the disk of `path`, before a long computation of its content.
+    """Checks that the disk of `path` has free space for a file of `size` bytes.
 
     Raises:
-        OSError: If it does not.
+        OSError: if the free space is less than `size` bytes.
     """
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -98,20 +106,24 @@ def sha256(path: Path) -> str:
 
 
 def check_unchanged(path: Path, digest: str) -> None:
-    """Compares a file with the `sha256` digest that was recorded for it.
+    """Checks that a file has not changed since it was written.
+
+    Args:
+        path: file to check.
+        digest: SHA-256 digest that `sha256` returned when the file was written.
 
     Raises:
-        FileError: If the digests differ.
+        FileError: if the SHA-256 digest of the file differs from `digest`.
     """
     if sha256(path) != digest:
         raise FileError(path, "has changed since it was written (its sha256 differs from the recorded one)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+    """Returns the content of a JSON file, which must be a JSON object, as a dict.
 
     Raises:
-        FileError: If the file is missing or unreadable, or does not hold a JSON object.
+        FileError: if the file is missing, cannot be read, or does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -126,12 +138,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def exclusive_lock(directory: Path) -> Iterator[None]:
-    """Holds the lock of a run, so that only one process trains it. A killed Snakemake can leave a trainer running.
+    """Locks the directory of a run during a `with` block, so that only one process trains this run.
 
-    The file `.lock` in the directory contains the process and its host. It remains, and is free once that process ends.
+    A second process is possible, because training may continue after Snakemake was killed.
+
+    The file `.lock` in the directory contains the process id and the host name of the process that holds the lock. The
+    lock ends with the block or with the process, but the file remains. On a file system without locks, the function
+    logs a warning and does not lock.
 
     Raises:
-        InputError: If another process holds the lock, or the file system cannot lock files.
+        InputError: if another process holds the lock, or if locking fails for another reason.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock"

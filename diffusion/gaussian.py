@@ -18,9 +18,10 @@ from torch import Tensor
 
 
 def linear_betas(timesteps: int) -> Tensor:
-    """Returns betas that grow linearly from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), float64 [T].
+    """Returns betas that increase linearly from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), float64 [T].
 
-    For T other than 1000, both ends are scaled by 1000 / T, so that the total noise stays the same.
+    For T other than 1000, both ends are multiplied by 1000 / T, so that the total noise stays the same. No beta exceeds
+    0.999.
     """
     scale = 1000 / timesteps
     # For small T the scaled end exceeds 1, which is not a valid variance.
@@ -28,7 +29,7 @@ def linear_betas(timesteps: int) -> Tensor:
 
 
 def cosine_betas(timesteps: int) -> Tensor:
-    """Returns betas for which alphas_cumprod follows cos^2, clipped at 0.999, float64 [T].
+    """Returns the betas of the cosine schedule, float64 [T]: alphas_cumprod follows cos^2, and no beta exceeds 0.999.
 
     Source: Nichol & Dhariwal 2021, eq. 17.
     """
@@ -41,19 +42,20 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine
 
 
 class NoiseSchedule:
-    """Tables of a diffusion process that follow from its betas.
+    """Noise schedule of a diffusion process: tables over timesteps that are computed from the betas.
 
     Args:
         betas: variances of q(x_t | x_{t-1}), [T], each in (0, 1).
 
     Attributes:
-        timesteps: T.
-        betas: as given, float64 [T], like all tables below.
-        alphas_cumprod: product of 1 - beta up to t: the factor of x_0's variance in x_t.
+        timesteps: number of timesteps T.
+        betas: the betas as float64 [T]. All attributes below are also float64 [T].
+        alphas_cumprod: product of 1 - beta over the timesteps 0..t. In x_t, x_0 has the factor sqrt(alphas_cumprod).
         alphas_cumprod_prev: alphas_cumprod at t - 1; 1 at t = 0.
-        snr: alphas_cumprod / (1 - alphas_cumprod).
+        snr: signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod).
         posterior_variance: variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
-        posterior_log_variance_clipped: its logarithm; the value at t = 0 is that at t = 1.
+        posterior_log_variance_clipped: logarithm of posterior_variance. At t = 0, where posterior_variance is 0, the
+            value at t = 1 is used.
         posterior_mean_x_start, posterior_mean_x_t: coefficients of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0).
 
     Raises:
@@ -78,13 +80,13 @@ class NoiseSchedule:
         self.posterior_mean_x_t = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Returns a copy whose tables are on `device`, so that indexing them there needs no synchronization."""
+        """Returns a copy with all tables on `device`. Timesteps on `device` index these without synchronization."""
         moved = copy.copy(self)
         moved.__dict__.update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
         return moved
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Returns x_t ~ q(x_t | x_0) for the given noise (Ho et al. 2020, eq. 4). Images [B, C, H, W], t [B]."""
+        """Returns x_t for the given x_0 (`x_start`) and noise (Ho et al. 2020, eq. 4). Images [B, C, H, W], t [B]."""
         return (
             gather(self.alphas_cumprod.sqrt(), t, x_start) * x_start
             + gather((1 - self.alphas_cumprod).sqrt(), t, x_start) * noise
@@ -95,14 +97,14 @@ class NoiseSchedule:
         return gather(self.posterior_mean_x_start, t, x_t) * x_start + gather(self.posterior_mean_x_t, t, x_t) * x_t
 
     def predict_x_start(self, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns x_0 for a predicted noise: `q_sample` solved for `x_start`. Images [B, C, H, W], t [B]."""
+        """Returns x_0 for the given x_t and predicted noise (`q_sample` solved for x_0). Images [B, C, H, W], t [B]."""
         return (
             gather((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t
             - gather((1 / self.alphas_cumprod - 1).sqrt(), t, x_t) * epsilon
         )
 
     def predict_epsilon(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the noise in x_t for a given x_0: `q_sample` solved for `noise`. Images [B, C, H, W], t [B]."""
+        """Returns the noise in x_t for the given x_0 (`q_sample` solved for the noise). Images [B, C, H, W], t [B]."""
         return (gather((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t - x_start) / gather(
             (1 / self.alphas_cumprod - 1).sqrt(), t, x_t
         )
@@ -119,14 +121,17 @@ class PMeanVariance(NamedTuple):
 def p_mean_variance(
     schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
 ) -> PMeanVariance:
-    """Returns the model's p(x_{t-1} | x_t): the posterior mean (Ho et al. 2020, eq. 7) at the predicted x_0.
+    """Returns the mean and log variance of the model's p(x_{t-1} | x_t), and the predicted x_0.
+
+    The mean is the posterior mean (Ho et al. 2020, eq. 7) for the predicted x_0.
 
     Args:
         schedule: noise schedule of T timesteps.
-        model_output: [B, 2C, H, W] (epsilon, then v of the learned variance; Nichol & Dhariwal 2021, eq. 15), or
-            [B, C, H, W] (epsilon only; the variance is then the clipped posterior variance).
+        model_output: either epsilon and then v, [B, 2C, H, W], or only epsilon, [B, C, H, W]. If v is
+            present, v interpolates the log variance between two bounds (Nichol & Dhariwal 2021, eq. 15). Without v, the
+            log variance is `schedule.posterior_log_variance_clipped`.
         x_t: noisy images, [B, C, H, W].
-        t: their timesteps, int64 [B].
+        t: timesteps of the images, int64 [B].
         clip: whether the predicted x_0 is clipped to [-1, 1].
     """
     channels = x_t.shape[1]
@@ -145,13 +150,14 @@ def p_mean_variance(
 
 
 def respaced(schedule: NoiseSchedule, timesteps: Tensor) -> NoiseSchedule:
-    """Returns the schedule of a subset of the timesteps: the same alphas_cumprod, with new betas between them.
+    """Returns the noise schedule of a subset of the timesteps.
 
+    Each timestep of the subset keeps its value of alphas_cumprod, and the betas are computed from these values.
     Source: Nichol & Dhariwal 2021, sec. 4.
 
     Args:
         schedule: noise schedule of T timesteps.
-        timesteps: strictly increasing timesteps to keep, int64 [S].
+        timesteps: the subset in strictly increasing order, int64 [S], where S is the number of kept timesteps.
 
     Raises:
         ValueError: if `timesteps` is not strictly increasing.
@@ -163,10 +169,13 @@ def respaced(schedule: NoiseSchedule, timesteps: Tensor) -> NoiseSchedule:
 
 
 def _previous(alphas_cumprod: Tensor) -> Tensor:
-    """Returns alphas_cumprod at t - 1, which is 1 for t = 0. [T]."""
+    """Returns alphas_cumprod at t - 1 for each t, [T]. The value at t = 0 is 1."""
     return F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
 
 def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Returns the values of a table [T] at t [B], as [B, 1, ..., 1] with the dimensions, dtype and device of `like`."""
+    """Returns the values of a table [T] at timesteps t [B] as a tensor [B, 1, ..., 1].
+
+    The tensor has the number of dimensions, the dtype and the device of `like`.
+    """
     return table.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))

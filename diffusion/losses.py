@@ -1,7 +1,7 @@
 """The hybrid loss, and loss weights over timesteps.
 
-A weight is a function of the noise schedule that returns a table [T]. `WEIGHTS` maps names to weights. Images are
-[B, C, H, W]; losses are per image, [B].
+A loss weight is a function of the noise schedule that returns one factor per timestep, [T]. `WEIGHTS` maps names to
+these functions. Images are [B, C, H, W]. Losses are per image, [B].
 """
 
 import math
@@ -17,14 +17,14 @@ from diffusion.gaussian import NoiseSchedule, gather, p_mean_variance
 def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
     """Returns the P2 weight 1 / (k + SNR)^gamma, in the shape [...] of `snr`.
 
-    Source: Choi et al. 2022, arXiv 2204.00227, eq. 8, relative to the simple loss. For k = 1 it equals
-    (1 - alphas_cumprod)^gamma; for gamma = 0 it is 1.
+    Source: Choi et al. 2022, arXiv 2204.00227, eq. 8, relative to the simple loss. For k = 1, the weight equals
+    (1 - alphas_cumprod)^gamma. For gamma = 0, the weight is 1.
     """
     return (k + snr) ** -gamma
 
 
 def unweighted(schedule: NoiseSchedule) -> Tensor:
-    """Returns ones [T]: the simple loss of Ho et al. 2020, eq. 14."""
+    """Returns the weight 1 for each timestep, [T], as in the simple loss of Ho et al. 2020, eq. 14."""
     return torch.ones_like(schedule.snr)
 
 
@@ -34,25 +34,25 @@ def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
 
 
 def min_snr(schedule: NoiseSchedule, gamma: float) -> Tensor:
-    """Returns min(SNR, gamma) / SNR, [T]: the Min-SNR weight for models that predict epsilon.
+    """Returns the Min-SNR weight min(SNR, gamma) / SNR for models that predict epsilon, [T].
 
-    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. (For models that predict v, the paper's weight is
-    min(SNR, gamma) / (SNR + 1).)
+    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. For models that predict the velocity, the paper has another
+    weight, min(SNR, gamma) / (SNR + 1).
     """
     return schedule.snr.clamp(max=gamma) / schedule.snr
 
 
 def debiased(schedule: NoiseSchedule) -> Tensor:
-    """Returns 1 / sqrt(SNR), [T] (Yu et al. 2023, arXiv 2310.08442)."""
+    """Returns the weight 1 / sqrt(SNR), [T] (Yu et al. 2023, arXiv 2310.08442)."""
     return schedule.snr.rsqrt()
 
 
 def speed(schedule: NoiseSchedule, lam: float, tau: int) -> Tensor:
-    """Returns SpeeD's change-aware weight, [T]: larger where the noise level changes faster.
+    """Returns SpeeD's change-aware weight, [T] (Wang et al. 2024, arXiv 2405.17403).
 
-    It is (1 - lam) + (2 lam - 1) r_t for t < tau, and 1 for t >= tau, where r_t is the derivative of
-    1 - alphas_cumprod, scaled to [0, 1]. Source: Wang et al. 2024, arXiv 2405.17403. As in the published code, the
-    derivative uses central differences and is scaled over all timesteps.
+    The weight is (1 - lam) + (2 lam - 1) r_t for t < tau, and 1 for t >= tau. Here, r_t is the derivative of
+    1 - alphas_cumprod with respect to t, scaled to [0, 1]. As in the published code, the derivative is computed by
+    central differences, and the scaling uses the minimum and maximum over all timesteps.
     """
     (change,) = torch.gradient(1 - schedule.alphas_cumprod)
     scaled = (change - change.min()) / (change.max() - change.min())
@@ -71,7 +71,7 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
 
 
 class HybridLoss(NamedTuple):
-    """Weighted losses per image, each [B]: loss = mse + vb."""
+    """Weighted losses per image, each [B]. `loss` is `mse` + `vb`."""
 
     loss: Tensor
     mse: Tensor
@@ -90,19 +90,20 @@ def hybrid_loss(
 ) -> HybridLoss:
     """Returns the hybrid loss: the mean squared error of epsilon (mse) plus the scaled variational bound (vb).
 
-    Source: Nichol & Dhariwal 2021, eq. 16. The bound is in bits per dimension, multiplied by T / 1000. Its gradient
-    reaches only the variance, because epsilon is detached in it. The reference code (guided-diffusion with P2
-    weighting) applies the P2 weight to mse and never to vb.
+    Source: Nichol & Dhariwal 2021, eq. 16. The vb term is the bound in bits per dimension, multiplied by T / 1000. The
+    gradient of the vb term reaches only the predicted variance, because epsilon is detached in this term. The reference
+    code (guided-diffusion with P2 weighting) applies the P2 weight to the mse term and never to the vb term.
 
     Args:
         schedule: noise schedule of T timesteps.
-        model_output: epsilon and v, [B, 2C, H, W], or epsilon only, [B, C, H, W] (vb is then 0).
+        model_output: either epsilon and then v (see `diffusion.gaussian.p_mean_variance`), [B, 2C, H, W], or only
+            epsilon, [B, C, H, W]. Without v, the vb term is 0.
         x_start: images in [-1, 1], [B, C, H, W].
-        x_t: noisy images, as `schedule.q_sample(x_start, t, noise)` returns them, [B, C, H, W].
+        x_t: noisy images, the result of `schedule.q_sample(x_start, t, noise)`, [B, C, H, W].
         t: timesteps of the images, int64 [B].
-        noise: the noise in x_t, [B, C, H, W].
-        mse_weight: factor of mse, per image [B] or a number.
-        vb_weight: factor of vb, per image [B] or a number.
+        noise: noise in x_t, [B, C, H, W].
+        mse_weight: factor of the mse term, one number or one per image [B].
+        vb_weight: factor of the vb term, one number or one per image [B].
     """
     channels = x_start.shape[1]
     mse = mse_weight * (model_output[:, :channels] - noise).square().mean((1, 2, 3))
@@ -116,7 +117,7 @@ def hybrid_loss(
 def _variational_bound(
     schedule: NoiseSchedule, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]; its gradient reaches only the variance."""
+    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]. L_t has no gradient with respect to epsilon."""
     epsilon, variance = model_output.chunk(2, dim=1)
     detached = torch.cat([epsilon.detach(), variance], dim=1)
     mean, log_variance, _ = p_mean_variance(schedule, detached, x_t, t, clip=False)
@@ -135,7 +136,10 @@ def _variational_bound(
 
 
 def _discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Returns log p of 8-bit images scaled to [-1, 1]: bins of width 2/255 (Ho et al. 2020, eq. 13). Shape of x."""
+    """Returns the log-likelihood of each value of 8-bit images under a Gaussian, in the shape of x.
+
+    The values are scaled to [-1, 1], so that each value has a bin of width 2/255 (Ho et al. 2020, eq. 13).
+    """
     inverse_std = (-0.5 * log_variance).exp()
     upper = _normal_cdf((x - mean + 1 / 255) * inverse_std)
     lower = _normal_cdf((x - mean - 1 / 255) * inverse_std)
@@ -145,5 +149,5 @@ def _discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: 
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """Returns the tanh approximation of the standard normal CDF (Page 1977), which the reference code uses."""
+    """Returns the tanh approximation of the standard normal CDF (Page 1977), as in the reference code."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

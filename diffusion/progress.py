@@ -1,4 +1,4 @@
-"""Progress reports of long loops, written to the log."""
+"""Writes progress reports of long loops to the log."""
 
 import logging
 import time
@@ -13,11 +13,11 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Logs the finished count, the rate and the remaining time, at most once every `REPORT_SECONDS`.
+    """Progress of a loop: logs the number of finished items, the rate and the remaining time.
 
     Args:
-        label: What is counted, in the plural, such as "images read".
-        total: Final count.
+        label: what the number counts, in the plural, such as "images read".
+        total: number of all items.
     """
 
     def __init__(self, label: str, total: int):
@@ -25,10 +25,10 @@ class Progress:
         self.start = self.reported = time.monotonic()
 
     def update(self, done: float) -> None:
-        """Reports the count if a report is due.
+        """Logs the progress if the last report is at least `REPORT_SECONDS` old.
 
         Args:
-            done: Finished count so far, more than 0. A fraction counts part of an item.
+            done: number of finished items, more than 0. The number may include a fraction of an item.
         """
         now = time.monotonic()
         if now - self.reported >= REPORT_SECONDS:
@@ -38,7 +38,7 @@ class Progress:
 
 
 def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """Yields the items one by one and reports the progress. `label` is as in `Progress`."""
+    """Yields the items one by one and logs the progress. `label` is the same as in `Progress`."""
     progress = Progress(label, len(items))
     for done, item in enumerate(items, 1):
         yield item

@@ -1,7 +1,8 @@
-"""Checkpoints in the layout of guided-diffusion (Dhariwal & Nichol 2021) and P2-weighting (Choi et al. 2022).
+"""Reads and writes checkpoints in the layout of guided-diffusion (Dhariwal & Nichol 2021).
 
-These files are plain state dicts. The net is inferred from their keys and shapes. What these do not show is given as
-arguments, or read from a file of settings that `write_published` writes next to the checkpoint.
+P2-weighting (Choi et al. 2022) uses the same layout. A checkpoint is a plain state dict, and its keys and shapes show
+most settings of the net. The other settings are arguments or come from the settings file, a JSON file that
+`write_published` writes next to the checkpoint.
 """
 
 import json
@@ -28,16 +29,16 @@ INPUT = "input_blocks.0.0.weight"  # a key that every net has
 
 
 class Settings(Diffusion):
-    """What changes the samples of a published net, but not its keys and shapes."""
+    """Settings of a published net that the keys and shapes of its state dict do not show."""
 
     image_size: int
     """Height and width in pixels of the images that the net was trained on."""
     head_channels: PositiveInt | None = None
-    """Channels per attention head."""
+    """Number of channels per attention head."""
     heads: PositiveInt | None = None
     """Number of attention heads, instead of `head_channels`."""
     run_seed: Seed = 0
-    """Seed of the run, from which its latents are drawn."""
+    """Seed of the training run. The latents (the initial noise x_T) depend on this seed."""
 
 
 def load_published(
@@ -50,31 +51,33 @@ def load_published(
     timesteps: int | None = None,
     run_seed: int | None = None,
 ) -> Checkpoint:
-    """Rebuilds the net of a published checkpoint: a state dict of floating-point numbers, written by `torch.save`.
+    """Reads a published checkpoint (a state dict that `torch.save` wrote), and rebuilds the net.
 
-    The arguments give what keys and shapes do not show. If there is a file of settings, they may be omitted; otherwise
-    the image size is required, and the other defaults are the values of the published nets. Attention must have the
-    order that guided-diffusion calls legacy (`use_new_attention_order` false). A prefix that all keys have, such as the
-    `module.` of torch's parallel training, is removed.
+    The net must have the attention order that guided-diffusion calls legacy (`use_new_attention_order` is false). If
+    all keys have the same prefix, such as `module.` after parallel training, the prefix is removed.
+
+    Only `path` and `device` are required if there is a settings file. Without a settings file, `image_size` is also
+    required, and each other argument has the default value that is stated below.
 
     Args:
-        path: The file.
-        device: Device of the net.
-        image_size: Height and width in pixels of the images that the net was trained on.
-        head_channels: Channels per attention head; see `UNet`. The default is 64, unless `heads` is given.
-        heads: Number of attention heads, instead of `head_channels`.
-        schedule: Noise schedule, a key of `SCHEDULES`; the default is "linear".
-        timesteps: T of the noise schedule; the default is 1000.
-        run_seed: Seed of the run, from which its latents are drawn; the default is 0.
+        path: file to read.
+        device: device of the net.
+        image_size: height and width in pixels of the images that the net was trained on.
+        head_channels: number of channels per attention head. The default is 64, unless `heads` is given.
+        heads: number of attention heads, instead of `head_channels`.
+        schedule: noise schedule, a key of `diffusion.gaussian.SCHEDULES`. The default is "linear".
+        timesteps: number of timesteps T of the noise schedule. The default is 1000.
+        run_seed: seed of the training run, on which the latents depend. The default is 0.
 
     Returns:
-        The net with its noise schedule.
+        the net with its weights and its noise schedule.
 
     Raises:
-        FileError: If the file is damaged, does not hold a plain state dict, or its tensors do not fit the net that
-            they describe; if the file of settings is damaged or belongs to other weights.
-        InputError: If the net is of another kind, or an argument does not fit it or the file of settings.
-        OSError: If the file cannot be read.
+        FileError: if the checkpoint is damaged, is not a plain state dict, or has tensors that do not fit together; if
+            the settings file is damaged or belongs to other weights.
+        InputError: if the net is not an unconditional U-Net of RGB images, or if an argument does not fit the net or
+            contradicts the settings file.
+        OSError: if the checkpoint cannot be read.
     """
     given = {"image_size": image_size, "head_channels": head_channels, "heads": heads, "schedule": schedule,
              "timesteps": timesteps, "run_seed": run_seed}  # fmt: skip
@@ -102,16 +105,16 @@ def load_published(
 
 
 def settings_file(path: Path) -> Path:
-    """Returns the path of the file of settings of a checkpoint."""
+    """Returns the path of the settings file that belongs to the checkpoint `path`."""
     return path.with_name(f"{path.name}.json")
 
 
 def _settings(path: Path, given: Mapping[str, Any]) -> Settings:
-    """Returns the given settings, completed from the file of settings if there is one.
+    """Returns the settings of a checkpoint: those in `given`, and the others from the settings file or the defaults.
 
     Raises:
-        FileError: If the file of settings is damaged or belongs to other weights.
-        InputError: If a given value is invalid or differs from that in the file, or the image size is unknown.
+        FileError: if the settings file is damaged or belongs to other weights.
+        InputError: if a given value is invalid or contradicts the settings file, or if the image size is unknown.
     """
     file = settings_file(path)
     if not file.exists():
@@ -140,10 +143,12 @@ def _settings(path: Path, given: Mapping[str, Any]) -> Settings:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads the file without running code in it, and removes the prefix that all keys have.
+    """Returns the state dict in a file of `torch.save`, without the prefix that all keys have.
+
+    The function does not run pickled code in the file.
 
     Raises:
-        FileError: If the file is damaged or does not hold a plain state dict of finite floating-point numbers.
+        FileError: if the file is damaged or is not a plain state dict of finite floating-point numbers.
     """
     with path.open("rb") as file:
         is_zip = zipfile.is_zipfile(file)
@@ -182,15 +187,16 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attention: Mapping[str, int]) -> Model:
-    """Returns the model section of a published net.
+    """Returns the settings of a U-Net, inferred from the shapes of the tensors in a state dict.
 
     Args:
-        shapes: Maps the keys of its state dict to shapes.
-        image_size: Height and width of its images, which determine the resolution of each level.
-        attention: `head_channels` or `heads`, or neither.
+        shapes: maps the keys of the state dict to shapes.
+        image_size: height and width in pixels of the images that the net was trained on.
+        attention: value of `head_channels` or of `heads`. If empty, `head_channels` has its default.
 
     Raises:
-        ValueError: If the net is of another kind, or `image_size` or `attention` does not fit it.
+        ValueError: if the net is not an unconditional U-Net of RGB images in the layout of guided-diffusion, or if
+            `image_size` or `attention` does not fit the net.
     """
     if "label_emb.weight" in shapes:
         raise ValueError("class-conditional (it has label_emb.weight); only unconditional nets can be sampled")
@@ -253,18 +259,19 @@ def infer_model(shapes: Mapping[str, tuple[int, ...]], image_size: int, attentio
 
 
 def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial, seed: int) -> Settings:
-    """Writes weights as guided-diffusion does: a plain state dict of float32. Equal weights give equal bytes.
+    """Writes weights in the layout of guided-diffusion: a plain state dict of float32 tensors.
 
-    Also writes the file of settings, which `load_published` reads.
+    The function also writes the settings file, which `load_published` reads. Equal weights give checkpoints with equal
+    bytes.
 
     Args:
-        path: The file.
-        weights: Maps parameter names to tensors [...].
-        config: Configuration of the run.
-        seed: Seed of the run.
+        path: checkpoint to write.
+        weights: maps parameter names to tensors [...].
+        config: settings of the run.
+        seed: seed of the run.
 
     Returns:
-        The settings that `load_published` needs without that file.
+        the settings in the settings file. If this file is missing, `load_published` needs these settings as arguments.
     """
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     heads = config.model.model_dump(include={"head_channels", "heads"})

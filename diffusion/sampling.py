@@ -1,7 +1,7 @@
 """Sampling from a trained model: DDPM (Ho et al. 2020) and DDIM (Song et al. 2021, arXiv 2010.02502).
 
-A model is called as model(x_t, t) with x_t [B, 3, H, W] and t int64 [B]. It returns epsilon, [B, 3, H, W], or epsilon
-and the variance's v, [B, 6, H, W].
+A model is a function of x_t [B, 3, H, W] and t int64 [B]. A model returns either epsilon, [B, 3, H, W], or epsilon and
+then v, [B, 6, H, W]. The variance is computed from v (`diffusion.gaussian.p_mean_variance`).
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def ddim_timesteps(timesteps: int, steps: int) -> Tensor:
-    """Returns the timesteps 0, s, 2s, ... below T for the integer stride s that gives `steps` of them.
+    """Returns the timesteps 0, s, 2s, ... below T, where s is the smallest integer stride that gives `steps` timesteps.
 
     Args:
         timesteps: T of the noise schedule.
         steps: number of timesteps to return.
 
     Returns:
-        Timesteps in the order of use, noisiest first, int64 [steps].
+        timesteps in the order of use, noisiest first, int64 [steps].
 
     Raises:
         ValueError: if no integer stride gives `steps` timesteps.
@@ -43,7 +43,7 @@ def ddpm_timesteps(timesteps: int, steps: int) -> Tensor:
         steps: number of timesteps to return.
 
     Returns:
-        Timesteps in the order of use, noisiest first, int64 [steps].
+        timesteps in the order of use, noisiest first, int64 [steps].
 
     Raises:
         ValueError: if `steps` is not in 2..T.
@@ -55,7 +55,7 @@ def ddpm_timesteps(timesteps: int, steps: int) -> Tensor:
 
 @torch.inference_mode()
 def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int) -> Tensor:
-    """Samples images by DDIM with eta = 0 (Song et al. 2021, eq. 12), clipping the predicted x_0 at every step.
+    """Samples images by DDIM with eta = 0 (Song et al. 2021, eq. 12). Each step clips the predicted x_0 to [-1, 1].
 
     Args:
         model: see the top of this module.
@@ -64,7 +64,7 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
         steps: number of model evaluations; see `ddim_timesteps`.
 
     Returns:
-        Images in [-1, 1], [B, 3, H, W].
+        images in [-1, 1], [B, 3, H, W].
 
     Raises:
         ValueError: if no integer stride through the timesteps gives `steps` steps.
@@ -86,18 +86,18 @@ def ddim_sample(model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps
 def ddpm_sample(
     model: Denoiser, schedule: NoiseSchedule, latents: Tensor, steps: int, noise: Callable[[int], Tensor]
 ) -> Tensor:
-    """Samples images by ancestral sampling (Ho et al. 2020, algorithm 2), clipping the predicted x_0 at every step.
+    """Samples images by ancestral sampling (Ho et al. 2020, algorithm 2). Each step clips the predicted x_0 to [-1, 1].
 
     Args:
-        model: see the top of this module. If it predicts v, the variance is the model's.
+        model: see the top of this module. If the model returns v, the variance is computed from v.
         schedule: noise schedule that the model was trained with.
         latents: standard normal x_T, [B, 3, H, W].
         steps: number of model evaluations; see `ddpm_timesteps`.
-        noise: function that returns standard normal noise [B, 3, H, W] for a step in 0..steps-2 (the last step adds
-            no noise).
+        noise: function that returns standard normal noise [B, 3, H, W] for a step in 0..steps-2. The last step,
+            steps - 1, adds no noise.
 
     Returns:
-        Images, [B, 3, H, W], approximately in [-1, 1].
+        images, [B, 3, H, W], approximately in [-1, 1].
 
     Raises:
         ValueError: if `steps` is not in 2..T.
@@ -113,17 +113,17 @@ def ddpm_sample(
 
 
 def latents(seed: int, run_seed: int, indices: range, shape: tuple[int, int, int], stream: str = "latents") -> Tensor:
-    """Returns standard normal latents, each of which depends only on the seeds, the stream and its own index.
+    """Returns standard normal latents. Each latent depends only on the two seeds, the stream and the sample's index.
 
     Args:
         seed: seed of the samples.
-        run_seed: seed of the run that is sampled, so that the noise of sampling is independent between seeds.
+        run_seed: seed of the run whose net is sampled. Runs with different seeds have independent latents.
         indices: indices of the samples.
         shape: shape of one latent, (C, H, W).
         stream: name of the random stream (see `diffusion.streams`).
 
     Returns:
-        float32 [B, C, H, W], on the CPU.
+        latents, float32 [B, C, H, W], on the CPU. B is the number of indices.
     """
     return torch.stack(
         [torch.randn(shape, generator=generator(seed, f"{stream}/{run_seed}", index)) for index in indices]

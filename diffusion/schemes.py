@@ -1,4 +1,4 @@
-"""The tables of a training scheme: the density and the loss weights over timesteps that its settings name."""
+"""Computes the tables of a training scheme: the density over timesteps and the loss weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Tables:
     """Density and loss weights of a training scheme, each float64 [T].
 
     Attributes:
-        probabilities: density that timesteps are drawn from; it sums to 1.
+        probabilities: density from which timesteps are drawn, with a sum of 1.
         mse_weight: factor of the mse term of the loss.
         vb_weight: factor of the vb term of the loss.
     """
@@ -28,24 +28,25 @@ class Tables:
     vb_weight: Tensor
 
     def to(self, device: torch.device) -> "Tables":
-        """Returns a copy on `device`; each table keeps its shape [T]."""
+        """Returns a copy with all tables [T] on `device`."""
         return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
 
 
 def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None = None) -> Tables:
-    """Returns the tables of a scheme at the start of training.
+    """Returns the density and the loss weights of a scheme at the start of training.
 
     Args:
         schedule: noise schedule of T timesteps.
-        scheme: names and parameters of the density and the weights. If `scheme.corrected`, the weights are divided by
-            T p_t, so that the expected gradient is that of uniform draws.
-        match: scheme to match: the weights are chosen so that both schemes have the same expected gradient.
+        scheme: names and parameters of the density and of the weights. If `scheme.corrected`, the weights are divided
+            by T p_t, so that the expected gradient is the same as with uniform draws.
+        match: another scheme. If given, the loss weights are replaced by weights with which both schemes have the same
+            expected gradient.
 
     Returns:
-        Tables, each [T].
+        the tables, each [T].
 
     Raises:
-        InputError: if a density or weight is unknown or not finite, or if weights are to be divided by a probability
+        InputError: if a density or weight is unknown or not finite, or if a weight must be divided by a probability
             of 0.
     """
     probabilities = _table(DENSITIES, scheme.timesteps.chosen, schedule)
@@ -69,10 +70,10 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
 def _table(
     functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
 ) -> Tensor:
-    """Returns the table [T] of the function that `chosen` names, called with its parameters.
+    """Returns the table [T] of a density or a weight. `chosen` contains the name and the parameters of a function.
 
     Raises:
-        InputError: if no function has the name, or if the table is not finite.
+        InputError: if no function has this name, or if the table is not finite.
     """
     name, parameters = chosen
     if name not in functions:
@@ -86,16 +87,19 @@ def _table(
 
 
 def matched(probabilities: Tensor, target: Tables, correct_vb: bool = True) -> Tables:
-    """Returns tables with density p and the target's expected gradient: E_q[w grad] = E_p[(q / p) w grad].
+    """Returns tables with density p that have the same expected gradient as the target tables.
 
-    The weights are large where p_t is small: for the P2 density (gamma 0.5, k 1, linear betas, T = 1000) matched to
-    uniform draws, the weight of vb is 80 at t = 0. Without `correct_vb`, the expected gradient with respect to the
-    predicted variance differs from the target's. That with respect to epsilon is equal: vb has no gradient there.
+    The target has density q and weights w. The returned weights are (q / p) w, because E_q[w grad] =
+    E_p[(q / p) w grad]. These weights are large where p_t is small. For example, the vb weight at t = 0 is 80 for the
+    P2 density (gamma 0.5, k 1, linear betas, T = 1000) and a uniform target.
+
+    Without `correct_vb`, the expected gradients with respect to the predicted variance differ. The expected gradients
+    with respect to epsilon are still equal, because the vb term has no gradient with respect to epsilon.
 
     Args:
         probabilities: density p to draw from, [T], each greater than 0.
         target: tables with density q and weights w, each [T].
-        correct_vb: whether vb_weight is multiplied by q / p; otherwise it equals the target's vb_weight.
+        correct_vb: whether vb_weight is multiplied by q / p. If false, vb_weight is the vb_weight of the target.
     """
     ratio = target.probabilities / probabilities
     return Tables(

@@ -1,4 +1,4 @@
-"""The base classes of all settings: validation, canonical form and hash, JSON schema."""
+"""The base classes of all settings, with validation, a canonical form, a hash and a JSON schema."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ LATER_KEYS: tuple[str, ...] = ()
 
 
 class Section(BaseModel):
-    """Base class of all sections: unknown keys are errors, and values cannot change after validation."""
+    """Base class of all sections of settings. Unknown keys are errors, and values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     def canonical(self) -> str:
-        """Returns all keys with their values as JSON with sorted keys, without `LATER_KEYS` at their defaults.
+        """Returns the section as JSON text with sorted keys. Keys in `LATER_KEYS` are omitted at their default values.
 
-        Equal sections give equal text, and `model_validate_json` restores the section from it.
+        Equal sections give equal text. `model_validate_json` restores the section from this text.
         """
         return json.dumps(self.model_dump(mode="json", context={"canonical": True}), sort_keys=True)
 
@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 
 class Choice(Section):
-    """One of several functions by name, with or without parameters: `uniform`, or `{p2: {gamma: 0.5}}`.
+    """Choice of one function by name, such as `uniform`, or by name and parameters, such as `{p2: {gamma: 0.5}}`.
 
     Each field is a function that can be chosen, and exactly one field is set.
     """
@@ -77,6 +77,6 @@ class Choice(Section):
 
     @property
     def chosen(self) -> tuple[str, dict[str, float]]:
-        """(name, parameters) of the chosen function."""
+        """Name and parameters of the chosen function."""
         name = next(iter(self.model_fields_set))
         return name, getattr(self, name).model_dump()

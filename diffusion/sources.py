@@ -1,4 +1,4 @@
-"""A hash of the code that training computes with."""
+"""Computes a hash of the source code that determines the result of training."""
 
 import ast
 import hashlib
@@ -20,10 +20,10 @@ PARTS = {
 
 @cache
 def source_hash() -> str:
-    """Returns 16 hexadecimal digits of a SHA-256 digest of the code that training computes with.
+    """Returns the first 16 hexadecimal digits of the SHA-256 digest of the code that determines the result of training.
 
-    Comments, docstrings and whitespace do not change it, nor does the version of Python. Torch is not imported. The
-    files are read at the first call of a process.
+    Comments, docstrings, whitespace and the version of Python do not change the hash. The function reads the source
+    files at the first call in a process. The function does not import torch.
     """
     paths = sorted(path for module in MODULES for path in PACKAGE.glob(f"{module}.py"))
     code = [f"{path.relative_to(PACKAGE).as_posix()} {normalized(path.read_text('utf-8'))}" for path in paths]
@@ -34,12 +34,12 @@ def source_hash() -> str:
 
 
 def normalized(source: str) -> str:
-    """Returns the syntax tree of Python source as text, without docstrings and without positions in the file."""
+    """Returns the syntax tree of Python source code as text, without docstrings and line numbers."""
     return _text(ast.parse(source))
 
 
 def _definition(tree: Any, name: str) -> ast.AST:
-    """Returns the definition of a function, class or constant in a syntax tree; `name` is as in "Class.method"."""
+    """Returns the part of a syntax tree that defines `name`: a class, function or constant, or "Class.method"."""
     first, _, rest = name.partition(".")
     node = next(node for node in tree.body if first in _names(node))
     return _definition(node, rest) if rest else node
@@ -53,7 +53,10 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def _text(node: object) -> str:
-    """Returns a node as text. `ast.dump` is not used, because it prints new, empty fields in each Python version."""
+    """Returns a node of a syntax tree as text, without docstrings and empty fields.
+
+    `ast.dump` is not used, because its text contains empty fields that new versions of Python add.
+    """
     if isinstance(node, list):
         return f"[{', '.join(_text(item) for item in node if not _is_docstring(item))}]"
     if isinstance(node, ast.AST):
@@ -63,5 +66,5 @@ def _text(node: object) -> str:
 
 
 def _is_docstring(node: object) -> bool:
-    """Whether a node is a string that stands alone as a statement."""
+    """Returns whether a node is a statement that consists only of a string."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

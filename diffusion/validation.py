@@ -1,4 +1,4 @@
-"""Turns the validation errors of pydantic into sentences that name the key, the mistake and the remedy."""
+"""Converts validation errors of pydantic to sentences that state the key, the mistake and what to do."""
 
 import difflib
 import reprlib
@@ -28,21 +28,21 @@ NAME_REMEDY = "use lower-case letters, digits and _, as in my_arm2"
 
 
 def first_mistake(error: ValueError, root: type[BaseModel]) -> str:
-    """Returns the first mistake in one sentence.
+    """Returns the first mistake of a validation error in one sentence.
 
     Args:
-        error: a `ValidationError` of the section `root`, or an error of a check with its own message.
-        root: the section that was validated.
+        error: a `ValidationError` of pydantic. The message of any other error is returned unchanged.
+        root: class of the settings that were validated.
     """
     return in_one_sentence(error.errors()[0], root) if isinstance(error, ValidationError) else str(error)
 
 
 def in_one_sentence(error: ErrorDetails, root: type[BaseModel]) -> str:
-    """Returns one mistake that pydantic found in a section as `key: what is wrong: what to do`.
+    """Returns one mistake in settings as a sentence of the form `key: what is wrong: what to do`.
 
     Args:
-        error: an item of `ValidationError.errors()`.
-        root: the section that was validated.
+        error: one item of `ValidationError.errors()` of pydantic.
+        root: class of the settings that were validated.
     """
     keys, _ = _follow(error["loc"], root)
     location, kind, context, value = ".".join(keys), error["type"], error.get("ctx", {}), error["input"]
@@ -68,7 +68,7 @@ def in_one_sentence(error: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _follow(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], list[Any]]:
-    """Returns the keys and indexes of a location, and the possible types of the value at its end."""
+    """Returns the keys and indexes in the location of a mistake, and the possible types of the value there."""
     keys: list[str] = []
     types: list[Any] = [root]
     parts = iter(location)
@@ -83,7 +83,7 @@ def _follow(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[
 
 
 def _types_at(outer: Any, key: int | str) -> list[Any]:
-    """Returns the types that a value of type `outer` may have at a key or index."""
+    """Returns the possible types of the value at a key or index of a section, mapping or sequence of type `outer`."""
     if _is_section(outer):
         return _members(outer.model_fields[key].annotation) if key in outer.model_fields else []
     # dict[name, value], tuple[value, ...]
@@ -92,7 +92,7 @@ def _types_at(outer: Any, key: int | str) -> list[Any]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """Returns the members of a union without None; another type is its only member."""
+    """Returns the members of a union type, without None. For any other type, the list contains only this type."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _members(get_args(annotation)[0])

@@ -139,11 +139,11 @@ def compare_pair(
     pairs = pair_runs(rows, baseline, candidate)
     if pairs is None:
         return None
-    thresholds = None if thresholds is None else list(thresholds)
-    if not thresholds:
+    declared = [] if thresholds is None else list(thresholds)
+    if not declared:
         primary, others = _reached_by_all(pairs), progress_thresholds(pairs)
     else:
-        others = sorted(set(thresholds), key=lambda value: -to_level(value, pairs.metric, pairs.scale))
+        others = sorted(set(declared), key=lambda value: -to_level(value, pairs.metric, pairs.scale))
         primary = others[(len(others) - 1) // 2]
     values = {*others} if math.isnan(primary) else {primary, *others}
     from_easy_to_hard = sorted(values, key=lambda value: -to_level(value, pairs.metric, pairs.scale))

@@ -1,8 +1,9 @@
 """Group norm, affine map and SiLU as Triton kernels, for images with channels last in memory.
 
-Each kernel reads the images once, in tiles of pixels by channels, and sums in float32. A sum over an image is computed
-in pieces that are added in a fixed order. The number of pieces does not depend on the device, so that equal inputs give
-equal bits.
+Each kernel reads the images once, in tiles [pixels, channels], and computes sums in float32. The pixels of an image are
+divided into pieces. The kernel sums each piece, and the sums of the pieces are added in a fixed order. The number of
+pieces does not depend on the device, so that equal inputs give equal bits. `diffusion.nets.norm` defines the symbols A,
+B, P, Q, g and act.
 """
 
 import torch
@@ -18,7 +19,7 @@ MAX_WIDTH = 128  # channels of a tile
 
 
 def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the same as `TorchGroupNorm.forward`."""
+    """Returns the same tensors as `TorchGroupNorm.forward`."""
     n, channels, pixels, width, rows = _shape(x)
     pieces = triton.cdiv(pixels, PIECE)
     sums = x.new_empty(n, pieces, 2, channels, dtype=torch.float32)
@@ -38,7 +39,7 @@ def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) ->
 def backward(
     g: Tensor, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the same as `TorchGroupNorm.backward`."""
+    """Returns the same gradients as `TorchGroupNorm.backward`."""
     n, channels, pixels, width, rows = _shape(x)
     groups, pieces = mean.shape[1], triton.cdiv(pixels, PIECE)
     group = channels // groups
@@ -59,7 +60,7 @@ def backward(
 
 
 def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Returns the numbers of images, channels and pixels, and the numbers of channels and pixels of a tile."""
+    """Returns the numbers of images, of channels and of pixels per image, and of channels and of pixels per tile."""
     n, channels, height, width = x.shape
     # The largest power of two that divides C, so that tiles cover the channels exactly.
     tile = min(channels & -channels, MAX_WIDTH)
@@ -68,13 +69,13 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
 
 @triton.jit
 def _channels(width: tl.constexpr):
-    """Returns the channels of a tile."""
+    """Returns the indices of the channels of a tile."""
     return tl.program_id(1) * width + tl.arange(0, width)
 
 
 @triton.jit
 def _tile(row, pixels, channel, channels, rows: tl.constexpr):
-    """Returns the offsets of a tile [rows, width] in its image, and a mask of the rows that exist."""
+    """Returns the memory offsets of a tile [pixels, channels] in its image, and a mask of the pixels that exist."""
     row = row + tl.arange(0, rows)
     return row[:, None] * channels + channel[None, :], (row < pixels)[:, None]
 
@@ -89,7 +90,7 @@ def _coefficients(gain, offset, mean, rstd, n, channel, channels, group):
 
 @triton.jit
 def _activation_backward(g, x, a, b, silu: tl.constexpr):
-    """Returns act'(A x + B) g."""
+    """Returns act'(A x + B) g, the gradient with respect to z = A x + B."""
     if silu:
         z = a * x + b
         s = tl.sigmoid(z)
@@ -99,7 +100,7 @@ def _activation_backward(g, x, a, b, silu: tl.constexpr):
 
 @triton.jit
 def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, width: tl.constexpr):
-    """Computes the sums of x and of x^2 over a piece of the pixels."""
+    """Computes the sums of x and of x^2 for each channel of a tile over one piece of the pixels."""
     pieces = tl.cdiv(pixels, piece)
     n = (tl.program_id(0) // pieces).to(tl.int64)
     first = tl.program_id(0) % pieces * piece
@@ -120,7 +121,7 @@ def _sums(x, sums, pixels, channels, piece: tl.constexpr, rows: tl.constexpr, wi
 def _statistics(
     sums, mean, rstd, channels, count, epsilon, pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr
 ):
-    """Computes the mean and 1 / standard deviation of a group of an image from the sums of its channels."""
+    """Computes the mean and 1 / standard deviation for one group of channels of one image, from the sums of `_sums`."""
     groups = channels // group
     n = (tl.program_id(0) // groups).to(tl.int64)
     inside = tl.arange(0, padded)
@@ -141,7 +142,7 @@ def _affine(
     x, z, gain, offset, mean, rstd, pixels, channels, group,
     silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Computes act(A x + B) of a tile."""
+    """Computes act(A x + B) for a tile."""
     tiles = tl.cdiv(pixels, rows)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     channel = _channels(width)
@@ -159,7 +160,7 @@ def _sums_backward(
     x, g, sums, gain, offset, mean, rstd, pixels, channels, group,
     silu: tl.constexpr, piece: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Computes the sums of act'(A x + B) g and of act'(A x + B) g x over a piece of the pixels."""
+    """Computes the sums of act'(A x + B) g and of act'(A x + B) g x for each channel over one piece of the pixels."""
     pieces = tl.cdiv(pixels, piece)
     n = (tl.program_id(0) // pieces).to(tl.int64)
     first = tl.program_id(0) % pieces * piece
@@ -184,7 +185,7 @@ def _statistics_backward(
     sums, gain, mean, rstd, d_gain, d_offset, p, q, channels, count,
     pieces: tl.constexpr, group: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients of gain and offset of a group of an image, and P and Q of dx = A g + P x + Q."""
+    """Computes the gradients with respect to gain and offset, and P and Q, for one group of channels of one image."""
     groups = channels // group
     n = (tl.program_id(0) // groups).to(tl.int64)
     inside = tl.arange(0, padded)
@@ -211,7 +212,7 @@ def _affine_backward(
     x, g, dx, gain, offset, mean, rstd, p, q, pixels, channels, group,
     silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Computes A act'(A x + B) g + P x + Q of a tile."""
+    """Computes the gradient A act'(A x + B) g + P x + Q with respect to x for a tile."""
     tiles = tl.cdiv(pixels, rows)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     channel = _channels(width)

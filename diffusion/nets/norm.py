@@ -1,9 +1,13 @@
 """Group norm, affine map and SiLU as one operation: act(gain * normalized(x) + offset), forward and backward.
 
-Normalization, scale and shift are one affine map per image and channel, z = A x + B. A and B follow from the sum and
-the sum of squares of each channel. Therefore, the forward pass is one reduction over x and one pointwise operation, and
-so is the backward pass: dx = A g + P x + Q. `TorchGroupNorm` uses operations of torch; `diffusion.nets.kernels` uses
-Triton kernels on a GPU.
+Here, act is SiLU or the identity. For each image and channel, the normalization, gain and offset are together one
+affine map z = A x + B. A and B are computed from the sums of x and of x^2. Therefore, the forward pass is one reduction
+over x and one pointwise operation.
+
+The backward pass has the same two parts. The gradient with respect to x is A act'(z) g + P x + Q, where g is the
+gradient with respect to act(z). P and Q are computed from sums for each image and group of channels.
+
+`TorchGroupNorm` uses operations of torch. `diffusion.nets.kernels` uses Triton kernels on a GPU.
 """
 
 import functools
@@ -26,17 +30,17 @@ from diffusion.nets.torch_norm import TorchGroupNorm, sums_dtype
 def group_norm(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool = False) -> Tensor:
     """Applies group norm (Wu & He 2018, arXiv 1803.08494) with an affine map that may differ between images.
 
-    Sums are computed in float32 (on a CPU in float64 if x is float64).
+    Sums are computed in float32, or in float64 on a CPU if x is float64.
 
     Args:
-        x: images [N, C, H, W]; channels last in memory is fastest.
+        x: images [N, C, H, W]. The function is fastest if the images have channels last in memory.
         gain: factor of each channel, [N, C] or [1, C].
         offset: summand of each channel, [N, C] or [1, C].
-        groups: number of groups; it divides C.
+        groups: number of groups, a divisor of C.
         silu: whether SiLU is applied to the result.
 
     Returns:
-        Images [N, C, H, W] in the dtype of x, channels last in memory.
+        images [N, C, H, W] in the dtype of x, channels last in memory.
     """
     return _GroupNorm.apply(x, gain.expand(x.shape[:2]), offset.expand(x.shape[:2]), groups, silu)
 
@@ -64,7 +68,7 @@ class _GroupNorm(torch.autograd.Function):
 
 @functools.cache
 def _implementation(device_type: str) -> type[TorchGroupNorm] | ModuleType:
-    """Returns the Triton kernels for "cuda" if Triton can compile them here, and otherwise `TorchGroupNorm`."""
+    """Returns the module of Triton kernels for "cuda" if Triton can compile kernels, otherwise `TorchGroupNorm`."""
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return TorchGroupNorm
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

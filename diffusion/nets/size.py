@@ -1,4 +1,4 @@
-"""The size of a U-Net, computed from its settings without building it. Imports no torch."""
+"""Computes the size of a U-Net from its settings, without building the net and without importing torch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,10 @@ NUMBERS_PER_PARAMETER = 4  # weights, their moving average, and the two moments 
 
 
 class Size(NamedTuple):
-    """Size of a U-Net: number of parameters; multiply-adds and activations kept for the backward pass, per image."""
+    """Size of a U-Net: number of parameters, multiply-adds per image and activations per image.
+
+    The multiply-adds are counted in the forward pass. The activations are kept for the backward pass.
+    """
 
     parameters: int
     multiply_adds: int
@@ -20,15 +23,15 @@ class Size(NamedTuple):
 
 
 def unet_size(model: Model, image_size: int) -> Size:
-    """Returns the size of `diffusion.nets.unet.UNet`, summed over its layers."""
+    """Returns the size of the `diffusion.nets.unet.UNet` that `model` describes, as the sum over its layers."""
     return Size(*map(sum, zip(*_layers(model, image_size), strict=True)))
 
 
 def check_net_size(model: Model, image_size: int) -> None:
-    """Checks that a net can be trained with one image at a time in the memory of the largest GPUs.
+    """Checks that the memory of the largest GPUs is sufficient to train a net with one image at a time.
 
     Raises:
-        InputError: it cannot.
+        InputError: if the net needs more memory.
     """
     size = unet_size(model, image_size)
     memory = NUMBER_BYTES * (NUMBERS_PER_PARAMETER * size.parameters + size.activations)

@@ -1,4 +1,7 @@
-"""Group norm, affine map and SiLU in operations of torch: used on CPUs, and as the reference for the kernels."""
+"""Group norm, affine map and SiLU in operations of torch: used on CPUs, and as the reference for the Triton kernels.
+
+`diffusion.nets.norm` defines the symbols A and B.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +11,24 @@ EPSILON = 1e-5  # added to the variance, as in torch.nn.GroupNorm
 
 
 class TorchGroupNorm:
-    """Group norm with affine and SiLU on any device. On a CPU, faster than torch's own for channels-last images."""
+    """Group norm with affine map and SiLU on any device.
+
+    On a CPU and for images with channels last in memory, this group norm is faster than `torch.nn.GroupNorm`.
+    """
 
     @staticmethod
     def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the normalized images, and the mean and 1 / standard deviation of each group.
+        """Returns the result of group norm, affine map and SiLU, and the mean and 1 / standard deviation of each group.
 
         Args:
             x: images [N, C, H, W], channels last in memory.
-            gain: factor of each channel, float32 [N, C] (float64 if x is float64).
-            offset: summand of each channel, as `gain`.
-            groups: number of groups; it divides C.
+            gain: factor of each channel, [N, C], float32, or float64 if x is float64.
+            offset: summand of each channel, with the shape and dtype of `gain`.
+            groups: number of groups, a divisor of C.
             silu: whether SiLU is applied to the result.
 
         Returns:
-            Images [N, C, H, W] in the dtype of x; mean and 1 / standard deviation, [N, groups] in the dtype of gain.
+            images [N, C, H, W] in the dtype of x; mean and 1 / standard deviation, [N, groups] in the dtype of gain.
         """
         wide = x.to(sums_dtype(x))
         sums = torch.stack([wide.sum((2, 3)), (wide * wide).sum((2, 3))])
@@ -79,10 +85,10 @@ def _affine(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, rstd: Tensor)
 
 
 def _channels(group_values: Tensor, like: Tensor) -> Tensor:
-    """Repeats values of groups [N, groups] for each channel: [N, C], with the C of `like`."""
+    """Repeats values of groups [N, groups] for each channel, with the shape [N, C] of `like`."""
     return group_values[:, :, None].expand(-1, -1, like.shape[1] // group_values.shape[1]).flatten(1)
 
 
 def _images(channel_values: Tensor) -> Tensor:
-    """Adds two dimensions for the pixels: [N, C] -> [N, C, 1, 1]."""
+    """Adds two dimensions for height and width: [N, C] -> [N, C, 1, 1]."""
     return channel_values[:, :, None, None]

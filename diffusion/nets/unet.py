@@ -17,21 +17,23 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class UNet(nn.Module):
-    """Predicts epsilon and, if `learn_sigma`, the variance's v of a noisy image.
+    """U-Net that predicts the noise epsilon in a noisy image.
+
+    If `learn_sigma`, the net also predicts v. The variance is computed from v (`diffusion.gaussian.p_mean_variance`).
 
     Args:
-        image_size: height and width of the images; divisible by 2^(levels - 1).
-        channels: number of channels at full resolution.
-        channel_mult: number of channels of each level, as a multiple of `channels`; each product is a multiple of 32.
-            Each level after the first halves the resolution.
-        res_blocks: residual blocks per level of the encoder; the decoder has one more.
-        attention_resolutions: heights in pixels at which self-attention follows each residual block.
-        head_channels: channels of an attention head.
+        image_size: height and width of the images, divisible by 2^(levels - 1).
+        channels: number of channels that `channel_mult` multiplies.
+        channel_mult: number of channels of each level, as a multiple of `channels`. Each product is a multiple of 32.
+            Each level after the first has half the height and width of the previous level.
+        res_blocks: number of residual blocks per level of the encoder. The decoder has one more block per level.
+        attention_resolutions: heights in pixels of the levels at which self-attention follows each residual block.
+        head_channels: number of channels per attention head.
         heads: number of attention heads in every attention block; replaces `head_channels`.
-        scale_shift_norm: if true, the timestep embedding scales and shifts the output of the second norm of a residual
-            block; otherwise it is added before that norm.
-        resblock_updown: if true, residual blocks change the resolution; otherwise convolutions do.
-        learn_sigma: if true, the output has 6 channels, epsilon and v; otherwise 3.
+        scale_shift_norm: whether the timestep embedding scales and shifts the output of the second norm of each
+            residual block. If false, the embedding is added to the input of this norm.
+        resblock_updown: whether residual blocks change the resolution. If false, convolutions change the resolution.
+        learn_sigma: whether the output has 6 channels, epsilon and then v. If false, the output has 3 channels.
         dropout: dropout probability before the last convolution of each residual block.
     """
 
@@ -102,11 +104,11 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns [B, 6, H, W] (epsilon and v) or [B, 3, H, W] (epsilon).
+        """Returns epsilon and then v, [B, 6, H, W], or only epsilon, [B, 3, H, W].
 
         Args:
             x: noisy images x_t, [B, 3, H, W].
-            t: their timesteps in 0..T-1, int64 [B].
+            t: timesteps of the images, in 0..T-1, int64 [B].
         """
         embedding = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
         skips = []
@@ -121,7 +123,7 @@ class UNet(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm of 32 groups, fused with the timestep's scale and shift and with SiLU."""
+    """Group norm with 32 groups, fused with SiLU and with the scale and shift of the timestep embedding."""
 
     def __init__(self, channels: int):
         super().__init__(GROUP_NORM_GROUPS, channels)
@@ -129,12 +131,12 @@ class Norm(nn.GroupNorm):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
     ) -> Tensor:
-        """Returns norm(x) (1 + scale) + shift, [B, C, H, W], with SiLU applied if `silu`.
+        """Returns norm(x) (1 + scale) + shift, [B, C, H, W], or SiLU of this result.
 
         Args:
             x: images [B, C, H, W].
-            scale: [B, C], or None for 0.
-            shift: [B, C]; None if and only if scale is None.
+            scale: scale of each channel, [B, C], or None for 0.
+            shift: shift of each channel, [B, C], or None for 0. Scale and shift must both be given or both be None.
             silu: whether SiLU is applied to the result.
         """
         gain, offset = self.weight[None], self.bias[None]
@@ -144,25 +146,31 @@ class Norm(nn.GroupNorm):
 
 
 class Stage(nn.Sequential):
-    """A sequence of blocks that passes the timestep embedding to its residual blocks."""
+    """Sequence of blocks. Only the residual blocks of the sequence receive the timestep embedding."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
-        """Returns [B, C', H', W'] for x [B, C, H, W] and the timestep embedding [B, E]."""
+        """Returns the output [B, C', H', W'] of the last block, for x [B, C, H, W] and the timestep embedding [B, E].
+
+        C', H' and W' depend on the blocks. E is the size of the timestep embedding.
+        """
         for block in self:
             x = block(x, embedding) if isinstance(block, ResBlock) else block(x)
         return x
 
 
 class ResBlock(nn.Module):
-    """Residual block: twice norm, SiLU and convolution, with the timestep embedding between; may resample.
+    """Residual block with two convolutions. Each convolution follows a norm and SiLU.
+
+    The timestep embedding enters at the second norm.
 
     Args:
-        c_in: channels of the input.
-        c_out: channels of the output.
+        c_in: number of channels of the input.
+        c_out: number of channels of the output.
         embedding: size E of the timestep embedding.
         dropout: dropout probability before the second convolution.
         scale_shift_norm: see `UNet`.
-        resample: function that changes the resolution, or None.
+        resample: function that changes the resolution before the first convolution and in the skip connection. None:
+            the resolution stays the same.
     """
 
     def __init__(
@@ -188,7 +196,10 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Returns [B, c_out, H', W'] for x [B, c_in, H, W] and the timestep embedding [B, E]."""
+        """Returns the output [B, c_out, H', W'] for x [B, c_in, H, W] and the timestep embedding [B, E].
+
+        H' and W' are H and W, changed by `resample`.
+        """
         # The SiLU modules next to the norms only keep the state dict keys: Norm applies SiLU itself.
         norm, _, convolution = self.in_layers
         h = convolution(self.resample(norm(x, silu=True)))
@@ -205,7 +216,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over pixels with a skip connection.
 
-    The output channels of `qkv` are ordered by head, then q, k, v, as in the published checkpoints.
+    The output channels of `qkv` have the order of the published checkpoints: first by head, and within a head q, k, v.
     """
 
     def __init__(self, channels: int, heads: int):
@@ -216,7 +227,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, C, H, W] for x [B, C, H, W]."""
+        """Returns the output [B, C, H, W] for x [B, C, H, W]."""
         batch, channels, height, width = x.shape
         # With channels last, pixels are rows, and no operation copies memory for a transposition.
         rows = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -228,26 +239,26 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a convolution of stride 2."""
+    """Halves height and width by a convolution with stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, C, H / 2, W / 2] for x [B, C, H, W]."""
+        """Returns the output [B, C, H / 2, W / 2] for x [B, C, H, W]."""
         return self.op(x)
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by nearest-neighbour interpolation, followed by a convolution."""
+    """Doubles height and width by nearest-neighbour interpolation, and then applies a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, C, 2 H, 2 W] for x [B, C, H, W]."""
+        """Returns the output [B, C, 2 H, 2 W] for x [B, C, H, W]."""
         return self.conv(F.interpolate(x, scale_factor=2))
 
 
@@ -274,23 +285,24 @@ class _Doubled(torch.autograd.Function):
 
 
 def halved(x: Tensor) -> Tensor:
-    """Returns the means of 2x2 pixels: [B, C, H, W] -> [B, C, H / 2, W / 2].
+    """Returns the mean of each block of 2x2 pixels: [B, C, H, W] -> [B, C, H / 2, W / 2].
 
-    Up to a factor, it is the transpose of `doubled`. The gradients of both use this and are faster than torch's own.
+    Up to a factor, this function and `doubled` are transposes of each other. Therefore, each of the two functions uses
+    the operation of the other one as its gradient. This gradient is faster than the gradient that torch computes.
     """
     return _Halved.apply(x)
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Returns x with every pixel repeated 2x2 times: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
+    """Returns the images with each pixel repeated 2x2 times: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
     return _Doubled.apply(x)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Returns the sinusoidal embedding of timesteps t [B], float32 [B, dim]: cosines, followed by sines.
+    """Returns the sinusoidal embedding of timesteps t [B], float32 [B, dim].
 
-    Source: Vaswani et al. 2017, sec. 3.5, in the order of guided-diffusion. The dim / 2 frequencies decrease
-    geometrically from 1 towards 1 / 10,000; dim must be even.
+    Source: Vaswani et al. 2017, sec. 3.5. As in guided-diffusion, all cosines come before all sines. The dim / 2
+    frequencies decrease geometrically from 1 towards 1 / 10,000. `dim` must be even.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -299,7 +311,10 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def zeroed(module: Layer) -> Layer:
-    """Sets all parameters of a module to zero, so that a block that ends with it starts as its skip connection."""
+    """Sets all parameters of a module to zero, and returns the module.
+
+    If this module is the last layer of a residual block, the untrained block returns its skip connection unchanged.
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
