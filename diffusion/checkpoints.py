@@ -79,6 +79,7 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
     Raises:
         FileError: if the file is damaged, was not written by `save_weights`, or does not have the given digest; if a
             weight is not finite although the run did not diverge.
+        OSError: if the file does not exist.
     """
     if digest is not None and path.exists():
         check_unchanged(path, digest)

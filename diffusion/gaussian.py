@@ -80,7 +80,7 @@ class NoiseSchedule:
         self.posterior_mean_x_t = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Returns a copy with all tables on `device`. Timesteps on `device` index these without synchronization."""
+        """Returns a copy with all tables on `device`. Timesteps on `device` index tables without synchronization."""
         moved = copy.copy(self)
         moved.__dict__.update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
         return moved
