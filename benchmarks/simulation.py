@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convergence.analysis.comparison import DEFAULT_MARGIN
+from convergence.analysis.comparison import MARGIN_PERCENT
 from convergence.analysis.curves import isotonic_fit, log_factor, mean_over_images, time_to_threshold
 from convergence.analysis.decision import Outcome, decide
 from convergence.analysis.effects import in_unit, shown
@@ -118,5 +118,5 @@ def outcomes(effects: Effects) -> list[Outcome]:
     """Look up the outcome of each study in the decision table."""
     words = [map(shown, *interval[1:]) for interval in effects[:3]]
     margins = [in_unit(*ends, "percent", "fd") for ends in zip(*effects.average_90[1:], strict=True)]
-    within = [low >= -DEFAULT_MARGIN and high <= DEFAULT_MARGIN for low, high in margins]
+    within = [low >= -MARGIN_PERCENT and high <= MARGIN_PERCENT for low, high in margins]
     return list(map(decide, *words, within))

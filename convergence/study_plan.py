@@ -41,7 +41,7 @@ metric."""
     """Step of the last planned checkpoint; None: the last step that all runs have."""
     runs: dict[str, str] = {}
     """Name of each compared arm -> hash of the settings of its runs."""
-    measurement: str = ""
+    evaluation: str = ""
     """Hash of the settings with which checkpoints are sampled and evaluated."""
     after_results: bool = False
     """Whether the plan was recorded after the first checkpoint had been evaluated."""
@@ -74,7 +74,7 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
         seeds=compare.planned_seeds or experiment.seeds,
         last_step=experiment.steps[-1],
         runs={arm: experiment.run(arm).hash8 for arm in (compare.baseline, *compare.candidates)},
-        measurement=_measurement(experiment),
+        evaluation=_evaluation(experiment),
     )
 
 
@@ -130,7 +130,7 @@ def plan_changes(frozen: StudyPlan, current: StudyPlan) -> tuple[str, ...]:
     return tuple([late, *changes] if frozen.after_results else changes)
 
 
-def _measurement(experiment: Experiment) -> str:
+def _evaluation(experiment: Experiment) -> str:
     """Returns a hash of the settings of sampling and metrics.
 
     The keys `sample.keep` and `evaluate.weights` are left out, because they do not change any value.

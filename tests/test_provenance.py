@@ -86,7 +86,7 @@ def test_an_edit_of_what_training_computes_changes_the_hash(tmp_path, monkeypatc
 
 
 def test_a_new_key_or_message_of_the_settings_does_not_change_the_hash(tmp_path, monkeypatch):
-    key = '    """Decay per step of the moving'
+    key = '    """Decay per step of the exponential'
     for old, new in (
         (key, '    """Text."""\n    another: int = 0\n' + key),
         ("does not divide batch_size", "is no divisor of batch_size"),

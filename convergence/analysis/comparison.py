@@ -40,6 +40,7 @@ from convergence.tables import HIGHER_IS_BETTER, check_curves
 THRESHOLD_SHARES = (0.25, 0.5, 0.75)
 # Digits to which the primary threshold is rounded, to the side that is easier to reach.
 THRESHOLD_DIGITS = 4
+MARGIN_PERCENT = float(DEFAULT_MARGIN.removesuffix("%"))
 ROUNDING = 1e-12
 # Differences in level below this are rounding errors.
 NO_DIFFERENCE = 1e-9
@@ -154,7 +155,7 @@ def compare_pair(
     if images and costs and {baseline, candidate} <= costs.keys():
         times.append(_in_hours(images, costs[baseline], costs[candidate]))
     if margin is None and pairs.scale == "ratio":
-        margin = float(DEFAULT_MARGIN.removesuffix("%"))
+        margin = MARGIN_PERCENT
     return _comparison(pairs, rows, times, primary, margin, role)
 
 
