@@ -120,7 +120,7 @@ def trained_on(provenance: Path, manifest: Path) -> bool | None:
 def check_images(checkpoint: Path, manifest: Path) -> None:
     """Checks that a checkpoint was trained on the images of a dataset.
 
-    If the images of the checkpoint or of the dataset are not known (`trained_on`), the check passes.
+    The check passes if it is not known whether the images are the same, which is when `trained_on` returns None.
 
     Args:
         checkpoint: directory of the checkpoint.

@@ -147,7 +147,7 @@ class Weight(Choice):
 
 
 class Images(Section):
-    """Keys that every dataset has."""
+    """Settings that all datasets have in common."""
 
     source: str
     """Kind of dataset."""

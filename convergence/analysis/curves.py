@@ -17,9 +17,9 @@ def isotonic_fit(level: np.ndarray) -> np.ndarray:
     """Returns the least-squares fit that never increases, for each curve along the last axis of [..., K].
 
     Isotonic regression (Barlow et al. 1972, Statistical inference under order restrictions) replaces neighbouring
-    values that increase by their mean. A curve that never increases is returned unchanged. Without the fit, a noisy
-    curve may cross a threshold several times, and the last crossing would count. The last crossing is too late, and
-    later the closer the checkpoints are.
+    values that break the order with their mean. A curve that never increases is returned unchanged. Without the fit, a
+    noisy curve may cross a threshold several times, and the last crossing would count. That crossing is too late, and
+    this error is larger if the checkpoints are closer together.
 
     Args:
         level: levels [..., K]; lower is better. NaN is allowed at the end of a curve and stays NaN.

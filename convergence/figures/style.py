@@ -56,9 +56,9 @@ def line_style(index: int) -> Style:
 
 
 def set_log_axis(ax: Axes) -> None:
-    """Makes the y axis logarithmic with ticks at round numbers, also on a short axis.
+    """Makes the y axis logarithmic with ticks at round numbers, even if it spans less than one decade.
 
-    Call this function after drawing.
+    Call this function after plotting, because the ticks depend on the limits of the axis.
     """
     ax.set_yscale("log")
     low, high = ax.get_ylim()
