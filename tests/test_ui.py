@@ -171,7 +171,7 @@ def test_a_run_shows_its_parameters_its_dataset_and_its_samples(page):
 def test_figures_and_the_verdict_open(page, finished):
     open_runs(page)
     page.get_by_role("link", name="openmoji").last.click()
-    page.get_by_text("Does under05 converge in fewer training images than uni05?").wait_for()
+    page.get_by_text("Does under05 converge in fewer training images than uni05, by FD").wait_for()
     page.get_by_role("tab", name="Artifacts").click()
     names = [path.name for path in (finished / "reports/openmoji").glob("*.png")]
     assert len(names) == 5
