@@ -81,7 +81,7 @@ def test_a_new_density_on_new_images(clone):
     code, output = run_section(clone, 2)
     assert code == 0, output
     assert re.search(r"^train +12$", output, re.M) and re.search(r"^\| mine \| 4 \|", output, re.M), output
-    assert re.search(r"^mine: .*triangle07.* uniform in FD", output, re.M), output
+    assert re.search(r"^mine: .*triangle07.* on average", output, re.M), output
 
 
 @pytest.mark.slow
