@@ -183,7 +183,7 @@ class _Saver:
 class _Log:
     """The file log.csv of a run.
 
-    At the start of a segment, the file is written anew with the rows of the state, so that no step appears twice. After
+    At the start of a segment, the file is replaced by one with the rows of the state, so that no step appears twice. After
     that, each new row is appended.
     """
 
