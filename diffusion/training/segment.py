@@ -183,8 +183,8 @@ class _Saver:
 class _Log:
     """The file log.csv of a run.
 
-    At the start of a segment, the file is replaced by one with the rows of the state, so that no step appears twice. After
-    that, each new row is appended.
+    At the start of a segment, the rows of the state replace the content of the file, so that no step appears twice.
+    After that, each new row is appended.
     """
 
     def __init__(self, path: Path, state: TrainState, until: int):
