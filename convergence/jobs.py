@@ -130,6 +130,4 @@ def use_torch(threads: int | None, gpus: int) -> str:
             f"torch {torch.__version__} finds no GPU on {platform.node()}: compute on the CPU (`device: cpu` in "
             "a study, `--device cpu` in a command), or install versions of torch and of the driver that match"
         )
-    # Shapes do not change during a job, so a search for the fastest algorithms pays.
-    torch.backends.cudnn.benchmark = bool(gpus)
     return "cuda" if gpus else "cpu"

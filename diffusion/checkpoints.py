@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.build import build_net, noise_schedule
 from diffusion.config import Initial, Sample
 from diffusion.data.batches import to_uint8
-from diffusion.devices import autocast, largest_batch
+from diffusion.devices import CudaGraphed, compute_copy, largest_batch
 from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, check_unchanged
 from diffusion.gaussian import NoiseSchedule
@@ -150,8 +150,9 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
     images = np.empty((count, checkpoint.image_size, checkpoint.image_size, 3), np.uint8)
     if not count:
         return images
-    size = settings.batch_size or largest_batch(checkpoint.model, image, device, settings.precision)
-    denoise = _reporting(checkpoint.model, count, settings, device)
+    model = compute_copy(checkpoint.model, settings.precision)
+    size = settings.batch_size or largest_batch(model, image, device)
+    denoise = _reporting(model, count, settings, device)
     batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
     start = latents(settings.seed, checkpoint.seed, batches[0], image)
     for indices, following in pairwise([*batches, range(0)]):
@@ -166,17 +167,21 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
 
 
 def _reporting(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
-    """Returns a function that calls the model in the precision of `settings` and reports the progress of sampling.
+    """Returns a function that calls the model, as a CUDA graph on a GPU, and reports the progress of sampling.
 
     The function reports progress at each call of the model, because one batch may take minutes.
     """
     progress = Progress("samples", count)
     done = 0.0
 
+    def call(x: Tensor, t: Tensor) -> list[Tensor]:
+        return [model(x, t).float()]
+
+    graphed = CudaGraphed(call) if torch.device(device).type == "cuda" else call
+
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         nonlocal done
-        with autocast(device, settings.precision):
-            output = model(x, t).float()
+        (output,) = graphed(x, t)
         done += len(x) / settings.steps
         progress.update(done)
         return output

@@ -1,11 +1,14 @@
 """Settings that depend on the device: precision, batch size of sampling, and CUDA graphs."""
 
+import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-WARMUP_CALLS = 3  # cuDNN and cuBLAS choose their algorithms in these calls, before a graph is captured
+Net = TypeVar("Net", bound=nn.Module)
+
 # Largest batches of samples. Larger ones are not faster; on a CPU, smaller ones fit its cache.
 MAX_IMAGES, MAX_IMAGES_ON_CPU = 1024, 64
 PROBE_IMAGES = 8  # images whose memory use is measured
@@ -13,16 +16,43 @@ PROBE_IMAGES = 8  # images whose memory use is measured
 MEMORY_SHARE, MAX_BYTES = 0.5, 16e9
 
 
-def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """Returns the autocast context for calls of a net in the given precision.
+def compute_dtype(device: torch.device | str, precision: str) -> torch.dtype:
+    """Returns the dtype in which a net computes.
 
     Args:
         device: device of the net.
         precision: "fp32", "bf16", or "auto" (bf16 on a GPU; fp32 on a CPU, where bf16 is slower).
     """
-    kind = torch.device(device).type
-    enabled = precision == "bf16" or (precision == "auto" and kind == "cuda")
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+    low = precision == "bf16" or (precision == "auto" and torch.device(device).type == "cuda")
+    return torch.bfloat16 if low else torch.float32
+
+
+def compute_copy(model: Net, precision: str) -> Net:
+    """Returns a copy of a net that computes in the given precision.
+
+    In bf16, the linear layers and the weights of the convolutions are copied to bf16. All other parameters of the copy
+    are those of the net: norms, and biases of convolutions, are added in float32. In fp32, the result is the net.
+
+    Args:
+        model: net with float32 parameters.
+        precision: see `compute_dtype`.
+    """
+    dtype = compute_dtype(next(model.parameters()).device, precision)
+    if dtype == torch.float32:
+        return model
+    low = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters()
+    }
+    low |= {id(module.weight) for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d))}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in low}
+    net = copy.deepcopy(model, shared)
+    for parameter in net.parameters():
+        if id(parameter) not in shared:
+            parameter.data = parameter.data.to(dtype)
+    return net
 
 
 class CudaGraphed:
@@ -57,8 +87,7 @@ class CudaGraphed:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARMUP_CALLS):
-                self.function(*inputs)
+            self.function(*inputs)  # libraries allocate memory and Triton compiles before a graph is captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Only this thread is captured: another thread may copy the next batch at the same time.
@@ -68,7 +97,7 @@ class CudaGraphed:
 
 
 @torch.inference_mode()
-def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str, precision: str) -> int:
+def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str) -> int:
     """Returns a batch size for evaluating a net without gradients: 64 on a CPU, 1 to 1024 on a GPU.
 
     On a GPU, the function measures how much memory a batch of 8 images needs. The batch size is the number of images
@@ -78,7 +107,6 @@ def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.d
         model: net that is called with images [B, C, H, W] and timesteps [B].
         shape: shape of one image, (C, H, W).
         device: device of the net.
-        precision: see `autocast`.
 
     Raises:
         torch.OutOfMemoryError: if a batch of 8 images does not fit in the memory of the GPU.
@@ -88,11 +116,7 @@ def largest_batch(model: nn.Module, shape: tuple[int, int, int], device: torch.d
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with autocast(device, precision):
-        model(
-            torch.zeros(PROBE_IMAGES, *shape, device=device),
-            torch.zeros(PROBE_IMAGES, dtype=torch.int64, device=device),
-        )
+    model(torch.zeros(PROBE_IMAGES, *shape, device=device), torch.zeros(PROBE_IMAGES, dtype=torch.int64, device=device))
     per_image = (torch.cuda.max_memory_allocated() - before) / PROBE_IMAGES
     free, _ = torch.cuda.mem_get_info()
     return max(1, min(MAX_IMAGES, int(min(MEMORY_SHARE * free, MAX_BYTES) / per_image)))

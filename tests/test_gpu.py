@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from test_operations import norm_case, relative_error
 
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 from diffusion.data.batches import Batches
 from diffusion.devices import largest_batch
-from diffusion.nets.norm import _implementation
-from diffusion.nets.torch_norm import TorchGroupNorm
+from diffusion.nets import operations, plain
 from diffusion.training.state import TrainState, train_step, untrained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,38 +39,34 @@ def losses(run: RunConfig, steps: int) -> list[float]:
     return found
 
 
+def test_the_net_computes_with_the_fused_operations():
+    assert operations.implementation("cuda").__name__ == "diffusion.nets.fused"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("n", "channels", "size"), [(4, 128, 128), (2, 96, 17), (8, 512, 8), (3, 32, 32)])
-def test_kernels_agree_with_torch_operations(n, channels, size, silu, dtype):
-    kernels = _implementation("cuda")
-    assert kernels is not TorchGroupNorm
-    x, g = (
-        (torch.randn(n, channels, size, size, device="cuda") + shift).to(dtype, memory_format=torch.channels_last)
-        for shift in (1, 0)
+def test_large_norms_agree_with_torch_operations(n, channels, size, silu, dtype):
+    """Small ones, and the other operations: tests/test_operations.py."""
+    exact = norm_case(plain, torch.float64, n, (channels,), (size, size), "", "scale and shift", silu)
+    found, rounded = (
+        norm_case(implementation, dtype, n, (channels,), (size, size), "", "scale and shift", silu)
+        for implementation in (operations.implementation("cuda"), plain)
     )
-    gain, offset = torch.randn(2, n, channels, device="cuda")
-    exact = TorchGroupNorm.forward(x.double(), gain.double(), offset.double(), 32, silu)
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    for ours, theirs in zip(kernels.forward(x, gain, offset, 32, silu), exact, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, **tolerance)
-    found = kernels.backward(g, x, gain, offset, *(s.float() for s in exact[1:]), silu)
-    expected = TorchGroupNorm.backward(g.double(), x.double(), gain.double(), offset.double(), *exact[1:], silu)
-    for ours, theirs in zip(found, expected, strict=True):
-        # The rounding error of sums increases with the number of pixels.
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance["rtol"], atol=tolerance["atol"] * size)
+    for ours, expected, theirs in zip(found, exact, rounded, strict=True):
+        assert relative_error(ours, expected) < max(2 * relative_error(theirs, expected), 1e-5)
 
 
 @pytest.mark.parametrize("train", [{}, {"micro_batch": 8}, {"precision": "fp32"}], ids=str)
 def test_a_cuda_graph_gives_the_results_of_single_launches(train):
     run = config(**train)
     graphed = TrainState(run, 0, "cuda")
-    plain = TrainState(run, 0, "cuda")
-    plain.gradients = plain._gradients
+    single = TrainState(run, 0, "cuda")
+    single.gradients.compute = single.gradients._compute
     for _ in range(3):
-        for state in (graphed, plain):
+        for state in (graphed, single):
             train_step(state, state.batches(IMAGES))
-        for a, b in zip(graphed.parameters, plain.parameters, strict=True):
+        for a, b in zip(graphed.parameters, single.parameters, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
             b.data.copy_(a.data)  # so that rounding errors do not accumulate
 
@@ -96,6 +92,12 @@ def test_batches_do_not_depend_on_where_images_are_stored():
         assert torch.equal(resident[step], read[step])
 
 
+def test_fused_operations_train_like_plain_ones(monkeypatch):
+    fused = np.array(losses(config(), 200))
+    monkeypatch.setattr(operations, "implementation", lambda device_type: plain)
+    assert abs(np.mean(fused[100:]) / np.mean(losses(config(), 200)[100:]) - 1) < 0.05
+
+
 def test_bf16_trains_like_fp32():
     exact, rough = (np.array(losses(config(precision=precision), 200)) for precision in ("fp32", "bf16"))
     assert abs(np.mean(rough[100:]) / np.mean(exact[100:]) - 1) < 0.05
@@ -103,6 +105,6 @@ def test_bf16_trains_like_fp32():
 
 def test_the_largest_batch_fits():
     model = untrained(config(), 0)[0].cuda().eval()
-    count = largest_batch(model, (3, 32, 32), "cuda", "auto")
+    count = largest_batch(model, (3, 32, 32), "cuda")
     with torch.inference_mode():
         model(torch.zeros(count, 3, 32, 32, device="cuda"), torch.zeros(count, dtype=torch.int64, device="cuda"))

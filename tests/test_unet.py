@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.nets.unet import (
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    UNet,
-    Upsample,
-    doubled,
-    halved,
-    timestep_embedding,
-)
+from diffusion.nets.activation import Activation
+from diffusion.nets.plain import doubled, halved
+from diffusion.nets.unet import AttentionBlock, Downsample, ResBlock, UNet, Upsample, timestep_embedding
 
 SMALL = {
     "image_size": 16,
@@ -121,18 +114,22 @@ def test_initial_blocks_equal_their_skip_connections():
     assert zero == expected | {"out.2.weight"}
 
 
+def output(block: ResBlock, x: Tensor, embedding: Tensor) -> Tensor:
+    return block(block.emb_layers(embedding), Activation(x)).values
+
+
 @pytest.mark.parametrize("scale_shift_norm", [True, False])
 @torch.no_grad()
 def test_initial_residual_blocks_only_resample(scale_shift_norm):
     x, embedding = images(2, 8, 32), torch.randn(2, 128, generator=torch.Generator().manual_seed(3))
 
-    def start(resample: nn.Module | None) -> Tensor:
-        return ResBlock(32, 32, 128, 0.0, scale_shift_norm, resample)(x, embedding)
+    def start(resample: str) -> Tensor:
+        return output(ResBlock(32, 32, 128, 0.0, scale_shift_norm, resample), x, embedding)
 
-    torch.testing.assert_close(start(None), x, rtol=0, atol=0)
+    torch.testing.assert_close(start(""), x, rtol=0, atol=0)
     pooled = x.view(2, 32, 4, 2, 4, 2).mean((3, 5))
-    torch.testing.assert_close(start(nn.AvgPool2d(2)), pooled)
-    torch.testing.assert_close(start(nn.Upsample(scale_factor=2)), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(start("halved"), pooled)
+    torch.testing.assert_close(start("doubled"), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -145,24 +142,24 @@ def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 @torch.no_grad()
 def test_timestep_scales_and_shifts_the_second_norm():
-    block = randomised(ResBlock(32, 64, 128, 0.0, True, None)).double().eval()
+    block = randomised(ResBlock(32, 64, 128, 0.0, True)).double().eval()
     x = images(2, 4, 32).double()
     embedding = torch.randn(2, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     h = block.in_layers[2](nn.functional.silu(normalised(x, block.in_layers[0])))
     scale, shift = block.emb_layers[1](nn.functional.silu(embedding))[:, :, None, None].split(64, dim=1)
     h = block.out_layers[3](nn.functional.silu(normalised(h, block.out_layers[0]) * (1 + scale) + shift))
-    torch.testing.assert_close(block(x, embedding), block.skip_connection(x) + h)
+    torch.testing.assert_close(output(block, x, embedding), block.skip_connection(x) + h)
 
 
 @torch.no_grad()
 def test_timestep_is_added_before_the_second_norm():
-    block = randomised(ResBlock(32, 32, 128, 0.0, False, None)).double().eval()
+    block = randomised(ResBlock(32, 32, 128, 0.0, False)).double().eval()
     x = images(2, 4, 32).double()
     embedding = torch.randn(2, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     h = block.in_layers[2](nn.functional.silu(normalised(x, block.in_layers[0])))
     h = h + block.emb_layers[1](nn.functional.silu(embedding))[:, :, None, None]
     h = block.out_layers[3](nn.functional.silu(normalised(h, block.out_layers[0])))
-    torch.testing.assert_close(block(x, embedding), x + h)
+    torch.testing.assert_close(output(block, x, embedding), x + h)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -183,7 +180,7 @@ def test_attention_is_a_softmax_over_pixels(heads):
                 weight = score.exp() / score.exp().sum()
                 attended[image, width * head : width * (head + 1), pixel] = (v[image] * weight).sum(1)
     projected = torch.einsum("oc,bcn->bon", block.proj_out.weight[:, :, 0], attended) + block.proj_out.bias[:, None]
-    torch.testing.assert_close(block(x), x + projected.view_as(x))
+    torch.testing.assert_close(block(Activation(x)).values, x + projected.view_as(x))
 
 
 def legacy_attention(block: AttentionBlock, x: Tensor, heads: int) -> Tensor:
@@ -213,9 +210,9 @@ def test_attention_of_every_level_has_the_given_heads(setting, heads):
     net = randomised(unet(channel_mult=(1, 2, 4), attention_resolutions=(16, 8), **setting)).double()
     widths = []
 
-    def compare(block: AttentionBlock, arguments: tuple[Tensor], output: Tensor) -> None:
-        widths.append((x := arguments[0]).shape[1])
-        torch.testing.assert_close(output, legacy_attention(block, x, heads[x.shape[1]]))
+    def compare(block: AttentionBlock, arguments: tuple[Activation], output: Activation) -> None:
+        widths.append((x := arguments[0].values).shape[1])
+        torch.testing.assert_close(output.values, legacy_attention(block, x, heads[x.shape[1]]))
 
     for module in net.modules():
         if isinstance(module, AttentionBlock):
@@ -246,10 +243,10 @@ def test_convolutional_resampling_halves_and_doubles():
     down, up, x = Downsample(32), Upsample(32), images(1, 8, 32)
     # A convolution of stride 2 gives the even positions of the same convolution with stride 1.
     everywhere = nn.functional.conv2d(x, down.op.weight, down.op.bias, padding=1)
-    torch.testing.assert_close(down(x), everywhere[:, :, ::2, ::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(down(Activation(x)).values, everywhere[:, :, ::2, ::2], rtol=1e-4, atol=1e-5)
     repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     expected = nn.functional.conv2d(repeated, up.conv.weight, up.conv.bias, padding=1)
-    torch.testing.assert_close(up(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(up(Activation(x)).values, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

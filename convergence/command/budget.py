@@ -103,7 +103,7 @@ def measure(experiment: Experiment) -> Rates:
 
     from convergence.jobs import use_torch
     from convergence.snakefile import gpus
-    from diffusion.devices import autocast
+    from diffusion.devices import compute_copy
     from diffusion.training.state import TrainState, train_step
 
     run = experiment.run(next(iter(experiment.arms)))
@@ -125,8 +125,9 @@ def measure(experiment: Experiment) -> Rates:
         settings = run.train.model_copy(update={"batch_size": count, "micro_batch": None})
         state = TrainState(run.model_copy(update={"train": settings}), 0, device)
         x, t = torch.zeros(count, 3, size, size, device=device), torch.zeros(count, dtype=torch.int64, device=device)
-        with torch.no_grad(), autocast(device, experiment.sample.precision):
-            forward = seconds(lambda: state.model(x, t))
+        model = compute_copy(state.model, experiment.sample.precision)
+        with torch.no_grad():
+            forward = seconds(lambda: model(x, t))
         batches = state.batches(np.zeros((count, size, size, 3), np.uint8))
         return seconds(lambda: train_step(state, batches)), forward
 

@@ -1,18 +1,17 @@
 """The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233), with the state dict keys of the published checkpoints."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from diffusion.config import GROUP_NORM_GROUPS
-from diffusion.nets.norm import group_norm
+from diffusion.nets import operations
+from diffusion.nets.activation import Activation
 
-Resample = Callable[[Tensor], Tensor]
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -57,7 +56,7 @@ class UNet(nn.Module):
         embedding = 4 * channels
         self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
-        def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResBlock:
+        def residual(c_in: int, c_out: int, resample: str = "") -> ResBlock:
             return ResBlock(c_in, c_out, embedding, dropout, scale_shift_norm, resample)
 
         def attention(width: int) -> AttentionBlock:
@@ -67,10 +66,10 @@ class UNet(nn.Module):
             return [attention(width)] if size in attention_resolutions else []
 
         def down(width: int) -> nn.Module:
-            return residual(width, width, halved) if resblock_updown else Downsample(width)
+            return residual(width, width, "halved") if resblock_updown else Downsample(width)
 
         def up(width: int) -> nn.Module:
-            return residual(width, width, doubled) if resblock_updown else Upsample(width)
+            return residual(width, width, "doubled") if resblock_updown else Upsample(width)
 
         widths = [channels * multiplier for multiplier in channel_mult]
         last = len(widths) - 1
@@ -110,52 +109,58 @@ class UNet(nn.Module):
             x: noisy images x_t, [B, 3, H, W].
             t: timesteps of the images, in 0..T-1, int64 [B].
         """
-        embedding = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
-        skips = []
-        for stage in self.input_blocks:
-            x = stage(x, embedding)
-            skips.append(x)
-        x = self.middle_block(x, embedding)
+        dtype = next(self.time_embed.parameters()).dtype
+        embedding = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
+        layers = [module.emb_layers for module in self.modules() if isinstance(module, ResBlock)]
+        times = iter(operations.projections(layers, embedding))
+
+        first, *stages = self.input_blocks
+        h = operations.with_sums(operations.convolution(first.get_submodule("0"), x.to(dtype)))
+        skips = [h]
+        for stage in stages:
+            h = stage(times, h)
+            skips.append(h)
+        h = self.middle_block(times, h)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
+            h = stage(times, h, skips.pop())
         norm, _, convolution = self.out
-        return convolution(norm(x, silu=True))
+        z, _ = norm(h, silu=True)
+        return operations.convolution(convolution, z).with_bias()
 
 
 class Norm(nn.GroupNorm):
-    """Group norm with 32 groups, fused with SiLU and with the scale and shift of the timestep embedding."""
+    """Group norm with 32 groups, together with the operations around it."""
 
     def __init__(self, channels: int):
         super().__init__(GROUP_NORM_GROUPS, channels)
 
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
-    ) -> Tensor:
-        """Returns norm(x) (1 + scale) + shift, [B, C, H, W], or SiLU of this result.
+    def forward(  # type: ignore[override]
+        self, *parts: Activation, time: Tensor | None = None, silu: bool = False, resample: str = ""
+    ) -> tuple[Tensor, tuple[Activation, ...]]:
+        """Returns act(norm(x) (1 + scale) + shift), and x for a skip connection. See `diffusion.nets.operations.norm`.
 
         Args:
-            x: images [B, C, H, W].
-            scale: scale of each channel, [B, C], or None for 0.
-            shift: shift of each channel, [B, C], or None for 0. Scale and shift must both be given or both be None.
-            silu: whether SiLU is applied to the result.
+            parts: x in one or two parts, which have different channels of the same images [B, C, H, W].
+            time: scale and then shift of each channel, [B, 2C]; None for 0.
+            silu: whether act is SiLU. If false, act is the identity.
+            resample: "halved", "doubled" or "": how both results change their resolution.
         """
-        gain, offset = self.weight[None], self.bias[None]
-        if scale is not None and shift is not None:
-            gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
-        return group_norm(x, gain, offset, self.num_groups, silu)
+        return operations.norm(self, parts, time, silu, resample)
 
 
 class Stage(nn.Sequential):
-    """Sequence of blocks. Only the residual blocks of the sequence receive the timestep embedding."""
+    """Sequence of blocks. Only the residual blocks of the sequence receive timestep embeddings."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
-        """Returns the output [B, C', H', W'] of the last block, for x [B, C, H, W] and the timestep embedding [B, E].
+    def forward(self, times: Iterator[Tensor], *x: Activation) -> Activation:
+        """Returns the output [B, C', H', W'] of the last block. C', H' and W' depend on the blocks.
 
-        C', H' and W' depend on the blocks. E is the size of the timestep embedding.
+        Args:
+            times: projections of the timestep embedding for this residual block and all later ones.
+            x: input of the first block in one or two parts, which have different channels of images [B, C, H, W].
         """
         for block in self:
-            x = block(x, embedding) if isinstance(block, ResBlock) else block(x)
-        return x
+            x = (block(next(times), *x) if isinstance(block, ResBlock) else block(*x),)
+        return x[0]
 
 
 class ResBlock(nn.Module):
@@ -169,22 +174,16 @@ class ResBlock(nn.Module):
         embedding: size E of the timestep embedding.
         dropout: dropout probability before the second convolution.
         scale_shift_norm: see `UNet`.
-        resample: function that changes the resolution before the first convolution and in the skip connection. None:
-            the resolution stays the same.
+        resample: "halved" or "doubled": how the resolution changes before the first convolution and in the skip
+            connection. "": the resolution stays the same.
     """
 
     def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        embedding: int,
-        dropout: float,
-        scale_shift_norm: bool,
-        resample: Resample | None,
+        self, c_in: int, c_out: int, embedding: int, dropout: float, scale_shift_norm: bool, resample: str = ""
     ):
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
-        self.resample = resample or nn.Identity()
+        self.resample = resample
         self.in_layers = nn.Sequential(Norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (1 + scale_shift_norm) * c_out))
         self.out_layers = nn.Sequential(
@@ -195,22 +194,24 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Returns the output [B, c_out, H', W'] for x [B, c_in, H, W] and the timestep embedding [B, E].
+    def forward(self, time: Tensor, *x: Activation) -> Activation:
+        """Returns the output [B, c_out, H', W']. H' and W' are H and W, changed by `resample`.
 
-        H' and W' are H and W, changed by `resample`.
+        Args:
+            time: projection of the timestep embedding by `emb_layers`, [B, F].
+            x: input in one or two parts, which have different channels of images [B, c_in, H, W].
         """
         # The SiLU modules next to the norms only keep the state dict keys: Norm applies SiLU itself.
         norm, _, convolution = self.in_layers
-        h = convolution(self.resample(norm(x, silu=True)))
-        time = self.emb_layers(embedding)
+        z, x = norm(*x, silu=True, resample=self.resample)
+        h = operations.convolution(convolution, z)
         norm, _, dropout, convolution = self.out_layers
         if self.scale_shift_norm:
-            scale, shift = time.chunk(2, dim=1)
-            h = norm(h, scale, shift, silu=True)
+            z, _ = norm(h, time=time, silu=True)
         else:
-            h = norm(h + time[:, :, None, None], silu=True)
-        return self.skip_connection(self.resample(x)) + convolution(dropout(h))
+            z, _ = norm(h.plus(time), silu=True)
+        h = operations.convolution(convolution, dropout(z))
+        return operations.residual(self.skip_connection, x, h)
 
 
 class AttentionBlock(nn.Module):
@@ -226,16 +227,20 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Returns the output [B, C, H, W] for x [B, C, H, W]."""
-        batch, channels, height, width = x.shape
+        batch, channels, height, width = x.values.shape
+        z, skip = self.norm(x)
         # With channels last, pixels are rows, and no operation copies memory for a transposition.
-        rows = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        qkv = F.linear(rows, self.qkv.weight.squeeze(2), self.qkv.bias)
+        rows = z.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        bias = self.qkv.bias.to(rows.dtype)  # type: ignore[union-attr]
+        qkv = F.linear(rows, self.qkv.weight.squeeze(2), bias)
         q, k, v = qkv.unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=3)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
-        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        rows = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        bias, later = operations.split_bias(self.proj_out)
+        rows = F.linear(rows, self.proj_out.weight.squeeze(2), bias)
+        h = Activation(rows.unflatten(1, (height, width)).permute(0, 3, 1, 2), later)
+        return operations.residual(nn.Identity(), skip, h)
 
 
 class Downsample(nn.Module):
@@ -245,9 +250,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Returns the output [B, C, H / 2, W / 2] for x [B, C, H, W]."""
-        return self.op(x)
+        return operations.convolution(self.op, x.with_bias().to(x.values.dtype))
 
 
 class Upsample(nn.Module):
@@ -257,45 +262,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         """Returns the output [B, C, 2 H, 2 W] for x [B, C, H, W]."""
-        return self.conv(F.interpolate(x, scale_factor=2))
-
-
-class _Halved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return F.interpolate(g / 4, scale_factor=2)
-
-
-class _Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return F.avg_pool2d(g, 2, divisor_override=1)
-
-
-def halved(x: Tensor) -> Tensor:
-    """Returns the mean of each block of 2x2 pixels: [B, C, H, W] -> [B, C, H / 2, W / 2].
-
-    Up to a factor, this function and `doubled` are transposes of each other. Therefore, each of the two functions uses
-    the operation of the other one as its gradient. This gradient is faster than the gradient that torch computes.
-    """
-    return _Halved.apply(x)
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Returns the images with each pixel repeated 2x2 times: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
-    return _Doubled.apply(x)
+        x_with_bias = x.with_bias().to(x.values.dtype)
+        return operations.convolution(self.conv, F.interpolate(x_with_bias, scale_factor=2))
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -15,16 +15,15 @@ from diffusion.build import build
 from diffusion.checkpoints import save_weights
 from diffusion.config import Initial, RunConfig
 from diffusion.data.batches import Batches, random_flip, to_model_range
-from diffusion.devices import CudaGraphed, autocast
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
-from diffusion.losses import hybrid_loss
 from diffusion.nets.unet import UNet
 from diffusion.schemes import Tables, matched, scheme_tables
 from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.training import parallel
+from diffusion.training.gradients import LossGradients
 
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
@@ -78,9 +77,7 @@ class TrainState:
         if run.scheme.timesteps.learned:
             _, parameters = run.scheme.timesteps.chosen
             self.history = LossHistory(self.schedule.timesteps, device=self.device, **parameters)  # type: ignore[arg-type]
-        # A captured graph would repeat the same dropout masks.
-        graphed = self.device.type == "cuda" and not run.model.dropout
-        self.gradients = CudaGraphed(self._gradients) if graphed else self._gradients
+        self.gradients = LossGradients(self.model, self.schedule, run.train.precision)
         self.meter = Meter(self.device)
         self.step = 0
         self.seconds = 0.0
@@ -110,28 +107,6 @@ class TrainState:
             return torch.randperm(count, generator=generator(self.seed, "order", epoch))
 
         return Batches(images, self.run.train.batch_size, order, self.device, indices)
-
-    def _gradients(
-        self, x_start: Tensor, noise: Tensor, t: Tensor, mse_weight: Tensor, vb_weight: Tensor
-    ) -> list[Tensor]:
-        """Returns the gradients of the loss, one per parameter, followed by the mse and vb of each image, [2, B].
-
-        mse and vb are the unweighted terms of the hybrid loss (Nichol & Dhariwal 2021): the mean squared error of
-        epsilon and the variational bound. The loss is the sum over the images of mse_weight * mse + vb_weight * vb.
-
-        Args:
-            x_start: images, [B, 3, H, W].
-            noise: epsilon, [B, 3, H, W].
-            t: timesteps, [B].
-            mse_weight: weight of the mse of each image, [B].
-            vb_weight: weight of the vb of each image, [B].
-        """
-        x_t = self.schedule.q_sample(x_start, t, noise)
-        with autocast(self.device, self.run.train.precision):
-            output = self.model(x_t, t)
-        losses = hybrid_loss(self.schedule, output.float(), x_start, x_t, t, noise)
-        loss = (mse_weight * losses.mse + vb_weight * losses.vb).sum()
-        return [*torch.autograd.grad(loss, self.parameters), torch.stack([losses.mse, losses.vb]).detach()]
 
     def tables_now(self) -> Tables:
         """Returns the density and the loss weights at the present step, each [T].
@@ -349,13 +324,14 @@ def train_step(state: TrainState, batches: Batches) -> None:
         # Only dropout uses torch's global generator. Its seed differs between processes.
         torch.manual_seed(stream_seed(seed, f"dropout{parallel.rank() or ''}", step))
 
+    state.gradients.refresh()
     own = parallel.rank_slice(size)
     micro_batch = train.micro_batch or len(own)
     gradients: list[Tensor] = []
     terms = torch.zeros(2, size, device=device)
     for first in range(own.start, own.stop, micro_batch):
         i = slice(first, min(first + micro_batch, own.stop))
-        *part, terms[:, i] = state.gradients(x_start[i], noise[i], t[i], mse_weight[i] / size, vb_weight[i] / size)
+        part, terms[:, i] = state.gradients(x_start[i], noise[i], t[i], mse_weight[i] / size, vb_weight[i] / size)
         if gradients:
             torch._foreach_add_(gradients, part)
         else:
