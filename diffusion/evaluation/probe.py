@@ -16,7 +16,7 @@ from diffusion.data.arrays import load_images, split
 from diffusion.data.batches import to_model_range
 from diffusion.errors import InputError
 from diffusion.gaussian import NoiseSchedule
-from diffusion.losses import HybridLoss, hybrid_loss
+from diffusion.gradients import LossGradients
 from diffusion.schemes import Tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_timesteps
@@ -29,14 +29,15 @@ class GradientMoments:
     """Mean, and trace of the covariance, of random vectors that are added one at a time."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.sum_of_squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+        self.count = 0
+        self.total, self.sum_of_squares = torch.zeros(2, dtype=torch.float64)
 
     def add(self, vector: Tensor) -> None:
         """Adds a vector [P]."""
         vector = vector.double()
         self.count += 1
         self.total = self.total.to(vector.device) + vector
-        self.sum_of_squares += vector.square().sum().item()
+        self.sum_of_squares = self.sum_of_squares.to(vector.device) + vector.square().sum()
 
     @property
     def mean(self) -> Tensor:
@@ -46,7 +47,7 @@ class GradientMoments:
     @property
     def covariance_trace(self) -> float:
         """Unbiased estimate of the trace of the covariance. At least two vectors are needed."""
-        return (self.sum_of_squares - self.total.square().sum().item() / self.count) / (self.count - 1)
+        return (self.sum_of_squares.item() - self.total.square().sum().item() / self.count) / (self.count - 1)
 
     @property
     def squared_norm(self) -> float:
@@ -119,6 +120,7 @@ def probe(
     batch_size: int,
     seed: int,
     device: torch.device | str = "cpu",
+    precision: str = "auto",
 ) -> list[dict[str, Any]]:
     """Measures the losses and the gradient noise of a net, in bins of timesteps and over all timesteps.
 
@@ -145,18 +147,21 @@ def probe(
         batch_size: images per gradient. The variance is estimated between the gradients of different batches.
         seed: seed of the run, which determines noise and timesteps.
         device: device of the model.
+        precision: precision of the gradients and losses: "fp32", "bf16" or "auto" (see
+            `diffusion.devices.compute_dtype`).
 
     Returns:
         rows with the keys `timesteps` (such as "0-99", or "all"), `metric`, `value`, and `reason` (why the value is
         NaN, or "").
     """
     model.requires_grad_(True)
-    parameters = list(model.parameters())
+    compute = LossGradients(model, schedule, precision)
+    compute.refresh()
     x_start_all = to_model_range(torch.from_numpy(images))
     edges = bin_edges(schedule.timesteps, bins)
 
-    def losses(index: int, probabilities: Tensor, weights: Tables | None) -> Iterator[HybridLoss]:
-        """Yields the losses of each batch.
+    def batches(index: int, probabilities: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields images, noise and timesteps of each batch.
 
         The timesteps are in bin `index`, and are drawn in proportion to `probabilities` [width of the bin].
         """
@@ -164,26 +169,23 @@ def probe(
         random = generator(seed, "probe timesteps", index)
         t_all = edges[index] + draw_timesteps(probabilities / probabilities.sum(), len(x_start_all), random)
         for batch in zip(*(tensor.split(batch_size) for tensor in (x_start_all, epsilon_all, t_all)), strict=True):
-            x_start, epsilon, t = (part.to(device) for part in batch)
-            x_t = schedule.q_sample(x_start, t, epsilon)
-            factors = (weights.mse_weight[t].float(), weights.vb_weight[t].float()) if weights else ()
-            yield hybrid_loss(schedule, model(x_t, t), x_start, x_t, t, epsilon, *factors)
+            yield tuple(part.to(device, non_blocking=True) for part in batch)
 
     if tables is not None:
         tables = tables.to(torch.device(device))
     rows, bin_losses = [], []
     mean, mean_bias, second_moment = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for index, (first, end) in enumerate(itertools.pairwise(edges)):
-        with torch.no_grad():
-            uniform = losses(index, torch.ones(end - first), None)
-            mse, vb = np.mean([(batch.mse.mean().item(), batch.vb.mean().item()) for batch in uniform], axis=0)
+        uniform = [compute.losses(*batch).mean(1) for batch in batches(index, torch.ones(end - first))]
+        mse, vb = torch.stack(uniform).double().mean(0).tolist()
         bin_losses.append((mse, vb))
         noise = UNKNOWN
         probability = tables.probabilities[first:end].sum().item() if tables else 0.0
         if tables and probability:
             moments = GradientMoments()
-            for batch in losses(index, tables.probabilities[first:end], tables):
-                gradients = torch.autograd.grad(batch.loss.mean(), parameters)
+            for x_start, epsilon, t in batches(index, tables.probabilities[first:end]):
+                weights = (tables.mse_weight[t].float() / batch_size, tables.vb_weight[t].float() / batch_size)
+                gradients, _ = compute(x_start, epsilon, t, *weights)
                 moments.add(torch.cat([gradient.flatten() for gradient in gradients]))
             noise = GradientNoise(moments.squared_norm, batch_size * moments.covariance_trace)
             mean = mean.to(moments.total.device) + probability * moments.mean

@@ -18,12 +18,12 @@ from diffusion.data.batches import Batches, random_flip, to_model_range
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
+from diffusion.gradients import LossGradients
 from diffusion.nets.unet import UNet
 from diffusion.schemes import Tables, matched, scheme_tables
 from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.training import parallel
-from diffusion.training.gradients import LossGradients
 
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:

@@ -24,7 +24,8 @@ with job(snakemake):
     if provenance["diverged"] is None:
         net = load_checkpoint(Path(snakemake.input.weights), device, provenance.get("sha256"))
         tables = None if run.scheme.timesteps.learned else scheme_tables(net.schedule, run.scheme, run.match)
-        rows = probe(net.model, net.schedule, tables, images, settings.bins, settings.batch_size, seed, device)
+        sizes = settings.bins, settings.batch_size
+        rows = probe(net.model, net.schedule, tables, images, *sizes, seed, device, run.train.precision)
     else:
         rows = diverged_rows(run.diffusion.timesteps, settings.bins, provenance["diverged"])
     table = of_checkpoint(rows, snakemake.wildcards, provenance).assign(n=len(images), held_out=held_out > 0)

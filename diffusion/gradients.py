@@ -29,6 +29,7 @@ class LossGradients:
         dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
         graphed = self.parameters[0].device.type == "cuda" and not dropout
         self.compute = CudaGraphed(self._compute) if graphed else self._compute
+        self.compute_losses = CudaGraphed(self._losses) if graphed else self._losses
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -55,12 +56,23 @@ class LossGradients:
         *gradients, terms = self.compute(x_start, noise, t, mse_weight, vb_weight)
         return gradients, terms
 
+    @torch.no_grad()
+    def losses(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Returns the mse and vb of each image, [2, B], as a call does, without gradients."""
+        (terms,) = self.compute_losses(x_start, noise, t)
+        return terms.clone()
+
+    def _losses(self, x_start: Tensor, noise: Tensor, t: Tensor) -> list[Tensor]:
+        x_t = self.schedule.q_sample(x_start, t, noise)
+        losses = hybrid_loss(self.schedule, self.net(x_t, t).float(), x_start, x_t, t, noise)
+        return [torch.stack([losses.mse, losses.vb])]
+
     def _compute(
         self, x_start: Tensor, noise: Tensor, t: Tensor, mse_weight: Tensor, vb_weight: Tensor
     ) -> list[Tensor]:
-        x_t = self.schedule.q_sample(x_start, t, noise)
-        losses = hybrid_loss(self.schedule, self.net(x_t, t).float(), x_start, x_t, t, noise)
-        loss = (mse_weight * losses.mse + vb_weight * losses.vb).sum()
+        (terms,) = self._losses(x_start, noise, t)
+        mse, vb = terms
+        loss = (mse_weight * mse + vb_weight * vb).sum()
         found = torch.autograd.grad(loss, self.copies)
         gradients = [_with_strides(g, p) for g, p in zip(found, self.parameters, strict=True)]
         if self.copied:
@@ -68,7 +80,7 @@ class LossGradients:
             torch._foreach_copy_(wide, [gradients[i] for i in self.copied])
             for i, gradient in zip(self.copied, wide, strict=True):
                 gradients[i] = gradient
-        return [*gradients, torch.stack([losses.mse, losses.vb]).detach()]
+        return [*gradients, terms.detach()]
 
 
 def _with_strides(gradient: Tensor, parameter: Tensor) -> Tensor:
