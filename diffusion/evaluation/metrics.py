@@ -22,6 +22,7 @@ BLOCK = 256  # rows of a kernel or distance matrix that are in memory at the sam
 MOMENT_ROWS = 4096  # rows of features that are in memory as float64 at the same time
 COLUMNS = 512  # columns of a covariance that are computed at the same time
 SMALL_EIGENVALUE = 1e-10  # relative to the largest; the square root of a smaller one is too inaccurate
+FEW_ROWS = 25  # between so few rows, torch.cdist subtracts the rows from each other
 NEIGHBOURS = 3  # k in Kynkaanniemi et al. 2019
 INFINITY_POINTS = 15  # number of subsets in Chong & Forsyth 2020
 
@@ -344,7 +345,23 @@ def neighbour_radii(features: Features, others: Features | None = None, k: int =
     """
     x, y = _on_one_device(features, features if others is None else others)
     rank = k + (others is None)  # within one set, the nearest row is the row itself
-    return _to_numpy(torch.cat([torch.cdist(rows, y).kthvalue(rank).values for rows in x.split(BLOCK)]))
+    radii = [distances.topk(rank, largest=False).values[:, -1] for distances in _distances(x, y)]
+    return _to_numpy(torch.cat(radii))
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Yields the distances from each block of rows of x to all rows of y, [rows, M].
+
+    The values are those of `torch.cdist`, which would copy y for each block. Between many rows, they follow from one
+    matrix product, |a - b|^2 = -2 a.b + |a|^2 + |b|^2, so their absolute error is up to about 1e-3 |a|.
+    """
+    others = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], 1)
+    for rows in x.split(BLOCK):
+        if max(len(rows), len(y)) <= FEW_ROWS:
+            yield torch.cdist(rows, y)
+        else:
+            own = torch.cat([rows.mul(-2), rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])], 1)
+            yield (own @ others.T).clamp_min_(0).sqrt_()
 
 
 def precision_recall(features: Features, reference: Features, reference_radii: Features) -> dict[str, Estimate]:
@@ -367,8 +384,7 @@ def precision_recall(features: Features, reference: Features, reference_radii: F
     """
     x, y, x_radii, y_radii = _on_one_device(features, reference, neighbour_radii(features), reference_radii)
     precise, recalled = [], torch.zeros_like(y_radii, dtype=torch.bool)
-    for rows, radii in zip(x.split(BLOCK), x_radii.split(BLOCK), strict=True):
-        distances = torch.cdist(rows, y)
+    for distances, radii in zip(_distances(x, y), x_radii.split(BLOCK), strict=True):
         precise.append((distances <= y_radii).any(1))
         recalled |= (distances <= radii[:, None]).any(0)
     hits = torch.cat(precise).double()
