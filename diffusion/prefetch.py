@@ -40,7 +40,7 @@ def prefetched(
             if copied:
                 copied.synchronize()
             tensor = made.result().to(device, non_blocking=True)
-            copied = torch.cuda.current_stream().record_event() if on_gpu else None
+            copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
             yield tensor
 
     with ThreadPoolExecutor(max_workers=1) as thread:
