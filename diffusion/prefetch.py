@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain, pairwise
 from typing import TypeVar
 
 import torch
@@ -34,9 +33,10 @@ def prefetched(
         return tensor.pin_memory() if on_gpu else tensor
 
     def on_device(thread: ThreadPoolExecutor) -> Iterator[Tensor]:
-        copied = None
-        # A pair submits the tensor that is taken next and the one after it.
-        for made, _ in pairwise(chain((thread.submit(on_host, item) for item in items), [None])):
+        futures = (thread.submit(on_host, item) for item in items)
+        following, copied = next(futures, None), None
+        while following:
+            made, following = following, next(futures, None)
             if copied:
                 copied.synchronize()
             tensor = made.result().to(device, non_blocking=True)

@@ -309,10 +309,10 @@ def kernel_distance(features: Features, reference: Features, reference_kernel: f
     if n < 4:
         return Estimate(u + reference_kernel)
     # Subtracting u from each h centres h and reduces the sum of squares by n (n - 1) u^2.
-    squares = (squares - (own.square().sum() + n * (n - 1) * u**2)).item()
+    squares -= own.square().sum() + n * (n - 1) * u**2
     centred_sums = sums - (n - 1) * u
     influences = _to_numpy(2 / (n - 1) * centred_sums)
-    variance = (4 * centred_sums.square().sum().item() - 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
+    variance = (4 * centred_sums.square().sum().item() - 2 * squares.item()) / (n * (n - 1) * (n - 2) * (n - 3))
     if variance <= 0:
         note = "no standard error: the estimate of the variance is not positive"
         return Estimate(u + reference_kernel, note=note, influences=influences)
