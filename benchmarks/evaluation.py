@@ -12,6 +12,7 @@ device, and counts their large operations.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import subprocess
@@ -235,6 +236,7 @@ def statistics(arguments: argparse.Namespace) -> None:
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = function.overloadpacket.__name__
             if name in OPERATIONS:
+                # Of one matrix: a decomposition.
                 *_, a, b = [x for x in args if isinstance(x, torch.Tensor)] * 2
                 key = name, str(b.dtype).removeprefix("torch.")
                 self.calls[key] += 1
@@ -254,25 +256,27 @@ def statistics(arguments: argparse.Namespace) -> None:
     images = rng.integers(0, 256, (arguments.images, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     metrics = ["fd", "kid", "precision", "recall"]
 
-    def seconds(label: str, call: Callable[[], Any]) -> Any:
-        for repetition in ("first", "second"):
+    def seconds(label: str, call: Callable[[], Any], operations: Any = None) -> Any:
+        """Call a function twice, for the first time with a count of its operations; return its result."""
+        for repetition, counter in (("first", operations), ("second", None)):
             start = time.perf_counter()
-            result = call()
-            print(f"{label}, {repetition} time: {time.perf_counter() - start:.2f} s", flush=True)
+            with counter or contextlib.nullcontext():
+                result = call()
+            print(f"{label}, {repetition} call: {time.perf_counter() - start:.2f} s", flush=True)
         return result
 
-    extractor = load_extractor(LITE0, device)
+    extractor, operations = load_extractor(LITE0, device), Operations()
     seconds(f"features of {len(images):,} images", lambda: extract_features(images, extractor))
-    reference = seconds(f"statistics of {len(real):,} real images", lambda: reference_of(real, {}, device=device))
-    rows = seconds(
-        f"metrics of {len(generated):,} generated images", lambda: evaluate(generated, reference, metrics, device)
-    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    label = f"statistics of {len(real):,} real images"
+    reference = seconds(label, lambda: reference_of(real, {}, device=device), operations)
+    label = f"metrics of {len(generated):,} generated images"
+    rows = seconds(label, lambda: evaluate(generated, reference, metrics, device), operations)
     print("; ".join(f"{row.metric} {row.value:.9g}" for row in rows))
     if device.type == "cuda":
-        print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        print(f"peak memory of the statistics and metrics: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     print("\n| operation | type | calls | 10^9 floating-point operations |\n|---|---|---|---|")
-    with Operations() as operations:
-        evaluate(generated, reference_of(real, {}, device=device), metrics, device)
     for key, count in operations.counts.most_common():
         print(f"| {' | '.join(key)} | {operations.calls[key]} | {count / 1e9:,.0f} |")
 

@@ -22,7 +22,7 @@ def prefetched(
     that follow. A copy to a GPU does not wait for the GPU, unless the copy before it is unfinished.
 
     Args:
-        make: function that returns a tensor on the CPU for an item.
+        make: function that returns a tensor [...] on the CPU for an item.
         items: arguments of the function, in order.
         device: device of the tensors that the iterator yields.
     """
