@@ -332,11 +332,12 @@ def test_kernels_of_float32_features_agree_with_float64(monkeypatch):
     monkeypatch.setattr(metrics, "BLOCK", 7)
     x, y = correlated(200, 64, seed=0), correlated(300, 64, seed=1) + np.float32(0.2)
     exact = [z.astype(np.float64) for z in (x, y)]
+    of_x, of_y = (cubic(z, z)[~np.eye(len(z), dtype=bool)].mean() for z in exact)
     kernel = mean_kernel(y)
-    assert kernel == pytest.approx(mean_kernel(exact[1]), rel=1e-7)
-    found, expected = kernel_distance(x, y, kernel), kernel_distance(*exact, mean_kernel(exact[1]))
-    assert found.value == pytest.approx(expected.value, abs=1e-6 * kernel)
-    assert found.stderr == pytest.approx(expected.stderr, rel=1e-4)
+    assert kernel == pytest.approx(of_y, rel=5e-8)
+    found = kernel_distance(x, y, kernel)
+    assert found.value == pytest.approx(of_x + of_y - 2 * cubic(*exact).mean(), abs=1e-7 * of_y)
+    assert found.stderr == pytest.approx(kernel_distance(*exact, of_y).stderr, rel=1e-5)
 
 
 def test_tensors_give_the_values_of_arrays():
