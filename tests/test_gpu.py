@@ -163,9 +163,9 @@ def test_metrics_are_those_of_the_cpu(n):
     covariance = expected.root.T @ expected.root
     np.testing.assert_allclose(found.root.T @ found.root, covariance, rtol=0, atol=1e-12 * covariance.max())
     assert found.kernel == pytest.approx(expected.kernel, rel=1e-7)
-    np.testing.assert_allclose(found.radii[5:], expected.radii[5:], rtol=1e-5)
+    np.testing.assert_allclose(found.radii[5:], expected.radii[5:], rtol=1e-4)
     assert found.radii[:5].max() < 1e-3 * np.linalg.norm(real[0])  # exact duplicates
-    np.testing.assert_allclose(found.held_out_distances, expected.held_out_distances, rtol=1e-5)
+    np.testing.assert_allclose(found.held_out_distances, expected.held_out_distances, rtol=1e-4)
 
     names = ["fd", "fd_infinity", "kid", "precision", "recall", "memorised"]
     rows = zip(*(evaluate(generated, expected, names, device) for device in ("cpu", "cuda")), strict=True)
