@@ -4,21 +4,37 @@
 
 The images are random, 32x32 pixels; the features are random with a spectrum similar to that of real features. A second
 part streams 50,000 images of 128x128 pixels from disk and reports the peak memory of the evaluation.
+
+    python -m benchmarks.evaluation --part statistics --device cuda [--real 20000] [--generated 4000]
+
+This part needs no torch-fidelity. It times the features and the statistics of a reference and of an evaluation on one
+device, and counts their large operations.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = str(Path(__file__).resolve().parents[1])
 DIMENSIONS = 2048
+# Floating-point operations of a matrix product [n, k] x [k, m], and about those of decompositions of [n, k].
+OPERATIONS: dict[str, Callable[[int, int, int], float]] = {
+    "mm": lambda n, k, m: 2 * n * k * m,
+    "addmm": lambda n, k, m: 2 * n * k * m,
+    "addmm_": lambda n, k, m: 2 * n * k * m,
+    "linalg_qr": lambda n, k, _: 2 * n * k**2 - 2 / 3 * k**3,
+    "_linalg_eigh": lambda n, *_: 9 * n**3,
+    "_linalg_svd": lambda n, k, _: 4 * max(n, k) * min(n, k) ** 2,
+}
 SIDE = 128
 
 
@@ -35,10 +51,16 @@ def main() -> None:
     parser.add_argument(
         "--stream", type=int, default=50_000, help="images that are streamed from disk, default: %(default)s"
     )
-    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--real", type=int, default=20_000, help="images of the reference, default: %(default)s")
+    parser.add_argument("--generated", type=int, default=4_000, help="generated images, default: %(default)s")
+    parser.add_argument("--dimensions", type=int, default=DIMENSIONS, help="numbers per image, default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="of the part `statistics`, default: %(default)s")
+    parser.add_argument("--part", help="`statistics`: this part alone")
     arguments = parser.parse_args()
     if arguments.part == "speed":
         speed(arguments)
+    elif arguments.part == "statistics":
+        statistics(arguments)
     elif arguments.part:
         memory(arguments, Path(arguments.part))
     else:
@@ -192,6 +214,71 @@ def speed(arguments: argparse.Namespace) -> None:
     print(f"| {arguments.features:,} features of {DIMENSIONS} | ours | torch-fidelity |\n|---|---|---|")
     for row in table:
         print("| " + " | ".join(row) + " |")
+
+
+def statistics(arguments: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from diffusion.evaluation.extractors import extract_features, load_extractor
+    from diffusion.evaluation.reference import evaluate, reference_of
+    from diffusion.evaluation.weights import LITE0
+
+    class Operations(TorchDispatchMode):
+        """Counts the calls and the floating-point operations of matrix products and decompositions."""
+
+        def __init__(self):
+            super().__init__()
+            self.counts: Counter[tuple[str, str]] = Counter()
+            self.calls: Counter[tuple[str, str]] = Counter()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = function.overloadpacket.__name__
+            if name in OPERATIONS:
+                # Of one matrix: a decomposition.
+                *_, a, b = [x for x in args if isinstance(x, torch.Tensor)] * 2
+                key = name, str(b.dtype).removeprefix("torch.")
+                self.calls[key] += 1
+                self.counts[key] += OPERATIONS[name](*a.shape, b.shape[-1])
+            return function(*args, **kwargs or {})
+
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {arguments.threads} threads"
+    print(f"{name}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n")
+    rng = np.random.default_rng(0)
+    roots = np.logspace(0, -2.5, arguments.dimensions, dtype=np.float32)
+    real, generated = (
+        rng.standard_normal((count, len(roots)), dtype=np.float32) * roots
+        for count in (arguments.real, arguments.generated)
+    )
+    images = rng.integers(0, 256, (arguments.images, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    metrics = ["fd", "kid", "precision", "recall"]
+
+    def seconds(label: str, call: Callable[[], Any], operations: Any = None) -> Any:
+        """Call a function twice, for the first time with a count of its operations; return its result."""
+        for repetition, counter in (("first", operations), ("second", None)):
+            start = time.perf_counter()
+            with counter or contextlib.nullcontext():
+                result = call()
+            print(f"{label}, {repetition} call: {time.perf_counter() - start:.2f} s", flush=True)
+        return result
+
+    extractor, operations = load_extractor(LITE0, device), Operations()
+    seconds(f"features of {len(images):,} images", lambda: extract_features(images, extractor))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    label = f"statistics of {len(real):,} real images"
+    reference = seconds(label, lambda: reference_of(real, {}, device=device), operations)
+    label = f"metrics of {len(generated):,} generated images"
+    rows = seconds(label, lambda: evaluate(generated, reference, metrics, device), operations)
+    print("; ".join(f"{row.metric} {row.value:.9g}" for row in rows))
+    if device.type == "cuda":
+        print(f"peak memory of the statistics and metrics: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print("\n| operation | type | calls | 10^9 floating-point operations |\n|---|---|---|---|")
+    for key, count in operations.counts.most_common():
+        print(f"| {' | '.join(key)} | {operations.calls[key]} | {count / 1e9:,.0f} |")
 
 
 def memory(arguments: argparse.Namespace, path: Path) -> None:

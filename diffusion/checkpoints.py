@@ -1,9 +1,9 @@
 """Writes and reads checkpoints (the weights of a run at one training step), and samples images from checkpoints."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, check_unchanged
 from diffusion.gaussian import NoiseSchedule
 from diffusion.nets.unet import UNet
+from diffusion.prefetch import prefetched
 from diffusion.progress import Progress
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 
@@ -154,15 +155,18 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
     size = settings.batch_size or largest_batch(model, image, device)
     denoise = _reporting(model, count, settings, device)
     batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    start = latents(settings.seed, checkpoint.seed, batches[0], image)
-    for indices, following in pairwise([*batches, range(0)]):
-        x = _sample(denoise, checkpoint, settings, indices, start.to(device))
-        if following:
-            # Drawn on the CPU while a GPU still computes x.
-            start = latents(settings.seed, checkpoint.seed, following, image)
-        if not x.isfinite().all():
-            return images[:0]
-        images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
+    noise = [f"ddpm{step}" for step in range(settings.steps - 1)] if settings.sampler == "ddpm" else []
+
+    def draw(batch: tuple[range, str]) -> Tensor:
+        indices, stream = batch
+        return latents(settings.seed, checkpoint.seed, indices, image, stream)
+
+    with prefetched(draw, product(batches, ["latents", *noise]), device) as draws:
+        for indices in batches:
+            x = _sample(denoise, checkpoint, settings, draws)
+            if not x.isfinite().all():
+                return images[:0]
+            images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
     return images
 
 
@@ -209,14 +213,9 @@ def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int =
         Image.fromarray(canvas.repeat(scale, 0).repeat(scale, 1)).save(file, format="PNG")
 
 
-def _sample(denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, indices: range, x: Tensor) -> Tensor:
+def _sample(denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, draws: Iterator[Tensor]) -> Tensor:
+    """Samples one batch. `draws` yields the latents of the batch and then, for DDPM, the noise of each step."""
+    start = next(draws)
     if settings.sampler == "ddim":
-        return ddim_sample(denoise, checkpoint.schedule, x, settings.steps)
-
-    _, channels, height, width = x.shape
-
-    def noise(step: int) -> Tensor:
-        shape = channels, height, width
-        return latents(settings.seed, checkpoint.seed, indices, shape, f"ddpm{step}").to(x.device)
-
-    return ddpm_sample(denoise, checkpoint.schedule, x, settings.steps, noise)
+        return ddim_sample(denoise, checkpoint.schedule, start, settings.steps)
+    return ddpm_sample(denoise, checkpoint.schedule, start, settings.steps, lambda step: next(draws))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian import NoiseSchedule, gather, p_mean_variance, respaced
-from diffusion.streams import generator
+from diffusion.streams import stream_seed
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -125,9 +125,10 @@ def latents(seed: int, run_seed: int, indices: range, shape: tuple[int, int, int
     Returns:
         latents, float32 [B, C, H, W], on the CPU. B is the number of indices.
     """
-    return torch.stack(
-        [torch.randn(shape, generator=generator(seed, f"{stream}/{run_seed}", index)) for index in indices]
-    )
+    drawn, generator = torch.empty(len(indices), *shape), torch.Generator()
+    for latent, index in zip(drawn, indices, strict=True):
+        latent.normal_(generator=generator.manual_seed(stream_seed(seed, f"{stream}/{run_seed}", index)))
+    return drawn
 
 
 def _repeated(t: int, x: Tensor) -> Tensor:

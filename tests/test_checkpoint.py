@@ -14,10 +14,12 @@ from torch import Tensor
 from diffusion import progress
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Initial, Model, Sample, check_image_size
+from diffusion.data.batches import to_uint8
 from diffusion.errors import FileError, InputError
 from diffusion.files import sha256
 from diffusion.nets.unet import UNet
 from diffusion.published import infer_model, load_published, write_published
+from diffusion.sampling import ddim_sample, ddpm_sample, latents
 
 FFHQ128 = Model(channels=128, channel_mult=(1, 1, 2, 3, 4), res_blocks=2, attention_resolutions=(16,))
 # The net for 256 pixels of Choi et al. 2022, arXiv 2204.00227.
@@ -239,6 +241,22 @@ def test_no_more_than_a_batch_is_sampled_at_once(tmp_path):
     assert images.shape == (5, 32, 32, 3) and images.dtype == np.uint8
     one_batch = sample_checkpoint(loaded, Sample(images=5, batch_size=5, steps=2), "cpu")
     assert images.std() > 10 and np.abs(images.astype(int) - one_batch).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_are_those_of_noise_that_is_drawn_when_it_is_needed(tmp_path, sampler):
+    loaded = load_checkpoint(save_ours(tmp_path / "weights.safetensors", det_weights()), "cpu")
+    images = sample_checkpoint(loaded, Sample(sampler=sampler, images=3, batch_size=2, steps=4, seed=5), "cpu")
+    expected = []
+    for indices in (range(2), range(2, 3)):
+        start = latents(5, loaded.seed, indices, (3, 32, 32))
+
+        def noise(step, indices=indices):
+            return latents(5, loaded.seed, indices, (3, 32, 32), f"ddpm{step}")
+
+        arguments = (loaded.model, loaded.schedule, start, 4)
+        expected.append(ddpm_sample(*arguments, noise) if sampler == "ddpm" else ddim_sample(*arguments))
+    np.testing.assert_array_equal(images, to_uint8(torch.cat(expected)))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from made import correlated
 from test_operations import norm_case, relative_error
 
-from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
+from diffusion.checkpoints import Checkpoint, sample_checkpoint
+from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Sample, Scheme, Train
 from diffusion.data.batches import Batches
 from diffusion.devices import largest_batch
+from diffusion.evaluation.extractors import extract_features, load_extractor
+from diffusion.evaluation.reference import evaluate, reference_of
+from diffusion.evaluation.weights import LITE0
+from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.nets import operations, plain
+from diffusion.prefetch import prefetched
 from diffusion.training.state import TrainState, train_step, untrained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -108,3 +115,68 @@ def test_the_largest_batch_fits():
     count = largest_batch(model, (3, 32, 32), "cuda")
     with torch.inference_mode():
         model(torch.zeros(count, 3, 32, 32, device="cuda"), torch.zeros(count, dtype=torch.int64, device="cuda"))
+
+
+def test_tensors_that_are_made_ahead_arrive_unchanged():
+    busy = torch.randn(4096, 4096, device="cuda")
+    with prefetched(lambda number: torch.full((1_000_000,), float(number)), range(30), "cuda") as tensors:
+        found = []
+        for tensor in tensors:
+            busy @ busy  # the GPU is behind the host
+            found.append(tensor.mean())
+    assert [mean.item() for mean in found] == list(range(30))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_in_fp32_are_those_of_the_cpu(sampler):
+    settings = Sample(sampler=sampler, images=5, batch_size=2, steps=4, precision="fp32")
+    images = []
+    for device in ("cpu", "cuda"):
+        model = untrained(config(), 0)[0].to(device).eval().requires_grad_(False)
+        checkpoint = Checkpoint(model, NoiseSchedule(linear_betas(1000)), 32)
+        images.append(sample_checkpoint(checkpoint, settings, device).astype(int))
+    assert images[0].std() > 10 and np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_features_are_those_of_the_cpu():
+    on_cpu, on_gpu = (
+        extract_features(IMAGES, load_extractor(LITE0, device), batch_size=48) for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def tf32():
+    """TF32 is on, as a user may have it; metrics turn it off."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("n", [100, 300])  # fewer and more images than 2 D
+@pytest.mark.usefixtures("tf32")
+def test_metrics_are_those_of_the_cpu(n):
+    real, generated = correlated(2000, 128, seed=0), correlated(n, 128, seed=1) + np.float32(0.1)
+    real[1:5] = real[0]
+    held_out = correlated(200, 128, seed=2)
+    expected, found = (reference_of(real, {}, held_out, device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+    covariance = expected.root.T @ expected.root
+    np.testing.assert_allclose(found.root.T @ found.root, covariance, rtol=0, atol=1e-12 * covariance.max())
+    assert found.kernel == pytest.approx(expected.kernel, rel=1e-7)
+    np.testing.assert_allclose(found.radii[5:], expected.radii[5:], rtol=1e-4)
+    assert found.radii[:5].max() < 1e-3 * np.linalg.norm(real[0])  # exact duplicates
+    np.testing.assert_allclose(found.held_out_distances, expected.held_out_distances, rtol=1e-4)
+
+    names = ["fd", "fd_infinity", "kid", "precision", "recall", "memorised"]
+    rows = zip(*(evaluate(generated, expected, names, device) for device in ("cpu", "cuda")), strict=True)
+    tolerances = {"kid": 1e-6 * expected.kernel, "precision": 1 / n, "recall": 1e-3, "memorised": 1e-3}
+    for cpu, gpu in rows:
+        assert gpu.reason == cpu.reason
+        assert gpu.value == pytest.approx(cpu.value, rel=1e-6, abs=tolerances.get(cpu.metric, 0), nan_ok=True)
+        assert gpu.stderr == pytest.approx(cpu.stderr, rel=1e-2, nan_ok=True)
+        if cpu.metric in ("fd", "kid"):
+            np.testing.assert_allclose(
+                gpu.influences, cpu.influences, rtol=1e-3, atol=1e-3 * np.abs(cpu.influences).max()
+            )

@@ -45,16 +45,19 @@ def test_fd_agrees_with_torch_fidelity(n, m, d):
     assert frechet(a, fit_gaussian(b)).value == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-6)])
 @pytest.mark.parametrize("steepness", [0.0, 1.0])
-def test_fd_agrees_with_the_matrix_square_root(steepness):
+def test_fd_agrees_with_the_matrix_square_root_in_float64(steepness, dtype, tolerance):
     # A steep spectrum needs the branch with eigenvectors, a flat one does not.
     rng, scales = np.random.default_rng(3), np.logspace(0, -3 * steepness, 20)
     a, b = rng.standard_normal((500, 20)) * scales, 1.5 * rng.standard_normal((400, 20)) * scales
     b[:, 1] += 0.5 * b[:, 0]
+    features = [z.astype(dtype) for z in (a, b)]
+    a, b = (z.astype(np.float64) for z in features)
     s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     expected = mean + np.trace(s_a + s_b - 2 * scipy.linalg.sqrtm(s_a @ s_b).real)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(*features) == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize("n", [30, 500])
@@ -270,6 +273,27 @@ def test_precision_and_recall_by_brute_force(monkeypatch):
     assert precision.stderr == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 60))
 
 
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_radii_of_float32_features_agree_with_float64_also_between_duplicates(monkeypatch, rows):
+    monkeypatch.setattr(metrics, "BLOCK", rows)
+    x = correlated(60, 64, seed=0)
+    x[1:5] = x[0]  # the radius of these five is zero
+    x[10:13] = x[9] * np.float32(1 + 1e-6)
+    exact = np.sort(np.linalg.norm(x[:, None].astype(np.float64) - x, axis=2), axis=1)[:, 3]
+    radii, lengths = neighbour_radii(x), np.linalg.norm(x, axis=1)
+    apart = exact > 0.1 * lengths
+    assert 40 < apart.sum() < 60 and exact[~apart].max() < 1e-5 * lengths.max()
+    np.testing.assert_allclose(radii[apart], exact[apart], rtol=1e-5)
+    assert (radii[~apart] < 1e-3 * lengths[~apart]).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(60, 50), (20, 26), (26, 20), (20, 25), (300, 40)])
+def test_distances_are_those_of_torch(n, m):
+    x, y = (torch.from_numpy(correlated(count, 33, seed=count)) for count in (n, m))
+    expected = torch.cat([torch.cdist(rows, y) for rows in x.split(metrics.BLOCK)])
+    assert torch.equal(torch.cat(list(metrics._distances(x, y))), expected)
+
+
 def test_precision_and_recall_agree_with_torch_fidelity():
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
@@ -302,6 +326,32 @@ def test_memorised_distinguishes_copies_from_new_images():
     assert tied.value == pytest.approx(0.5)
     u = scipy.stats.mannwhitneyu(distances, neighbour_radii(fresh, training, k=1)).statistic
     assert new.value == pytest.approx(u / (200 * 300))
+
+
+def test_kernels_of_float32_features_agree_with_float64(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    x, y = correlated(200, 64, seed=0), correlated(300, 64, seed=1) + np.float32(0.2)
+    exact = [z.astype(np.float64) for z in (x, y)]
+    of_x, of_y = (cubic(z, z)[~np.eye(len(z), dtype=bool)].mean() for z in exact)
+    kernel = mean_kernel(y)
+    assert kernel == pytest.approx(of_y, rel=5e-8)
+    found = kernel_distance(x, y, kernel)
+    assert found.value == pytest.approx(of_x + of_y - 2 * cubic(*exact).mean(), abs=1e-7 * of_y)
+    assert found.stderr == pytest.approx(kernel_distance(*exact, of_y).stderr, rel=1e-5)
+
+
+def test_tensors_give_the_values_of_arrays():
+    x, y = correlated(60, 16, seed=0), correlated(90, 16, seed=1)
+    for measure in (
+        lambda x, y: frechet(x, fit_gaussian(y)),
+        lambda x, y: frechet_infinity(x, fit_gaussian(y), np.random.default_rng(0)),
+        lambda x, y: kernel_distance(x, y, mean_kernel(y)),
+        lambda x, y: precision_recall(x, y, neighbour_radii(y))["precision"],
+        lambda x, y: memorised(x, y, neighbour_radii(x, y, k=1)),
+    ):
+        found, expected = measure(*map(torch.from_numpy, (x, y))), measure(x, y)
+        assert found[:3] == expected[:3]
+        np.testing.assert_array_equal(found.influences, expected.influences)
 
 
 def test_metrics_are_independent_of_the_order():

@@ -190,6 +190,12 @@ def test_latents_depend_only_on_seeds_and_index():
     torch.testing.assert_close(latents(7, 2, range(10), shape), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 1, 1), (1, 3, 5)])
+def test_latents_are_the_first_normal_numbers_of_their_streams(shape):
+    fresh = [torch.randn(shape, generator=generator(7, "other/2", index)) for index in (4, 5, 6)]
+    assert torch.equal(latents(7, 2, range(4, 7), shape, "other"), torch.stack(fresh))
+
+
 def test_latents_differ_between_samples_seeds_runs_and_streams():
     shape = (3, 8, 8)
     sets = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 11), (0, 0, "other")]

@@ -71,9 +71,10 @@ def main(
     )
     for name in features:
         extractor = load_extractor(name, torch_device, weights, weights_sha256)
-        expected = reference.reference_of(extract_features(real_images, extractor), extractor.identity)
+        real_features = extract_features(real_images, extractor)
+        expected = reference.reference_of(real_features, extractor.identity, device=torch_device)
         click.echo(f"{name}:")
-        for row in reference.evaluate(extract_features(fake_images, extractor), expected, list(metrics)):
+        for row in reference.evaluate(extract_features(fake_images, extractor), expected, metrics, torch_device):
             error = "" if math.isnan(row.stderr) else f" +- {row.stderr:.3g}"
             reason = f"  ({row.reason})" if row.reason else ""
             click.echo(f"  {row.metric:12} {row.value:.6g}{error}{reason}")

@@ -17,6 +17,7 @@ from torch import nn
 
 from diffusion.errors import InputError
 from diffusion.evaluation.weights import LITE0, LITE0_SHA256, SOURCES, hub_directory, weights_file
+from diffusion.prefetch import prefetched
 from diffusion.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -224,11 +225,16 @@ def load_extractor(
     return net.requires_grad_(False).eval().to(device)
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Disables TF32 while the block runs.
+def device_of(extractor: Extractor) -> torch.device:
+    """Returns the device of the weights of an extractor."""
+    return next(extractor.parameters()).device
 
-    TF32 has a precision of three digits, so features on a GPU would differ from features on a CPU.
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Disables TF32 while the block or the decorated function runs.
+
+    TF32 has a precision of three digits, so features and metrics on a GPU would differ from those on a CPU.
     """
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
@@ -258,23 +264,30 @@ def extract_features(
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise InputError(f"images: must be uint8 [N, H, W, 3], but are {images.dtype} {list(images.shape)}")
-    device = next(extractor.parameters()).device
+    device = device_of(extractor)
     batch_size = batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
     if indices is None:
         indices = np.arange(len(images))
-    features = np.empty((0, 0), np.float32)
     progress = Progress("images through the extractor", len(indices))
-    with torch.inference_mode(), _full_precision():
-        for first in range(0, max(len(indices), 1), batch_size):
-            batch = torch.from_numpy(np.array(images[indices[first : first + batch_size]])).to(device)
-            _release_pages(images)
-            batch_features = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
-            if first == 0:
-                features = np.empty((len(indices), batch_features.shape[1]), np.float32)
-            features[first : first + batch_size] = batch_features
-            if len(indices):
-                progress.update(min(first + batch_size, len(indices)))
-    return features
+
+    def read(batch: np.ndarray) -> torch.Tensor:
+        selected = np.asarray(images[batch])
+        _release_pages(images)
+        return torch.from_numpy(selected)
+
+    batches = [indices[first : first + batch_size] for first in range(0, max(len(indices), 1), batch_size)]
+    features, done = torch.empty(0), 0
+    with torch.inference_mode(), full_precision(), prefetched(read, batches, device) as pixels:
+        for batch in pixels:
+            batch_features = extractor(batch.permute(0, 3, 1, 2))
+            if done == 0:
+                features = batch_features.new_empty(len(indices), batch_features.shape[1], dtype=torch.float32)
+            # The features stay on the device until the end: to fetch them, the host would wait for the device.
+            features[done : done + len(batch)] = batch_features
+            done += len(batch)
+            if done:
+                progress.update(done)
+    return features.cpu().numpy()
 
 
 def _release_pages(images: np.ndarray) -> None:

@@ -1,7 +1,11 @@
 """Metrics that compare the features of generated images with the features of real images (the reference).
 
-Features are float32 [N, D], one row per image. The standard error of a metric is the standard deviation of its value
-over other sets of N generated images, with the reference held fixed.
+Features are float32 [N, D], one row per image: an array, or a tensor on any device. The device of the features of the
+generated images computes: sums, covariances and eigenvalues in float64, kernels and distances in float32. TF32 must be
+off (`diffusion.evaluation.extractors.full_precision`). Results are on the CPU, except for a `Gaussian`.
+
+The standard error of a metric is the standard deviation of its value over other sets of N generated images, with the
+reference held fixed.
 """
 
 import math
@@ -18,8 +22,11 @@ BLOCK = 256  # rows of a kernel or distance matrix that are in memory at the sam
 MOMENT_ROWS = 4096  # rows of features that are in memory as float64 at the same time
 COLUMNS = 512  # columns of a covariance that are computed at the same time
 SMALL_EIGENVALUE = 1e-10  # relative to the largest; the square root of a smaller one is too inaccurate
+FEW_ROWS = 25  # between so few rows, torch.cdist subtracts the rows from each other
 NEIGHBOURS = 3  # k in Kynkaanniemi et al. 2019
 INFINITY_POINTS = 15  # number of subsets in Chong & Forsyth 2020
+
+Features = np.ndarray | Tensor
 
 
 class Estimate(NamedTuple):
@@ -47,10 +54,20 @@ class Gaussian(NamedTuple):
     """Root R of the covariance, float64 [min(N, D), D]: the covariance is R^T R."""
 
 
+def _on_one_device(features: Features, *others: Features) -> list[Tensor]:
+    """Returns all arguments as tensors on the device of the first; an array is on the CPU."""
+    x = torch.as_tensor(features)
+    return [x, *(torch.as_tensor(other, device=x.device) for other in others)]
+
+
+def _to_numpy(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
+
+
 # Frechet distance
 
 
-def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
+def fit_gaussian(features: Features) -> Gaussian:
     """Fits a Gaussian to features: computes their mean and their unbiased covariance.
 
     Args:
@@ -62,13 +79,13 @@ def fit_gaussian(features: np.ndarray | Tensor) -> Gaussian:
     x = _checked(features)
     mean = x.mean(0, dtype=torch.float64)
     # QR decomposition, block by block: a root of the covariance matrix would lose half of the digits.
-    root = torch.zeros(0, x.shape[1], dtype=torch.float64)
+    root = mean.new_zeros(0, x.shape[1])
     for centred in _centred(x, mean):
         root = torch.linalg.qr(torch.cat([root, centred]), mode="r").R
     return Gaussian(mean, root / math.sqrt(len(x) - 1))
 
 
-def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
+def frechet(features: Features, reference: Gaussian) -> Estimate:
     """Returns the Frechet distance between the Gaussian fitted to features and the reference, with its standard error.
 
     The distance is |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2) (Dowson & Landau 1982, eq. 4), computed in
@@ -97,10 +114,10 @@ def frechet(features: np.ndarray, reference: Gaussian) -> Estimate:
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
     stderr = influences.std().item() / math.sqrt(len(x)) if len(x) > 2 else math.nan
-    return Estimate(distance, stderr, influences=influences.numpy())
+    return Estimate(distance, stderr, influences=_to_numpy(influences))
 
 
-def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | Tensor | Gaussian) -> float:
+def frechet_distance(features_a: Features, features_b: Features | Gaussian) -> float:
     """Returns the Frechet distance between the Gaussians fitted to two sets of features. See `frechet`.
 
     Args:
@@ -114,7 +131,7 @@ def frechet_distance(features_a: np.ndarray | Tensor, features_b: np.ndarray | T
     return _frechet(_checked(features_a), reference)[0]
 
 
-def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.Generator) -> Estimate:
+def frechet_infinity(features: Features, reference: Gaussian, rng: np.random.Generator) -> Estimate:
     """Returns the Frechet distance extrapolated to infinitely many images (Chong & Forsyth 2020, arXiv 1911.07023).
 
     The distances of 15 random subsets of n = N/2 ... N images are computed, and a line in 1/n is fitted to the
@@ -137,7 +154,7 @@ def frechet_infinity(features: np.ndarray, reference: Gaussian, rng: np.random.G
     image_weights = np.zeros(n)
     for subset, weight in zip(subsets, weights, strict=True):
         image_weights[subset] += weight / len(subset)
-    weighted = n * image_weights * influences.numpy()
+    weighted = n * image_weights * _to_numpy(influences)
     return Estimate(
         float(weights @ [*distances, distance]),
         float(np.linalg.norm(weighted)) / n,
@@ -176,7 +193,7 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
         )
     n = len(x)
     mean = x.mean(0, dtype=torch.float64)
-    shift, root = mean - reference.mean, reference.root
+    shift, root = mean - reference.mean.to(x.device), reference.root.to(x.device)
     low_rank = n <= x.shape[1]
     if low_rank:
         centred = x - mean
@@ -215,13 +232,13 @@ def _frechet(x: Tensor, reference: Gaussian, with_influences: bool = False) -> t
     return distance, influences - influences.mean()
 
 
-def _checked(features: np.ndarray | Tensor) -> Tensor:
-    """Returns the features as a tensor on the CPU, after a check of their shape and values.
+def _checked(features: Features) -> Tensor:
+    """Returns the features as a tensor, after a check of their shape and values.
 
     Raises:
         InputError: if the shape is not [N, D] with N at least 2, or if a value is NaN or infinite.
     """
-    x = torch.as_tensor(features).cpu()
+    x = torch.as_tensor(features)
     if x.ndim != 2 or len(x) < 2:
         raise InputError(f"features must be [N, D] with N >= 2, but are {list(x.shape)}: use more images")
     if not x.isfinite().all():
@@ -235,7 +252,7 @@ def _centred(x: Tensor, mean: Tensor) -> Iterator[Tensor]:
 
 def _covariance(x: Tensor, mean: Tensor) -> Tensor:
     """Returns the unbiased covariance, float64 [D, D], computed without a copy of all features."""
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    total = mean.new_zeros(x.shape[1], x.shape[1])
     for centred in _centred(x, mean):
         # Only the upper triangle, in blocks of columns: 5/8 of the work at D = 2048.
         for first in range(0, x.shape[1], COLUMNS):
@@ -247,18 +264,18 @@ def _covariance(x: Tensor, mean: Tensor) -> Tensor:
 # Kernel distance
 
 
-def mean_kernel(features: np.ndarray) -> float:
+def mean_kernel(features: Features) -> float:
     """Returns the mean of the cubic kernel (x.y / D + 1)^3 over all pairs of different rows of features.
 
     Args:
         features: features, [N, D], N at least 2.
     """
-    x = torch.from_numpy(features)
+    x = torch.as_tensor(features)
     total = sum(_kernel(rows, x).sum(dtype=torch.float64) for rows in x.split(BLOCK))
     return ((total - _own_kernel(x).sum()) / (len(x) * (len(x) - 1))).item()
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kernel: float) -> Estimate:
+def kernel_distance(features: Features, reference: Features, reference_kernel: float) -> Estimate:
     """Returns the squared maximum mean discrepancy with the cubic kernel k(x, y) = (x.y / D + 1)^3.
 
     Source: Binkowski et al. 2018, arXiv 1801.01401. With features of `inception-v3-compat`, the distance is the KID.
@@ -278,24 +295,24 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, reference_kerne
         reference: features of real images, [M, D].
         reference_kernel: `mean_kernel` of the reference.
     """
-    x, y = torch.from_numpy(features), torch.from_numpy(reference)
+    x, y = _on_one_device(features, reference)
     n = len(x)
     g = torch.cat([_kernel(rows, y).mean(1, dtype=torch.float64) for rows in x.split(BLOCK)])
     own = _own_kernel(x) - 2 * g
-    sums, squares = torch.empty(n, dtype=torch.float64), 0.0
+    sums, squares = torch.empty_like(g), g.new_zeros(())
     for first in range(0, n, BLOCK):
         rows = slice(first, first + BLOCK)
         h = _kernel(x[rows], x).double().sub_(g[rows, None]).sub_(g)
         sums[rows] = h.sum(1) - own[rows]
-        squares += torch.linalg.vector_norm(h).square().item()
+        squares += torch.linalg.vector_norm(h).square()
     u = sums.sum().item() / (n * (n - 1))
     if n < 4:
         return Estimate(u + reference_kernel)
     # Subtracting u from each h centres h and reduces the sum of squares by n (n - 1) u^2.
-    squares -= own.square().sum().item() + n * (n - 1) * u**2
+    squares -= own.square().sum() + n * (n - 1) * u**2
     centred_sums = sums - (n - 1) * u
-    influences = (2 / (n - 1) * centred_sums).numpy()
-    variance = (4 * centred_sums.square().sum().item() - 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
+    influences = _to_numpy(2 / (n - 1) * centred_sums)
+    variance = (4 * centred_sums.square().sum().item() - 2 * squares.item()) / (n * (n - 1) * (n - 2) * (n - 3))
     if variance <= 0:
         note = "no standard error: the estimate of the variance is not positive"
         return Estimate(u + reference_kernel, note=note, influences=influences)
@@ -314,7 +331,7 @@ def _own_kernel(x: Tensor) -> Tensor:
 # Nearest neighbours
 
 
-def neighbour_radii(features: np.ndarray, others: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
+def neighbour_radii(features: Features, others: Features | None = None, k: int = NEIGHBOURS) -> np.ndarray:
     """Returns the distance from each row of features to its k-th nearest neighbour.
 
     Args:
@@ -326,13 +343,28 @@ def neighbour_radii(features: np.ndarray, others: np.ndarray | None = None, k: i
     Returns:
         distances, float32 [N].
     """
-    x = torch.from_numpy(features)
-    y = x if others is None else torch.from_numpy(others)
+    x, y = _on_one_device(features, features if others is None else others)
     rank = k + (others is None)  # within one set, the nearest row is the row itself
-    return torch.cat([torch.cdist(rows, y).kthvalue(rank).values for rows in x.split(BLOCK)]).numpy()
+    radii = [distances.topk(rank, largest=False).values[:, -1] for distances in _distances(x, y)]
+    return _to_numpy(torch.cat(radii))
 
 
-def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radii: np.ndarray) -> dict[str, Estimate]:
+def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Yields the distances from each block of rows of x to all rows of y, [rows, M].
+
+    The values are those of `torch.cdist`, which would copy y for each block. Between many rows, they follow from one
+    matrix product, |a - b|^2 = -2 a.b + |a|^2 + |b|^2, so their absolute error is up to about 1e-3 |a|.
+    """
+    others = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], 1)
+    for rows in x.split(BLOCK):
+        if max(len(rows), len(y)) <= FEW_ROWS:
+            yield torch.cdist(rows, y)
+        else:
+            own = torch.cat([rows.mul(-2), rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])], 1)
+            yield (own @ others.T).clamp_min_(0).sqrt_()
+
+
+def precision_recall(features: Features, reference: Features, reference_radii: Features) -> dict[str, Estimate]:
     """Returns improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) with k = 3.
 
     The radius of an image is the distance to its third nearest neighbour in its own set. Precision is the fraction of
@@ -350,24 +382,22 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, reference_radi
     Returns:
         a dict with the estimates "precision" and "recall".
     """
-    x, y, y_radii = (torch.from_numpy(array) for array in (features, reference, reference_radii))
-    x_radii = torch.from_numpy(neighbour_radii(features))
-    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool)
-    for rows, radii in zip(x.split(BLOCK), x_radii.split(BLOCK), strict=True):
-        distances = torch.cdist(rows, y)
+    x, y, x_radii, y_radii = _on_one_device(features, reference, neighbour_radii(features), reference_radii)
+    precise, recalled = [], torch.zeros_like(y_radii, dtype=torch.bool)
+    for distances, radii in zip(_distances(x, y), x_radii.split(BLOCK), strict=True):
         precise.append((distances <= y_radii).any(1))
         recalled |= (distances <= radii[:, None]).any(0)
     hits = torch.cat(precise).double()
     precision = hits.mean().item()
     return {
         "precision": Estimate(
-            precision, math.sqrt(precision * (1 - precision) / len(x)), influences=(hits - precision).numpy()
+            precision, math.sqrt(precision * (1 - precision) / len(x)), influences=_to_numpy(hits - precision)
         ),
         "recall": Estimate(recalled.double().mean().item()),
     }
 
 
-def memorised(features: np.ndarray, training: np.ndarray, held_out_distances: np.ndarray) -> Estimate:
+def memorised(features: Features, training: Features, held_out_distances: np.ndarray) -> Estimate:
     """Returns the probability that a generated image is closer to the training images than a held-out image is.
 
     Both images are compared by the distance to the nearest training image in feature space. The probability is the

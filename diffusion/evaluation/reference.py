@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion.data.arrays import split
 from diffusion.errors import FileError, InputError
-from diffusion.evaluation.extractors import Extractor, extract_features
+from diffusion.evaluation.extractors import Extractor, device_of, extract_features, full_precision
 from diffusion.evaluation.metrics import (
     NEIGHBOURS,
     Estimate,
@@ -70,25 +71,32 @@ class Reference:
             np.savez(file, **{**vars(self), "key": json.dumps(self.key)})
 
 
-def reference_of(features: np.ndarray, key: dict[str, Any], held_out_features: np.ndarray | None = None) -> Reference:
+@full_precision()
+def reference_of(
+    features: np.ndarray,
+    key: dict[str, Any],
+    held_out_features: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+) -> Reference:
     """Computes a reference from the features of real images.
 
     Args:
         features: features, float32 [M, D], M at least 2.
         key: names and hashes that determine the features. See `reference_key`.
         held_out_features: features of held-out images, float32 [H, D]. The metric "memorised" needs these features.
+        device: device that computes the statistics.
 
     Raises:
         InputError: if there are fewer than two images, or if a value is NaN or infinite.
     """
-    mean, root = fit_gaussian(features)
-    too_few = len(features) <= NEIGHBOURS
-    radii = np.full(len(features), np.nan, np.float32) if too_few else neighbour_radii(features)
+    x = torch.from_numpy(features).to(device)
+    mean, root = (moment.cpu().numpy() for moment in fit_gaussian(x))
+    radii = np.full(len(x), np.nan, np.float32) if len(x) <= NEIGHBOURS else neighbour_radii(x)
     if held_out_features is None:
         distances = np.zeros(0, np.float32)
     else:
-        distances = neighbour_radii(held_out_features, features, k=1)
-    return Reference(features, mean.numpy(), root.numpy(), radii, mean_kernel(features), distances, key)
+        distances = neighbour_radii(torch.from_numpy(held_out_features).to(device), x, k=1)
+    return Reference(features, mean, root, radii, mean_kernel(x), distances, key)
 
 
 def reference_key(
@@ -117,6 +125,8 @@ def reference_key(
 def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]) -> Reference:
     """Computes a reference: the features of some images of a dataset, and the statistics of these features.
 
+    The device of the extractor computes both.
+
     Args:
         images: all images of the dataset, uint8 [N, H, W, 3].
         extractor: feature extractor.
@@ -139,7 +149,7 @@ def make_reference(images: np.ndarray, extractor: Extractor, key: dict[str, Any]
     features = extract_features(images, extractor, indices=drawn)
     needs_held_out = key["part"] == "train" and len(held_out)
     held_out_features = extract_features(images, extractor, indices=held_out) if needs_held_out else None
-    return reference_of(features, key, held_out_features)
+    return reference_of(features, key, held_out_features, device_of(extractor))
 
 
 def load_reference(path: str | Path, expected_key: dict[str, Any]) -> Reference:
@@ -200,10 +210,10 @@ class _Computation(NamedTuple):
 
     The arguments are the number of generated images and the reference.
     """
-    compute: Callable[[np.ndarray, Reference], dict[str, Estimate]]
+    compute: Callable[[Tensor, Reference], dict[str, Estimate]]
     """Function that returns a dict from names of metrics to estimates.
 
-    The arguments are the features of generated images, [N, D], and the reference.
+    The arguments are the features of generated images, [N, D], on the device that computes, and the reference.
     """
 
 
@@ -260,7 +270,10 @@ _COMPUTATIONS = [
 ]
 
 
-def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str]) -> list[MetricRow]:
+@full_precision()
+def evaluate(
+    features: np.ndarray, reference: Reference, metrics: Sequence[str], device: torch.device | str = "cpu"
+) -> list[MetricRow]:
     """Computes metrics that compare generated images with a reference.
 
     Args:
@@ -268,6 +281,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
         reference: reference of real images.
         metrics: names of metrics: "fd", "fd_infinity", "kid", "precision", "recall" or "memorised". See
             `diffusion.evaluation.metrics`.
+        device: device that computes the metrics.
 
     Returns:
         one row per metric, in the order of `metrics`. If a metric cannot be computed, for example from too few images,
@@ -290,6 +304,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
         )
     if not np.isfinite(features).all():
         raise InputError("features contain NaN or infinite values: check the images and the weights of the extractor")
+    x = torch.from_numpy(features).to(device)
     estimates: dict[str, Estimate] = {}
     for computation in _COMPUTATIONS:
         if not set(computation.metrics) & set(metrics):
@@ -298,7 +313,7 @@ def evaluate(features: np.ndarray, reference: Reference, metrics: Sequence[str])
         if reason:
             estimates |= dict.fromkeys(computation.metrics, Estimate(math.nan, note=reason))
         else:
-            estimates |= computation.compute(features, reference)
+            estimates |= computation.compute(x, reference)
     if np.array_equal(features, reference.features):
         unknown_error = "no standard error: both sets are the same"
         estimates = {

@@ -49,7 +49,7 @@ with job(snakemake):
         key = reference_key(
             extractor, dataset["sha256"], settings.reference, snakemake.params.held_out, settings.reference_images
         )
-        estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics)
+        estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics, device)
         rows += [row._asdict() | {"features": name} for row in estimates]
     save_npy(Path(output.influences), np.stack([row.pop("influences") for row in rows]))
     table = of_checkpoint(rows, snakemake.wildcards, provenance)
