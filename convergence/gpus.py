@@ -102,14 +102,16 @@ def _nvidia_smi(*arguments: str) -> str:
     return "" if done.returncode else done.stdout
 
 
-def show_gpus(limit: int | None) -> int:
-    """Makes the first `limit` visible GPUs visible to all jobs that this process starts.
+def show_gpus(limit: int | None, jobs_per_gpu: int) -> int:
+    """Makes the first `limit` visible GPUs visible to all jobs that this process starts, and prints their number.
 
     Args:
         limit: number of GPUs to use; None: all visible ones.
+        jobs_per_gpu: largest number of jobs that share a GPU.
 
     Returns:
-        the number of GPUs to use. If this machine has none, this is `limit` or 1, so that Snakemake can plan a study.
+        the number of jobs that use GPUs at the same time. If this machine has no GPU, the number of GPUs is assumed to
+        be `limit` or 1, so that Snakemake can plan a study.
 
     Raises:
         StudyError: fewer GPUs than `limit` are visible, or CUDA_VISIBLE_DEVICES names no GPU or a wrong one.
@@ -119,16 +121,16 @@ def show_gpus(limit: int | None) -> int:
         raise StudyError(
             f"{VISIBLE}={os.environ[VISIBLE]} names no GPU of this machine, but `device: cuda` needs one: unset it"
         )
-    if not gpus:
-        return 1 if limit is None else limit
-    count = len(gpus) if limit is None else limit
-    if count > len(gpus):
-        raise StudyError(
-            f"--resources gpu={count}: only {len(gpus)} can be used: lower it; with --config jobs_per_gpu={count}, "
-            f"{count} jobs share a GPU"
-        )
-    os.environ[VISIBLE] = ",".join(gpu.id for gpu in gpus[:count])
-    return count
+    count = (len(gpus) or 1) if limit is None else limit
+    if gpus:
+        if count > len(gpus):
+            raise StudyError(
+                f"--resources gpu={count}: only {len(gpus)} can be used: lower it; with --config jobs_per_gpu={count}, "
+                f"{count} jobs share a GPU"
+            )
+        os.environ[VISIBLE] = ",".join(gpu.id for gpu in gpus[:count])
+        print(f"GPUs: {count}, with up to {jobs_per_gpu} job(s) on each", file=sys.stderr)
+    return count * jobs_per_gpu
 
 
 def default_jobs_per_gpu(needed: int) -> int:

@@ -1,7 +1,7 @@
 """Which GPUs jobs use: the GPUs that are visible, their assignment to processes, and full memory."""
 
+import json
 import os
-import re
 import select
 import signal
 import subprocess
@@ -15,6 +15,7 @@ from projects import ROOT, TINY_MODEL, copy_project, edit, snakemake, write_pict
 from convergence import gpus
 from convergence.errors import StudyError
 from convergence.gpus import JOBS_PER_GPU, default_jobs_per_gpu, is_gpu_full, show_gpus, visible_gpus
+from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 
 # What nvidia-smi prints: with -L, and for the query of ids and memory.
 TWO = (
@@ -96,7 +97,7 @@ def test_a_machine_without_nvidia_smi_and_device_files_has_no_gpu(machine, monke
 )
 def test_jobs_see_as_many_gpus_as_the_resource_states(machine, limit, environment, shown):
     machine(TWO, **environment)
-    assert show_gpus(limit) == len(shown.split(","))
+    assert show_gpus(limit, 3) == 3 * len(shown.split(","))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == shown
 
 
@@ -110,7 +111,7 @@ def test_jobs_see_as_many_gpus_as_the_resource_states(machine, limit, environmen
 def test_too_few_gpus_are_reported_in_one_sentence(machine, limit, environment, message):
     machine(TWO, **environment)
     with pytest.raises(StudyError, match=message):
-        show_gpus(limit)
+        show_gpus(limit, 2)
 
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(7, JOBS_PER_GPU), (9, 1)])
@@ -225,7 +226,7 @@ def caused_by(error):
         try:
             raise error
         except RuntimeError:
-            raise RuntimeError("the capture of a graph failed")
+            raise RuntimeError("the capture of a graph failed")  # noqa: B904
     except RuntimeError as later:
         return later
 
@@ -247,52 +248,175 @@ def test_errors_of_a_full_gpu_are_recognised(error, full):
     assert is_gpu_full(error) == full
 
 
-# Takes a GPU like the scripts of the rules; without the GPU alone, its memory is full.
+# Like the scripts of the rules. The memory of the GPU is full: always, or at step 4 of training if the GPU is shared.
 SCRIPT = """
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from convergence import gpus
 from convergence.jobs import job
 
-with job(SimpleNamespace(rule="train", wildcards=["a"], log=[sys.argv[1]])):
-    gpus.take_gpus(1, int(sys.argv[2]))
-    print("has", len(gpus._locks), flush=True)
+log, directory, jobs_per_gpu, run = sys.argv[1:]
+with job(SimpleNamespace(rule="train", wildcards=["a"], log=[log])):
+    gpus.take_gpus(1, int(jobs_per_gpu))
+    if not run:
+        raise RuntimeError("CUDA error: out of memory")
     import torch
-    if len(gpus._locks) == 1 or sys.argv[3] == "always":
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    print("done", flush=True)
+    from diffusion.config import RunConfig
+    from diffusion.training import segment
+    from made import scenes
+
+    segment.SAVE_SECONDS = 0
+    train_step = segment.train_step
+
+    def fill_memory(state, batches):
+        if state.step == 3 and len(gpus._locks) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        train_step(state, batches)
+
+    segment.train_step = fill_memory
+    run = RunConfig.model_validate_json(run)
+    segment.train_segment(run, 0, scenes(8, seed=0, size=16), None, Path(directory), 5, "cpu")
 """
 
 
-def run_script(jobs, directory, *arguments):
+def run_script(jobs, directory, jobs_per_gpu, run=""):
     (directory / "script.py").write_text(SCRIPT)
-    command = [sys.executable, directory / "script.py", directory / "job.log", *arguments]
-    environment = jobs.environment | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    paths = [directory / name for name in ("script.py", "job.log", "run/5")]
+    command = [sys.executable, *paths, str(jobs_per_gpu), run]
+    environment = jobs.environment | {
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+    }
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_a_job_whose_gpu_is_full_says_so_and_runs_again_alone(jobs, tmp_path):
-    machine = jobs("0")
+def test_training_that_fills_the_gpu_says_so_and_resumes_alone(jobs, tmp_path):
+    machine, log = jobs("0"), tmp_path / "job.log"
     other = machine.start()
     assert line_of(other) == "0"
-    process = run_script(machine, tmp_path, "2", "once")
-    log = tmp_path / "job.log"
+    run = RunConfig(
+        dataset=OpenMoji(source="openmoji", image_size=16),
+        model=Model(**TINY_MODEL),
+        diffusion=Diffusion(),
+        train=Train(batch_size=8, log_every=1),
+        scheme=Scheme(),
+        match=None,
+        train_version=1,
+    )
+    process = run_script(machine, tmp_path, 2, run.canonical())
     while not (log.exists() and "waiting for a free GPU" in log.read_text()):
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     end(other)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and output.split("\n")[:3] == ["has 1", "has 16", "done"]
-    assert errors.count("the memory of the GPU is full: this job runs again as soon as no other") == 1
-    assert "Traceback" not in errors
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors
+    messages = [line.split("train a: ")[1] for line in errors.splitlines() if "left" not in line]
+    assert messages[:2] == [
+        "the memory of the GPU is full: this job runs again as soon as no other job uses the GPU",
+        "waiting for a free GPU",
+    ]
+    assert messages[2] in ("resuming from step 2", "resuming from step 3")  # the last write may not have ended
+    assert (tmp_path / "run/5/state.pt").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("jobs_per_gpu", [1, 2])
 def test_a_job_that_does_not_fit_the_gpu_alone_ends_with_one_sentence(jobs, tmp_path, jobs_per_gpu):
-    process = run_script(jobs("0"), tmp_path, str(jobs_per_gpu), "always")
+    process = run_script(jobs("0"), tmp_path, jobs_per_gpu)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
     assert len(errors.splitlines()) == jobs_per_gpu
     assert "the memory of the GPU is full: end other programs that use it, or lower train.micro_batch" in errors
+
+
+def project_for_gpus(directory, **changes):
+    """A project with a study of eight pictures that uses a GPU if there is one."""
+    project = copy_project(directory / "project")
+    write_pictures(project)
+
+    def change(study):
+        study |= {"dataset": {"source": "folder", "path": "pictures", "image_size": 16}, "model": TINY_MODEL}
+        study |= {"checkpoints": [2], "seeds": [0, 1, 2], "device": "auto", "probe": {"images": 8, "batch_size": 4}}
+        study["train"] |= {"batch_size": 8}
+        study["evaluate"].pop("reference_images", None)
+        study |= changes
+
+    edit(project, change)
+    return project
+
+
+# Ends Snakemake when it starts: prints how many jobs may use GPUs, and what each job requests.
+PRINT_AND_END = """
+onstart:
+    import json, os
+    jobs = {job.rule.name: [job.resources.get(name) for name in ("gpu", "jobs_per_gpu")] for job in workflow.dag.jobs}
+    print(json.dumps([workflow.global_resources["gpu"].value if workflow.nodes is None else None, jobs]), flush=True)
+    os._exit(0)
+"""
+
+
+def planned(project, *arguments):
+    """The number of jobs that use GPUs at once, and (gpu, jobs_per_gpu) of each rule that uses one."""
+    done = snakemake(project, "--nolock", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    limit, rules = json.loads(done.stdout)
+    return limit, {rule: tuple(numbers) for rule, numbers in rules.items() if numbers[0]}
+
+
+@pytest.mark.slow
+def test_jobs_of_small_nets_share_gpus_and_others_have_them_alone(tmp_path, machine):
+    machine(TWO)
+    project = project_for_gpus(tmp_path)
+    (project / "Snakefile").open("a").write(PRINT_AND_END)
+    kinds = ["reference", "train", "evaluate", "probe", "cost"]
+    shared = dict.fromkeys(kinds, (1, 2)) | {"cost": (1, 1)}
+    assert planned(project) == (4, shared)
+    edit(project, lambda study: study.update(processes=2))
+    chosen = planned(project, "--resources", "gpu=1", "--config", "jobs_per_gpu=3")
+    assert chosen == (3, dict.fromkeys(kinds, (1, 3)) | {"train": (2, 1), "cost": (1, 1)})
+    cluster = planned(project, "--workflow-profile", "workflow/profiles/slurm")
+    assert cluster == (None, dict.fromkeys(kinds, (1, 0)) | {"train": (2, 0)})
+    for wrong in ("jobs_per_gpu=0", "jobs_per_gpu=many"):
+        done = snakemake(project, "--dry-run", "--config", wrong)
+        assert done.returncode and f"--config {wrong}: use a whole number from 1 to 16" in done.stderr
+
+
+# Instead of workflow/scripts/train.py: uses a GPU for a second, and fills the memory of a GPU that it shares once.
+STAND_IN = """
+import time
+from pathlib import Path
+from convergence import gpus
+from convergence.jobs import job
+
+with job(snakemake):
+    gpus.take_gpus(snakemake.resources.gpu, snakemake.resources.jobs_per_gpu)
+    start, alone = time.time(), len(gpus._locks) > 1
+    time.sleep(1)
+    with open("uses.txt", "a") as file:
+        print(gpus.os.environ["CUDA_VISIBLE_DEVICES"], alone, start, time.time(), file=file)
+    if snakemake.wildcards.seed == "2" and not alone:
+        raise RuntimeError("CUDA error: out of memory")
+    for path in snakemake.output:
+        Path(path).write_text("{}")
+"""
+
+
+@pytest.mark.slow
+def test_snakemake_runs_jobs_on_all_gpus_and_one_without_enough_memory_alone(tmp_path, machine):
+    machine(TWO)
+    project = project_for_gpus(tmp_path, seeds=[0, 1, 2, 3])
+    (project / "workflow/scripts/train.py").write_text(STAND_IN)
+    done = snakemake(project, "--cores", "5", "--config", "tracking=off", "--until", "train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GPUs: 2, with up to 2 job(s) on each" in done.stderr
+    assert done.stderr.count("the memory of the GPU is full: this job runs again") == 2
+    uses = [line.split() for line in (project / "uses.txt").read_text().splitlines()]
+    assert len(uses) == 8 + 2 and sum(alone == "True" for _, alone, *_ in uses) == 2
+    most = {"GPU-11aa-1": 0, "GPU-22bb-2": 0}
+    for gpu, _, start, _ in uses:
+        together = [use for use in uses if use[0] == gpu and use[2] <= start < use[3]]
+        most[gpu] = max(most[gpu], len(together))
+        assert len(together) == 1 or "True" not in [use[1] for use in together]
+    assert set(most.values()) == {2}

@@ -31,9 +31,8 @@ with exit_on_user_error(SAME_COMMAND):
         # Jobs run on this machine, unless a number of nodes is given (`jobs` in a profile).
         if workflow.nodes is None and any(snakefile.gpus(e, elsewhere=False) for e in EXPERIMENTS.values()):
             limit = workflow.global_resources.get("gpu")
-            gpu_count = gpus.show_gpus(limit and limit.value)
-            # Snakemake then starts this number of jobs that use a GPU.
-            workflow.register_resource("gpu", gpu_count * (JOBS_PER_GPU or gpus.JOBS_PER_GPU))
+            gpu_jobs = gpus.show_gpus(limit and limit.value, JOBS_PER_GPU or gpus.JOBS_PER_GPU)
+            workflow.register_resource("gpu", gpu_jobs)  # Snakemake starts this number of jobs that use a GPU
         snakefile.call_at_exit_if_no_job_runs(lambda: workflow.dryrun or process.forward_missing(TRACKED))
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
