@@ -193,7 +193,7 @@ def _lock_gpus(directory: Path, ids: Sequence[str], count: int, jobs_per_gpu: in
 
 def _lock_free_files(directory: Path, identifier: str) -> list[IO[str]]:
     """Locks all files of a GPU that no other process has locked, and returns them."""
-    files = []
+    files: list[IO[str]] = []
     for index in range(MAX_JOBS_PER_GPU):
         file = (directory / f"{identifier.replace('/', '_')}.{index}").open("w")
         try:
@@ -219,9 +219,9 @@ def is_gpu_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def run_again_alone() -> Iterator[None]:
-    """Starts this process again if the memory of a shared GPU is full. The process then waits until it has the GPU alone.
+    """Starts this process again if the memory of a shared GPU is full.
 
-    A training job resumes from its last partial state.
+    The process then waits until it has the GPU alone. A training job resumes from its last partial state.
 
     Raises:
         RuntimeError: the body raised a RuntimeError for another reason, or this process has its GPU alone.

@@ -112,10 +112,19 @@ def exit_on_job_error(section: str | None = None) -> Iterator[None]:
         sys.exit(1)
 
 
-def job_device(snakemake: Any, threads: int | None) -> str:
-    """Takes a GPU if the job needs one, sets the number of torch's CPU threads, and returns the device to compute on.
+def wait_for_gpus(snakemake: Any) -> None:
+    """Waits for the GPUs that the job needs, and makes only these visible to torch.
 
-    Call this function after slow imports: the job may wait for the GPU, while others compute on it.
+    Call this function after slow imports, so that they run while other jobs compute.
+
+    Args:
+        snakemake: the object that Snakemake puts into every script.
+    """
+    take_gpus(snakemake.resources.gpu, snakemake.resources.jobs_per_gpu)
+
+
+def job_device(snakemake: Any, threads: int | None) -> str:
+    """Waits for the GPU of the job, sets the number of torch's CPU threads, and returns the device to compute on.
 
     Args:
         snakemake: the object that Snakemake puts into every script.
@@ -125,11 +134,10 @@ def job_device(snakemake: Any, threads: int | None) -> str:
         "cuda" or "cpu".
 
     Raises:
-        StudyError: a GPU is needed, and there is none.
+        StudyError: a GPU is needed, and torch finds none.
     """
-    resources = snakemake.resources
-    take_gpus(resources.gpu, resources.jobs_per_gpu)
-    return use_torch(threads, resources.gpu)
+    wait_for_gpus(snakemake)
+    return use_torch(threads, snakemake.resources.gpu)
 
 
 def use_torch(threads: int | None, gpus: int) -> str:

@@ -388,10 +388,10 @@ STAND_IN = """
 import time
 from pathlib import Path
 from convergence import gpus
-from convergence.jobs import job
+from convergence.jobs import job, wait_for_gpus
 
 with job(snakemake):
-    gpus.take_gpus(snakemake.resources.gpu, snakemake.resources.jobs_per_gpu)
+    wait_for_gpus(snakemake)
     start, alone = time.time(), len(gpus._locks) > 1
     time.sleep(1)
     with open("uses.txt", "a") as file:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from convergence.gpus import take_gpus
-from convergence.jobs import job, job_name
+from convergence.jobs import job, job_name, wait_for_gpus
 from convergence.provenance import check_images, environment, tables_hash, write_provenance
 from convergence.train_job import Segment, drop_older_states, train
 from diffusion.config import RunConfig
@@ -30,9 +29,8 @@ with job(snakemake):
         log=snakemake.log[0],
         name=job_name(snakemake),
     )
-    processes = snakemake.resources.processes
-    take_gpus(segment.gpus * processes, snakemake.resources.jobs_per_gpu)
-    train(segment, processes)
+    wait_for_gpus(snakemake)
+    train(segment, snakemake.resources.processes)
     since = int(segment.previous.parent.name.removeprefix("step")) if segment.previous else 0
     facts = summary(state, since)
     *earlier, source = facts.pop("sources")
@@ -43,7 +41,7 @@ with job(snakemake):
         device="cuda" if segment.gpus else "cpu",
         images=facts["step"] * run.train.batch_size,
         mse_images=(facts["step"] - since) * run.train.batch_size,
-        processes=processes,
+        processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
         config_hash=run.hash8,
         dataset_sha256=dataset["sha256"],
