@@ -145,7 +145,9 @@ class Jobs:
 
 
 def line_of(job):
-    return job.stdout.readline().decode().strip()
+    """The next line that a job prints within 30 s; otherwise an empty text."""
+    ready, *_ = select.select([job.stdout], [], [], 30)
+    return job.stdout.readline().decode().strip() if ready else ""
 
 
 def end(job, number=signal.SIGKILL):
