@@ -212,10 +212,9 @@ def test_a_job_that_waits_for_a_gpu_alone_is_not_overtaken(jobs):
     assert line_of(later) == "0"
 
 
-def test_gpus_that_a_cluster_assigns_are_left_as_they_are(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    gpus.take_gpus(2, 0)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5" and not gpus._locks
+def test_gpus_that_a_cluster_assigns_are_left_as_they_are(jobs):
+    machine = jobs("3,5")
+    assert [machine.gpu_of(1, 0), machine.gpu_of(2, 1), machine.gpu_of(2, 0)] == ["3,5"] * 3
 
 
 class OutOfMemoryError(RuntimeError):
