@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from convergence.errors import StudyError, with_remedy
+from convergence.gpus import is_gpu_full, run_again_alone, take_gpus
 from diffusion.errors import FileError, InputError, Stopped
 
 
@@ -30,10 +31,9 @@ sys.excepthook, sys.unraisablehook = _print_exception, _print_unraisable
 # The section of a study file that has the arguments which errors of the library name, by rule.
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 
-FULL_MEMORY = (
-    "the memory of the %s is full: run fewer jobs on it at once (%s), or lower train.micro_batch, sample.batch_size or "
-    "probe.batch_size"
-)
+FULL_MEMORY = "the memory of the %s is full: %s, or lower train.micro_batch, sample.batch_size or probe.batch_size"
+FULL_MACHINE = FULL_MEMORY % ("machine", "run fewer jobs at once (--cores 1)")
+FULL_GPU = FULL_MEMORY % ("GPU", "end other programs that use it")
 
 
 def job_name(snakemake: Any) -> str:
@@ -56,12 +56,13 @@ def job(snakemake: Any) -> Iterator[None]:
     """Runs the body of a script, and writes its log to the terminal and to the log file of the rule.
 
     After an error of the user or of the machine, the process ends with one sentence in the log (`exit_on_job_error`).
+    If the memory of a shared GPU is full, the script runs again alone on the GPU (`run_again_alone`).
 
     Args:
         snakemake: the object that Snakemake puts into every script.
     """
     log_to(snakemake.log[0], job_name(snakemake))
-    with exit_on_job_error(SECTIONS.get(snakemake.rule)):
+    with exit_on_job_error(SECTIONS.get(snakemake.rule)), run_again_alone():
         yield
 
 
@@ -93,13 +94,13 @@ def exit_on_job_error(section: str | None = None) -> Iterator[None]:
         logging.error("stopped: run the same command again to continue")
         sys.exit(1)
     except MemoryError:
-        logging.error(FULL_MEMORY, "machine", "--cores 1")
+        logging.error(FULL_MACHINE)
         sys.exit(1)
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; not every job imports torch
-            logging.error(FULL_MEMORY, "GPU", "--resources gpu=1")
+        if is_gpu_full(error):
+            logging.error(FULL_GPU)
         elif "can't allocate memory" in str(error):  # torch's, on a CPU
-            logging.error(FULL_MEMORY, "machine", "--cores 1")
+            logging.error(FULL_MACHINE)
         else:
             raise
         sys.exit(1)
@@ -109,6 +110,34 @@ def exit_on_job_error(section: str | None = None) -> Iterator[None]:
         logging.error("%s: %s: free space or correct the permission, then run the same command again",
                       error.filename or Path.cwd(), error.strerror)  # fmt: skip
         sys.exit(1)
+
+
+def wait_for_gpus(snakemake: Any) -> None:
+    """Waits for the GPUs that the job needs, and makes only these visible to torch.
+
+    Call this function after slow imports, so that they run while other jobs compute.
+
+    Args:
+        snakemake: the object that Snakemake puts into every script.
+    """
+    take_gpus(snakemake.resources.gpu, snakemake.resources.jobs_per_gpu)
+
+
+def job_device(snakemake: Any, threads: int | None) -> str:
+    """Waits for the GPU of the job, sets the number of torch's CPU threads, and returns the device to compute on.
+
+    Args:
+        snakemake: the object that Snakemake puts into every script.
+        threads: number of threads; None for torch's choice.
+
+    Returns:
+        "cuda" or "cpu".
+
+    Raises:
+        StudyError: a GPU is needed, and torch finds none.
+    """
+    wait_for_gpus(snakemake)
+    return use_torch(threads, snakemake.resources.gpu)
 
 
 def use_torch(threads: int | None, gpus: int) -> str:

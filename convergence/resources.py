@@ -115,6 +115,13 @@ def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
     return _request(settings.bins * seconds, _megabytes(memory))
 
 
+def gradient_bytes(run: RunConfig, images: int, fp32: bool) -> int:
+    """Returns the memory of a GPU that the gradient of `images` images and the state of training need, in bytes."""
+    size = unet_size(run.model, run.dataset.image_size)
+    # fp32 weights, their average, two moments and the gradient; a copy of the weights and of the gradient for the net.
+    return 24 * size.parameters + (4 if fp32 else 2) * size.activations * images
+
+
 def images_in(path: str, image_size: int) -> int:
     """Returns the number of images in a prepared dataset, computed from the size of its file images.npy.
 

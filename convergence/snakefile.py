@@ -18,6 +18,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger as snakemake_logger
 
 from convergence import layout
+from convergence.gpus import visible_gpus
 from convergence.schema import Experiment
 from diffusion.files import atomic_write
 
@@ -60,18 +61,17 @@ def date_back() -> None:
 def gpus(experiment: Experiment, elsewhere: bool) -> int:
     """Returns the number of GPUs that each process of a job needs, 0 or 1.
 
-    With `device: auto`, this is 1 if this machine has a GPU or if jobs run on other machines. The machine that submits
-    jobs to a cluster often has no GPU.
+    With `device: auto`, this is 1 if this machine has a GPU that CUDA_VISIBLE_DEVICES does not hide, or if jobs run on
+    other machines. The machine that submits jobs to a cluster often has no GPU.
 
     Args:
         experiment: the study of the job.
         elsewhere: whether jobs run on other machines.
+
+    Raises:
+        StudyError: CUDA_VISIBLE_DEVICES names a GPU that this machine does not have.
     """
-    return int(experiment.device == "cuda" or (experiment.device == "auto" and (elsewhere or _has_gpu())))
-
-
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    return int(experiment.device == "cuda" or (experiment.device == "auto" and (elsewhere or bool(visible_gpus()))))
 
 
 def cancel_left_jobs(jobs: Iterable[tuple[str, Iterable[str]]]) -> None:

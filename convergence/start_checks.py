@@ -9,6 +9,7 @@ from typing import Any
 
 from convergence import layout
 from convergence.errors import StudyError
+from convergence.gpus import MAX_JOBS_PER_GPU
 from convergence.provenance import tables_hash
 from convergence.resources import count_images
 from convergence.schema import Experiment
@@ -39,9 +40,11 @@ def load_experiments(config: Mapping[str, Any], folder: Path = layout.EXPERIMENT
         StudyError: a key of the configuration is unknown, a study file is missing or invalid, or a study has too few
             images.
     """
-    unknown = set(config) - {"experiments", "tracking"}
+    unknown = set(config) - {"experiments", "tracking", "jobs_per_gpu"}
     if unknown:
-        raise StudyError(f"--config {unknown.pop()}: unknown key: use experiments=NAME,NAME or tracking=off")
+        raise StudyError(
+            f"--config {unknown.pop()}: unknown key: use experiments=NAME,NAME, tracking=off or jobs_per_gpu=NUMBER"
+        )
     if str(config.get("tracking", "on")) not in TRACKING:
         raise StudyError(f"--config tracking={config['tracking']}: unknown value: use tracking=on or tracking=off")
     names = [name.strip().removesuffix(".yaml") for name in str(config.get("experiments") or "openmoji").split(",")]
@@ -58,6 +61,18 @@ def tracked_studies(config: Mapping[str, Any], experiments: Mapping[str, Experim
     """Returns the names of the studies whose results this call sends to MLflow."""
     on = TRACKING[str(config.get("tracking", "on"))]
     return [name for name, experiment in experiments.items() if on and experiment.tracking]
+
+
+def chosen_jobs_per_gpu(config: Mapping[str, Any]) -> int | None:
+    """Returns the number of jobs that share a GPU, as `--config jobs_per_gpu=N` states it; None if it is not stated.
+
+    Raises:
+        StudyError: the value is not a whole number from 1 to 16.
+    """
+    value = config.get("jobs_per_gpu")
+    if value is not None and (type(value) is not int or not 1 <= value <= MAX_JOBS_PER_GPU):
+        raise StudyError(f"--config jobs_per_gpu={value}: use a whole number from 1 to {MAX_JOBS_PER_GPU}")
+    return value
 
 
 def check_experiments(experiments: Mapping[str, Experiment]) -> None:

@@ -17,6 +17,7 @@ from convergence import layout
 HIDDEN_MESSAGES = (
     "Select jobs to execute", "Execute ", "Removing temporary output", "Would remove temporary output",
     "DAG of jobs will be updated", "Updating checkpoint dependencies", "The run involves checkpoint jobs",
+    "Provided resources",
 )  # fmt: skip
 # First words of Snakemake's messages after Ctrl-C or SIGTERM.
 STOP_MESSAGES = ("Terminating processes on user request", "Will exit after finishing", "Cancelling snakemake")

@@ -93,6 +93,15 @@ def test_training_request_exceeds_a_measured_time():
     assert 3 < minutes / (2_000 * 256 / 412 / 60) < 15
 
 
+@pytest.mark.parametrize(("images", "gibibytes"), [(64, 13.6), (256, 49.1)])
+def test_memory_of_a_gpu_is_close_to_a_measured_one(images, gibibytes):
+    # 98.6M parameters at 128x128 in bf16, on an H100.
+    model = {"channels": 128, "channel_mult": [1, 1, 2, 3, 4], "attention_resolutions": [16]}
+    study = experiment(dataset={"source": "openmoji", "image_size": 128}, model=model)
+    needed = resources.gradient_bytes(study.run("uniform"), images, fp32=False)
+    assert 0.9 < needed / 2**30 / gibibytes < 1.2
+
+
 def test_other_requests_grow_with_their_images():
     study = experiment()
     run = study.run("uniform")

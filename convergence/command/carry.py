@@ -47,7 +47,7 @@ SMALL_FILES = {
 }
 RUN = """\
 #!/usr/bin/env bash
-# Written by `convergence carry pack`. GPU_JOBS jobs share the GPU (default: 4).
+# Written by `convergence carry pack`. JOBS_PER_GPU=4 lets four jobs share a GPU.
 set -euo pipefail
 cd "$(dirname "$0")"
 test -x .venv/bin/python || "${{PYTHON:-python3}}" -m venv --system-site-packages .venv
@@ -55,8 +55,9 @@ test -x .venv/bin/python || "${{PYTHON:-python3}}" -m venv --system-site-package
 export PATH="$PWD/.venv/bin:$PATH"
 if test -d torch; then export TORCH_HOME="$PWD/torch"; fi
 status=0
-python -m snakemake --cores all --keep-going --resources gpu="${{GPU_JOBS:-4}}" \\
-  --config experiments={studies} tracking=off -- reports/fid_curves.png || status=$?
+python -m snakemake --cores all --keep-going \\
+  --config experiments={studies} tracking=off ${{JOBS_PER_GPU:+jobs_per_gpu="$JOBS_PER_GPU"}} \\
+  -- reports/fid_curves.png || status=$?
 python -m convergence carry collect {studies} --out results.tar.gz
 exit $status
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 # The packages that this file and the scripts import are next to the Snakefile.
 sys.path.insert(0, workflow.basedir)
 
-from convergence import layout, resources, snakefile, start_checks, start_warnings, study_plan, terminal
+from convergence import gpus, layout, resources, snakefile, start_checks, start_warnings, study_plan, terminal
 from convergence.errors import SAME_COMMAND, exit_on_user_error
 from convergence.provenance import newest_provenances, trained_on
 from convergence.schema import Evaluate
@@ -23,10 +23,16 @@ with exit_on_user_error(SAME_COMMAND):
         config, layout.EXPERIMENTS if workflow.is_main_process else layout.STUDIES
     )
     TRACKED = start_checks.tracked_studies(config, EXPERIMENTS)
+    JOBS_PER_GPU = start_checks.chosen_jobs_per_gpu(config)
     if workflow.is_main_process:
         snakefile.stop_on_hangup()
         start_checks.check_experiments(EXPERIMENTS)
         start_warnings.print_warnings(EXPERIMENTS.values())
+        # Jobs run on this machine, unless a number of nodes is given (`jobs` in a profile).
+        if workflow.nodes is None and any(snakefile.gpus(e, elsewhere=False) for e in EXPERIMENTS.values()):
+            limit = workflow.global_resources.get("gpu")
+            gpu_jobs = gpus.show_gpus(limit and limit.value, JOBS_PER_GPU or gpus.JOBS_PER_GPU)
+            workflow.register_resource("gpu", gpu_jobs)  # Snakemake starts this number of jobs that use a GPU
         snakefile.call_at_exit_if_no_job_runs(lambda: workflow.dryrun or process.forward_missing(TRACKED))
 
 DATASETS = {layout.dataset_directory(e.dataset).name: e.dataset for e in EXPERIMENTS.values()}
@@ -121,12 +127,37 @@ def threads_of_reference(wildcards):
     return REFERENCES[wildcards.reference][0].train.threads
 
 
+def is_elsewhere():
+    """Whether jobs run on other machines."""
+    return workflow.non_local_exec or workflow.remote_exec
+
+
 def gpus_for(experiment):
-    return snakefile.gpus(experiment, elsewhere=workflow.non_local_exec or workflow.remote_exec)
+    return snakefile.gpus(experiment, elsewhere=is_elsewhere())
 
 
 def gpus_of(wildcards):
     return gpus_for(experiment_of(wildcards))
+
+
+def jobs_per_gpu(experiment, needed=0):
+    """How many jobs share a GPU with a job that needs `needed` bytes of its memory; 0 if a cluster assigns GPUs."""
+    if is_elsewhere() or not gpus_for(experiment):
+        return 0
+    return JOBS_PER_GPU or gpus.default_jobs_per_gpu(needed)
+
+
+def jobs_per_gpu_of_training(wildcards):
+    experiment, train = experiment_of(wildcards), run_of(wildcards).train
+    if experiment.processes > 1:
+        return min(jobs_per_gpu(experiment), 1)
+    images = min(train.micro_batch or train.batch_size, train.batch_size)
+    return jobs_per_gpu(experiment, resources.gradient_bytes(run_of(wildcards), images, train.precision == "fp32"))
+
+
+def jobs_per_gpu_of_probe(wildcards):
+    experiment = experiment_of(wildcards)
+    return jobs_per_gpu(experiment, resources.gradient_bytes(run_of(wildcards), experiment.probe.batch_size, True))
 
 
 def processes_of(wildcards):
@@ -135,7 +166,7 @@ def processes_of(wildcards):
 
 def cores_of_cost(wildcards):
     """All cores of this machine; elsewhere the threads of the arms."""
-    if workflow.non_local_exec or workflow.remote_exec:
+    if is_elsewhere():
         experiment = EXPERIMENTS[wildcards.study]
         return max(experiment.run(arm).train.threads for arm in experiment.arms)
     return workflow.cores

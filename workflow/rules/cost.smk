@@ -14,6 +14,7 @@ rule cost:
     threads: cores_of_cost
     resources:
         gpu=lambda wildcards: gpus_for(EXPERIMENTS[wildcards.study]),
+        jobs_per_gpu=lambda wildcards: min(jobs_per_gpu(EXPERIMENTS[wildcards.study]), 1),
         processes=lambda wildcards: EXPERIMENTS[wildcards.study].processes,
         slurm_extra="--exclusive",
         runtime=minutes(cost_request),

@@ -14,6 +14,7 @@ checkpoint reference:
     threads: threads_of_reference
     resources:
         gpu=lambda wildcards: gpus_for(REFERENCES[wildcards.reference][0]),
+        jobs_per_gpu=lambda wildcards: jobs_per_gpu(REFERENCES[wildcards.reference][0]),
         torch_threads=threads_of_reference,
         runtime=minutes(reference_request),
         mem_mb=megabytes(reference_request),
@@ -47,6 +48,7 @@ rule evaluate:
     threads: threads_of
     resources:
         gpu=gpus_of,
+        jobs_per_gpu=lambda wildcards: jobs_per_gpu(experiment_of(wildcards)),
         torch_threads=threads_of,
         runtime=minutes(evaluate_request),
         mem_mb=megabytes(evaluate_request),

@@ -17,6 +17,7 @@ rule probe:
     threads: threads_of
     resources:
         gpu=gpus_of,
+        jobs_per_gpu=jobs_per_gpu_of_probe,
         runtime=minutes(probe_request),
         mem_mb=megabytes(probe_request),
     params:

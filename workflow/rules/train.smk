@@ -46,6 +46,7 @@ rule train:
     threads: lambda wildcards: threads_of(wildcards) * processes_of(wildcards)
     resources:
         gpu=lambda wildcards: gpus_of(wildcards) * processes_of(wildcards),
+        jobs_per_gpu=jobs_per_gpu_of_training,
         # Not a param: another number of processes resumes a run and does not repeat it.
         processes=processes_of,
         runtime=minutes(train_request),

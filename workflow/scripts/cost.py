@@ -3,7 +3,7 @@
 import platform
 from pathlib import Path
 
-from convergence.jobs import job, use_torch  # isort: split
+from convergence.jobs import job, job_device  # isort: split
 
 import torch
 
@@ -16,7 +16,7 @@ from diffusion.training.timing import time_steps
 with job(snakemake):
     arms, settings = zip(*snakemake.params.runs, strict=True)
     runs = [RunConfig.model_validate_json(content) for content in settings]
-    device = use_torch(None, snakemake.resources.gpu)
+    device = job_device(snakemake, None)
     images = load_images(Path(snakemake.input.images).parent, verify=True)
     seconds = time_steps(runs, images, device, snakemake.resources.processes)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from convergence.jobs import job, use_torch  # isort: split
+from convergence.jobs import job, job_device  # isort: split
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from diffusion.files import check_free_space, read_json, save_npy
 SOME_IMAGES = 1000  # enough to know how much the images of the dataset differ
 
 with job(snakemake):
-    device = use_torch(snakemake.resources.torch_threads, snakemake.resources.gpu)
+    device = job_device(snakemake, snakemake.resources.torch_threads)
     inputs, output = snakemake.input, snakemake.output
     sample = Sample.model_validate_json(snakemake.params.sample)
     settings = Evaluate.model_validate_json(snakemake.params.evaluate)

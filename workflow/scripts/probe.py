@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from convergence.jobs import job, use_torch
+from convergence.jobs import job, job_device
 from convergence.provenance import check_images
 from convergence.schema import Probe
 from convergence.tables import PROBE_COLUMNS, of_checkpoint, write_table
@@ -14,7 +14,7 @@ from diffusion.schemes import scheme_tables
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
-    device = use_torch(run.train.threads, snakemake.resources.gpu)
+    device = job_device(snakemake, run.train.threads)
     settings = Probe.model_validate_json(snakemake.params.probe)
     seed, held_out = int(snakemake.wildcards.seed), run.dataset.held_out
     directory = Path(snakemake.input.images).parent

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from convergence.jobs import job, use_torch
+from convergence.jobs import job, job_device
 from convergence.schema import Evaluate
 from diffusion.data.arrays import load_images
 from diffusion.evaluation.extractors import load_extractor
@@ -10,7 +10,7 @@ from diffusion.evaluation.reference import make_reference, reference_key
 from diffusion.files import read_json
 
 with job(snakemake):
-    device = use_torch(snakemake.resources.torch_threads, snakemake.resources.gpu)
+    device = job_device(snakemake, snakemake.resources.torch_threads)
     settings = Evaluate.model_validate_json(snakemake.params.evaluate)
     features, held_out = snakemake.params.features, snakemake.params.held_out
     images = load_images(Path(snakemake.input.images).parent, verify=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from convergence.jobs import job, job_name
+from convergence.jobs import job, job_name, wait_for_gpus
 from convergence.provenance import check_images, environment, tables_hash, write_provenance
 from convergence.train_job import Segment, drop_older_states, train
 from diffusion.config import RunConfig
@@ -29,6 +29,7 @@ with job(snakemake):
         log=snakemake.log[0],
         name=job_name(snakemake),
     )
+    wait_for_gpus(snakemake)
     train(segment, snakemake.resources.processes)
     since = int(segment.previous.parent.name.removeprefix("step")) if segment.previous else 0
     facts = summary(state, since)
