@@ -15,6 +15,9 @@ Item = TypeVar("Item")
 class Progress:
     """Progress of a loop: logs the number of finished items, the rate and the remaining time.
 
+    The rate excludes the items before the first call of `update`, because the first batch of a process also compiles
+    kernels and allocates memory.
+
     Args:
         label: what the number counts, in the plural, such as "images read".
         total: number of all items.
@@ -22,19 +25,25 @@ class Progress:
 
     def __init__(self, label: str, total: int):
         self.label, self.total = label, total
-        self.start = self.reported = time.monotonic()
+        self.reported = time.monotonic()
+        self.first: tuple[float, float] | None = None  # time and items of the first call of `update`
 
     def update(self, done: float) -> None:
-        """Logs the progress if the last report is at least `REPORT_SECONDS` old.
+        """Logs the progress if the last report is at least `REPORT_SECONDS` old. The first call logs nothing.
 
         Args:
-            done: number of finished items, more than 0. The number may include a fraction of an item.
+            done: number of finished items, more than at the previous call. The number may include a fraction of an
+                item.
         """
         now = time.monotonic()
-        if now - self.reported >= REPORT_SECONDS:
-            self.reported, rate = now, done / max(now - self.start, 1e-9)
+        if self.first is None:
+            self.first = now, done
+        elif now - self.reported >= REPORT_SECONDS:
+            start, before = self.first
+            self.reported, rate = now, (done - before) / max(now - start, 1e-9)
             left = (self.total - done) / rate
-            logger.info("%.0f of %d %s, %.3g/s, %.0f s left", done, self.total, self.label, rate, left)
+            digits = ".3g" if rate < 100 else ",.0f"
+            logger.info("%d of %d %s, %s/s, %.0f s left", done, self.total, self.label, format(rate, digits), left)
 
 
 def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
