@@ -1,12 +1,16 @@
 """Writes progress reports of long loops to the log."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
+IMPORTED = time.monotonic()
 REPORT_SECONDS = 10  # least time between two reports
 
 Item = TypeVar("Item")
@@ -52,3 +56,23 @@ def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
     for done, item in enumerate(items, 1):
         yield item
         progress.update(done)
+
+
+@cache
+def log_ready() -> None:
+    """Logs, at its first call in a process, how long the process has run, at the level DEBUG.
+
+    Each kind of work calls this function when its first useful result exists, such as a training step or a batch of
+    features.
+    """
+    logger.debug("ready after %.1f s", _process_seconds())
+
+
+def _process_seconds() -> float:
+    """Returns the age of this process in seconds; without /proc, the time since this module was imported."""
+    try:
+        # Field 22 is the start in clock ticks since the boot. Field 2, the name, may contain spaces.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(") ")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.monotonic() - IMPORTED

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,7 +361,7 @@ def test_a_damaged_state_changes_nothing(tmp_path, damage):
     assert all(torch.equal(a, b) for a, b in zip(state.parameters, other.parameters, strict=True))
 
 
-VALUES = ("step", "seconds", "diverged", "id", "rows", "sources")
+VALUES = ("step", "seconds", "startup_seconds", "diverged", "id", "rows", "sources")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -389,6 +390,46 @@ def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):
         train_segment(tiny(), 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
     sources = [summary(tmp_path / f"step{until}/state.pt")["sources"] for until in (2, 4, 6)]
     assert sources == [["a"], ["a", "b"], ["b", "a"]]
+
+
+def test_the_first_step_of_each_process_counts_as_startup(tmp_path, monkeypatch):
+    """A run of two segments; the second one is stopped after step 8, and resumed."""
+    now = first = 0
+
+    def step(state, batches):
+        nonlocal now, first
+        now, first = now + (100 if first else 1), False
+        train_step(state, batches)
+        if state.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(segment, "train_step", step)
+    monkeypatch.setattr(segment, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
+    previous, run = None, tiny(log_every=1)
+    for until, end in ((5, nullcontext()), (10, pytest.raises(Stopped)), (10, nullcontext())):
+        first = True
+        with end:
+            train_segment(run, 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
+        previous = tmp_path / "step5/state.pt"
+    facts = [summary(tmp_path / f"step{until}/state.pt") for until in (5, 10)]
+    assert [(fact["seconds"], fact["startup_seconds"]) for fact in facts] == [(4, 100), (7, 300)]
+    rates = [row["images_per_second"] for row in csv.DictReader((tmp_path / "log.csv").open())]
+    # Steps 1, 6 and 9 are the first ones of a process.
+    assert rates == ["", *["8.0"] * 4, "", *["8.0"] * 2, "", "8.0"]
+
+
+def test_a_row_of_the_log_has_the_rate_of_the_steps_after_the_first(tmp_path, monkeypatch):
+    now = 0
+
+    def step(state, batches):
+        nonlocal now
+        now += 1 if state.step else 100
+        train_step(state, batches)
+
+    monkeypatch.setattr(segment, "train_step", step)
+    monkeypatch.setattr(segment, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
+    train_segment(tiny(log_every=3), 0, IMAGES, None, tmp_path / "step6", 6, "cpu")
+    assert [row["images_per_second"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["8.0", "8.0"]
 
 
 def test_held_out_images_are_not_used_for_training(tmp_path):

@@ -56,7 +56,8 @@ class TrainState:
 
     Attributes:
         step: number of optimizer steps so far.
-        seconds: training time so far, in seconds.
+        seconds: time of all training steps so far, except the first one of each process, in seconds.
+        startup_seconds: time so far until the first step of each process was done, in seconds.
         diverged: step at which the loss or a weight was found to be infinite or NaN; None if this has not happened.
         rows: rows of the log since the start of the run.
         sources: `source_hash` of each version of the code that trained the run. The present version is last.
@@ -83,7 +84,7 @@ class TrainState:
         self.gradients = CudaGraphed(self._gradients) if graphed else self._gradients
         self.meter = Meter(self.device)
         self.step = 0
-        self.seconds = 0.0
+        self.seconds = self.startup_seconds = 0.0
         self.diverged: int | None = None
         self.rows: list[dict[str, float]] = []
         self.sources: list[str] = []
@@ -153,7 +154,7 @@ class TrainState:
         """
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
-            "diverged": self.diverged, "id": self.id, "rows": self.rows, "sources": self.sources,
+            "startup_seconds": self.startup_seconds, "diverged": self.diverged, "id": self.id, "rows": self.rows, "sources": self.sources,
             "model": self.model.state_dict(), "ema": self.ema_weights(),
             # The run gives all options of the optimizer.
             "optimizer": {"state": self.optimizer.state_dict()["state"]}, "meter": self.meter.state_dict(),
@@ -173,6 +174,7 @@ class TrainState:
         """
         with _reading(path):
             content = torch.load(path, map_location=self.device, weights_only=True)
+            content.setdefault("startup_seconds", 0.0)  # states of earlier versions count it as training
             if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
                 raise FileError(path, "is the state of a run with other settings")
             if parent not in (None, content["id"]):
@@ -192,6 +194,7 @@ class TrainState:
         if self.history:
             self.history.load_state_dict(content["history"])
         self.step, self.seconds, self.diverged = content["step"], content["seconds"], content["diverged"]
+        self.startup_seconds = content["startup_seconds"]
         self.rows, self.sources, self.id = content["rows"], content["sources"], content["id"]
 
 
@@ -258,8 +261,9 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         since: step of the previous checkpoint; 0 if the previous checkpoint is the untrained net.
 
     Returns:
-        a dict with `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`. `mse` is the
-        unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not finite.
+        a dict with `step`, `diverged`, `sources`, `seconds` and `startup_seconds` (see `TrainState`), and `mse`. `mse`
+        is the unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not
+        finite.
 
     Raises:
         FileError: if the file is damaged.
@@ -270,7 +274,8 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         rows = [row for row in content["rows"] if row["step"] > since]
         steps = np.diff([since, *(row["step"] for row in rows)])
         mse = np.average([row["mse"] for row in rows], weights=steps) if rows else np.nan
-        return facts | {"seconds": round(content["seconds"], 3), "mse": float(mse) if np.isfinite(mse) else None}
+        times = {name: round(content[name], 3) for name in ("seconds", "startup_seconds")}
+        return facts | times | {"mse": float(mse) if np.isfinite(mse) else None}
 
 
 class Meter:
