@@ -12,6 +12,7 @@ from typing import Any
 
 from convergence.errors import StudyError, with_remedy
 from diffusion.errors import FileError, InputError, Stopped
+from diffusion.progress import log_ready
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -28,6 +29,7 @@ def _print_unraisable(unraisable: Any) -> None:
 # callbacks. Snakemake reports the stop once for all jobs.
 sys.excepthook, sys.unraisablehook = _print_exception, _print_unraisable
 # The section of a study file that has the arguments which errors of the library name, by rule.
+ON_A_DEVICE = {"train", "evaluate", "probe", "reference", "cost"}  # the library logs when their work begins
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 
 FULL_MEMORY = (
@@ -42,13 +44,19 @@ def job_name(snakemake: Any) -> str:
 
 
 def log_to(path: str, name: str) -> None:
-    """Writes the log of this process to the terminal and to a file, with the name of the job in each line."""
+    """Writes the log of this process to the terminal and to a file, with the name of the job in each line.
+
+    Messages of the library at the level DEBUG are written to the file alone.
+    """
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.INFO)
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s  {name}: %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(path)],
+        handlers=[terminal, logging.FileHandler(path)],
     )
+    logging.getLogger("diffusion").setLevel(logging.DEBUG)
 
 
 @contextmanager
@@ -61,6 +69,8 @@ def job(snakemake: Any) -> Iterator[None]:
         snakemake: the object that Snakemake puts into every script.
     """
     log_to(snakemake.log[0], job_name(snakemake))
+    if snakemake.rule not in ON_A_DEVICE:
+        log_ready()
     with exit_on_job_error(SECTIONS.get(snakemake.rule)):
         yield
 

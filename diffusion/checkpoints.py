@@ -21,7 +21,7 @@ from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, check_unchanged
 from diffusion.gaussian import NoiseSchedule
 from diffusion.nets.unet import UNet
-from diffusion.progress import Progress
+from diffusion.progress import Progress, log_ready
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 
 PREVIEW_GAP = 1  # pixels between the images of a preview
@@ -126,9 +126,9 @@ def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.devic
         weights: state dict of the net; maps names to tensors [...].
         device: device of the returned net.
     """
-    model = model.to_empty(device=device).to(memory_format=torch.channels_last)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
+    # Without `assign`, empty tensors are made first, for which torch imports sympy (0.5 s).
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.device | str) -> np.ndarray:
@@ -162,6 +162,7 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
         if not x.isfinite().all():
             return images[:0]
         images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
+        log_ready()
     return images
 
 

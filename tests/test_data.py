@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 import subprocess
 import sys
 import warnings

@@ -25,6 +25,7 @@ from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import p2_weight
 from diffusion.schemes import scheme_tables
 from diffusion.training import segment
+from diffusion.training.adamw import AdamW
 from diffusion.training.segment import train_segment
 from diffusion.training.state import (
     Meter,
@@ -167,8 +168,8 @@ def test_the_log_has_each_step_once_after_an_added_checkpoint_and_a_rerun(tmp_pa
 
 
 def test_rows_lost_from_the_file_during_training_are_restored_at_the_end(tmp_path, monkeypatch):
-    def add_and_lose(log, means):
-        add(log, means)
+    def add_and_lose(log, means, timed):
+        add(log, means, timed)
         log.path.unlink()
 
     add = segment._Log.add
@@ -235,6 +236,7 @@ def test_a_killed_segment_resumes_to_the_same_end(tmp_path):
     code = f"""
 import numpy as np, torch, pathlib
 from diffusion.training import segment
+from diffusion.training.adamw import AdamW
 from diffusion.config import RunConfig
 torch.set_num_threads(1)
 segment.SAVE_SECONDS = 0
@@ -381,6 +383,28 @@ def test_a_loaded_state_is_used_by_a_captured_graph(tmp_path):
             train_step(target, batches)
         for actual, weight in zip(target.parameters, expected, strict=True):
             torch.testing.assert_close(actual, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimizer_computes_what_that_of_torch_computes():
+    random = torch.Generator().manual_seed(0)
+    shapes = [(8, 4, 3, 3), (5,), ()]
+    ours = [torch.randn(shape, generator=random) for shape in shapes]
+    ours[0] = ours[0].to(memory_format=torch.channels_last)
+    theirs = [p.clone() for p in ours]
+    optimizer, expected = AdamW(ours, 0.05), torch.optim.AdamW(theirs, weight_decay=0.05, fused=True)
+    for step in range(1, 6):
+        gradients = [torch.randn(p.shape, generator=random) for p in ours]
+        optimizer.step(gradients, 1e-3 * step)
+        expected.param_groups[0]["lr"] = 1e-3 * step
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = gradient
+        expected.step()
+        if step == 3:  # the state moves to another optimizer
+            before, optimizer = optimizer, AdamW(ours, 0.05)
+            optimizer.load_state_dict(before.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    actual, state = tensors_in(optimizer.state_dict()["state"]), tensors_in(expected.state_dict()["state"])
+    assert actual.keys() == state.keys() and all(torch.equal(actual[key], state[key]) for key in state)
 
 
 def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):

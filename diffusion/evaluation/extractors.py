@@ -17,7 +17,7 @@ from torch import nn
 
 from diffusion.errors import InputError
 from diffusion.evaluation.weights import LITE0, LITE0_SHA256, SOURCES, hub_directory, weights_file
-from diffusion.progress import Progress
+from diffusion.progress import Progress, log_ready
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +272,7 @@ def extract_features(
             if first == 0:
                 features = np.empty((len(indices), batch_features.shape[1]), np.float32)
             features[first : first + batch_size] = batch_features
+            log_ready()
             if len(indices):
                 progress.update(min(first + batch_size, len(indices)))
     return features

@@ -17,6 +17,7 @@ from diffusion.data.batches import to_model_range
 from diffusion.errors import InputError
 from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import HybridLoss, hybrid_loss
+from diffusion.progress import log_ready
 from diffusion.schemes import Tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_timesteps
@@ -185,6 +186,7 @@ def probe(
             for batch in losses(index, tables.probabilities[first:end], tables):
                 gradients = torch.autograd.grad(batch.loss.mean(), parameters)
                 moments.add(torch.cat([gradient.flatten() for gradient in gradients]))
+                log_ready()
             noise = GradientNoise(moments.squared_norm, batch_size * moments.covariance_trace)
             mean = mean.to(moments.total.device) + probability * moments.mean
             mean_bias += probability**2 * moments.covariance_trace / moments.count
