@@ -162,7 +162,6 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
         if not x.isfinite().all():
             return images[:0]
         images[indices.start : indices.stop] = to_uint8(x).cpu().numpy()
-        log_ready()
     return images
 
 
@@ -180,6 +179,7 @@ def _reporting(model: UNet, count: int, settings: Sample, device: torch.device |
             output = model(x, t).float()
         done += len(x) / settings.steps
         progress.update(done)
+        log_ready()
         return output
 
     return denoise
