@@ -3,6 +3,7 @@
 import errno
 import logging
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def _print_unraisable(unraisable: Any) -> None:
 # Ctrl-C prints no traceback, even during the imports of a script, which imports this module first, and its last
 # callbacks. Snakemake reports the stop once for all jobs.
 sys.excepthook, sys.unraisablehook = _print_exception, _print_unraisable
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `convergence.snakefile.hold_interrupts` blocks it
 # The section of a study file that has the arguments which errors of the library name, by rule.
 ON_A_DEVICE = {"train", "evaluate", "probe", "reference", "cost"}  # the library logs when their work begins
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}

@@ -3,6 +3,7 @@
 import errno
 import logging
 import re
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 from projects import ROOT
 from snakemake.exceptions import WorkflowError
+from snakemake.shell import shell
 
 from convergence import jobs, layout, resources, snakefile, start_checks, terminal
 from convergence.analysis.results import FailedRun, StudyVerdict, save_verdict
@@ -267,6 +269,16 @@ def test_ctrl_c_during_imports_and_last_callbacks_prints_no_traceback(moment):
     code = f"import convergence.jobs, atexit, os, signal; {moment.format(f'({interrupt})')}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not done.stderr
+
+
+def test_ctrl_c_waits_until_a_job_can_handle_it(monkeypatch):
+    """The job interrupts itself before its first import, and continues until it imports `convergence.jobs`."""
+    monkeypatch.setattr(shell, "_process_prefix", None)
+    snakefile.hold_interrupts()
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print(1); import convergence.jobs; print(2)"
+    command = f"{shell._process_prefix} {sys.executable} -c '{code}'"
+    done = subprocess.run(command, shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "1\n", "")
 
 
 def test_every_script_imports_what_handles_ctrl_c_before_slow_packages():
