@@ -226,7 +226,7 @@ class _Log:
         state, train = self.state, self.state.run.train
         rate = timed * train.batch_size / max(state.seconds - self.last_seconds, 1e-9)
         self.last_seconds = state.seconds
-        row = {
+        row: dict[str, Any] = {
             "step": state.step,
             "images": state.step * train.batch_size,
             "seconds": round(state.seconds, 3),
