@@ -1,6 +1,7 @@
 """Functions that the scripts of all Snakemake rules use: logging, error messages and the device."""
 
 import errno
+import gc
 import logging
 import platform
 import signal
@@ -30,6 +31,9 @@ def _print_unraisable(unraisable: Any) -> None:
 # callbacks. Snakemake reports the stop once for all jobs.
 sys.excepthook, sys.unraisablehook = _print_exception, _print_unraisable
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `convergence.snakefile.hold_interrupts` blocks it
+# The imports of a job make a million objects that stay: looking for garbage among them takes a seventh of their time.
+GARBAGE_THRESHOLDS = gc.get_threshold()
+gc.set_threshold(100_000)
 # The section of a study file that has the arguments which errors of the library name, by rule.
 ON_A_DEVICE = {"train", "evaluate", "probe", "reference", "cost"}  # the library logs when their work begins
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
@@ -70,6 +74,7 @@ def job(snakemake: Any) -> Iterator[None]:
     Args:
         snakemake: the object that Snakemake puts into every script.
     """
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     log_to(snakemake.log[0], job_name(snakemake))
     if snakemake.rule not in ON_A_DEVICE:
         log_ready()
@@ -135,6 +140,7 @@ def use_torch(threads: int | None, gpus: int) -> str:
     """
     import torch
 
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     if threads:
         torch.set_num_threads(threads)
     if gpus and not torch.cuda.is_available():

@@ -281,6 +281,14 @@ def test_ctrl_c_waits_until_a_job_can_handle_it(monkeypatch):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "1\n", "")
 
 
+def test_garbage_is_collected_as_usual_after_the_imports():
+    code = (
+        "import gc; before = gc.get_threshold(); import convergence.jobs as jobs; assert gc.get_threshold() != before; "
+        "jobs.use_torch(None, 0); assert gc.get_threshold() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_every_script_imports_what_handles_ctrl_c_before_slow_packages():
     for script in ROOT.glob("workflow/scripts/*.py"):
         names = re.findall(r"^(?:from|import) (\S+)", script.read_text(), re.M)
