@@ -1,29 +1,13 @@
 """Computes the training cost of each arm: seconds per 1000 training images, timed while no other job runs."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 
 from convergence.analysis.intervals import Interval, t_interval
 
-# A row per arm and round; the arms of a round were timed directly after one another.
-ROUND_COLUMNS = ["arm", "round", "seconds_per_1000_images", "device"]
 COLUMNS = [
     "study", "arm", "seconds_per_1000_images", "low", "high", "ratio", "ratio_low", "ratio_high", "rounds", "device",
 ]  # fmt: skip
-
-
-def round_table(seconds: np.ndarray, arms: Sequence[str], device: str) -> pd.DataFrame:
-    """Returns measured times as a table with the columns `ROUND_COLUMNS`.
-
-    Args:
-        seconds: seconds per training image, [rounds, arms].
-        arms: names of the arms.
-        device: name of the device.
-    """
-    table = pd.DataFrame(1000 * seconds, columns=list(arms)).rename_axis("round").reset_index()
-    return table.melt("round", var_name="arm", value_name="seconds_per_1000_images").assign(device=device)
 
 
 def cost_table(rounds: pd.DataFrame, study: str, baseline: str | None) -> pd.DataFrame:
@@ -33,7 +17,7 @@ def cost_table(rounds: pd.DataFrame, study: str, baseline: str | None) -> pd.Dat
     equals the geometric mean of the ratios of the rounds.
 
     Args:
-        rounds: table that `round_table` returned.
+        rounds: table of the rows that `convergence.rows.of_rounds` returned.
         study: name of the study.
         baseline: arm to compare with. If the baseline is None or was not timed, the ratios are NaN.
     """

@@ -1,8 +1,10 @@
 """Functions that the scripts of all Snakemake rules use: logging, error messages and the device."""
 
 import errno
+import gc
 import logging
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 from convergence.errors import StudyError, with_remedy
 from convergence.gpus import is_gpu_full, run_again_alone, take_gpus
 from diffusion.errors import FileError, InputError, Stopped
+from diffusion.progress import log_ready
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -28,7 +31,12 @@ def _print_unraisable(unraisable: Any) -> None:
 # Ctrl-C prints no traceback, even during the imports of a script, which imports this module first, and its last
 # callbacks. Snakemake reports the stop once for all jobs.
 sys.excepthook, sys.unraisablehook = _print_exception, _print_unraisable
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `convergence.snakefile.hold_interrupts` blocks it
+# The imports of a job make a million objects that stay: looking for garbage among them takes a seventh of their time.
+GARBAGE_THRESHOLDS = gc.get_threshold()
+gc.set_threshold(100_000)
 # The section of a study file that has the arguments which errors of the library name, by rule.
+ON_A_DEVICE = {"train", "evaluate", "probe", "reference", "cost"}  # the library logs when their work begins
 SECTIONS = {"dataset": "dataset", "evaluate": "evaluate", "probe": "probe", "reference": "evaluate"}
 
 FULL_MEMORY = "the memory of the %s is full: %s, or lower train.micro_batch, sample.batch_size or probe.batch_size"
@@ -42,13 +50,19 @@ def job_name(snakemake: Any) -> str:
 
 
 def log_to(path: str, name: str) -> None:
-    """Writes the log of this process to the terminal and to a file, with the name of the job in each line."""
+    """Writes the log of this process to the terminal and to a file, with the name of the job in each line.
+
+    Messages of the library at the level DEBUG are written to the file alone.
+    """
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.INFO)
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s  {name}: %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(path)],
+        handlers=[terminal, logging.FileHandler(path)],
     )
+    logging.getLogger("diffusion").setLevel(logging.DEBUG)
 
 
 @contextmanager
@@ -61,7 +75,10 @@ def job(snakemake: Any) -> Iterator[None]:
     Args:
         snakemake: the object that Snakemake puts into every script.
     """
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     log_to(snakemake.log[0], job_name(snakemake))
+    if snakemake.rule not in ON_A_DEVICE:
+        log_ready()
     with exit_on_job_error(SECTIONS.get(snakemake.rule)), run_again_alone():
         yield
 
@@ -152,6 +169,7 @@ def use_torch(threads: int | None, gpus: int) -> str:
     """
     import torch
 
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     if threads:
         torch.set_num_threads(threads)
     if gpus and not torch.cuda.is_available():

@@ -9,8 +9,9 @@ from convergence.analysis.verdict import judge, write_verdict
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.figures.forest import draw_forest
+from convergence.rows import PROBE_COLUMNS
 from convergence.study_plan import StudyPlan
-from convergence.tables import PROBE_COLUMNS, check_sample_counts
+from convergence.tables import check_sample_counts
 
 
 def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory: Path) -> list[StudyVerdict]:

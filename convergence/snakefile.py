@@ -16,6 +16,7 @@ from typing import Any
 from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger as snakemake_logger
+from snakemake.shell import shell
 
 from convergence import layout
 from convergence.gpus import visible_gpus
@@ -37,6 +38,16 @@ def set_environment(root: str) -> None:
     # Keep freed memory: page faults cost a third of the time of small convolutions. glibc reads these at start only.
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
+
+
+def hold_interrupts() -> None:
+    """Makes Ctrl-C wait in each new job until the job imports `convergence.jobs`, which hides Python's traceback.
+
+    Without GNU env 8.31 or newer, Ctrl-C does not wait.
+    """
+    command = "env --block-signal=INT"
+    if not subprocess.run([*command.split(), "true"], capture_output=True).returncode:
+        shell.prefix(command)
 
 
 def stop_on_hangup() -> None:

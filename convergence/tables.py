@@ -1,13 +1,14 @@
 """Reads, writes and checks the table of metrics: a row per checkpoint, feature extractor and metric.
 
-The column `contended_seconds` is the training time of a run until the checkpoint, measured while other jobs shared the
-machine. No result is computed from this column (see `convergence/cost.py` for the cost of an arm).
+The column `contended_seconds` is the time of the training steps of a run until the checkpoint, except the first step of
+each process, measured while other jobs shared the machine. No result is computed from it (see `convergence/cost.py` for
+the cost of an arm).
 """
 
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,11 @@ import pandas as pd
 
 from convergence.errors import StudyError
 from convergence.failures import without_failures
+from convergence.rows import COLUMNS
 from diffusion.errors import FileError
 from diffusion.evaluation.weights import INCEPTION, LITE0
 from diffusion.files import atomic_write
 
-COLUMNS = [
-    "study", "arm", "seed", "step", "images", "contended_seconds", "features", "metric", "value", "stderr", "n",
-    "reason",
-]  # fmt: skip
-PROBE_COLUMNS = [
-    "study", "arm", "seed", "step", "images", "contended_seconds", "timesteps", "metric", "value", "n", "held_out",
-    "reason",
-]  # fmt: skip
 ALL = "all"  # timesteps of a probe that is not limited to a bin
 HIGHER_IS_BETTER = {"precision", "recall"}
 SHARES = HIGHER_IS_BETTER | {"memorised"}
@@ -70,7 +64,7 @@ def metric_name(features: str, metric: str) -> str:
 
 
 def write_table(table: pd.DataFrame, path: Path, columns: list[str] = COLUMNS) -> None:
-    """Writes a table to a CSV file that has exactly the given columns."""
+    """Writes a table to a CSV file that has exactly the given columns. `convergence.rows` does so without pandas."""
     with atomic_write(path) as file:
         table[columns].to_csv(file, index=False)
 
@@ -103,7 +97,7 @@ def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequenc
 
     Args:
         path: path of the file.
-        columns: `COLUMNS` for metrics.csv, `PROBE_COLUMNS` for probe.csv.
+        columns: `COLUMNS` of `convergence.rows` for metrics.csv, `PROBE_COLUMNS` for probe.csv.
         rows: expected rows: (features, metric) for metrics.csv, (timesteps, metric) for probe.csv.
 
     Raises:
@@ -241,24 +235,6 @@ def _check_values(table: pd.DataFrame, source: str) -> None:
             if rows.any():
                 number = numbers[column].iloc[rows.argmax()]
                 raise StudyError(f"{source}: {column} must be {rule}, but is {number:g}: correct it")
-
-
-def of_checkpoint(rows: list[dict[str, Any]], wildcards: Any, provenance: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns the measurements of one checkpoint as rows for the table of metrics or the table of probes.
-
-    Args:
-        rows: a dict (column -> value) per measurement.
-        wildcards: wildcards of the Snakemake job: study, arm (with its hash) and seed.
-        provenance: content of `provenance.json` of the checkpoint.
-    """
-    return pd.DataFrame(rows).assign(
-        study=wildcards.study,
-        arm=wildcards.arm.rsplit("-", 1)[0],
-        seed=int(wildcards.seed),
-        step=provenance["step"],
-        images=provenance["images"],
-        contended_seconds=provenance["seconds"],
-    )
 
 
 def collect(paths: list[Path], arms: list[str], rows: Sequence[Sequence[str]]) -> pd.DataFrame:

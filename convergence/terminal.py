@@ -12,6 +12,7 @@ from snakemake.logging import logger as snakemake_logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from convergence import layout
+from convergence.time_left import Job, in_words, seconds_left
 
 # First words of Snakemake's messages about its own scheduling, which are not shown.
 HIDDEN_MESSAGES = (
@@ -37,7 +38,8 @@ def shorten_output(print_plan: Callable[[], None]) -> None:
     Args:
         print_plan: function to call once when Snakemake has decided which jobs to run, also in a dry run.
     """
-    start = time.monotonic()
+    counts: dict[str, int] = {}
+    jobs: dict[int, Job] = {}
     ends: dict[int, str] = {}  # thread -> how its job failed: the next message of the thread is JOB_ERROR
     stopped, plans = False, iter([print_plan])  # a dry run sends RUN_INFO twice
 
@@ -47,16 +49,23 @@ def shorten_output(print_plan: Callable[[], None]) -> None:
         event, error = fields.get("event"), fields.get("exception")
         stopped = stopped or text.startswith(STOP_MESSAGES)
         if event == LogEvent.PROGRESS and 0 < fields["done"] < fields["total"]:
-            seconds = (time.monotonic() - start) / fields["done"] * (fields["total"] - fields["done"])
-            print(f"about {seconds // 60:.0f} min {seconds % 60:.0f} s left", file=sys.stderr)
+            print(f"{in_words(seconds_left(counts, jobs.values(), time.monotonic()))} left", file=sys.stderr)
+        elif event == LogEvent.JOB_INFO:
+            jobs[fields["jobid"]] = Job(fields["rule_name"], time.monotonic())
+        elif event == LogEvent.JOB_FINISHED:
+            jobs[fields["job_id"]] = jobs[fields["job_id"]]._replace(end=time.monotonic())
         elif event == LogEvent.RUN_INFO:
+            counts.update(fields["stats"])
+            del counts["total"]
             next(plans, lambda: None)()
         elif error == "RuleException" and "CalledProcessError" in text:
             ends[thread] = text.rpartition("' ")[2]
             return False
-        elif event == LogEvent.JOB_ERROR and thread in ends:
-            fields["rule_msg"] = ends.pop(thread)
-            return not fields["rule_msg"].startswith(REPORTED)
+        elif event == LogEvent.JOB_ERROR:
+            jobs.pop(fields["jobid"], None)
+            if thread in ends:
+                fields["rule_msg"] = ends.pop(thread)
+                return not fields["rule_msg"].startswith(REPORTED)
         elif error and "At least one job did not complete" in text:
             # If the study was not stopped, the failed job has already been reported.
             record.msg = STOPPED

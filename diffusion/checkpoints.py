@@ -22,7 +22,7 @@ from diffusion.files import atomic_write, check_unchanged
 from diffusion.gaussian import NoiseSchedule
 from diffusion.nets.unet import UNet
 from diffusion.prefetch import prefetched
-from diffusion.progress import Progress
+from diffusion.progress import Progress, log_ready
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
 
 PREVIEW_GAP = 1  # pixels between the images of a preview
@@ -127,9 +127,9 @@ def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.devic
         weights: state dict of the net; maps names to tensors [...].
         device: device of the returned net.
     """
-    model = model.to_empty(device=device).to(memory_format=torch.channels_last)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
+    # Without `assign`, empty tensors are made first, for which torch imports sympy (0.5 s).
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.device | str) -> np.ndarray:
@@ -188,6 +188,7 @@ def _reporting(model: UNet, count: int, settings: Sample, device: torch.device |
         (output,) = graphed(x, t)
         done += len(x) / settings.steps
         progress.update(done)
+        log_ready()
         return output
 
     return denoise

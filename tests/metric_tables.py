@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from convergence.rows import COLUMNS
 from convergence.study_plan import StudyPlan
-from convergence.tables import COLUMNS
 
 STEPS = (0, 100, 200, 300, 400)
 

@@ -10,8 +10,9 @@ from test_training import IMAGES, P2, UNI05, tiny
 from convergence import resources
 from convergence.analysis.results import save_verdict
 from convergence.analysis.verdict import judge
-from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs, round_table
-from convergence.tables import PROBE_COLUMNS, read_curves, read_table, write_table
+from convergence.cost import COLUMNS, cost_table, costs
+from convergence.rows import PROBE_COLUMNS, ROUND_COLUMNS, of_rounds, write_rows
+from convergence.tables import read_curves, read_table, write_table
 from diffusion.config import Scheme
 from diffusion.training import timing
 from diffusion.training.timing import in_turns, time_steps
@@ -58,7 +59,7 @@ def test_each_arm_trains_from_the_untrained_net_and_leaves_nothing(tmp_path, mon
 
 def test_the_ratio_of_arms_that_share_the_drift_of_the_machine_is_exact():
     drift = np.array([1.0, 1.5, 2.0, 1.2])
-    rounds = round_table(np.stack([drift, 1.1 * drift], 1) / 1000, ["plain", "2024"], "a GPU")
+    rounds = pd.DataFrame(of_rounds(np.stack([drift, 1.1 * drift], 1) / 1000, ["plain", "2024"], "a GPU"))
     table = cost_table(rounds, "small", "plain").set_index("arm")
     plain, other = table.loc["plain"], table.loc["2024"]
     np.testing.assert_allclose(plain["seconds_per_1000_images"], np.exp(np.log(drift).mean()))
@@ -70,7 +71,7 @@ def test_the_ratio_of_arms_that_share_the_drift_of_the_machine_is_exact():
 
 def test_the_interval_of_a_ratio_is_that_of_paired_rounds():
     seconds = np.random.default_rng(0).lognormal(size=(6, 2))
-    row = cost_table(round_table(seconds, ["a", "b"], "cpu"), "small", "a").iloc[1]
+    row = cost_table(pd.DataFrame(of_rounds(seconds, ["a", "b"], "cpu")), "small", "a").iloc[1]
     logs = np.log(seconds[:, 1] / seconds[:, 0])
     half = 2.5706 * logs.std(ddof=1) / np.sqrt(6)
     expected = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
@@ -79,8 +80,8 @@ def test_the_interval_of_a_ratio_is_that_of_paired_rounds():
 
 @pytest.mark.parametrize("baseline", [None, "removed"])
 def test_the_tables_keep_names_and_values(tmp_path, baseline):
-    rounds = round_table(np.array([[0.5, 0.25], [0.5, 0.25]]), ["nan", "05"], "CPU, 2 cores")
-    write_table(rounds, tmp_path / "rounds.csv", ROUND_COLUMNS)
+    rounds = of_rounds(np.array([[0.5, 0.25], [0.5, 0.25]]), ["nan", "05"], "CPU, 2 cores")
+    write_rows(rounds, tmp_path / "rounds.csv", ROUND_COLUMNS)
     table = cost_table(read_table(tmp_path / "rounds.csv", ROUND_COLUMNS), "2024", baseline)
     write_table(table, tmp_path / "cost.csv", COLUMNS)
     read = read_table(tmp_path / "cost.csv", COLUMNS)

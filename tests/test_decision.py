@@ -13,9 +13,9 @@ from convergence.analysis.decision import decide
 from convergence.analysis.effects import shown
 from convergence.analysis.notes import is_skewed, outlier
 from convergence.analysis.verdict import judge, to_markdown
+from convergence.rows import PROBE_COLUMNS
 from convergence.schema import Experiment
 from convergence.study_plan import current_plan, plan_changes, plan_in_force, record_plan
-from convergence.tables import PROBE_COLUMNS
 from diffusion.errors import FileError
 
 MIRROR = {

@@ -1,6 +1,7 @@
 """Evaluation in a study: what the dry run reports, and a complete run with Inception on random weights."""
 
 import hashlib
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,9 @@ from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
 from convergence.analysis.verdict import compare_study
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
+from convergence.rows import COLUMNS, PROBE_COLUMNS, of_checkpoint, write_rows
 from convergence.schema import Evaluate, Experiment
-from convergence.tables import COLUMNS, collect, of_checkpoint, read_table, write_table
+from convergence.tables import collect, read_table, write_table
 from diffusion.config import OpenMoji
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 
@@ -97,6 +99,24 @@ def test_unequal_numbers_of_samples_are_refused(tmp_path):
         collect([a, b], ["x", "x"], ROWS)
 
 
+def test_rows_are_written_as_pandas_writes_them(tmp_path):
+    wildcards = SimpleNamespace(study="2024", arm="a-1a2b3c4d", seed="0")
+    values = [np.float64(0.1) + 0.2, 1e-7, 123456789.125, 1e16, -0.0, 3.0, np.inf, np.nan, math.nan]
+    reasons = ["", 'a "quoted" word, and\na line', "é", *[""] * 6]
+    rows = of_checkpoint(
+        [
+            {"timesteps": "0-99", "metric": "mse", "value": value, "n": 8, "held_out": True, "reason": reason}
+            for value, reason in zip(values, reasons, strict=True)
+        ],
+        wildcards,
+        {"step": 4, "images": 32, "seconds": 0.0},
+    )
+    ours, theirs = tmp_path / "ours.csv", tmp_path / "theirs.csv"
+    write_rows(rows, ours, PROBE_COLUMNS)
+    write_table(pd.DataFrame(rows), theirs, PROBE_COLUMNS)
+    assert ours.read_bytes() == theirs.read_bytes() and len(ours.read_bytes().splitlines()) == 11
+
+
 @pytest.mark.parametrize("arm", ["05", "nan", "na"])
 def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
     paths, arms = [], []
@@ -106,7 +126,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
         provenance = {"step": step, "images": 8 * step, "seconds": 1.5}
         paths.append(tmp_path / f"{name}{step}.csv")
         arms.append(name)
-        write_table(of_checkpoint([row], wildcards, provenance), paths[-1])
+        write_rows(of_checkpoint([row], wildcards, provenance), paths[-1])
     assert read_table(paths[-1])["arm"].tolist() == [arm]
     write_table(collect(paths, arms, ROWS), tmp_path / "metrics.csv")
     table = read_table(tmp_path / "metrics.csv")

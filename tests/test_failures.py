@@ -14,7 +14,8 @@ from convergence.analysis.comparison import compare_pair
 from convergence.analysis.mechanism import mechanisms
 from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown
 from convergence.failures import failed, without_failed_runs, without_failures
-from convergence.tables import COLUMNS, PROBE_COLUMNS, collect, read_checkpoint, read_table, write_table
+from convergence.rows import COLUMNS, PROBE_COLUMNS
+from convergence.tables import collect, read_checkpoint, read_table, write_table
 from diffusion.errors import FileError
 from diffusion.evaluation.failure import failure
 

@@ -138,7 +138,7 @@ def assert_same_states(ours, theirs):
 
 
 @pytest.mark.slow
-def test_a_study_that_is_stopped_three_times_repeats_nothing_and_reaches_mlflow_later(finished, tmp_path):
+def test_a_study_that_is_stopped_four_times_repeats_nothing_and_reaches_mlflow_later(finished, tmp_path):
     project = begin(finished, tmp_path / "study", "datasets", "references")
     command = [*COMMAND[:-1], METRICS["target"]]
     unreachable = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # nobody listens there
@@ -149,7 +149,11 @@ def test_a_study_that_is_stopped_three_times_repeats_nothing_and_reaches_mlflow_
     def evaluates():
         return "evaluate" in at_work(project).values()
 
-    for how, moment in ((signal.SIGHUP, later_segments), (signal.SIGINT, evaluates), (signal.SIGTERM, evaluates)):
+    def starts():  # before the first line of a script, which Snakemake writes
+        return jobs_of(project)
+
+    moments = [(signal.SIGHUP, later_segments), *((signal.SIGINT, moment) for moment in (starts, evaluates))]
+    for how, moment in (*moments, (signal.SIGTERM, evaluates)):
         run = subprocess.Popen(command, cwd=project, env=unreachable, stderr=subprocess.PIPE, text=True)
         wait_for(moment, run)
         # Ctrl-C and a closed terminal reach all processes.

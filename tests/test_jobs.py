@@ -3,6 +3,7 @@
 import errno
 import logging
 import re
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 from projects import ROOT
 from snakemake.exceptions import WorkflowError
+from snakemake.shell import shell
 
 from convergence import jobs, layout, resources, snakefile, start_checks, terminal
 from convergence.analysis.results import FailedRun, StudyVerdict, save_verdict
@@ -164,7 +166,7 @@ def test_an_error_about_an_argument_names_the_section_of_the_rule(tmp_path, capl
     snakemake = SimpleNamespace(rule=rule, wildcards=["mine"], log=[str(tmp_path / "job.log")])
     with pytest.raises(SystemExit), jobs.job(snakemake):
         raise error
-    assert caplog.messages == [message]
+    assert [record.message for record in caplog.records if record.levelno > logging.DEBUG] == [message]
 
 
 def test_the_last_lines_name_only_files_of_this_call(tmp_path, monkeypatch, capsys):
@@ -267,6 +269,24 @@ def test_ctrl_c_during_imports_and_last_callbacks_prints_no_traceback(moment):
     code = f"import convergence.jobs, atexit, os, signal; {moment.format(f'({interrupt})')}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not done.stderr
+
+
+def test_ctrl_c_waits_until_a_job_can_handle_it(monkeypatch):
+    """The job interrupts itself before its first import, and continues until it imports `convergence.jobs`."""
+    monkeypatch.setattr(shell, "_process_prefix", None)
+    snakefile.hold_interrupts()
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print(1); import convergence.jobs; print(2)"
+    command = f"{shell._process_prefix} {sys.executable} -c '{code}'"
+    done = subprocess.run(command, shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "1\n", "")
+
+
+def test_garbage_is_collected_as_usual_after_the_imports():
+    code = (
+        "import gc; before = gc.get_threshold(); import convergence.jobs as jobs; assert gc.get_threshold() != before; "
+        "jobs.use_torch(None, 0); assert gc.get_threshold() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_every_script_imports_what_handles_ctrl_c_before_slow_packages():

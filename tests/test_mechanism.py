@@ -12,8 +12,8 @@ from scipy import stats
 from convergence.analysis.mechanism import BETWEEN, mechanisms
 from convergence.analysis.mechanism_text import mechanism_section
 from convergence.figures.mechanism import _draw, draw_mechanism
+from convergence.rows import PROBE_COLUMNS
 from convergence.study_file import load_experiment
-from convergence.tables import PROBE_COLUMNS
 from diffusion.build import constant_tables
 from diffusion.config import Scheme
 from diffusion.gaussian import NoiseSchedule, linear_betas

@@ -13,8 +13,9 @@ from projects import ROOT
 
 from benchmarks import independent, recompute
 from convergence.analysis.verdict import judge, write_verdict
+from convergence.rows import PROBE_COLUMNS
 from convergence.study_plan import write_plan
-from convergence.tables import PROBE_COLUMNS, write_table
+from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"
 REPORTS = sorted(path.parent for path in PUBLISHED.glob("**/effects.csv"))

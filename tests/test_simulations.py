@@ -11,7 +11,7 @@ from convergence.analysis.comparison import compare_pair
 from convergence.analysis.curves import mean_over_images
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.verdict import judge
-from convergence.tables import PROBE_COLUMNS
+from convergence.rows import PROBE_COLUMNS
 
 NO_PROBES = pd.DataFrame(columns=PROBE_COLUMNS)
 MANY = coverage.SEEDS[1:]

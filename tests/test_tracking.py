@@ -24,7 +24,7 @@ from PIL import Image
 
 from convergence import layout, study_file
 from convergence.analysis.verdict import StudyVerdict, judge, write_verdict
-from convergence.tables import COLUMNS, PROBE_COLUMNS
+from convergence.rows import COLUMNS, PROBE_COLUMNS
 from convergence.tracking import content, follow, problem
 from diffusion.evaluation.weights import LITE0
 

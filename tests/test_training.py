@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.losses import p2_weight
 from diffusion.schemes import scheme_tables
 from diffusion.training import segment
+from diffusion.training.adamw import AdamW
 from diffusion.training.segment import train_segment
 from diffusion.training.state import (
     Meter,
@@ -166,8 +168,8 @@ def test_the_log_has_each_step_once_after_an_added_checkpoint_and_a_rerun(tmp_pa
 
 
 def test_rows_lost_from_the_file_during_training_are_restored_at_the_end(tmp_path, monkeypatch):
-    def add_and_lose(log, means):
-        add(log, means)
+    def add_and_lose(log, means, timed):
+        add(log, means, timed)
         log.path.unlink()
 
     add = segment._Log.add
@@ -234,6 +236,7 @@ def test_a_killed_segment_resumes_to_the_same_end(tmp_path):
     code = f"""
 import numpy as np, torch, pathlib
 from diffusion.training import segment
+from diffusion.training.adamw import AdamW
 from diffusion.config import RunConfig
 torch.set_num_threads(1)
 segment.SAVE_SECONDS = 0
@@ -360,7 +363,7 @@ def test_a_damaged_state_changes_nothing(tmp_path, damage):
     assert all(torch.equal(a, b) for a, b in zip(state.parameters, other.parameters, strict=True))
 
 
-VALUES = ("step", "seconds", "diverged", "id", "rows", "sources")
+VALUES = ("step", "seconds", "startup_seconds", "diverged", "id", "rows", "sources")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -382,6 +385,28 @@ def test_a_loaded_state_is_used_by_a_captured_graph(tmp_path):
             torch.testing.assert_close(actual, weight, rtol=1e-4, atol=1e-5)
 
 
+def test_the_optimizer_computes_what_that_of_torch_computes():
+    random = torch.Generator().manual_seed(0)
+    shapes = [(8, 4, 3, 3), (5,), ()]
+    ours = [torch.randn(shape, generator=random) for shape in shapes]
+    ours[0] = ours[0].to(memory_format=torch.channels_last)
+    theirs = [p.clone() for p in ours]
+    optimizer, expected = AdamW(ours, 0.05), torch.optim.AdamW(theirs, weight_decay=0.05, fused=True)
+    for step in range(1, 6):
+        gradients = [torch.randn(p.shape, generator=random) for p in ours]
+        optimizer.step(gradients, 1e-3 * step)
+        expected.param_groups[0]["lr"] = 1e-3 * step
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = gradient
+        expected.step()
+        if step == 3:  # the state moves to another optimizer
+            before, optimizer = optimizer, AdamW(ours, 0.05)
+            optimizer.load_state_dict(before.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    actual, state = tensors_in(optimizer.state_dict()["state"]), tensors_in(expected.state_dict()["state"])
+    assert actual.keys() == state.keys() and all(torch.equal(actual[key], state[key]) for key in state)
+
+
 def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):
     for until, code in ((2, "a"), (4, "b"), (6, "a")):
         monkeypatch.setattr(segment, "CODE", code)
@@ -389,6 +414,46 @@ def test_a_state_records_all_code_that_trained_it(tmp_path, monkeypatch):
         train_segment(tiny(), 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
     sources = [summary(tmp_path / f"step{until}/state.pt")["sources"] for until in (2, 4, 6)]
     assert sources == [["a"], ["a", "b"], ["b", "a"]]
+
+
+def test_the_first_step_of_each_process_counts_as_startup(tmp_path, monkeypatch):
+    """A run of two segments; the second one is stopped after step 8, and resumed."""
+    now = first = 0
+
+    def step(state, batches):
+        nonlocal now, first
+        now, first = now + (100 if first else 1), False
+        train_step(state, batches)
+        if state.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(segment, "train_step", step)
+    monkeypatch.setattr(segment, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
+    previous, run = None, tiny(log_every=1)
+    for until, end in ((5, nullcontext()), (10, pytest.raises(Stopped)), (10, nullcontext())):
+        first = True
+        with end:
+            train_segment(run, 0, IMAGES, previous, tmp_path / f"step{until}", until, "cpu")
+        previous = tmp_path / "step5/state.pt"
+    facts = [summary(tmp_path / f"step{until}/state.pt") for until in (5, 10)]
+    assert [(fact["seconds"], fact["startup_seconds"]) for fact in facts] == [(4, 100), (7, 300)]
+    rates = [row["images_per_second"] for row in csv.DictReader((tmp_path / "log.csv").open())]
+    # Steps 1, 6 and 9 are the first ones of a process.
+    assert rates == ["", *["8.0"] * 4, "", *["8.0"] * 2, "", "8.0"]
+
+
+def test_a_row_of_the_log_has_the_rate_of_the_steps_after_the_first(tmp_path, monkeypatch):
+    now = 0
+
+    def step(state, batches):
+        nonlocal now
+        now += 1 if state.step else 100
+        train_step(state, batches)
+
+    monkeypatch.setattr(segment, "train_step", step)
+    monkeypatch.setattr(segment, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
+    train_segment(tiny(log_every=3), 0, IMAGES, None, tmp_path / "step6", 6, "cpu")
+    assert [row["images_per_second"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["8.0", "8.0"]
 
 
 def test_held_out_images_are_not_used_for_training(tmp_path):

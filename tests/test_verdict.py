@@ -12,7 +12,7 @@ from convergence.analysis.comparison import effects_table
 from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown, write_verdict
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.pages import to_html
-from convergence.tables import PROBE_COLUMNS
+from convergence.rows import PROBE_COLUMNS
 from diffusion.errors import FileError
 
 NO_PROBES = pd.DataFrame(columns=PROBE_COLUMNS)

@@ -18,7 +18,7 @@ from torch import nn
 from diffusion.errors import InputError
 from diffusion.evaluation.weights import LITE0, LITE0_SHA256, SOURCES, hub_directory, weights_file
 from diffusion.prefetch import prefetched
-from diffusion.progress import Progress
+from diffusion.progress import Progress, log_ready
 
 logger = logging.getLogger(__name__)
 
@@ -285,6 +285,7 @@ def extract_features(
             # The features stay on the device until the end: to fetch them, the host would wait for the device.
             features[done : done + len(batch)] = batch_features
             done += len(batch)
+            log_ready()
             if done:
                 progress.update(done)
     return features.cpu().numpy()

@@ -17,6 +17,7 @@ from diffusion.data.batches import to_model_range
 from diffusion.errors import InputError
 from diffusion.gaussian import NoiseSchedule
 from diffusion.gradients import LossGradients
+from diffusion.progress import log_ready
 from diffusion.schemes import Tables
 from diffusion.streams import generator
 from diffusion.timesteps import draw_timesteps
@@ -187,6 +188,7 @@ def probe(
                 weights = (tables.mse_weight[t].float() / batch_size, tables.vb_weight[t].float() / batch_size)
                 gradients, _ = compute(x_start, epsilon, t, *weights)
                 moments.add(torch.cat([gradient.flatten() for gradient in gradients]))
+                log_ready()
             noise = GradientNoise(moments.squared_norm, batch_size * moments.covariance_trace)
             mean = mean.to(moments.total.device) + probability * moments.mean
             mean_bias += probability**2 * moments.covariance_trace / moments.count

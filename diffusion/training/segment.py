@@ -30,6 +30,7 @@ from diffusion.data.arrays import split
 from diffusion.data.batches import Batches
 from diffusion.errors import InputError, Stopped
 from diffusion.files import atomic_write, exclusive_lock
+from diffusion.progress import log_ready
 from diffusion.sources import source_hash
 from diffusion.training import parallel
 from diffusion.training.state import Meter, TrainState, learning_rate, save_state, train_step
@@ -81,6 +82,7 @@ def train_segment(
         FileError: if a state file is damaged or belongs to another run.
         InputError: if no image is left for training, or if another process trains this run.
     """
+    started = time.perf_counter()
     indices, _ = split(len(images), run.dataset.held_out)
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory.parent) if parallel.rank() == 0 else nullcontext():
@@ -91,7 +93,7 @@ def train_segment(
             state.load(previous)
         _resume(state, directory / "state.partial.pt")
         state.sources = [*(code for code in state.sources if code != CODE), CODE]
-        _train(state, state.batches(images, indices), directory, until)
+        _train(state, state.batches(images, indices), directory, until, started)
     return state
 
 
@@ -107,8 +109,11 @@ def _resume(state: TrainState, partial: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _train(state: TrainState, batches: Batches, directory: Path, until: int) -> None:
+def _train(state: TrainState, batches: Batches, directory: Path, until: int, started: float) -> None:
     """Trains to step `until`, and writes the checkpoint and the log.
+
+    The first step of a process also compiles kernels and allocates memory. Therefore, `state.startup_seconds` counts
+    the time from `started` to the end of this step, and `state.seconds` counts the other steps.
 
     Raises:
         Stopped: if a signal stopped training. The state is then saved in state.partial.pt.
@@ -117,20 +122,26 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int) -> 
     partial = directory / "state.partial.pt"
     log, saver = _Log(directory.parent / "log.csv", state, until) if writes else None, _Saver(partial)
     with _StopSignals() as stop:
-        saved = time.monotonic()
+        saved, first, timed = time.monotonic(), True, 0
         while state.step < until and state.diverged is None:
             began = time.perf_counter()
             train_step(state, batches)
             row_due = state.step % run.train.log_every == 0 or state.step == until
-            if row_due:
-                # Reading the means waits for the device, so that `seconds` includes the work of all steps.
+            if row_due or first:
+                # Reading the means waits for the device, so that the time includes the work of all steps until now.
                 means = state.meter.means()
-                state.diverged = None if math.isfinite(means["loss"]) else state.step
-            state.seconds += time.perf_counter() - began
+            if first:
+                state.startup_seconds += time.perf_counter() - started
+                first = False
+                log_ready()
+            else:
+                state.seconds += time.perf_counter() - began
+                timed += 1
             if row_due:
+                state.diverged = None if math.isfinite(means["loss"]) else state.step
                 if log:
-                    log.add(means)
-                state.meter = Meter(state.device)
+                    log.add(means, timed)
+                state.meter, timed = Meter(state.device), 0
             stopping, saving = parallel.any_rank([stop.is_set(), time.monotonic() - saved > SAVE_SECONDS])
             if (stopping or saving) and state.step < until:
                 if writes:
@@ -203,26 +214,30 @@ class _Log:
     def _writer(file: TextIO) -> csv.DictWriter:
         return csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
 
-    def add(self, means: dict[str, float]) -> None:
+    def add(self, means: dict[str, float], timed: int) -> None:
         """Appends a row to the state and to the file.
 
         The progress is logged if the last progress message is more than 10 s old.
+
+        Args:
+            means: means of the losses since the last row.
+            timed: steps since the last row whose time `state.seconds` includes. If there is none, the row has no rate.
         """
         state, train = self.state, self.state.run.train
-        rate = state.meter.images / max(state.seconds - self.last_seconds, 1e-9)
+        rate = timed * train.batch_size / max(state.seconds - self.last_seconds, 1e-9)
         self.last_seconds = state.seconds
-        row = {
+        row: dict[str, Any] = {
             "step": state.step,
             "images": state.step * train.batch_size,
             "seconds": round(state.seconds, 3),
             **means,
             "learning_rate": learning_rate(state.step - 1, train.learning_rate, train.learning_rate_warmup),
-            "images_per_second": round(rate, 2),
+            "images_per_second": round(rate, 2) if timed else None,
         }
         state.rows.append(row)
         with self.path.open("a", newline="") as file:
             self._writer(file).writerow(row)
-        if time.monotonic() - self.reported > REPORT_SECONDS:
+        if timed and time.monotonic() - self.reported > REPORT_SECONDS:
             self.reported = time.monotonic()
             left = (self.until - state.step) * train.batch_size / rate
             logger.info(

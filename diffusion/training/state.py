@@ -24,6 +24,7 @@ from diffusion.schemes import Tables, matched, scheme_tables
 from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.training import parallel
+from diffusion.training.adamw import AdamW
 
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
@@ -55,7 +56,8 @@ class TrainState:
 
     Attributes:
         step: number of optimizer steps so far.
-        seconds: training time so far, in seconds.
+        seconds: time of all training steps so far, except the first one of each process, in seconds.
+        startup_seconds: time so far until the first step of each process was done, in seconds.
         diverged: step at which the loss or a weight was found to be infinite or NaN; None if this has not happened.
         rows: rows of the log since the start of the run.
         sources: `source_hash` of each version of the code that trained the run. The present version is last.
@@ -71,7 +73,7 @@ class TrainState:
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.optimizer = self._new_optimizer()
+        self.optimizer = AdamW(self.parameters, run.train.weight_decay)
         self.tables = tables.to(self.device)
         self.history = None
         if run.scheme.timesteps.learned:
@@ -80,15 +82,11 @@ class TrainState:
         self.gradients = LossGradients(self.model, self.schedule, run.train.precision)
         self.meter = Meter(self.device)
         self.step = 0
-        self.seconds = 0.0
+        self.seconds = self.startup_seconds = 0.0
         self.diverged: int | None = None
         self.rows: list[dict[str, float]] = []
         self.sources: list[str] = []
         self.id = "start"
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        train = self.run.train
-        return torch.optim.AdamW(self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
 
     def ema_weights(self) -> dict[str, Tensor]:
         """Returns the averaged weights (EMA) as a dict from parameter names to float32 tensors [...]."""
@@ -128,10 +126,9 @@ class TrainState:
         """
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
-            "diverged": self.diverged, "id": self.id, "rows": self.rows, "sources": self.sources,
-            "model": self.model.state_dict(), "ema": self.ema_weights(),
-            # The run gives all options of the optimizer.
-            "optimizer": {"state": self.optimizer.state_dict()["state"]}, "meter": self.meter.state_dict(),
+            "startup_seconds": self.startup_seconds, "diverged": self.diverged, "id": self.id, "rows": self.rows,
+            "sources": self.sources, "model": self.model.state_dict(), "ema": self.ema_weights(),
+            "optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict(),
             "history": self.history.state_dict() if self.history else None,
         }  # fmt: skip
 
@@ -148,25 +145,22 @@ class TrainState:
         """
         with _reading(path):
             content = torch.load(path, map_location=self.device, weights_only=True)
+            content.setdefault("startup_seconds", 0.0)  # states of earlier versions count it as training
             if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
                 raise FileError(path, "is the state of a run with other settings")
             if parent not in (None, content["id"]):
                 raise FileError(path, "does not continue the state that this segment starts from")
-            expected = self.state_dict()
-            moments = ({"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for p in self.parameters)
-            expected["optimizer"]["state"] = dict(enumerate(moments)) if content["step"] else {}
-            _check_layout(content, expected)
-        optimizer, meter = self._new_optimizer(), Meter(self.device)
-        optimizer.load_state_dict({**optimizer.state_dict(), **content["optimizer"]})
-        meter.load_state_dict(content["meter"])
+            _check_layout(content, self.state_dict())
 
         # In place: a captured graph reads the parameters at their addresses.
         self.model.load_state_dict(content["model"])
         self.ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
-        self.optimizer, self.meter = optimizer, meter
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.meter.load_state_dict(content["meter"])
         if self.history:
             self.history.load_state_dict(content["history"])
         self.step, self.seconds, self.diverged = content["step"], content["seconds"], content["diverged"]
+        self.startup_seconds = content["startup_seconds"]
         self.rows, self.sources, self.id = content["rows"], content["sources"], content["id"]
 
 
@@ -233,8 +227,9 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         since: step of the previous checkpoint; 0 if the previous checkpoint is the untrained net.
 
     Returns:
-        a dict with `step`, `diverged`, `sources` and `seconds` (see `TrainState`), and `mse`. `mse` is the
-        unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not finite.
+        a dict with `step`, `diverged`, `sources`, `seconds` and `startup_seconds` (see `TrainState`), and `mse`. `mse`
+        is the unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not
+        finite.
 
     Raises:
         FileError: if the file is damaged.
@@ -245,7 +240,8 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         rows = [row for row in content["rows"] if row["step"] > since]
         steps = np.diff([since, *(row["step"] for row in rows)])
         mse = np.average([row["mse"] for row in rows], weights=steps) if rows else np.nan
-        return facts | {"seconds": round(content["seconds"], 3), "mse": float(mse) if np.isfinite(mse) else None}
+        times = {name: round(content[name], 3) for name in ("seconds", "startup_seconds")}
+        return facts | times | {"mse": float(mse) if np.isfinite(mse) else None}
 
 
 class Meter:
@@ -338,8 +334,6 @@ def train_step(state: TrainState, batches: Batches) -> None:
             # The next call may overwrite the results of this one.
             gradients = [g.clone() for g in part] if len(own) > micro_batch else part
     parallel.all_reduce_sum([*gradients, terms])
-    for parameter, gradient in zip(state.parameters, gradients, strict=True):
-        parameter.grad = gradient
 
     mse, vb = terms
     state.meter.add(mse_weight * mse + vb_weight * vb, mse, vb, t * 4 // schedule.timesteps)
@@ -348,9 +342,7 @@ def train_step(state: TrainState, batches: Batches) -> None:
         # The history compares timesteps by their losses under uniform draws.
         state.history.add(t, state.tables.mse_weight[t] * mse + state.tables.vb_weight[t] * vb)
 
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(step, train.learning_rate, train.learning_rate_warmup)
-    state.optimizer.step()
+    state.optimizer.step(gradients, learning_rate(step, train.learning_rate, train.learning_rate_warmup))
     with torch.no_grad():
         decay = ema_decay(step, train.ema_decay, train.ema_warmup)
         torch._foreach_lerp_(state.ema, state.parameters, 1 - decay)

@@ -14,6 +14,7 @@ import torch
 
 from diffusion.config import RunConfig
 from diffusion.data.arrays import split
+from diffusion.progress import log_ready
 from diffusion.training.state import TrainState, train_step
 
 # Steps of a turn. The first ones allocate memory and choose algorithms; they are not timed.
@@ -71,6 +72,7 @@ def _turn(run: RunConfig, images: np.ndarray, device: torch.device | str) -> flo
     batches = state.batches(images, split(len(images), run.dataset.held_out)[0])
     for _ in range(WARM_UP):
         train_step(state, batches)
+        log_ready()
     state.meter.means()  # waits for the device, as at a row of the log
     start = time.perf_counter()
     for _ in range(TIMED):

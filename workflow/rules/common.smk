@@ -15,6 +15,7 @@ from diffusion.config import EVALUATE_VERSION
 from diffusion.sources import source_hash
 
 snakefile.set_environment(workflow.basedir)
+snakefile.hold_interrupts()
 terminal.shorten_output(lambda: start_warnings.print_repeated(training_jobs()))
 # Snakemake adds a line number of this file to every exception except SystemExit.
 with exit_on_user_error(SAME_COMMAND):

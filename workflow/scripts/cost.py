@@ -7,8 +7,7 @@ from convergence.jobs import job, job_device  # isort: split
 
 import torch
 
-from convergence.cost import ROUND_COLUMNS, round_table
-from convergence.tables import write_table
+from convergence.rows import ROUND_COLUMNS, of_rounds, write_rows
 from diffusion.config import RunConfig
 from diffusion.data.arrays import load_images
 from diffusion.training.timing import time_steps
@@ -20,4 +19,4 @@ with job(snakemake):
     images = load_images(Path(snakemake.input.images).parent, verify=True)
     seconds = time_steps(runs, images, device, snakemake.resources.processes)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
-    write_table(round_table(seconds, arms, name), Path(snakemake.output[0]), ROUND_COLUMNS)
+    write_rows(of_rounds(seconds, arms, name), Path(snakemake.output[0]), ROUND_COLUMNS)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from convergence.provenance import check_images
+from convergence.rows import of_checkpoint, write_rows
 from convergence.schema import Evaluate
-from convergence.tables import of_checkpoint, write_table
 from diffusion.checkpoints import load_checkpoint, preview, sample_checkpoint
 from diffusion.config import Sample
 from diffusion.data.arrays import load_images
@@ -52,8 +52,7 @@ with job(snakemake):
         estimates = evaluate(extract_features(samples, extractor), load_reference(path, key), settings.metrics, device)
         rows += [row._asdict() | {"features": name} for row in estimates]
     save_npy(Path(output.influences), np.stack([row.pop("influences") for row in rows]))
-    table = of_checkpoint(rows, snakemake.wildcards, provenance)
     images = load_images(Path(inputs.images).parent)[:SOME_IMAGES]
     if reason := failure(provenance, samples, images):
-        table["reason"] = reason
-    write_table(table, Path(output.metrics))
+        rows = [row | {"reason": reason} for row in rows]
+    write_rows(of_checkpoint(rows, snakemake.wildcards, provenance), Path(output.metrics))

@@ -13,5 +13,5 @@ with job(snakemake):
     origin, source = environment(), source_hash()
     initial = Initial.model_validate_json(snakemake.params.initial)
     initial_weights(initial, int(snakemake.wildcards.seed), weights)
-    facts = {"step": 0, "images": 0, "seconds": 0.0, "diverged": None, "device": "cpu"}
+    facts = {"step": 0, "images": 0, "seconds": 0.0, "startup_seconds": 0.0, "diverged": None, "device": "cpu"}
     write_provenance(provenance, **facts, **origin, sha256=sha256(weights), source_hash=source)

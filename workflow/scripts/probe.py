@@ -4,8 +4,8 @@ from pathlib import Path
 
 from convergence.jobs import job, job_device
 from convergence.provenance import check_images
+from convergence.rows import PROBE_COLUMNS, of_checkpoint, write_rows
 from convergence.schema import Probe
-from convergence.tables import PROBE_COLUMNS, of_checkpoint, write_table
 from diffusion.checkpoints import load_checkpoint
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows, probe, probe_images
@@ -28,5 +28,6 @@ with job(snakemake):
         rows = probe(net.model, net.schedule, tables, images, *sizes, seed, device, run.train.precision)
     else:
         rows = diverged_rows(run.diffusion.timesteps, settings.bins, provenance["diverged"])
-    table = of_checkpoint(rows, snakemake.wildcards, provenance).assign(n=len(images), held_out=held_out > 0)
-    write_table(table, Path(snakemake.output[0]), PROBE_COLUMNS)
+    probed = {"n": len(images), "held_out": held_out > 0}
+    table = of_checkpoint([row | probed for row in rows], snakemake.wildcards, provenance)
+    write_rows(table, Path(snakemake.output[0]), PROBE_COLUMNS)

@@ -7,11 +7,12 @@ from convergence.jobs import job  # isort: split
 import pandas as pd
 
 from convergence.analysis.verdict import judge, write_verdict
-from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs
+from convergence.cost import COLUMNS, cost_table, costs
 from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
+from convergence.rows import PROBE_COLUMNS, ROUND_COLUMNS
 from convergence.study_plan import StudyPlan, plan_changes
-from convergence.tables import PROBE_COLUMNS, collect, read_checkpoint, read_influences, read_table, write_table
+from convergence.tables import collect, read_checkpoint, read_influences, read_table, write_table
 from diffusion.build import constant_tables
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows
