@@ -13,7 +13,6 @@ from projects import ROOT
 
 from benchmarks import independent, recompute
 from convergence.analysis.verdict import judge, write_verdict
-from convergence.study_plan import write_plan
 from convergence.tables import PROBE_COLUMNS, write_table
 
 PUBLISHED = ROOT / "reports/published"
@@ -42,7 +41,7 @@ def write_report(directory, planned_seeds=4):
     changes = {"candidates": ("cand", "third"), "seeds": tuple(range(planned_seeds)), "last_step": 400}
     plan, costs = PLAN.model_copy(update=changes), {"base": 10.0, "cand": 12.5}
     write_table(metrics, directory / "metrics.csv")
-    write_plan(plan, directory / "plan.json")
+    (directory / "plan.json").write_text(plan.model_dump_json())
     pd.Series(costs, name="seconds_per_1000_images").rename_axis("arm").to_csv(directory / "cost.csv")
     write_verdict(judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, costs=costs), directory)
 
