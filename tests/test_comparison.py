@@ -4,17 +4,17 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import curves, study
+from metric_tables import compare_rows, curves, study
 from scipy import stats
 
 import convergence
-from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pair, effects_table
+from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
 from convergence.errors import StudyError
 from diffusion.errors import InputError
 
 
 def compared(base, cand, thresholds=None, **columns):
-    return compare_pair(study(base, cand, **columns), "base", "cand", thresholds)
+    return compare_rows(study(base, cand, **columns), thresholds)
 
 
 def percent(log_ratio):
@@ -39,7 +39,7 @@ def test_the_primary_endpoint_is_the_paired_t_test_of_mean_logs():
 
 def test_seeds_are_paired_in_any_order_of_rows():
     table = study(curves(3, 1.0), curves(3, 0.9, seed=1))
-    tables = [effects_table([compare_pair(rows, "base", "cand")]) for rows in (table, table.sample(frac=1))]
+    tables = [effects_table([compare_rows(rows)]) for rows in (table, table.sample(frac=1))]
     pd.testing.assert_frame_equal(*tables)
 
 
@@ -59,18 +59,18 @@ def test_images_are_a_factor_above_1_for_a_slower_candidate():
 
 def test_hours_are_images_times_the_cost_of_the_arm():
     base, cand = curves(3, 1.0), curves(3, 0.9, seed=1)
-    comparison = compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0, "cand": 3.0})
+    comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 3.0})
     images, hours = comparison.images, comparison.hours
     for name in ("estimate", "low", "high"):
         np.testing.assert_allclose(getattr(hours, name), 1.5 * getattr(images, name))
     np.testing.assert_allclose(hours.baseline, images.baseline / 1000 * 2 / 3600)
-    assert compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0}).hours is None
+    assert compare_rows(study(base, cand), costs={"base": 2.0}).hours is None
 
 
 def test_the_arm_with_more_failed_runs_is_not_better_in_hours():
     base, cand = curves(9, 1.0), curves(9, 0.5, seed=1)
     cand[0, 2:] = np.nan
-    comparison = compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0, "cand": 2.0})
+    comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 2.0})
     assert comparison.images.high < 1 and comparison.images.shown == comparison.hours.shown == "not shown"
 
 
@@ -168,33 +168,33 @@ def test_a_value_that_is_not_finite_counts_as_missing(value):
     table, missing = study(curves(2, 1.0), curves(2, 0.9)), study(curves(2, 1.0), curves(2, 0.9))
     table.loc[2, "value"], missing.loc[2, "value"] = value, np.nan
     missing.loc[2, "reason"] = ""
-    assert repr(compare_pair(table, "base", "cand")) == repr(compare_pair(missing, "base", "cand"))
+    assert repr(compare_rows(table)) == repr(compare_rows(missing))
 
 
 def test_a_short_run_is_named_since_all_runs_are_cut_to_it():
     table = study(curves(3, 1.0), curves(3, 0.9))
     short = table[~((table["arm"] == "cand") & (table["seed"] == 1) & (table["step"] > 200))]
-    text = str(compare_pair(short, "base", "cand"))
+    text = str(compare_rows(short))
     assert "cand seed 1 ends at 6,400 training images: all runs are compared up to there, although 5 runs went" in text
-    assert "went on" not in str(compare_pair(table, "base", "cand"))
+    assert "went on" not in str(compare_rows(table))
 
 
 def test_arms_with_different_checkpoints_are_compared_over_common_images():
     table = study(curves(3, 1.0), curves(3, 1.0))
     longer = table["images"] * np.where(table["arm"] == "cand", 2, 1)
-    comparison = compare_pair(table.assign(images=longer), "base", "cand")
+    comparison = compare_rows(table.assign(images=longer))
     assert (comparison.first_images, comparison.last_images) == (6400, 12800)
     separate = table["images"] * np.where(table["arm"] == "cand", 10, 1)
     with pytest.raises(StudyError, match="share no range"):
-        compare_pair(table.assign(images=separate), "base", "cand")
+        compare_rows(table.assign(images=separate))
 
 
 def test_values_missing_for_another_reason_are_left_out_one_by_one():
     table = study(curves(2, 1.0), curves(2, 0.9))
     table.loc[[2, 12], ["value", "reason"]] = np.nan, "needs 4 images"
-    average = compare_pair(table, "base", "cand").average
+    average = compare_rows(table).average
     assert (average.pairs, average.failed_baseline) == (2, 0)
-    assert compare_pair(table.assign(value=np.nan, reason="needs 4 images"), "base", "cand") is None
+    assert compare_rows(table.assign(value=np.nan, reason="needs 4 images")) is None
 
 
 def test_the_table_has_a_row_per_seed_and_one_over_all_seeds(tmp_path):
@@ -228,7 +228,7 @@ def test_the_example_of_compare_runs():
 def test_compare_equals_the_comparison_of_a_study():
     table = study(curves(3, 1.0), curves(3, 0.8, seed=1))
     comparison = convergence.compare(table[["arm", "seed", "images", "value"]], "base", "cand", thresholds=[150, 120])
-    expected = compare_pair(table, "base", "cand", [150, 120])
+    expected = compare_rows(table, [150, 120])
     assert isinstance(comparison, convergence.Comparison) and isinstance(comparison.average, convergence.Effect)
     assert comparison.average.low == expected.average.low and comparison.thresholds == [150, 120]
     assert comparison.outcome == "faster" and str(comparison).startswith("cand is faster than base: it needs 0.")

@@ -3,19 +3,16 @@
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
-from metric_tables import PLAN, STEPS, curves, study
+from metric_tables import PLAN, STEPS, compare_rows, curves, study, verdict_on
 
 from convergence import layout
-from convergence.analysis.comparison import compare_pair
 from convergence.analysis.decision import decide
 from convergence.analysis.effects import shown
 from convergence.analysis.notes import is_skewed, outlier
-from convergence.analysis.verdict import judge, to_markdown
+from convergence.analysis.verdict import to_markdown
 from convergence.schema import Experiment
 from convergence.study_plan import current_plan, plan_changes, plan_in_force, record_plan
-from convergence.tables import PROBE_COLUMNS
 from diffusion.errors import FileError
 
 MIRROR = {
@@ -25,11 +22,7 @@ MIRROR |= {after: before for before, after in MIRROR.items()}
 
 
 def compared(base, cand, thresholds=None, margin=None):
-    return compare_pair(study(base, cand), "base", "cand", thresholds, margin, role="primary")
-
-
-def verdict_on(metrics, plan=PLAN, changes=()):
-    return judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, changes)
+    return compare_rows(study(base, cand), thresholds, margin, role="primary")
 
 
 # The table
@@ -280,7 +273,7 @@ def test_the_plan_is_frozen_when_the_first_checkpoint_is_evaluated(tmp_path, mon
 
 def test_the_verdict_lists_what_was_changed_after_results_were_seen():
     metrics = study(curves(3, 1.0), curves(3, 0.9))
-    text = to_markdown(verdict_on(metrics, changes=["margin was 5.0 and is 2.0 in the study file."]))
+    text = to_markdown(verdict_on(metrics, plan_changes=["margin was 5.0 and is 2.0 in the study file."]))
     assert "**Changed after results were seen.** The verdict judges by the plan." in text
     assert "- margin was 5.0 and is 2.0 in the study file." in text
     assert "Changed after" not in to_markdown(verdict_on(metrics))

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from metric_tables import curves, study
+from metric_tables import compare_rows, curves, study
 
-from convergence.analysis.comparison import compare_pair
 from convergence.analysis.plan import plan
 from convergence.analysis.power import seeds_needed
 from convergence.errors import StudyError
@@ -13,7 +12,7 @@ COSTS = {"base": 281.25, "cand": 562.5}  # seconds per 1000 images: an hour and 
 
 def test_the_plan_has_seeds_and_hours():
     metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1))
-    seeds = seeds_needed(np.log(1.02), compare_pair(metrics, "base", "cand").noise.paired)
+    seeds = seeds_needed(np.log(1.02), compare_rows(metrics).noise.paired)
     text = plan(metrics, "base", "cand", 0.02, COSTS)
     assert f"  {seeds} seeds, {3.0 * seeds:,.1f} hours of training" in text and "FD (lite0)" in text
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import PLAN, curves, study
+from metric_tables import PLAN, curves, study, verdict_on
 from projects import ROOT
 
 from benchmarks import independent, recompute
-from convergence.analysis.verdict import judge, write_verdict
-from convergence.tables import PROBE_COLUMNS, write_table
+from convergence.analysis.verdict import write_verdict
+from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"
 REPORTS = sorted(path.parent for path in PUBLISHED.glob("**/effects.csv"))
@@ -43,7 +43,7 @@ def write_report(directory, planned_seeds=4):
     write_table(metrics, directory / "metrics.csv")
     (directory / "plan.json").write_text(plan.model_dump_json())
     pd.Series(costs, name="seconds_per_1000_images").rename_axis("arm").to_csv(directory / "cost.csv")
-    write_verdict(judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, costs=costs), directory)
+    write_verdict(verdict_on(metrics, plan, costs=costs), directory)
 
 
 @pytest.mark.parametrize("planned_seeds", [4, 8], ids=["replication", "interim"])

@@ -5,21 +5,15 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import PLAN, curves, study
+from metric_tables import PLAN, curves, study, verdict_on
 from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
-from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown, write_verdict
+from convergence.analysis.verdict import judge, read_verdict, to_markdown, write_verdict
+from convergence.errors import StudyError
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.pages import to_html
-from convergence.tables import PROBE_COLUMNS
 from diffusion.errors import FileError
-
-NO_PROBES = pd.DataFrame(columns=PROBE_COLUMNS)
-
-
-def verdict_on(metrics, plan=PLAN, **options):
-    return judge(metrics, NO_PROBES, "small", plan, **options)
 
 
 def markdown_of(metrics, plan=PLAN):
@@ -102,6 +96,18 @@ def test_an_unbiased_metric_shows_whether_it_agrees():
         kid = study(curves(4, 1e-3, noise=0.02), curves(4, 1e-3 * factor, seed=3, noise=0.02), metric="kid")
         answer = verdict_on(pd.concat([fd, kid])).answer
         assert "the unbiased KD changes by " in answer and answer.rstrip(".").endswith(expected)
+
+
+def test_a_secondary_metric_without_common_images_is_reported_alone():
+    fd = study(curves(3, 1.0), curves(3, 0.9))
+    kid = fd.assign(metric="kid")
+    apart = kid[(kid["arm"] == "base") == (kid["step"] <= 200)]
+    verdict, without = verdict_on(pd.concat([fd, apart])), verdict_on(fd)
+    (warning,) = verdict.warnings
+    assert "base and cand share no range of training images with values of KD (lite0), so they cannot be" in warning
+    assert repr((verdict.comparisons, verdict.sensitivity)) == repr((without.comparisons, without.sensitivity))
+    with pytest.raises(StudyError, match="share no range"):
+        verdict_on(apart, PLAN.model_copy(update={"metric": "kid"}))
 
 
 def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
@@ -208,7 +214,7 @@ def test_a_file_that_is_not_a_verdict_is_rejected(tmp_path, content):
 
 def test_curves_mark_the_primary_threshold_and_its_crossings(tmp_path):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
-    (comparison,) = compare_study(metrics, PLAN)
+    (comparison,) = verdict_on(metrics).comparisons
     middle = comparison.primary_threshold
     (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     ticks = [line for line in ax.lines if line.get_marker() == "|"]
@@ -229,6 +235,6 @@ def test_a_comparison_without_thresholds_marks_none():
     base = curves(3, 1.0)
     base[:, 2:] = np.nan  # every run diverges
     metrics = study(base, base)
-    (comparison,) = compare_study(metrics, PLAN)
+    (comparison,) = verdict_on(metrics).comparisons
     (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     assert not comparison.thresholds and "threshold" not in " ".join(text.get_text() for text in ax.texts)
