@@ -11,11 +11,11 @@ import pandas as pd
 from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pairs, effects_table
 from convergence.analysis.markdown import to_markdown
 from convergence.analysis.mechanism import mechanisms
+from convergence.analysis.notes import bias_notes, power_notes
 from convergence.analysis.pairs import Pairs, pair_runs
-from convergence.analysis.power import POWER, detectable
 from convergence.analysis.results import Comparison, FailedRun, Role, StudyVerdict, read_verdict, save_verdict
 from convergence.analysis.sensitivity import sensitivity
-from convergence.analysis.wording import count_text, effect_text, size_text
+from convergence.analysis.wording import count_text
 from convergence.errors import StudyError
 from convergence.failures import failed
 from convergence.study_plan import StudyPlan
@@ -26,9 +26,6 @@ if TYPE_CHECKING:  # importing torch takes seconds
     from diffusion.schemes import Tables
 
 __all__ = ["StudyVerdict", "judge", "read_verdict", "to_markdown", "write_verdict"]
-
-# Estimates without the bias of the Frechet distance, which falls with the number of samples; the best one first.
-UNBIASED = ("kid", "fd_infinity")
 
 
 def write_verdict(verdict: StudyVerdict, directory: Path) -> None:
@@ -185,39 +182,4 @@ def _answer(primary: Comparison | None, comparisons: Sequence[Comparison]) -> st
     if primary is None:
         where = "of the primary metric " if comparisons else ""
         return f"No answer: no seed has a value {where}in both arms."
-    return " ".join([str(primary), *_bias(primary, comparisons), *_detectable(primary)])
-
-
-def _bias(primary: Comparison, comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns a sentence on whether an unbiased metric agrees with the Frechet distance."""
-    if primary.metric != "fd":
-        return []
-    arms = (primary.features, primary.baseline, primary.candidate)
-    others = {c.metric: c for c in comparisons if (c.features, c.baseline, c.candidate) == arms}
-    unbiased = next((others[metric] for metric in UNBIASED if metric in others), None)
-    name = primary.short_name
-    if unbiased is None:
-        return [f"{name} of a finite number of samples is biased upwards, so the true change may be larger."]
-    ours, theirs = primary.average, unbiased.average
-    if ours.shown == theirs.shown:
-        agrees = "it agrees"
-    elif (ours.estimate > 0) == (theirs.estimate > 0):
-        agrees = "it has the same sign, but does not show the same"
-    else:
-        agrees = "it does not agree"
-    change = f"the unbiased {unbiased.short_name} changes by {effect_text(theirs)}"
-    return [f"{name} is biased upwards, which makes its changes too small; {change}: {agrees}."]
-
-
-def _detectable(comparison: Comparison) -> list[str]:
-    """Returns a sentence on the smallest difference that this number of seeds detects, if nothing is decided.
-
-    There is no sentence below three pairs, from which the spread is hardly known.
-    """
-    pairs = comparison.average.pairs
-    if pairs < 3 or comparison.outcome not in ("undecided", "interim"):
-        return []
-    smallest = size_text(detectable(comparison.noise.paired, pairs), comparison.scale)
-    return [
-        f"At this noise, {count_text(pairs, 'seed')} detect a difference of {smallest} with {100 * POWER:.0f}% power."
-    ]
+    return " ".join([str(primary), *bias_notes(primary, comparisons), *power_notes(primary)])
