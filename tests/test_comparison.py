@@ -47,6 +47,7 @@ def test_images_are_a_factor_above_1_for_a_slower_candidate():
     base = np.array([[300.0, 80, 40, 80 / 3, 20]])  # 8000 / step
     comparison = compared(base, base * [[1, 2, 2, 2, 2]], [45.0, 50.0, 45.0])
     assert comparison.thresholds == [50, 45] and comparison.primary_threshold == 50
+    assert compared(base, base, [45.0, 60.0, 50.0]).primary_threshold == 50
     images = comparison.effect("images", 45.0)
     np.testing.assert_allclose(images.estimate, 2)
     np.testing.assert_allclose(images.baseline, 32 * 8000 / 45)
@@ -83,8 +84,12 @@ def test_the_primary_threshold_is_the_lowest_level_that_every_run_reaches():
     cand[0, 2:] = np.nan  # a failed run does not count
     base[1] /= 1.234567
     assert compared(base, cand).primary_threshold == 100
+    cand = curves(3, 1.0, noise=0)
+    cand[1] = [300, 200, 150, 100, 121]  # its fit ends at 110
+    assert compared(cand, cand).primary_threshold == 110
     recall = np.array([[0.0, 0.2, 0.3, 0.4, 0.56789], [0.0, 0.1, 0.3, 0.4, 0.6]])
     assert compared(recall, recall, metric="recall").primary_threshold == 0.5678
+    assert compared(recall, 0 * recall, metric="recall").primary_threshold == 0
 
 
 def test_other_thresholds_come_from_the_baseline_alone():
@@ -94,6 +99,14 @@ def test_other_thresholds_come_from_the_baseline_alone():
         comparison = compared(base, curves(3, factor))
         thresholds = [value for value in comparison.thresholds if value != comparison.primary_threshold]
         np.testing.assert_allclose(thresholds, [first * (last / first) ** share for share in (0.25, 0.5, 0.75)])
+    cand = curves(3, 1.0)
+    cand[0, 2:] = np.nan
+    comparison = compared(base, cand)
+    np.testing.assert_allclose(
+        [value for value in comparison.thresholds if value != comparison.primary_threshold], thresholds
+    )
+    only_candidate = compared(np.full((3, 5), np.nan), base)
+    assert only_candidate.thresholds == [only_candidate.primary_threshold]
 
 
 def test_a_run_that_never_reaches_a_threshold_is_censored_and_counted():
@@ -113,7 +126,8 @@ def test_diverged_runs_are_counted_and_never_reach_a_threshold():
     for effect in (comparison.average, comparison.final):
         assert (effect.pairs, effect.failed_candidate, effect.failed_baseline) == (2, 1, 0)
         assert [bool(np.isnan(seed.estimate)) for seed in effect.per_seed] == [False, False, True]
-    assert comparison.average.estimate == compared(base[:2], cand[:2]).average.estimate
+    for name in ("estimate", "low", "high", "baseline", "candidate"):
+        assert getattr(comparison.average, name) == getattr(compared(base[:2], cand[:2]).average, name)
     for threshold in comparison.thresholds:
         assert comparison.effect("images", threshold).per_seed[2].candidate == np.inf
 
@@ -155,11 +169,12 @@ def test_shares_are_compared_by_differences_and_higher_is_better():
     assert comparison.scale == "difference" and "Recall +0.103 on average (" in str(comparison)
 
 
-def test_kid_is_compared_by_differences_in_its_own_units():
+@pytest.mark.parametrize(("metric", "change", "text"), [("kid", -0.04, "KD -0.04"), ("fd", -0.05, "FD -0.05")])
+def test_metrics_that_can_be_zero_are_compared_by_differences(metric, change, text):
     base = np.array([[0.5, 0.3, 0.2, 0.1, 0.05]] * 2)
-    comparison = compared(base, base - 0.04, metric="kid")
-    assert comparison.scale == "difference" and "KD -0.04" in str(comparison)
-    np.testing.assert_allclose(comparison.final.estimate, -0.04)
+    comparison = compared(base, base + change, metric=metric)
+    assert comparison.scale == "difference" and text in str(comparison)
+    np.testing.assert_allclose(comparison.final.estimate, change)
     assert comparison.final.shown == "better"
 
 
@@ -174,7 +189,9 @@ def test_a_value_that_is_not_finite_counts_as_missing(value):
 def test_a_short_run_is_named_since_all_runs_are_cut_to_it():
     table = study(curves(3, 1.0), curves(3, 0.9))
     short = table[~((table["arm"] == "cand") & (table["seed"] == 1) & (table["step"] > 200))]
-    text = str(compare_rows(short))
+    comparison, cut = compare_rows(short), compare_rows(table[table["step"] <= 200])
+    assert repr(comparison.effects) == repr(cut.effects)
+    text = str(comparison)
     assert "cand seed 1 ends at 6,400 training images: all runs are compared up to there, although 5 runs went" in text
     assert "went on" not in str(compare_rows(table))
 
@@ -195,6 +212,8 @@ def test_values_missing_for_another_reason_are_left_out_one_by_one():
     average = compare_rows(table).average
     assert (average.pairs, average.failed_baseline) == (2, 0)
     assert compare_rows(table.assign(value=np.nan, reason="needs 4 images")) is None
+    started = table[(table["arm"] == "base") | (table["seed"] == 0) | (table["step"] == 0)]
+    assert compare_rows(started).seeds == (0,)
 
 
 def test_the_table_has_a_row_per_seed_and_one_over_all_seeds(tmp_path):
@@ -227,7 +246,10 @@ def test_the_example_of_compare_runs():
 
 def test_compare_equals_the_comparison_of_a_study():
     table = study(curves(3, 1.0), curves(3, 0.8, seed=1))
-    comparison = convergence.compare(table[["arm", "seed", "images", "value"]], "base", "cand", thresholds=[150, 120])
+    several = pd.concat([table.assign(metric="kid", value=1.0), table])
+    comparison = convergence.compare(
+        several[["arm", "seed", "images", "value", "metric"]], "base", "cand", thresholds=[150, 120]
+    )
     expected = compare_rows(table, [150, 120])
     assert isinstance(comparison, convergence.Comparison) and isinstance(comparison.average, convergence.Effect)
     assert comparison.average.low == expected.average.low and comparison.thresholds == [150, 120]

@@ -1,6 +1,7 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ from metric_tables import PLAN, curves, study, verdict_on
 from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
-from convergence.analysis.verdict import judge, read_verdict, to_markdown, write_verdict
+from convergence.analysis.verdict import adjust, judge, read_verdict, to_markdown, write_verdict
 from convergence.errors import StudyError
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.pages import to_html
@@ -57,11 +58,13 @@ def test_an_undecided_answer_says_what_the_seeds_can_detect():
 def test_diverged_runs_are_listed_and_unbounded_intervals_say_so():
     base, cand = curves(4, 1.0), curves(4, 0.7)
     cand[3, 2:] = np.nan
-    verdict = verdict_on(study(base, cand))
+    metrics = study(base, cand)
+    metrics.loc[2, ["value", "reason"]] = np.nan, "needs 4 images"
+    verdict = verdict_on(metrics)
     text = to_markdown(verdict)
-    assert (
-        "- `cand` seed 3: diverged at step 7" in text and "1 run of cand of 4 diverged or collapsed." in verdict.answer
-    )
+    assert text.count("- `cand` seed 3: diverged at step 7") == 1 and len(verdict.failed) == 1
+    assert "1 run of cand of 4 diverged or collapsed." in verdict.answer
+    assert verdict.warnings == ("base seed 0 has no fd at 1 checkpoint (needs 4 images): they are left out.",)
     assert verdict.outcome == "undecided" and " or more)" in text
     assert "| 1 of 4 |" in text and "| 3 seeds of 4 |" in text
 
@@ -86,6 +89,17 @@ def test_secondary_comparisons_have_p_values_adjusted_for_their_number():
     text = to_markdown(verdict)
     assert text.count("**primary**") == 1 and text.count("| secondary |") == 3
     assert text.index("**primary**") < text.index("| secondary |")
+
+
+@pytest.mark.parametrize(
+    ("p", "adjusted"),
+    [([0.04, 0.03, 0.9, np.nan], [0.09, 0.09, 0.9, np.nan]), ([0.7, 0.6], [1, 1])],
+)
+def test_adjusted_p_values_have_the_order_of_the_p_values_and_are_at_most_1(p, adjusted):
+    (one,) = verdict_on(study(curves(2, 1.0), curves(2, 0.9))).comparisons
+    averages = [replace(one.average, p_value=value) for value in p]
+    secondary = [replace(one, role="secondary", effects=(average, *one.effects[1:])) for average in averages]
+    assert [comparison.p_holm for comparison in adjust(secondary)] == pytest.approx(adjusted, nan_ok=True)
 
 
 def test_an_unbiased_metric_shows_whether_it_agrees():
@@ -146,7 +160,18 @@ def test_studies_without_a_result_say_so():
 def test_other_studies_of_a_table_are_ignored():
     metrics = study(curves(3, 1.0), curves(3, 0.9))
     other = study(curves(3, 1.0), curves(3, 1.5), name="other")
-    assert markdown_of(pd.concat([other, metrics])) == markdown_of(metrics)
+    table, other_table = probes({}), probes({("0-49", "mse"): 2}, name="other")
+    both = judge(pd.concat([other, metrics]), pd.concat([other_table, table]), "small", PLAN, tables=EQUAL)
+    alone = judge(metrics, table, "small", PLAN, tables=EQUAL)
+    assert repr(both) == repr(alone) and alone.mechanism[0].mse_factor == 1
+
+
+def test_probes_that_are_not_planned_are_ignored():
+    plan, table = PLAN.model_copy(update={"seeds": (0, 1), "last_step": 200}), probes({})
+    metrics = study(curves(3, 1.0), curves(3, 0.9))
+    of_plan = table[(table["seed"] < 2) & (table["step"] <= 200)]
+    found, expected = (judge(metrics, rows, "small", plan, tables=EQUAL).mechanism for rows in (table, of_plan))
+    assert repr(found) == repr(expected) and found[0].checkpoints == 2
 
 
 def test_every_row_of_a_markdown_table_has_equal_cells():
