@@ -71,10 +71,12 @@ def test_a_comparison_has_the_noise_of_its_samples():
     rows = table(influences)
     noise = compare_rows(rows).noise
     values = rows["value"].to_numpy().reshape(2, 2, 3).swapaxes(0, 1)  # [seeds, arms, checkpoints]
-    assert noise.samples == pytest.approx(sampling_sd(influences / values[..., None], IMAGES))
+    on_levels = influences / values[..., None]
+    assert noise.samples == pytest.approx(sampling_sd(on_levels, IMAGES))
     # Checkpoints of one arm alone, and a failed pair.
     later = rows[(rows["arm"] == "base") | (rows["step"] != 2)]
-    assert 0 < compare_rows(later).noise.samples != noise.samples
+    on_levels[:, 1, 1] = (2 * on_levels[:, 1, 0] + on_levels[:, 1, 2]) / 3  # at 2000 images, between 1000 and 4000
+    assert compare_rows(later).noise.samples == pytest.approx(sampling_sd(on_levels, IMAGES))
     rows.loc[(rows["seed"] == 1) & (rows["step"] == 3) & (rows["arm"] == "cand"), ["value", "reason"]] = (
         math.nan,
         "diverged",
@@ -82,6 +84,7 @@ def test_a_comparison_has_the_noise_of_its_samples():
     one = sampling_sd(influences[:1] / values[:1, ..., None], IMAGES)
     assert compare_rows(rows).noise.samples == pytest.approx(one)
     assert math.isnan(compare_rows(rows.drop(columns="influences")).noise.samples)
+    assert math.isnan(compare_rows(rows.assign(value=math.nan, reason="diverged")).noise.samples)
 
 
 def test_the_rest_of_the_noise_comes_from_the_seeds():

@@ -142,6 +142,16 @@ def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
     )
 
 
+def test_endpoints_of_late_checkpoints_and_of_failed_runs():
+    base, cand = curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01)
+    late = verdict_on(study(base[:, 3:], cand[:, 3:], steps=(300, 400))).sensitivity
+    by_name = {row.endpoint: row for row in late}
+    assert by_name["average over the last half"].estimate == by_name["average over images"].estimate
+    assert {row.shown for row in verdict_on(study(base, cand)).sensitivity} == {"better"}
+    cand[4, 4:] = np.nan
+    assert "better" not in {row.shown for row in verdict_on(study(base, cand)).sensitivity}
+
+
 def test_studies_without_a_result_say_so():
     metrics = study(curves(2, 1.0), curves(2, 0.9))
     nothing = verdict_on(metrics, None)
