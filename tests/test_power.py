@@ -25,6 +25,7 @@ def test_detectable_effect_and_seeds_invert_the_power():
         seeds = seeds_needed(effect, sd)
         assert power(effect, sd, seeds) >= 0.8 and (seeds == 2 or power(effect, sd, seeds - 1) < 0.8)
     assert detectable(0.03, 1) == np.inf and detectable(0.0, 3) == 0 and power(0.01, 0.0, 3) == 1
+    assert seeds_needed(1.0, 1e-3) == 2
     with pytest.raises(StudyError, match="more than 10,000 seeds"):
         seeds_needed(1e-5, 0.1)
 
