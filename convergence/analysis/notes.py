@@ -37,8 +37,7 @@ def outlier(values: np.ndarray) -> int | None:
     others = np.array([np.delete(values, index) for index in range(size)])
     with np.errstate(divide="ignore", invalid="ignore"):
         residuals = np.abs(values - others.mean(axis=1)) / (others.std(axis=1, ddof=1) * math.sqrt(1 + 1 / (size - 1)))
-    residuals = np.nan_to_num(residuals, nan=0.0)
-    index = int(residuals.argmax())
+    index = int(residuals.argmax())  # residuals are NaN if all values are equal
     limit = student_t.ppf(1 - ERROR_RATE / (2 * size), size - 2)
     return index if residuals[index] > limit else None
 
