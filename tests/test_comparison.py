@@ -146,6 +146,22 @@ def test_an_unknown_factor_has_its_reason(threshold, reason):
     assert f"The images to {threshold:.4g} are unknown, because {reason}." in str(compared(base, cand, [threshold]))
 
 
+def test_a_factor_with_one_known_bound_is_not_unknown():
+    base, cand = curves(4, 1.0), curves(4, 1.0, seed=1)
+    cand[2:] *= 3
+    comparison = compared(base, cand, [130.0])
+    assert np.isnan(comparison.images.estimate) and comparison.images.low > 0
+    assert "unknown" not in str(comparison)
+
+
+def test_a_baseline_that_still_improves_is_named():
+    flat, falls = np.array([[300.0, 110, 105, 102, 100]] * 2), curves(2, 1.0, noise=0)
+    assert "The metric of base still falls by 33% over the last doubling of images" in str(compared(falls, flat))
+    late = compared(falls[:, 3:], flat[:, 3:], steps=(300, 400))
+    for comparison in (compared(flat, falls), compared(falls, flat, metric="kid"), late):
+        assert "still falls" not in str(comparison)
+
+
 def test_studies_of_which_every_run_diverged_have_no_result():
     base, cand = curves(2, 1.0), curves(2, 0.9)
     cand[:, 2:] = np.nan

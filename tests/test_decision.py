@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from metric_tables import PLAN, STEPS, compare_rows, curves, study, verdict_on
+from scipy import stats
 
 from convergence import layout
 from convergence.analysis.decision import decide
@@ -170,7 +171,10 @@ def test_an_outlier_is_outside_of_the_prediction_interval_of_the_others():
     for size in (3, 5, 10):
         found = [outlier(rng.standard_normal(size)) is not None for _ in range(2000)]
         assert 0.035 < np.mean(found) < 0.065
-    assert outlier(np.array([0.01, 0.012, 0.011, 0.013, 0.2])) == 4
+    others = np.array([0.0, 1, 2, 3])
+    limit = stats.t.ppf(1 - 0.05 / 10, 3) * others.std(ddof=1) * np.sqrt(1 + 1 / 4)
+    assert outlier(np.append(others, 1.5 + 1.001 * limit)) == 4
+    assert outlier(np.append(others, 1.5 + 0.999 * limit)) is None
     assert outlier(np.array([1.0, 9.0])) is None and outlier(np.zeros(4)) is None
 
 
@@ -194,6 +198,12 @@ def test_an_outlier_is_reported_with_the_sign_test_and_the_result_without_it():
         f"without it the average is {without.estimate:+.1f}% ({without.low:+.1f} to {without.high:+.1f})."
     )
     assert any(note.startswith("cand seed 4 is unlike the other runs of its arm (+") for note in comparison.notes)
+
+
+def test_skewed_pairs_without_an_outlier_are_reported():
+    differences = 0.01 * np.array([-1.0] * 10 + [5, 5])
+    note = compared(np.tile(BASE, (12, 1)), BASE * np.exp(differences)[:, None]).notes[0]
+    assert note.startswith("The pairs are skewed: 10 of 12 pairs are better (sign test p = 0.039).")
 
 
 # Planned seeds

@@ -52,7 +52,8 @@ def test_few_seeds_state_what_cannot_be_concluded():
 def test_an_undecided_answer_says_what_the_seeds_can_detect():
     noisy = study(curves(3, 1.0), curves(3, 1.0, seed=1))
     assert "At this noise, 3 seeds detect a difference of " in verdict_on(noisy).answer
-    assert "detect a difference" not in verdict_on(noisy[noisy["seed"] < 2]).answer
+    two = verdict_on(noisy[noisy["seed"] < 2])
+    assert two.outcome == "undecided" and "detect a difference" not in two.answer and "confirm" not in two.answer
 
 
 def test_diverged_runs_are_listed_and_unbounded_intervals_say_so():
@@ -105,6 +106,7 @@ def test_adjusted_p_values_have_the_order_of_the_p_values_and_are_at_most_1(p, a
 def test_an_unbiased_metric_shows_whether_it_agrees():
     fd = study(curves(4, 1.0, noise=0.01), curves(4, 1.1, seed=1, noise=0.01))
     assert "biased upwards, so the true change may be larger" in verdict_on(fd).answer
+    assert "biased" not in verdict_on(fd.assign(metric="kid"), PLAN.model_copy(update={"metric": "kid"})).answer
     cases = {1.1: "it agrees", 1.01: "it has the same sign, but does not show the same", 0.9: "it does not agree"}
     for factor, expected in cases.items():
         kid = study(curves(4, 1e-3, noise=0.02), curves(4, 1e-3 * factor, seed=3, noise=0.02), metric="kid")
