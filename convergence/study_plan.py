@@ -6,7 +6,6 @@ evaluated.
 """
 
 import hashlib
-from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -107,13 +106,8 @@ def record_plan(experiment: Experiment) -> None:
     if plan := plan_in_force(experiment):
         path = layout.plan_path(experiment.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_plan(plan, path)
-
-
-def write_plan(plan: StudyPlan, path: Path) -> None:
-    """Writes a plan to a JSON file."""
-    with atomic_write(path) as file:
-        file.write(plan.model_dump_json(indent=1).encode() + b"\n")
+        with atomic_write(path) as file:
+            file.write(plan.model_dump_json(indent=1).encode() + b"\n")
 
 
 def plan_changes(frozen: StudyPlan, current: StudyPlan) -> tuple[str, ...]:

@@ -3,8 +3,16 @@
 import numpy as np
 import pandas as pd
 
+<<<<<<< HEAD
 from convergence.rows import COLUMNS
 from convergence.study_plan import StudyPlan
+=======
+from convergence.analysis.comparison import compare_pairs
+from convergence.analysis.pairs import pair_runs
+from convergence.analysis.verdict import judge
+from convergence.study_plan import StudyPlan
+from convergence.tables import COLUMNS, PROBE_COLUMNS
+>>>>>>> t21
 
 STEPS = (0, 100, 200, 300, 400)
 
@@ -39,3 +47,14 @@ def curves(seeds, factor, seed=0, noise=0.05):
     rng = np.random.default_rng(seed)
     decay = np.array([300, 200, 150, 120, 100.0])
     return factor * decay * np.exp(noise * rng.standard_normal((seeds, len(decay))))
+
+
+def compare_rows(rows, *options, **named):
+    """The comparison of `base` and `cand` in a long table; None if no seed has values of both."""
+    pairs = pair_runs(rows, "base", "cand")
+    return pairs and compare_pairs(pairs, *options, **named)
+
+
+def verdict_on(metrics, plan=PLAN, *options, **named):
+    """The verdict on the study `small` without probes."""
+    return judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, *options, **named)

@@ -4,17 +4,17 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import curves, study
+from metric_tables import compare_rows, curves, study
 from scipy import stats
 
 import convergence
-from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pair, effects_table
+from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
 from convergence.errors import StudyError
 from diffusion.errors import InputError
 
 
 def compared(base, cand, thresholds=None, **columns):
-    return compare_pair(study(base, cand, **columns), "base", "cand", thresholds)
+    return compare_rows(study(base, cand, **columns), thresholds)
 
 
 def percent(log_ratio):
@@ -39,7 +39,7 @@ def test_the_primary_endpoint_is_the_paired_t_test_of_mean_logs():
 
 def test_seeds_are_paired_in_any_order_of_rows():
     table = study(curves(3, 1.0), curves(3, 0.9, seed=1))
-    tables = [effects_table([compare_pair(rows, "base", "cand")]) for rows in (table, table.sample(frac=1))]
+    tables = [effects_table([compare_rows(rows)]) for rows in (table, table.sample(frac=1))]
     pd.testing.assert_frame_equal(*tables)
 
 
@@ -47,6 +47,7 @@ def test_images_are_a_factor_above_1_for_a_slower_candidate():
     base = np.array([[300.0, 80, 40, 80 / 3, 20]])  # 8000 / step
     comparison = compared(base, base * [[1, 2, 2, 2, 2]], [45.0, 50.0, 45.0])
     assert comparison.thresholds == [50, 45] and comparison.primary_threshold == 50
+    assert compared(base, base, [45.0, 60.0, 50.0]).primary_threshold == 50
     images = comparison.effect("images", 45.0)
     np.testing.assert_allclose(images.estimate, 2)
     np.testing.assert_allclose(images.baseline, 32 * 8000 / 45)
@@ -59,18 +60,18 @@ def test_images_are_a_factor_above_1_for_a_slower_candidate():
 
 def test_hours_are_images_times_the_cost_of_the_arm():
     base, cand = curves(3, 1.0), curves(3, 0.9, seed=1)
-    comparison = compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0, "cand": 3.0})
+    comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 3.0})
     images, hours = comparison.images, comparison.hours
     for name in ("estimate", "low", "high"):
         np.testing.assert_allclose(getattr(hours, name), 1.5 * getattr(images, name))
     np.testing.assert_allclose(hours.baseline, images.baseline / 1000 * 2 / 3600)
-    assert compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0}).hours is None
+    assert compare_rows(study(base, cand), costs={"base": 2.0}).hours is None
 
 
 def test_the_arm_with_more_failed_runs_is_not_better_in_hours():
     base, cand = curves(9, 1.0), curves(9, 0.5, seed=1)
     cand[0, 2:] = np.nan
-    comparison = compare_pair(study(base, cand), "base", "cand", costs={"base": 2.0, "cand": 2.0})
+    comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 2.0})
     assert comparison.images.high < 1 and comparison.images.shown == comparison.hours.shown == "not shown"
 
 
@@ -83,8 +84,12 @@ def test_the_primary_threshold_is_the_lowest_level_that_every_run_reaches():
     cand[0, 2:] = np.nan  # a failed run does not count
     base[1] /= 1.234567
     assert compared(base, cand).primary_threshold == 100
+    cand = curves(3, 1.0, noise=0)
+    cand[1] = [300, 200, 150, 100, 121]  # its fit ends at 110
+    assert compared(cand, cand).primary_threshold == 110
     recall = np.array([[0.0, 0.2, 0.3, 0.4, 0.56789], [0.0, 0.1, 0.3, 0.4, 0.6]])
     assert compared(recall, recall, metric="recall").primary_threshold == 0.5678
+    assert compared(recall, 0 * recall, metric="recall").primary_threshold == 0
 
 
 def test_other_thresholds_come_from_the_baseline_alone():
@@ -94,6 +99,14 @@ def test_other_thresholds_come_from_the_baseline_alone():
         comparison = compared(base, curves(3, factor))
         thresholds = [value for value in comparison.thresholds if value != comparison.primary_threshold]
         np.testing.assert_allclose(thresholds, [first * (last / first) ** share for share in (0.25, 0.5, 0.75)])
+    cand = curves(3, 1.0)
+    cand[0, 2:] = np.nan
+    comparison = compared(base, cand)
+    np.testing.assert_allclose(
+        [value for value in comparison.thresholds if value != comparison.primary_threshold], thresholds
+    )
+    only_candidate = compared(np.full((3, 5), np.nan), base)
+    assert only_candidate.thresholds == [only_candidate.primary_threshold]
 
 
 def test_a_run_that_never_reaches_a_threshold_is_censored_and_counted():
@@ -113,7 +126,8 @@ def test_diverged_runs_are_counted_and_never_reach_a_threshold():
     for effect in (comparison.average, comparison.final):
         assert (effect.pairs, effect.failed_candidate, effect.failed_baseline) == (2, 1, 0)
         assert [bool(np.isnan(seed.estimate)) for seed in effect.per_seed] == [False, False, True]
-    assert comparison.average.estimate == compared(base[:2], cand[:2]).average.estimate
+    for name in ("estimate", "low", "high", "baseline", "candidate"):
+        assert getattr(comparison.average, name) == getattr(compared(base[:2], cand[:2]).average, name)
     for threshold in comparison.thresholds:
         assert comparison.effect("images", threshold).per_seed[2].candidate == np.inf
 
@@ -130,6 +144,22 @@ def test_an_unknown_factor_has_its_reason(threshold, reason):
     base, cand = curves(2, 1.0, noise=0), curves(2, 0.9, noise=0)
     base[0, 1:], cand[1, 1:] = 110, 110
     assert f"The images to {threshold:.4g} are unknown, because {reason}." in str(compared(base, cand, [threshold]))
+
+
+def test_a_factor_with_one_known_bound_is_not_unknown():
+    base, cand = curves(4, 1.0), curves(4, 1.0, seed=1)
+    cand[2:] *= 3
+    comparison = compared(base, cand, [130.0])
+    assert np.isnan(comparison.images.estimate) and comparison.images.low > 0
+    assert "unknown" not in str(comparison)
+
+
+def test_a_baseline_that_still_improves_is_named():
+    flat, falls = np.array([[300.0, 110, 105, 102, 100]] * 2), curves(2, 1.0, noise=0)
+    assert "The metric of base still falls by 33% over the last doubling of images" in str(compared(falls, flat))
+    late = compared(falls[:, 3:], flat[:, 3:], steps=(300, 400))
+    for comparison in (compared(flat, falls), compared(falls, flat, metric="kid"), late):
+        assert "still falls" not in str(comparison)
 
 
 def test_studies_of_which_every_run_diverged_have_no_result():
@@ -155,11 +185,12 @@ def test_shares_are_compared_by_differences_and_higher_is_better():
     assert comparison.scale == "difference" and "Recall +0.103 on average (" in str(comparison)
 
 
-def test_kid_is_compared_by_differences_in_its_own_units():
+@pytest.mark.parametrize(("metric", "change", "text"), [("kid", -0.04, "KD -0.04"), ("fd", -0.05, "FD -0.05")])
+def test_metrics_that_can_be_zero_are_compared_by_differences(metric, change, text):
     base = np.array([[0.5, 0.3, 0.2, 0.1, 0.05]] * 2)
-    comparison = compared(base, base - 0.04, metric="kid")
-    assert comparison.scale == "difference" and "KD -0.04" in str(comparison)
-    np.testing.assert_allclose(comparison.final.estimate, -0.04)
+    comparison = compared(base, base + change, metric=metric)
+    assert comparison.scale == "difference" and text in str(comparison)
+    np.testing.assert_allclose(comparison.final.estimate, change)
     assert comparison.final.shown == "better"
 
 
@@ -168,33 +199,37 @@ def test_a_value_that_is_not_finite_counts_as_missing(value):
     table, missing = study(curves(2, 1.0), curves(2, 0.9)), study(curves(2, 1.0), curves(2, 0.9))
     table.loc[2, "value"], missing.loc[2, "value"] = value, np.nan
     missing.loc[2, "reason"] = ""
-    assert repr(compare_pair(table, "base", "cand")) == repr(compare_pair(missing, "base", "cand"))
+    assert repr(compare_rows(table)) == repr(compare_rows(missing))
 
 
 def test_a_short_run_is_named_since_all_runs_are_cut_to_it():
     table = study(curves(3, 1.0), curves(3, 0.9))
     short = table[~((table["arm"] == "cand") & (table["seed"] == 1) & (table["step"] > 200))]
-    text = str(compare_pair(short, "base", "cand"))
+    comparison, cut = compare_rows(short), compare_rows(table[table["step"] <= 200])
+    assert repr(comparison.effects) == repr(cut.effects)
+    text = str(comparison)
     assert "cand seed 1 ends at 6,400 training images: all runs are compared up to there, although 5 runs went" in text
-    assert "went on" not in str(compare_pair(table, "base", "cand"))
+    assert "went on" not in str(compare_rows(table))
 
 
 def test_arms_with_different_checkpoints_are_compared_over_common_images():
     table = study(curves(3, 1.0), curves(3, 1.0))
     longer = table["images"] * np.where(table["arm"] == "cand", 2, 1)
-    comparison = compare_pair(table.assign(images=longer), "base", "cand")
+    comparison = compare_rows(table.assign(images=longer))
     assert (comparison.first_images, comparison.last_images) == (6400, 12800)
     separate = table["images"] * np.where(table["arm"] == "cand", 10, 1)
     with pytest.raises(StudyError, match="share no range"):
-        compare_pair(table.assign(images=separate), "base", "cand")
+        compare_rows(table.assign(images=separate))
 
 
 def test_values_missing_for_another_reason_are_left_out_one_by_one():
     table = study(curves(2, 1.0), curves(2, 0.9))
     table.loc[[2, 12], ["value", "reason"]] = np.nan, "needs 4 images"
-    average = compare_pair(table, "base", "cand").average
+    average = compare_rows(table).average
     assert (average.pairs, average.failed_baseline) == (2, 0)
-    assert compare_pair(table.assign(value=np.nan, reason="needs 4 images"), "base", "cand") is None
+    assert compare_rows(table.assign(value=np.nan, reason="needs 4 images")) is None
+    started = table[(table["arm"] == "base") | (table["seed"] == 0) | (table["step"] == 0)]
+    assert compare_rows(started).seeds == (0,)
 
 
 def test_the_table_has_a_row_per_seed_and_one_over_all_seeds(tmp_path):
@@ -227,8 +262,11 @@ def test_the_example_of_compare_runs():
 
 def test_compare_equals_the_comparison_of_a_study():
     table = study(curves(3, 1.0), curves(3, 0.8, seed=1))
-    comparison = convergence.compare(table[["arm", "seed", "images", "value"]], "base", "cand", thresholds=[150, 120])
-    expected = compare_pair(table, "base", "cand", [150, 120])
+    several = pd.concat([table.assign(metric="kid", value=1.0), table])
+    comparison = convergence.compare(
+        several[["arm", "seed", "images", "value", "metric"]], "base", "cand", thresholds=[150, 120]
+    )
+    expected = compare_rows(table, [150, 120])
     assert isinstance(comparison, convergence.Comparison) and isinstance(comparison.average, convergence.Effect)
     assert comparison.average.low == expected.average.low and comparison.thresholds == [150, 120]
     assert comparison.outcome == "faster" and str(comparison).startswith("cand is faster than base: it needs 0.")

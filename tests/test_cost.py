@@ -4,14 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from metric_tables import PLAN, curves, study
+from metric_tables import curves, study, verdict_on
 from test_training import IMAGES, P2, UNI05, tiny
 
 from convergence import resources
 from convergence.analysis.results import save_verdict
+<<<<<<< HEAD
 from convergence.analysis.verdict import judge
 from convergence.cost import COLUMNS, cost_table, costs
 from convergence.rows import PROBE_COLUMNS, ROUND_COLUMNS, of_rounds, write_rows
+=======
+from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs, round_table
+>>>>>>> t21
 from convergence.tables import read_curves, read_table, write_table
 from diffusion.config import Scheme
 from diffusion.training import timing
@@ -103,11 +107,11 @@ def test_the_steps_that_the_request_counts_are_those_that_are_timed():
 
 @pytest.mark.parametrize("with_costs", [True, False])
 def test_contended_seconds_do_not_reach_the_verdict(tmp_path, with_costs):
-    metrics, probes = study(curves(3, 1.0), curves(3, 0.8, seed=1)), pd.DataFrame(columns=PROBE_COLUMNS)
+    metrics = study(curves(3, 1.0), curves(3, 0.8, seed=1))
     known = {"base": 2.0, "cand": 3.0} if with_costs else None
     texts = []
     for name, table in (("a", metrics), ("b", metrics.assign(contended_seconds=np.nan))):
-        verdict = judge(table, probes, "small", PLAN, costs=known)
+        verdict = verdict_on(table, costs=known)
         save_verdict(verdict, tmp_path / name)
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1] and "seconds" not in texts[0]

@@ -13,12 +13,16 @@ from test_extractors import write_random_inception
 
 from convergence import layout
 from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
-from convergence.analysis.verdict import compare_study
+from convergence.analysis.verdict import judge
 from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.rows import COLUMNS, PROBE_COLUMNS, of_checkpoint, write_rows
 from convergence.schema import Evaluate, Experiment
+<<<<<<< HEAD
 from convergence.tables import collect, read_table, write_table
+=======
+from convergence.tables import COLUMNS, PROBE_COLUMNS, collect, of_checkpoint, read_table, write_table
+>>>>>>> t21
 from diffusion.config import OpenMoji
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 
@@ -132,7 +136,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path, arm):
     table = read_table(tmp_path / "metrics.csv")
     assert table["study"].unique().tolist() == ["2024"] and table["arm"].tolist() == arms
     plan = PLAN.model_copy(update={"baseline": "1", "candidates": (arm,), "candidate": arm, "features": LITE0})
-    comparisons = compare_study(table, plan)
+    comparisons = judge(table, pd.DataFrame(columns=PROBE_COLUMNS), "2024", plan).comparisons
     effects_table(comparisons).to_csv(tmp_path / "effects.csv", index=False)
     effects = read_table(tmp_path / "effects.csv", EFFECT_COLUMNS)
     assert len(effects) and effects["baseline"].eq("1").all() and effects["candidate"].eq(arm).all()

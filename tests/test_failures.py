@@ -6,13 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from made import scenes
-from metric_tables import PLAN, curves, study
+from metric_tables import compare_rows, curves, study, verdict_on
 from projects import REPORT, TINY_MODEL, copy_project, edit, snakemake, write_pictures
 from test_mechanism import probes
 
-from convergence.analysis.comparison import compare_pair
 from convergence.analysis.mechanism import mechanisms
-from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown
+from convergence.analysis.verdict import read_verdict, to_markdown
 from convergence.failures import failed, without_failed_runs, without_failures
 from convergence.rows import COLUMNS, PROBE_COLUMNS
 from convergence.tables import collect, read_checkpoint, read_table, write_table
@@ -103,11 +102,11 @@ def test_a_collapsed_run_is_treated_as_a_diverged_one_and_wins_nothing():
     collapsing = cand.copy()
     collapsing[2, 3:] = 1e-3
     collapsed = without_failures(marked(study(base, collapsing), "cand", 2, 300, 400))
-    found, expected = (compare_pair(rows, "base", "cand") for rows in (collapsed, study(base, diverging)))
+    found, expected = (compare_rows(rows) for rows in (collapsed, study(base, diverging)))
     assert repr(found) == repr(expected)
     assert (found.average.pairs, found.average.failed_candidate, found.outcome) == (3, 1, "undecided")
     assert np.isinf(found.images.per_seed[2].candidate)
-    verdict = judge(collapsed, pd.DataFrame(columns=PROBE_COLUMNS), "small", PLAN)
+    verdict = verdict_on(collapsed)
     assert "1 run of cand of 4 diverged or collapsed." in verdict.answer
     assert [(run.arm, run.seed, run.reason) for run in verdict.failed] == [("cand", 2, "collapsed at step 400")]
     assert "## Diverged and collapsed runs\n\n- `cand` seed 2: collapsed at step 400\n" in to_markdown(verdict)
@@ -118,7 +117,7 @@ def test_an_arm_that_collapses_wins_no_comparison():
     metrics = study(base, cand)
     for seed in range(3):
         metrics = marked(metrics, "cand", seed, 100, 200, 300, 400)
-    (comparison,) = compare_study(without_failures(metrics), PLAN)
+    (comparison,) = verdict_on(without_failures(metrics)).comparisons
     assert comparison.outcome == "undecided" and "at least one run diverged or collapsed" in str(comparison)
     assert all(effect.shown != "better" and np.isnan(effect.estimate) for effect in comparison.effects)
 

@@ -2,10 +2,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from metric_tables import PLAN, curves, study
+from metric_tables import compare_rows, curves, study
 from PIL import Image
 
-from convergence.analysis.verdict import compare_study
 from convergence.analysis.wording import effect_text
 from convergence.figures.forest import (
     _draw_primary,
@@ -18,9 +17,8 @@ from convergence.figures.forest import (
 )
 
 
-def comparison_of(base, cand, metric="fd", **options):
-    (comparison,) = compare_study(study(base, cand, metric, **options), PLAN.model_copy(update={"metric": metric}))
-    return comparison
+def comparison_of(base, cand, *options, **named):
+    return compare_rows(study(base, cand, *options, **named), role="primary")
 
 
 def squares(ax):

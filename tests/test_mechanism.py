@@ -1,5 +1,6 @@
 """The comparison of probes with exact moments of simulated gradients, its text and its figure."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ TABLES = {
     "matched": scheme_tables(SCHEDULE, UNDER, UNI),
     "epsilon": scheme_tables(SCHEDULE, Scheme(timesteps=P2, correct_vb=False), UNI),
 }
+TABLES["no vb"] = replace(TABLES["uni"], vb_weight=torch.zeros(T))
 FACTOR = 1 / TABLES["uni"].mse_weight.mean().item()
 EQUAL = {"base": TABLES["uni"], "cand": TABLES["uni"]}
 
@@ -102,6 +104,7 @@ def exact_probes(arms, variances, means=0, seeds=3):
          f"mse is {FACTOR:.4g} times that of `base`; apart from this factor, only that of vb differs. This holds"),
         ("under", "uni", 1 / FACTOR, np.nan, "only that of vb differs"),
         ("uni", "epsilon", 1, np.nan, "mse is that of `base`; only that of vb differs. This holds"),
+        ("uni", "no vb", 1, np.nan, "mse is that of `base`; only that of vb differs. This holds"),
         ("uniform", "uni", np.nan, 1, "vb is that of `base`; that of the mse differs by a factor that depends on t."),
         ("uniform", "under", np.nan, np.nan, "differ from the baseline's by factors that depend on t."),
         ("uniform", "learned", np.nan, np.nan, "a density is learned"),
@@ -127,6 +130,10 @@ def test_tables_alone_leave_nothing_remaining():
     for name, expected in zip(BINS, (5, 1 / 1.8, 1), strict=True):
         np.testing.assert_allclose(found.of("by_tables")[name].estimate, expected)
     np.testing.assert_allclose([found.of("remaining")[name].estimate for name in BINS[:2]], 1)
+    arms["cand"] = Tables(weight / T, weight, ones)  # another expected gradient
+    remaining = mechanism(exact_probes(arms, dict.fromkeys(arms, np.ones(T))), arms).of("remaining")
+    np.testing.assert_allclose([remaining[name].estimate for name in BINS[:2]], 1)
+    arms["cand"] = Tables(weight / T, ones, ones)
     noisier = {"base": np.ones(T), "cand": np.where(np.arange(T) < 50, 1, 2)}
     remaining = mechanism(exact_probes(arms, noisier), arms).of("remaining")
     np.testing.assert_allclose([remaining[name].estimate for name in BINS[:2]], [1, 2])
@@ -203,13 +210,14 @@ def test_estimates_of_the_squared_gradient_are_pooled_with_their_signs():
 
 def test_changes_of_the_loss_are_paired_t_intervals_of_logs():
     table = probes({("0-49", "mse"): 0.9})
+    table.loc[(table["arm"] == "cand") & (table["step"] == 100), "value"] *= 1.2
     change = effects_of(mechanism(table))["0-49", "mse"]
     logs = np.log(table.query("timesteps == '0-49' and metric == 'mse'").pivot_table(
         index="seed", columns=["arm", "images"], values="value"))  # fmt: skip
     weights = np.array([0.25, 0.5, 0.25])
     expected = stats.ttest_rel(logs["cand"] @ weights, logs["base"] @ weights).confidence_interval(0.95)
     np.testing.assert_allclose((change.low, change.high), 100 * np.expm1([expected.low, expected.high]))
-    np.testing.assert_allclose(change.estimate, -10)
+    np.testing.assert_allclose(change.estimate, 100 * (0.9 * 1.2**0.25 - 1))
     assert change.pairs == 4
 
 
@@ -262,8 +270,9 @@ def test_incomplete_probes_have_no_invented_numbers():
     for text in (one, without_gradients, never_drawn, epsilon_only):
         assert "nan" not in text and "inf" not in text
     assert "Not measured" in text_of(probes({}).iloc[:0])
-    lonely = probes({})
-    assert "Not measured" in text_of(lonely[lonely["arm"] == "base"])
+    whole = probes({})
+    for part in (whole["arm"] == "base", (whole["arm"] == "base") == (whole["step"] == 100)):
+        assert "Not measured" in text_of(whole[part])
 
 
 def test_every_panel_of_the_figure_has_intervals_and_equal_bytes(tmp_path):

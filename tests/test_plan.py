@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
-from metric_tables import curves, study
+from metric_tables import compare_rows, curves, study
 
-from convergence.analysis.comparison import compare_pair
 from convergence.analysis.plan import plan
-from convergence.analysis.power import seeds_needed
+from convergence.analysis.power import cautious_sd, seeds_needed
 from convergence.errors import StudyError
 from convergence.tables import check_curves
 
@@ -13,8 +12,10 @@ COSTS = {"base": 281.25, "cand": 562.5}  # seconds per 1000 images: an hour and 
 
 def test_the_plan_has_seeds_and_hours():
     metrics = study(curves(3, 1.0), curves(3, 1.0, seed=1))
-    seeds = seeds_needed(np.log(1.02), compare_pair(metrics, "base", "cand").noise.paired)
+    sd = compare_rows(metrics).noise.paired
+    seeds, safe = (seeds_needed(np.log(1.02), value) for value in (sd, cautious_sd(sd, 3)))
     text = plan(metrics, "base", "cand", 0.02, COSTS)
+    assert f"  {safe} seeds, {3.0 * safe:,.1f} hours of training in both arms, to be safe" in text
     assert f"  {seeds} seeds, {3.0 * seeds:,.1f} hours of training" in text and "FD (lite0)" in text
 
 
@@ -41,11 +42,13 @@ def test_a_plan_that_is_impossible_says_why(seeds, effect, message):
         plan(metrics, "base", "cand", effect)
 
 
-def test_arms_that_differ_below_the_last_digit_are_identical():
+def test_arms_that_are_identical_or_differ_by_a_constant_have_no_plan():
     base = curves(3, 1.0)
     cand = base * (1 + 1e-14 * np.random.default_rng(0).standard_normal(base.shape))
     with pytest.raises(StudyError, match="base and cand are identical in the pilot"):
         plan(study(base, cand), "base", "cand", 0.02)
+    with pytest.raises(StudyError, match="the pilot shows no noise"):
+        plan(study(base, 0.9 * base), "base", "cand", 0.02)
 
 
 def test_arms_without_common_seeds_have_no_plan():

@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import PLAN, curves, study
+from metric_tables import PLAN, curves, study, verdict_on
 from projects import ROOT
 
 from benchmarks import independent, recompute
+<<<<<<< HEAD
 from convergence.analysis.verdict import judge, write_verdict
 from convergence.rows import PROBE_COLUMNS
 from convergence.study_plan import write_plan
+=======
+from convergence.analysis.verdict import write_verdict
+>>>>>>> t21
 from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"
@@ -43,9 +47,9 @@ def write_report(directory, planned_seeds=4):
     changes = {"candidates": ("cand", "third"), "seeds": tuple(range(planned_seeds)), "last_step": 400}
     plan, costs = PLAN.model_copy(update=changes), {"base": 10.0, "cand": 12.5}
     write_table(metrics, directory / "metrics.csv")
-    write_plan(plan, directory / "plan.json")
+    (directory / "plan.json").write_text(plan.model_dump_json())
     pd.Series(costs, name="seconds_per_1000_images").rename_axis("arm").to_csv(directory / "cost.csv")
-    write_verdict(judge(metrics, pd.DataFrame(columns=PROBE_COLUMNS), "small", plan, costs=costs), directory)
+    write_verdict(verdict_on(metrics, plan, costs=costs), directory)
 
 
 @pytest.mark.parametrize("planned_seeds", [4, 8], ids=["replication", "interim"])

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from metric_tables import compare_rows
 
-from convergence.analysis.comparison import compare_pair
 from convergence.analysis.curves import mean_over_images, to_level
 from convergence.analysis.results import Noise
 from convergence.analysis.sampling_noise import sampling_sd
@@ -69,19 +69,22 @@ def table(influences: np.ndarray) -> pd.DataFrame:
 def test_a_comparison_has_the_noise_of_its_samples():
     influences = np.random.default_rng(0).standard_normal((2, 2, 3, 50))
     rows = table(influences)
-    noise = compare_pair(rows, "base", "cand").noise
+    noise = compare_rows(rows).noise
     values = rows["value"].to_numpy().reshape(2, 2, 3).swapaxes(0, 1)  # [seeds, arms, checkpoints]
-    assert noise.samples == pytest.approx(sampling_sd(influences / values[..., None], IMAGES))
+    on_levels = influences / values[..., None]
+    assert noise.samples == pytest.approx(sampling_sd(on_levels, IMAGES))
     # Checkpoints of one arm alone, and a failed pair.
     later = rows[(rows["arm"] == "base") | (rows["step"] != 2)]
-    assert 0 < compare_pair(later, "base", "cand").noise.samples != noise.samples
+    on_levels[:, 1, 1] = (2 * on_levels[:, 1, 0] + on_levels[:, 1, 2]) / 3  # at 2000 images, between 1000 and 4000
+    assert compare_rows(later).noise.samples == pytest.approx(sampling_sd(on_levels, IMAGES))
     rows.loc[(rows["seed"] == 1) & (rows["step"] == 3) & (rows["arm"] == "cand"), ["value", "reason"]] = (
         math.nan,
         "diverged",
     )
     one = sampling_sd(influences[:1] / values[:1, ..., None], IMAGES)
-    assert compare_pair(rows, "base", "cand").noise.samples == pytest.approx(one)
-    assert math.isnan(compare_pair(rows.drop(columns="influences"), "base", "cand").noise.samples)
+    assert compare_rows(rows).noise.samples == pytest.approx(one)
+    assert math.isnan(compare_rows(rows.drop(columns="influences")).noise.samples)
+    assert math.isnan(compare_rows(rows.assign(value=math.nan, reason="diverged")).noise.samples)
 
 
 def test_the_rest_of_the_noise_comes_from_the_seeds():

@@ -1,19 +1,19 @@
 """How well intervals and outcomes hold on simulated studies, also if somebody looks after each seed."""
 
 import numpy as np
-import pandas as pd
 import pytest
-from metric_tables import PLAN, study
+from metric_tables import PLAN, compare_rows, study, verdict_on
 
 from benchmarks import coverage, looks
 from benchmarks.simulation import NOISES, effects, outcomes, simulate
-from convergence.analysis.comparison import compare_pair
 from convergence.analysis.curves import mean_over_images
 from convergence.analysis.intervals import t_interval
+<<<<<<< HEAD
 from convergence.analysis.verdict import judge
 from convergence.rows import PROBE_COLUMNS
+=======
+>>>>>>> t21
 
-NO_PROBES = pd.DataFrame(columns=PROBE_COLUMNS)
 MANY = coverage.SEEDS[1:]
 
 
@@ -79,7 +79,7 @@ def test_looking_after_each_seed_causes_no_false_alarms_under_a_plan():
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_simulated_outcomes_are_those_of_the_analysis(noise, seeds):
     levels, images = simulate(np.random.default_rng(seeds), 10, seeds, 0.85, NOISES[noise], checkpoints=5)
-    found = [compare_pair(table(of_study), "base", "cand").outcome for of_study in levels]
+    found = [compare_rows(table(of_study)).outcome for of_study in levels]
     assert found == outcomes(effects(levels, images))
 
 
@@ -89,9 +89,9 @@ def test_a_verdict_claims_nothing_before_the_planned_seeds_and_later_ones_change
     early = effects(levels[:, :2], images).average
     plan = PLAN.model_copy(update={"seeds": tuple(range(planned)), "last_step": 500})
     for of_study in levels[(early.low > 0) | (early.high < 0)][:3]:  # they show a difference at the first look
-        verdicts = [judge(table(of_study[:seeds]), NO_PROBES, "small", plan) for seeds in range(2, 8)]
+        verdicts = [verdict_on(table(of_study[:seeds]), plan) for seeds in range(2, 8)]
         found = [verdict.outcome for verdict in verdicts]
         assert found[: planned - 2] == ["interim"] * (planned - 2)
-        assert found[planned - 2] == compare_pair(table(of_study[:planned]), "base", "cand").outcome
+        assert found[planned - 2] == compare_rows(table(of_study[:planned])).outcome
         assert len(set(found[planned - 2 :])) == 1
         assert [verdict.comparisons[-1].role for verdict in verdicts[planned - 1 :]] == ["replication"] * (7 - planned)

@@ -1,25 +1,24 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import PLAN, curves, study
+from metric_tables import PLAN, curves, study, verdict_on
 from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
-from convergence.analysis.verdict import compare_study, judge, read_verdict, to_markdown, write_verdict
+from convergence.analysis.verdict import adjust, judge, read_verdict, to_markdown, write_verdict
+from convergence.errors import StudyError
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.pages import to_html
+<<<<<<< HEAD
 from convergence.rows import PROBE_COLUMNS
+=======
+>>>>>>> t21
 from diffusion.errors import FileError
-
-NO_PROBES = pd.DataFrame(columns=PROBE_COLUMNS)
-
-
-def verdict_on(metrics, plan=PLAN, **options):
-    return judge(metrics, NO_PROBES, "small", plan, **options)
 
 
 def markdown_of(metrics, plan=PLAN):
@@ -57,17 +56,20 @@ def test_few_seeds_state_what_cannot_be_concluded():
 def test_an_undecided_answer_says_what_the_seeds_can_detect():
     noisy = study(curves(3, 1.0), curves(3, 1.0, seed=1))
     assert "At this noise, 3 seeds detect a difference of " in verdict_on(noisy).answer
-    assert "detect a difference" not in verdict_on(noisy[noisy["seed"] < 2]).answer
+    two = verdict_on(noisy[noisy["seed"] < 2])
+    assert two.outcome == "undecided" and "detect a difference" not in two.answer and "confirm" not in two.answer
 
 
 def test_diverged_runs_are_listed_and_unbounded_intervals_say_so():
     base, cand = curves(4, 1.0), curves(4, 0.7)
     cand[3, 2:] = np.nan
-    verdict = verdict_on(study(base, cand))
+    metrics = study(base, cand)
+    metrics.loc[2, ["value", "reason"]] = np.nan, "needs 4 images"
+    verdict = verdict_on(metrics)
     text = to_markdown(verdict)
-    assert (
-        "- `cand` seed 3: diverged at step 7" in text and "1 run of cand of 4 diverged or collapsed." in verdict.answer
-    )
+    assert text.count("- `cand` seed 3: diverged at step 7") == 1 and len(verdict.failed) == 1
+    assert "1 run of cand of 4 diverged or collapsed." in verdict.answer
+    assert verdict.warnings == ("base seed 0 has no fd at 1 checkpoint (needs 4 images): they are left out.",)
     assert verdict.outcome == "undecided" and " or more)" in text
     assert "| 1 of 4 |" in text and "| 3 seeds of 4 |" in text
 
@@ -94,14 +96,38 @@ def test_secondary_comparisons_have_p_values_adjusted_for_their_number():
     assert text.index("**primary**") < text.index("| secondary |")
 
 
+@pytest.mark.parametrize(
+    ("p", "adjusted"),
+    [([0.04, 0.03, 0.9, np.nan], [0.09, 0.09, 0.9, np.nan]), ([0.7, 0.6], [1, 1])],
+)
+def test_adjusted_p_values_have_the_order_of_the_p_values_and_are_at_most_1(p, adjusted):
+    (one,) = verdict_on(study(curves(2, 1.0), curves(2, 0.9))).comparisons
+    averages = [replace(one.average, p_value=value) for value in p]
+    secondary = [replace(one, role="secondary", effects=(average, *one.effects[1:])) for average in averages]
+    assert [comparison.p_holm for comparison in adjust(secondary)] == pytest.approx(adjusted, nan_ok=True)
+
+
 def test_an_unbiased_metric_shows_whether_it_agrees():
     fd = study(curves(4, 1.0, noise=0.01), curves(4, 1.1, seed=1, noise=0.01))
     assert "biased upwards, so the true change may be larger" in verdict_on(fd).answer
+    assert "biased" not in verdict_on(fd.assign(metric="kid"), PLAN.model_copy(update={"metric": "kid"})).answer
     cases = {1.1: "it agrees", 1.01: "it has the same sign, but does not show the same", 0.9: "it does not agree"}
     for factor, expected in cases.items():
         kid = study(curves(4, 1e-3, noise=0.02), curves(4, 1e-3 * factor, seed=3, noise=0.02), metric="kid")
         answer = verdict_on(pd.concat([fd, kid])).answer
         assert "the unbiased KD changes by " in answer and answer.rstrip(".").endswith(expected)
+
+
+def test_a_secondary_metric_without_common_images_is_reported_alone():
+    fd = study(curves(3, 1.0), curves(3, 0.9))
+    kid = fd.assign(metric="kid")
+    apart = kid[(kid["arm"] == "base") == (kid["step"] <= 200)]
+    verdict, without = verdict_on(pd.concat([fd, apart])), verdict_on(fd)
+    (warning,) = verdict.warnings
+    assert "base and cand share no range of training images with values of KD (lite0), so they cannot be" in warning
+    assert repr((verdict.comparisons, verdict.sensitivity)) == repr((without.comparisons, without.sensitivity))
+    with pytest.raises(StudyError, match="share no range"):
+        verdict_on(apart, PLAN.model_copy(update={"metric": "kid"}))
 
 
 def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
@@ -122,6 +148,16 @@ def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
     )
 
 
+def test_endpoints_of_late_checkpoints_and_of_failed_runs():
+    base, cand = curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01)
+    late = verdict_on(study(base[:, 3:], cand[:, 3:], steps=(300, 400))).sensitivity
+    by_name = {row.endpoint: row for row in late}
+    assert by_name["average over the last half"].estimate == by_name["average over images"].estimate
+    assert {row.shown for row in verdict_on(study(base, cand)).sensitivity} == {"better"}
+    cand[4, 4:] = np.nan
+    assert "better" not in {row.shown for row in verdict_on(study(base, cand)).sensitivity}
+
+
 def test_studies_without_a_result_say_so():
     metrics = study(curves(2, 1.0), curves(2, 0.9))
     nothing = verdict_on(metrics, None)
@@ -140,7 +176,18 @@ def test_studies_without_a_result_say_so():
 def test_other_studies_of_a_table_are_ignored():
     metrics = study(curves(3, 1.0), curves(3, 0.9))
     other = study(curves(3, 1.0), curves(3, 1.5), name="other")
-    assert markdown_of(pd.concat([other, metrics])) == markdown_of(metrics)
+    table, other_table = probes({}), probes({("0-49", "mse"): 2}, name="other")
+    both = judge(pd.concat([other, metrics]), pd.concat([other_table, table]), "small", PLAN, tables=EQUAL)
+    alone = judge(metrics, table, "small", PLAN, tables=EQUAL)
+    assert repr(both) == repr(alone) and alone.mechanism[0].mse_factor == 1
+
+
+def test_probes_that_are_not_planned_are_ignored():
+    plan, table = PLAN.model_copy(update={"seeds": (0, 1), "last_step": 200}), probes({})
+    metrics = study(curves(3, 1.0), curves(3, 0.9))
+    of_plan = table[(table["seed"] < 2) & (table["step"] <= 200)]
+    found, expected = (judge(metrics, rows, "small", plan, tables=EQUAL).mechanism for rows in (table, of_plan))
+    assert repr(found) == repr(expected) and found[0].checkpoints == 2
 
 
 def test_every_row_of_a_markdown_table_has_equal_cells():
@@ -208,7 +255,7 @@ def test_a_file_that_is_not_a_verdict_is_rejected(tmp_path, content):
 
 def test_curves_mark_the_primary_threshold_and_its_crossings(tmp_path):
     metrics = study(curves(3, 1.0), curves(3, 0.9))
-    (comparison,) = compare_study(metrics, PLAN)
+    (comparison,) = verdict_on(metrics).comparisons
     middle = comparison.primary_threshold
     (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     ticks = [line for line in ax.lines if line.get_marker() == "|"]
@@ -229,6 +276,6 @@ def test_a_comparison_without_thresholds_marks_none():
     base = curves(3, 1.0)
     base[:, 2:] = np.nan  # every run diverges
     metrics = study(base, base)
-    (comparison,) = compare_study(metrics, PLAN)
+    (comparison,) = verdict_on(metrics).comparisons
     (ax, *_) = _draw_curves(metrics, "fd", [comparison]).axes
     assert not comparison.thresholds and "threshold" not in " ".join(text.get_text() for text in ax.texts)

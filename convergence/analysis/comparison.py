@@ -98,33 +98,29 @@ def compare(
         if rows[column].nunique() > 1:
             choices = ", ".join(rows[column].unique())
             raise StudyError(f"curves: the column {column} has several values ({choices}): select the rows of one")
-    comparison = compare_pair(rows, baseline, candidate, thresholds, margin, role="primary")
-    if comparison is None:
+    pairs = pair_runs(rows, baseline, candidate)
+    if pairs is None:
         raise StudyError(
             f"curves: no seed has {metric} values of both {baseline} and {candidate}: add rows of a common seed"
         )
-    return comparison
+    return compare_pairs(pairs, thresholds, margin, role="primary")
 
 
-def compare_pair(
-    rows: pd.DataFrame,
-    baseline: str,
-    candidate: str,
+def compare_pairs(
+    pairs: Pairs,
     thresholds: Iterable[float] | None = None,
     margin: float | None = None,
     role: Role = "secondary",
     costs: Mapping[str, float] | None = None,
-) -> Comparison | None:
-    """Compares two arms in one metric; returns None if no seed has values of both arms.
+) -> Comparison:
+    """Compares two arms in one metric.
 
     A failed run is one that diverged or collapsed. The seed of a failed run is left out of the effects `average` and
     `final`, which state the number of failed runs. In the effects on training images, a failed run counts as a run that
     never reaches a threshold. If a value is missing for another reason, only this value is left out.
 
     Args:
-        rows: the long table of metrics (`convergence.tables`) of one study, feature extractor and metric.
-        baseline: name of the arm to compare with.
-        candidate: name of the arm to judge.
+        pairs: runs of both arms.
         thresholds: values of the metric; the middle one is the primary threshold. By default, the primary threshold is
             the best value that all runs reach, except failed runs. The other thresholds are then at 1/4, 1/2 and 3/4 of
             the baseline's progress, which is the change of the baseline's mean level from the first trained to the last
@@ -133,30 +129,45 @@ def compare_pair(
             are compared by differences.
         role: role of the comparison in its study.
         costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None: hours are not compared.
-
-    Raises:
-        StudyError: the arms share no range of training images.
     """
-    pairs = pair_runs(rows, baseline, candidate)
-    if pairs is None:
-        return None
-    declared = [] if thresholds is None else list(thresholds)
-    if not declared:
-        primary, others = _reached_by_all(pairs), progress_thresholds(pairs)
-    else:
-        others = sorted(set(declared), key=lambda value: -to_level(value, pairs.metric, pairs.scale))
-        primary = others[(len(others) - 1) // 2]
-    values = {*others} if math.isnan(primary) else {primary, *others}
-    from_easy_to_hard = sorted(values, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
-    times = [time_effect(pairs, threshold) for threshold in from_easy_to_hard]
-    if math.isnan(primary) and times:
-        primary = from_easy_to_hard[(len(times) - 1) // 2]
-    images = next((effect for effect in times if effect.threshold == primary), None)
-    if images and costs and {baseline, candidate} <= costs.keys():
-        times.append(_in_hours(images, costs[baseline], costs[candidate]))
+    values, primary = _thresholds(pairs, thresholds)
+    times = {value: time_effect(pairs, value) for value in values}
+    images = None if primary is None else times[primary]
+    hours = []
+    if images and costs and {pairs.baseline, pairs.candidate} <= costs.keys():
+        hours = [_in_hours(images, costs[pairs.baseline], costs[pairs.candidate])]
     if margin is None and pairs.scale == "ratio":
         margin = MARGIN_PERCENT
-    return _comparison(pairs, rows, times, primary, margin, role)
+    means = pairs.means
+    average = _level_effect(pairs, "average", means)
+    final = _level_effect(pairs, "final", pairs.levels[..., -1])
+    differences = _known(means[:, 1] - means[:, 0])
+    _, low, high = t_interval(differences, confidence=0.9)  # two one-sided tests at 5%
+    average_90 = in_unit(float(low), float(high), average.unit, pairs.metric)
+    within_margin = margin is not None and -margin <= average_90[0] and average_90[1] <= margin
+    outcome = _outcome(pairs, average, final, images, within_margin)
+    return Comparison(
+        study=pairs.study,
+        features=pairs.features,
+        metric=pairs.metric,
+        baseline=pairs.baseline,
+        candidate=pairs.candidate,
+        role=role,
+        scale=pairs.scale,
+        first_images=pairs.images[0].item(),
+        last_images=pairs.images[-1].item(),
+        seeds=tuple(pairs.seeds),
+        effects=(average, final, *times.values(), *hours),
+        primary_threshold=math.nan if primary is None else primary,
+        margin=margin,
+        average_90=average_90,
+        within_margin=within_margin,
+        outcome=outcome,
+        cross_images=_last_crossing(pairs),
+        p_holm=math.nan,
+        noise=replace(noise_over_seeds(means), samples=noise_of_samples(pairs)),
+        notes=notes_on(pairs, average, images, is_conclusion=outcome not in ("undecided", "identical")),
+    )
 
 
 def effects_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -190,8 +201,23 @@ def progress_thresholds(pairs: Pairs) -> list[float]:
     return [float(value) for value in from_level(levels, pairs.metric, pairs.scale)]
 
 
-def _reached_by_all(pairs: Pairs) -> float:
-    """Returns the best value of the metric that all runs reach, except failed runs; NaN if all runs failed.
+def _thresholds(pairs: Pairs, declared: Iterable[float] | None) -> tuple[list[float], float | None]:
+    """Returns the thresholds, from easy to hard, and the primary one; None if all runs failed and none is declared."""
+
+    def from_easy_to_hard(values: Iterable[float]) -> list[float]:
+        return sorted({*values}, key=lambda value: -to_level(value, pairs.metric, pairs.scale))
+
+    values = from_easy_to_hard(declared or ())
+    if values:
+        return values, values[(len(values) - 1) // 2]
+    primary = _reached_by_all(pairs)
+    if primary is None:
+        return [], None
+    return from_easy_to_hard([primary, *progress_thresholds(pairs)]), primary
+
+
+def _reached_by_all(pairs: Pairs) -> float | None:
+    """Returns the best value of the metric that all runs reach, except failed runs; None if all runs failed.
 
     The value is rounded to the side that is easier to reach, so that reports print the value that was used.
     """
@@ -202,7 +228,7 @@ def _reached_by_all(pairs: Pairs) -> float:
         if not run_failed
     ]
     if not ends:
-        return math.nan
+        return None
     value = float(from_level(np.array(max(ends)), pairs.metric, pairs.scale))
     if value == 0:
         return 0.0
@@ -212,50 +238,8 @@ def _reached_by_all(pairs: Pairs) -> float:
     return float(f"{round_to(value / digit * (1 + slack)) * digit:.{THRESHOLD_DIGITS + 1}g}")
 
 
-def _comparison(
-    pairs: Pairs,
-    rows: pd.DataFrame,
-    times: list[Effect],
-    primary_threshold: float,
-    margin: float | None,
-    role: Role,
-) -> Comparison:
-    means = pairs.means
-    average = _level_effect(pairs, "average", means)
-    final = _level_effect(pairs, "final", pairs.levels[..., -1])
-    images = next((effect for effect in times if effect.threshold == primary_threshold), None)
-    differences = _known(means[:, 1] - means[:, 0])
-    _, low, high = t_interval(differences, confidence=0.9)  # two one-sided tests at 5%
-    average_90 = in_unit(float(low), float(high), average.unit, pairs.metric)
-    within_margin = margin is not None and -margin <= average_90[0] and average_90[1] <= margin
-    outcome = _outcome(pairs, average, final, images, within_margin)
-    study, features, metric = (rows[name].iloc[0] for name in ("study", "features", "metric"))
-    return Comparison(
-        study=study,
-        features=features,
-        metric=metric,
-        baseline=pairs.baseline,
-        candidate=pairs.candidate,
-        role=role,
-        scale=pairs.scale,
-        first_images=pairs.images[0].item(),
-        last_images=pairs.images[-1].item(),
-        seeds=tuple(pairs.seeds),
-        effects=(average, final, *times),
-        primary_threshold=primary_threshold,
-        margin=margin,
-        average_90=average_90,
-        within_margin=within_margin,
-        outcome=outcome,
-        cross_images=_last_crossing(pairs),
-        p_holm=math.nan,
-        noise=replace(noise_over_seeds(means), samples=noise_of_samples(pairs)),
-        notes=notes_on(pairs, average, images, is_conclusion=outcome not in ("undecided", "identical")),
-    )
-
-
 def _outcome(pairs: Pairs, average: Effect, final: Effect, images: Effect | None, within_margin: bool) -> Outcome:
-    if not pairs.failed.any() and np.ptp(pairs.levels, axis=1).max() < NO_DIFFERENCE:
+    if np.ptp(pairs.levels, axis=1).max() < NO_DIFFERENCE:  # never true if a run failed: its levels are NaN
         return "identical"
     same = within_margin and average.failed_baseline == average.failed_candidate
     return decide(average.shown, final.shown, images.shown if images else "not shown", same)

@@ -1,6 +1,7 @@
 """Notes on a comparison: sentences about what its runs do not allow to conclude."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import binomtest, norm, skew
@@ -9,10 +10,14 @@ from scipy.stats import t as student_t
 from convergence.analysis.effects import Effect, Unit, in_unit, interval_in_unit
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.pairs import Pairs
-from convergence.analysis.wording import count_text, interval_text, number_text
+from convergence.analysis.power import POWER, detectable
+from convergence.analysis.results import Comparison
+from convergence.analysis.wording import count_text, effect_text, interval_text, number_text, size_text
 
 ERROR_RATE = 0.05  # of the tests for outliers and skew in normal samples
 MIN_SKEW_PAIRS = 5
+# Estimates without the bias of the Frechet distance, which falls with the number of samples; the best one first.
+UNBIASED = ("kid", "fd_infinity")
 STILL_FALLING = 0.1  # decrease of the baseline over the last doubling of images that the verdict mentions
 
 
@@ -32,8 +37,7 @@ def outlier(values: np.ndarray) -> int | None:
     others = np.array([np.delete(values, index) for index in range(size)])
     with np.errstate(divide="ignore", invalid="ignore"):
         residuals = np.abs(values - others.mean(axis=1)) / (others.std(axis=1, ddof=1) * math.sqrt(1 + 1 / (size - 1)))
-    residuals = np.nan_to_num(residuals, nan=0.0)
-    index = int(residuals.argmax())
+    index = int(residuals.argmax())  # residuals are NaN if all values are equal
     limit = student_t.ppf(1 - ERROR_RATE / (2 * size), size - 2)
     return index if residuals[index] > limit else None
 
@@ -80,6 +84,41 @@ def notes_on(pairs: Pairs, average: Effect, images: Effect | None, is_conclusion
             "comparison holds for this stage of training."
         )
     return tuple(notes)
+
+
+def bias_notes(primary: Comparison, comparisons: Sequence[Comparison]) -> list[str]:
+    """Returns a sentence on whether an unbiased metric agrees with the Frechet distance."""
+    if primary.metric != "fd":
+        return []
+    arms = (primary.features, primary.baseline, primary.candidate)
+    others = {c.metric: c for c in comparisons if (c.features, c.baseline, c.candidate) == arms}
+    unbiased = next((others[metric] for metric in UNBIASED if metric in others), None)
+    name = primary.short_name
+    if unbiased is None:
+        return [f"{name} of a finite number of samples is biased upwards, so the true change may be larger."]
+    ours, theirs = primary.average, unbiased.average
+    if ours.shown == theirs.shown:
+        agrees = "it agrees"
+    elif (ours.estimate > 0) == (theirs.estimate > 0):
+        agrees = "it has the same sign, but does not show the same"
+    else:
+        agrees = "it does not agree"
+    change = f"the unbiased {unbiased.short_name} changes by {effect_text(theirs)}"
+    return [f"{name} is biased upwards, which makes its changes too small; {change}: {agrees}."]
+
+
+def power_notes(comparison: Comparison) -> list[str]:
+    """Returns a sentence on the smallest difference that this number of seeds detects, if nothing is decided.
+
+    There is no sentence below three pairs, from which the spread is hardly known.
+    """
+    pairs = comparison.average.pairs
+    if pairs < 3 or comparison.outcome not in ("undecided", "interim"):
+        return []
+    smallest = size_text(detectable(comparison.noise.paired, pairs), comparison.scale)
+    return [
+        f"At this noise, {count_text(pairs, 'seed')} detect a difference of {smallest} with {100 * POWER:.0f}% power."
+    ]
 
 
 def _few_pairs(pairs: int, is_conclusion: bool) -> list[str]:

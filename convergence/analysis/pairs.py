@@ -9,7 +9,7 @@ from convergence.analysis.curves import mean_over_images, to_level
 from convergence.analysis.effects import Scale
 from convergence.errors import StudyError
 from convergence.failures import failed
-from convergence.tables import DIFFERENCES
+from convergence.tables import DIFFERENCES, metric_name
 
 
 class Pairs(NamedTuple):
@@ -18,9 +18,11 @@ class Pairs(NamedTuple):
     A level is a value of the metric on a scale where lower is better, such as the log of FD.
     """
 
+    study: str
+    features: str
+    metric: str
     baseline: str
     candidate: str
-    metric: str
     scale: Scale
     seeds: list[int]
     runs: list[tuple[pd.DataFrame, pd.DataFrame]]
@@ -46,13 +48,19 @@ class Pairs(NamedTuple):
 def pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> Pairs | None:
     """Pairs the runs of one metric by seed; returns None if no seed has runs of both arms.
 
-    Values that are not finite count as missing.
+    Args:
+        rows: the long table of metrics (`convergence.tables`) of one study, feature extractor and metric. Values that
+            are not finite count as missing.
+        baseline: name of the arm to compare with.
+        candidate: name of the arm to judge.
 
     Raises:
         StudyError: the runs share no range of training images.
     """
     rows = rows[rows["arm"].isin([baseline, candidate]) & (np.isfinite(rows["value"].astype(float)) | failed(rows))]
-    metric = "".join(rows["metric"].unique())
+    if rows.empty:
+        return None
+    study, features, metric = (rows[name].iloc[0] for name in ("study", "features", "metric"))
     scale: Scale = "difference" if metric in DIFFERENCES or (rows["value"] <= 0).any() else "ratio"
     rows = rows.assign(level=to_level(rows["value"], metric, scale)).sort_values("images")
     runs = {key: run for key, run in rows.groupby(["arm", "seed"]) if (run["images"] > 0).any()}
@@ -66,16 +74,18 @@ def pair_runs(rows: pd.DataFrame, baseline: str, candidate: str) -> Pairs | None
     last = checkpoints[shortest].max()
     if first > last:
         raise StudyError(
-            f"Study '{rows['study'].iloc[0]}': {baseline} and {candidate} share no range of training images, so they "
-            "cannot be compared: give them checkpoints over the same images."
+            f"Study '{study}': {baseline} and {candidate} share no range of training images with values of "
+            f"{metric_name(features, metric)}, so they cannot be compared: give them checkpoints over the same images."
         )
     pairs = [(base[base["images"] <= last], cand[cand["images"] <= last]) for base, cand in pairs]
     within = [images[images.between(first, last)] for images in checkpoints.values()]
     grid = np.unique(np.concatenate([[first, last], *within]))
     return Pairs(
+        study=study,
+        features=features,
+        metric=metric,
         baseline=baseline,
         candidate=candidate,
-        metric=metric,
         scale=scale,
         seeds=[int(seed) for seed in seeds],
         runs=pairs,

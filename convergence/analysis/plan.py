@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from convergence.analysis.comparison import NO_DIFFERENCE, compare_pair
+from convergence.analysis.comparison import NO_DIFFERENCE, compare_pairs
+from convergence.analysis.pairs import pair_runs
 from convergence.analysis.power import POWER, cautious_sd, seeds_needed
 from convergence.analysis.wording import size_text
 from convergence.errors import StudyError
@@ -28,7 +29,8 @@ def plan(
         StudyError: the pilot has fewer than two pairs of runs, the arms share no range of training images, the paired
             differences have no noise, or more than 10,000 seeds are needed.
     """
-    comparison = compare_pair(metrics, baseline, candidate)
+    runs = pair_runs(metrics, baseline, candidate)
+    comparison = compare_pairs(runs) if runs else None
     pairs = comparison.average.pairs if comparison else 0
     if comparison is None or pairs < 2:
         raise StudyError(

@@ -1,18 +1,18 @@
 """The primary comparison repeated with other endpoints and metrics: does the conclusion depend on their choice?"""
 
+from collections.abc import Iterable
+
 import numpy as np
-import pandas as pd
 
 from convergence.analysis.comparison import THRESHOLD_SHARES, progress_thresholds, time_effect
 from convergence.analysis.curves import mean_over_images
 from convergence.analysis.effects import Unit, interval_in_unit, shown
 from convergence.analysis.intervals import t_interval
-from convergence.analysis.pairs import Pairs, pair_runs
+from convergence.analysis.pairs import Pairs
 from convergence.analysis.results import Sensitivity
-from convergence.study_plan import StudyPlan
 
 
-def sensitivity(metrics: pd.DataFrame, plan: StudyPlan) -> tuple[Sensitivity, ...]:
+def sensitivity(metrics: Iterable[Pairs]) -> tuple[Sensitivity, ...]:
     """Returns the effects of the primary comparison's candidate by each endpoint, metric and feature extractor.
 
     The endpoints are three averages (over training images, over the log of training images, and over the last half of
@@ -20,20 +20,16 @@ def sensitivity(metrics: pd.DataFrame, plan: StudyPlan) -> tuple[Sensitivity, ..
     baseline's progress in level.
 
     Args:
-        metrics: the long table of metrics (`convergence.tables`) of one study, limited to the planned seeds.
-        plan: plan of the study, which names the arms of the primary comparison.
+        metrics: runs of the baseline and this candidate, in each metric.
     """
     rows: list[Sensitivity] = []
-    for (features, _), table in metrics.groupby(["features", "metric"], sort=False):
-        pairs = pair_runs(table, plan.baseline, plan.candidate)
-        if pairs is None:
-            continue
-        rows += [_row(endpoint, features, pairs, levels) for endpoint, levels in endpoints(pairs).items()]
+    for pairs in metrics:
+        rows += [_row(endpoint, pairs, levels) for endpoint, levels in endpoints(pairs).items()]
         for share, threshold in zip(THRESHOLD_SHARES, progress_thresholds(pairs), strict=False):
             effect = time_effect(pairs, threshold)
             name = f"images to {share:.0%} of the progress"
             interval = (effect.estimate, effect.low, effect.high)
-            rows.append(Sensitivity(name, features, pairs.metric, effect.unit, *interval, effect.shown))
+            rows.append(Sensitivity(name, pairs.features, pairs.metric, effect.unit, *interval, effect.shown))
     return tuple(rows)
 
 
@@ -51,9 +47,10 @@ def endpoints(pairs: Pairs) -> dict[str, np.ndarray]:
     }
 
 
-def _row(endpoint: str, features: str, pairs: Pairs, levels: np.ndarray) -> Sensitivity:
+def _row(endpoint: str, pairs: Pairs, levels: np.ndarray) -> Sensitivity:
     unit: Unit = "percent" if pairs.scale == "ratio" else "difference"
     difference = levels[:, 1] - levels[:, 0]
     interval = t_interval(difference[~np.isnan(difference)])
     result = shown(float(interval.low), float(interval.high), *map(int, pairs.failed.sum(axis=0)))
-    return Sensitivity(endpoint, features, pairs.metric, unit, *interval_in_unit(interval, unit, pairs.metric), result)
+    printed = interval_in_unit(interval, unit, pairs.metric)
+    return Sensitivity(endpoint, pairs.features, pairs.metric, unit, *printed, result)

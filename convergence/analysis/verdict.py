@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pair, effects_table
+from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pairs, effects_table
 from convergence.analysis.markdown import to_markdown
 from convergence.analysis.mechanism import mechanisms
-from convergence.analysis.power import POWER, detectable
+from convergence.analysis.notes import bias_notes, power_notes
+from convergence.analysis.pairs import Pairs, pair_runs
 from convergence.analysis.results import Comparison, FailedRun, Role, StudyVerdict, read_verdict, save_verdict
 from convergence.analysis.sensitivity import sensitivity
-from convergence.analysis.wording import count_text, effect_text, size_text
+from convergence.analysis.wording import count_text
+from convergence.errors import StudyError
 from convergence.failures import failed
 from convergence.study_plan import StudyPlan
 from convergence.tables import metric_name, write_table
@@ -24,9 +26,6 @@ if TYPE_CHECKING:  # importing torch takes seconds
     from diffusion.schemes import Tables
 
 __all__ = ["StudyVerdict", "judge", "read_verdict", "to_markdown", "write_verdict"]
-
-# Estimates without the bias of the Frechet distance, which falls with the number of samples; the best one first.
-UNBIASED = ("kid", "fd_infinity")
 
 
 def write_verdict(verdict: StudyVerdict, directory: Path) -> None:
@@ -59,6 +58,9 @@ def judge(
         costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None if unknown.
         tables: arm -> its density and loss weights. Arms with a learned density have no entry. None if unknown.
         warnings: sentences that restrict the verdict.
+
+    Raises:
+        StudyError: the runs of the primary comparison share no range of training images.
     """
     metrics = metrics[metrics["study"] == study]
     runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
@@ -66,9 +68,14 @@ def judge(
     warnings = (*warnings, *_missing_values(metrics))
     if plan is None:
         return StudyVerdict(study, failed=failed_runs, warnings=warnings)
-    comparisons = compare_study(metrics, plan, costs)
-    primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
     planned = _planned(metrics, plan)
+    pairs, problems = _pairs(planned, plan)
+    comparisons = _comparisons(pairs, plan, costs)
+    if missing := missing_runs(planned, plan):
+        comparisons = [as_interim(c, missing) if c.role == "primary" else c for c in comparisons]
+    primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
+    later = metrics[~metrics["seed"].isin(planned["seed"])]
+    comparisons += _replication(later, plan, costs)
     planned_probes = _planned(probes[probes["study"] == study], plan)
     return StudyVerdict(
         study,
@@ -79,10 +86,10 @@ def judge(
         plan=plan,
         plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
-        sensitivity=sensitivity(planned, plan),
+        sensitivity=sensitivity(runs for runs in pairs if runs.candidate == plan.candidate),
         mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
         failed=failed_runs,
-        warnings=warnings,
+        warnings=(*warnings, *problems),
     )
 
 
@@ -97,33 +104,43 @@ def _missing_values(metrics: pd.DataFrame) -> list[str]:
     ]
 
 
-def compare_study(metrics: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, float] | None = None) -> list[Comparison]:
-    """Compares every candidate of a study with the baseline, in every metric and with every feature extractor.
+def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[str]]:
+    """Pairs the runs of the baseline with those of every candidate, in every metric and with every feature extractor.
 
-    Runs with planned seeds are compared up to the last planned checkpoint. If there are other seeds, the last
-    comparison of the list is the primary comparison of these other seeds, with the role "replication".
+    Returns:
+        the pairs, and a sentence for each secondary comparison whose runs share no range of training images.
 
-    Args:
-        metrics: the long table of metrics (`convergence.tables`) of one study.
-        plan: what is compared: arms, metric, thresholds, margin and seeds.
-        costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None if unknown.
+    Raises:
+        StudyError: the runs of the primary comparison share no range of training images.
     """
-    planned = _planned(metrics, plan)
-    comparisons = []
+    found, problems = [], []
     for (features, metric), rows in planned.groupby(["features", "metric"], sort=False):
-        is_main = features == plan.features and metric == plan.metric
         for candidate in plan.candidates:
-            is_primary = is_main and candidate == plan.candidate
-            thresholds, margin = (plan.thresholds, plan.margin) if is_main else (None, None)
-            role: Role = "primary" if is_primary else "secondary"
-            comparisons.append(compare_pair(rows, plan.baseline, candidate, thresholds, margin, role, costs))
-    known = adjust([comparison for comparison in comparisons if comparison])
-    if missing := missing_runs(metrics, plan):
-        known = [as_interim(c, missing) if c.role == "primary" else c for c in known]
-    later = metrics[~metrics["seed"].isin(planned["seed"])]
-    later = later[(later["features"] == plan.features) & (later["metric"] == plan.metric)]
-    replication = compare_pair(later, plan.baseline, plan.candidate, plan.thresholds, plan.margin, "replication", costs)
-    return [*known, replication] if replication else known
+            try:
+                found.append(pair_runs(rows, plan.baseline, candidate))
+            except StudyError as error:
+                if (features, metric, candidate) == (plan.features, plan.metric, plan.candidate):
+                    raise
+                problems.append(str(error))
+    return [pairs for pairs in found if pairs], problems
+
+
+def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
+    """Compares every candidate with the baseline, in every metric and with every feature extractor."""
+    comparisons = []
+    for runs in pairs:
+        is_main = (runs.features, runs.metric) == (plan.features, plan.metric)
+        thresholds, margin = (plan.thresholds, plan.margin) if is_main else (None, None)
+        role: Role = "primary" if is_main and runs.candidate == plan.candidate else "secondary"
+        comparisons.append(compare_pairs(runs, thresholds, margin, role, costs))
+    return adjust(comparisons)
+
+
+def _replication(later: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
+    """Returns the primary comparison of the seeds that were added to the plan later, if they have a pair of runs."""
+    rows = later[(later["features"] == plan.features) & (later["metric"] == plan.metric)]
+    pairs = pair_runs(rows, plan.baseline, plan.candidate)
+    return [compare_pairs(pairs, plan.thresholds, plan.margin, "replication", costs)] if pairs else []
 
 
 def _planned(metrics: pd.DataFrame, plan: StudyPlan) -> pd.DataFrame:
@@ -165,39 +182,4 @@ def _answer(primary: Comparison | None, comparisons: Sequence[Comparison]) -> st
     if primary is None:
         where = "of the primary metric " if comparisons else ""
         return f"No answer: no seed has a value {where}in both arms."
-    return " ".join([str(primary), *_bias(primary, comparisons), *_detectable(primary)])
-
-
-def _bias(primary: Comparison, comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns a sentence on whether an unbiased metric agrees with the Frechet distance."""
-    if primary.metric != "fd":
-        return []
-    arms = (primary.features, primary.baseline, primary.candidate)
-    others = {c.metric: c for c in comparisons if (c.features, c.baseline, c.candidate) == arms}
-    unbiased = next((others[metric] for metric in UNBIASED if metric in others), None)
-    name = primary.short_name
-    if unbiased is None:
-        return [f"{name} of a finite number of samples is biased upwards, so the true change may be larger."]
-    ours, theirs = primary.average, unbiased.average
-    if ours.shown == theirs.shown:
-        agrees = "it agrees"
-    elif (ours.estimate > 0) == (theirs.estimate > 0):
-        agrees = "it has the same sign, but does not show the same"
-    else:
-        agrees = "it does not agree"
-    change = f"the unbiased {unbiased.short_name} changes by {effect_text(theirs)}"
-    return [f"{name} is biased upwards, which makes its changes too small; {change}: {agrees}."]
-
-
-def _detectable(comparison: Comparison) -> list[str]:
-    """Returns a sentence on the smallest difference that this number of seeds detects, if nothing is decided.
-
-    There is no sentence below three pairs, from which the spread is hardly known.
-    """
-    pairs = comparison.average.pairs
-    if pairs < 3 or comparison.outcome not in ("undecided", "interim"):
-        return []
-    smallest = size_text(detectable(comparison.noise.paired, pairs), comparison.scale)
-    return [
-        f"At this noise, {count_text(pairs, 'seed')} detect a difference of {smallest} with {100 * POWER:.0f}% power."
-    ]
+    return " ".join([str(primary), *bias_notes(primary, comparisons), *power_notes(primary)])
