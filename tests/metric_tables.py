@@ -3,16 +3,11 @@
 import numpy as np
 import pandas as pd
 
-<<<<<<< HEAD
-from convergence.rows import COLUMNS
-from convergence.study_plan import StudyPlan
-=======
 from convergence.analysis.comparison import compare_pairs
 from convergence.analysis.pairs import pair_runs
 from convergence.analysis.verdict import judge
+from convergence.rows import COLUMNS, PROBE_COLUMNS
 from convergence.study_plan import StudyPlan
-from convergence.tables import COLUMNS, PROBE_COLUMNS
->>>>>>> t21
 
 STEPS = (0, 100, 200, 300, 400)
 

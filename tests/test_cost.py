@@ -9,13 +9,8 @@ from test_training import IMAGES, P2, UNI05, tiny
 
 from convergence import resources
 from convergence.analysis.results import save_verdict
-<<<<<<< HEAD
-from convergence.analysis.verdict import judge
 from convergence.cost import COLUMNS, cost_table, costs
-from convergence.rows import PROBE_COLUMNS, ROUND_COLUMNS, of_rounds, write_rows
-=======
-from convergence.cost import COLUMNS, ROUND_COLUMNS, cost_table, costs, round_table
->>>>>>> t21
+from convergence.rows import ROUND_COLUMNS, of_rounds, write_rows
 from convergence.tables import read_curves, read_table, write_table
 from diffusion.config import Scheme
 from diffusion.training import timing

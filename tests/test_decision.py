@@ -12,12 +12,7 @@ from convergence import layout
 from convergence.analysis.decision import decide
 from convergence.analysis.effects import shown
 from convergence.analysis.notes import is_skewed, outlier
-<<<<<<< HEAD
-from convergence.analysis.verdict import judge, to_markdown
-from convergence.rows import PROBE_COLUMNS
-=======
 from convergence.analysis.verdict import to_markdown
->>>>>>> t21
 from convergence.schema import Experiment
 from convergence.study_plan import current_plan, plan_changes, plan_in_force, record_plan
 from diffusion.errors import FileError

@@ -18,11 +18,7 @@ from convergence.errors import StudyError
 from convergence.figures.curves import fid_curves
 from convergence.rows import COLUMNS, PROBE_COLUMNS, of_checkpoint, write_rows
 from convergence.schema import Evaluate, Experiment
-<<<<<<< HEAD
 from convergence.tables import collect, read_table, write_table
-=======
-from convergence.tables import COLUMNS, PROBE_COLUMNS, collect, of_checkpoint, read_table, write_table
->>>>>>> t21
 from diffusion.config import OpenMoji
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES
 

@@ -12,13 +12,7 @@ from metric_tables import PLAN, curves, study, verdict_on
 from projects import ROOT
 
 from benchmarks import independent, recompute
-<<<<<<< HEAD
-from convergence.analysis.verdict import judge, write_verdict
-from convergence.rows import PROBE_COLUMNS
-from convergence.study_plan import write_plan
-=======
 from convergence.analysis.verdict import write_verdict
->>>>>>> t21
 from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"

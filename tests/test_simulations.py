@@ -8,11 +8,6 @@ from benchmarks import coverage, looks
 from benchmarks.simulation import NOISES, effects, outcomes, simulate
 from convergence.analysis.curves import mean_over_images
 from convergence.analysis.intervals import t_interval
-<<<<<<< HEAD
-from convergence.analysis.verdict import judge
-from convergence.rows import PROBE_COLUMNS
-=======
->>>>>>> t21
 
 MANY = coverage.SEEDS[1:]
 

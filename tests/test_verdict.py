@@ -14,10 +14,6 @@ from convergence.analysis.verdict import adjust, judge, read_verdict, to_markdow
 from convergence.errors import StudyError
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.pages import to_html
-<<<<<<< HEAD
-from convergence.rows import PROBE_COLUMNS
-=======
->>>>>>> t21
 from diffusion.errors import FileError
 
 
