@@ -65,11 +65,11 @@ def compare(options: argparse.Namespace) -> None:
     from diffusion.nets.size import unet_size
 
     set_environment(str(ROOT))
-    run = settings(options)
+    run = settings(options.study, options.batch)
     forward = 2 * unet_size(run.model, run.dataset.image_size).multiply_adds
     peak = peak_flops(run)
     rows = []
-    for work, flops in (("train", 3 * forward), ("sample", load(options).sample.steps * forward)):
+    for work, flops in (("train", 3 * forward), ("sample", load(options.study).sample.steps * forward)):
         measured: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
         for _ in range(options.rounds):
             for net, results in measured.items():
@@ -93,16 +93,16 @@ def compare(options: argparse.Namespace) -> None:
         table.to_csv(options.csv, index=False)
 
 
-def load(options: argparse.Namespace) -> Any:
-    return load_experiment(ROOT / "experiments" / f"{options.study}.yaml")
+def load(study: str) -> Any:
+    return load_experiment(ROOT / "experiments" / f"{study}.yaml")
 
 
-def settings(options: argparse.Namespace) -> RunConfig:
-    """The settings of the study's first arm, with the batch size of the command line."""
-    experiment = load(options)
+def settings(study: str, batch: int | None) -> RunConfig:
+    """The settings of the study's first arm, with another batch size if one is given."""
+    experiment = load(study)
     run = experiment.run(next(iter(experiment.arms)))
-    if options.batch:
-        train = run.train.model_copy(update={"batch_size": options.batch, "micro_batch": None})
+    if batch:
+        train = run.train.model_copy(update={"batch_size": batch, "micro_batch": None})
         run = run.model_copy(update={"train": train})
     return run
 
@@ -117,7 +117,7 @@ def device_name() -> str:
 
 def sample_batch(options: argparse.Namespace) -> int:
     """Images that are sampled at the same time."""
-    chosen = options.sample_batch or load(options).sample.batch_size
+    chosen = options.sample_batch or load(options.study).sample.batch_size
     return chosen or (256 if device() == "cuda" else MAX_IMAGES_ON_CPU)
 
 
@@ -145,7 +145,7 @@ def peak_flops(run: RunConfig) -> float:
 
 def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float]:
     """Measure the first step including the setup, then the steps of some seconds; needs its own process."""
-    run = settings(options)
+    run = settings(options.study, options.batch)
     use_torch(run.train.threads, int(device() == "cuda"))
     start = time.perf_counter()
     step = WORK[net, work](run, options)
@@ -204,7 +204,7 @@ def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int
     model, schedule = untrained(run, 0)
     model = model.to(device()).to(memory_format=torch.channels_last).eval()
     checkpoint = Checkpoint(model, schedule, run.dataset.image_size)
-    sample = load(options).sample
+    sample = load(options.study).sample
     count = sample_batch(options)
     once = sample.model_copy(update={"images": count, "batch_size": count})
 
@@ -274,7 +274,7 @@ def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[],
 def diffusers_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
     from diffusers import DDIMScheduler
 
-    model, scheduler, sample = their_net(run).eval(), DDIMScheduler(run.diffusion.timesteps), load(options).sample
+    model, scheduler, sample = their_net(run).eval(), DDIMScheduler(run.diffusion.timesteps), load(options.study).sample
     scheduler.set_timesteps(sample.steps)
     count, size = sample_batch(options), run.dataset.image_size
 
@@ -302,7 +302,7 @@ def profile(options: argparse.Namespace) -> str:
     """Profile of our training step, by operation."""
     from torch.profiler import ProfilerActivity
 
-    run = settings(options)
+    run = settings(options.study, options.batch)
     use_torch(run.train.threads, int(device() == "cuda"))
     step = ours_train(run, options)
     for _ in range(3):

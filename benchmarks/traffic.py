@@ -2,11 +2,11 @@
 
     python -m benchmarks.traffic ffhq128 --batch 64 [--sample]
 
-The step runs on fake CUDA tensors, which have shapes and no contents. An operation of torch reads each argument once and
-writes each result once; in place, it reads and writes its target. A view moves nothing. Convolutions and matrix products,
-including attention, are limited by arithmetic rather than memory: they count as launches without bytes, but the bias of a
-convolution and its gradient are passes over memory. A kernel of this project declares what it loads and stores
-(`diffusion.nets.kernels.launch`). One operation on a list of tensors, such as the optimizer, is one launch.
+The step runs on fake CUDA tensors, which have shapes and no contents. An operation of torch reads each argument once
+and writes each result once; in place, it reads and writes its target. A view moves nothing. Convolutions and matrix
+products, including attention, are limited by arithmetic rather than memory: they count as launches without bytes, but
+the bias of a convolution and its gradient are passes over memory. A kernel of this project declares what it loads and
+stores (`diffusion.nets.kernels.launch`). One operation on a list of tensors, such as the optimizer, is one launch.
 """
 
 import argparse
@@ -39,6 +39,9 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # an operation that 
 OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # the target is written and not read
 
 
+Moved = Iterable[tuple[Tensor | None, float]]  # as in `diffusion.nets.kernels`
+
+
 class Traffic(TorchDispatchMode):
     """Counts the operations on fake CUDA tensors in this context.
 
@@ -61,7 +64,8 @@ class Traffic(TorchDispatchMode):
         self, kernel: Any, grid: Any, loads: Iterable, stores: Iterable, *arguments: Any, **options: Any
     ) -> None:
         """Counts a kernel of this project, in place of `diffusion.nets.kernels.launch`."""
-        self.add(kernel.__name__, sum(tensor.nbytes * times for tensor, times in (*loads, *stores)))
+        moved = (tensor.nbytes * times for tensor, times in (*loads, *stores) if tensor is not None)
+        self.add(kernel.__name__, sum(moved))
 
     def call_graph(self, graph: CudaGraphed, *arguments: Tensor) -> Any:
         """Calls the function of a CUDA graph, in place of the graph.
@@ -86,11 +90,9 @@ class Traffic(TorchDispatchMode):
                 return func._op_dk(COMPOSITE, *args, **kwargs)
         results = func(*args, **kwargs)
         if func.overloadpacket.__name__ in {"convolution", "convolution_backward"}:
-            # As cuDNN returns them if an argument has channels last, which all activations and weights here have.
-            results = tree_map_only(
-                Tensor, lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t, results
-            )
-        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+            # As cuDNN returns them if an argument has channels last. Here, all images and weights have.
+            results = tree_map_only(Tensor, channels_last, results)
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         if not func.is_view and any(tensor.device.type == "cuda" for tensor in tensors_in((given, results))):
             self.count(func, given, results)
         return results
@@ -104,7 +106,7 @@ class Traffic(TorchDispatchMode):
             results: what it returned.
         """
         name = func.overloadpacket.__name__
-        if name in PRODUCTS:
+        if name.removesuffix("_") in PRODUCTS:
             self.add("products", 0)
             if name == "convolution" and given["bias"] is not None:
                 self.add("bias of a convolution", 2 * size(results))
@@ -143,6 +145,10 @@ def size(tensor: Tensor) -> int:
     return torch.Size(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride).numel() * (
         tensor.element_size()
     )
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 class Attention(torch.autograd.Function):
@@ -188,9 +194,8 @@ def fake_gpu(run: RunConfig) -> Iterator[Traffic]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch.object(training_state, name, stand_in))
-        stack.enter_context(
-            patch.object(CudaGraphed, "__call__", lambda graph, *rest: traffic.call_graph(graph, *rest))
-        )
+        graph = lambda *rest: traffic.call_graph(*rest)  # noqa: E731
+        stack.enter_context(patch.object(CudaGraphed, "__call__", graph))
         stack.enter_context(patch.object(nn.Module, "_apply", convert))
         stack.enter_context(patch.object(kernels, "launch", traffic.launch))
         attention = lambda *rest: Attention.apply(traffic, *rest)  # noqa: E731
@@ -232,7 +237,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per step, default: those of the study")
     parser.add_argument("--sample", action="store_true", help="count a forward pass of sampling instead")
     options = parser.parse_args()
-    print((forward_pass if options.sample else training_step)(settings(options)).table())
+    count = forward_pass if options.sample else training_step
+    print(count(settings(options.study, options.batch)).table())
 
 
 if __name__ == "__main__":
