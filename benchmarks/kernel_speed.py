@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import triton.testing
 
 from benchmarks.throughput import device, random_images, settings

@@ -199,14 +199,20 @@ def pack(
             for name, path in files.items():
                 archive.add(path, f"carry/{name}")
         size = file.tell()
-        if size > most:
-            largest = sorted(files, key=lambda name: -files[name].stat().st_size)[:5]
-            parts = ", ".join(f"{name} ({files[name].stat().st_size / 2**20:.1f} MiB)" for name in largest)
-            raise StudyError(
-                f"{out} would have {size / 2**20:.1f} MiB, more than {most / 2**20:.1f} MiB: leave out what the other "
-                f"machine has (--have); the largest parts are {parts}"
-            )
+        _check_size(out, size, most, files)
     logger.info("%s: %.1f MiB. On the other machine: tar xf %s && bash carry/run.sh", out, size / 2**20, out.name)
+
+
+def _check_size(out: Path, size: float, most: float, files: Mapping[str, Path]) -> None:
+    """Raises a StudyError that names the largest files if an archive of `size` bytes is larger than `most`."""
+    if size > most:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        raise StudyError(
+            f"{out} would have {size / 2**20:.1f} MiB, more than {most / 2**20:.1f} MiB: leave out what the other "
+            "machine has (--have); the largest parts are "
+            + ", ".join(f"{name} ({sizes[name] / 2**20:.1f} MiB)" for name in largest)
+        )
 
 
 def collect(experiments: Mapping[str, Experiment], out: Path) -> None:
