@@ -99,7 +99,7 @@ def test_a_study_runs_without_a_network_and_its_results_are_collected(tmp_path):
     command = [sys.executable, "-m", "convergence", "carry", "pack", "openmoji", "--python", python]
     run([*command, "--have", "scipy,pandas,matplotlib"], home)
 
-    # The other machine has torch and a few packages; all other packages come from the archive, and no package index can be reached.
+    # The other machine has torch and a few packages. All others come from the archive: no package index can be reached.
     machine = tmp_path / "machine"
     machine.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():

@@ -204,7 +204,11 @@ def pack(
 
 
 def _check_size(out: Path, size: float, most: float, files: Mapping[str, Path]) -> None:
-    """Raises a StudyError that names the largest files if an archive of `size` bytes is larger than `most`."""
+    """Checks that an archive of `size` bytes is not larger than `most`.
+
+    Raises:
+        StudyError: if it is larger; the message names the largest of its files.
+    """
     if size > most:
         sizes = {name: path.stat().st_size for name, path in files.items()}
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
