@@ -32,7 +32,7 @@ from convergence.jobs import use_torch
 from convergence.snakefile import set_environment
 from convergence.study_file import load_experiment
 from diffusion.config import RunConfig
-from diffusion.devices import MAX_IMAGES_ON_CPU, autocast
+from diffusion.devices import MAX_IMAGES_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 2048
@@ -111,6 +111,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def autocast(precision: str) -> torch.autocast:
+    """The context in which the net of diffusers computes in the precision of a study."""
+    low = precision == "bf16" or (precision == "auto" and device() == "cuda")
+    return torch.autocast(device(), torch.bfloat16, enabled=low)
+
+
 def device_name() -> str:
     return torch.cuda.get_device_name() if device() == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
 
@@ -131,7 +137,7 @@ def peak_flops(run: RunConfig) -> float:
     torch.set_num_threads(run.train.threads)
     side = 8192 if device() == "cuda" else 2048
     best = float("inf")
-    with autocast(device(), run.train.precision):
+    with autocast(run.train.precision):
         # The product has the autocast type, so that the measurement includes no cast.
         a = torch.randn(side, side, device=device()) @ torch.eye(side, device=device())
         for _ in range(5):
@@ -260,7 +266,7 @@ def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[],
         for x_start in next(source).to(device()).split(micro):
             noise = torch.randn_like(x_start)
             t = torch.randint(run.diffusion.timesteps, (len(x_start),), device=x_start.device)
-            with autocast(device(), train.precision):
+            with autocast(train.precision):
                 output = model(scheduler.add_noise(x_start, noise, t), t).sample
             (F.mse_loss(output.float(), noise) * len(x_start) / train.batch_size).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -282,7 +288,7 @@ def diffusers_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[]
     def step() -> int:
         x = torch.randn(count, 3, size, size, device=device())
         for t in scheduler.timesteps:
-            with autocast(device(), sample.precision):
+            with autocast(sample.precision):
                 output = model(x, t).sample
             x = scheduler.step(output, t, x).prev_sample
         return count

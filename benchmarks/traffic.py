@@ -27,14 +27,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from benchmarks.throughput import settings
 from diffusion.build import build_net, noise_schedule
 from diffusion.config import RunConfig
-from diffusion.devices import CudaGraphed, autocast
+from diffusion.devices import CudaGraphed
 from diffusion.nets import kernels
 from diffusion.schemes import scheme_tables
 from diffusion.training import state as training_state
 from diffusion.training.state import TrainState, train_step
 
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "squeeze_"}
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # an operation that is made of others
 OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # the target is written and not read
 
@@ -115,7 +115,7 @@ class Traffic(TorchDispatchMode):
             self.add("products", 0, sum(products))
             if bias:
                 self.add("gradient of a bias", size(given["grad_output"]))
-        elif name not in ALLOCATIONS:
+        elif name not in FREE:
             arguments = func._schema.arguments
             # Without a scale of the loss, the optimizer does not write the gradients.
             target = [a.name for a in arguments if a.alias_info and a.alias_info.is_write and a.name != "grads"]
@@ -222,11 +222,14 @@ def training_step(run: RunConfig) -> Traffic:
 
 def forward_pass(run: RunConfig) -> Traffic:
     """Counts one forward pass of sampling."""
+    from diffusion.devices import compute_copy
+
     side, count = run.dataset.image_size, run.train.batch_size
     with fake_gpu(run) as traffic:
         model = build_net(side, run.model).to("cuda", memory_format=torch.channels_last).eval().requires_grad_(False)
         x, t = torch.zeros(count, 3, side, side, device="cuda"), torch.zeros(count, dtype=torch.int64, device="cuda")
-        with traffic, torch.inference_mode(), autocast("cuda", "auto"):
+        model = compute_copy(model, "auto")
+        with traffic, torch.inference_mode():
             model(x, t).float()
     return traffic
 
