@@ -60,9 +60,7 @@ class Traffic(TorchDispatchMode):
         self.launches[name] += launches
         self.bytes[name] += round(moved)
 
-    def launch(
-        self, kernel: Any, grid: Any, loads: Iterable, stores: Iterable, *arguments: Any, **options: Any
-    ) -> None:
+    def launch(self, kernel: Any, grid: Any, loads: Moved, stores: Moved, *arguments: Any, **options: Any) -> None:
         """Counts a kernel of this project, in place of `diffusion.nets.kernels.launch`."""
         moved = (tensor.nbytes * times for tensor, times in (*loads, *stores) if tensor is not None)
         self.add(kernel.__name__, sum(moved))
