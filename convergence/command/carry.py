@@ -39,7 +39,6 @@ LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plug
 LEFT_OUT_FILES = ("docs/", "reports/", "benchmarks/growth.png")
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DATASETS = "datasets.tar.xz"
-XZ_PRESET = 6
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 SMALL_FILES = {
     "metrics.csv",
@@ -189,7 +188,7 @@ def pack(
     with tempfile.TemporaryDirectory() as directory, atomic_write(out) as file:
         made = Path(directory)
         (made / "run.sh").write_text(RUN.format(studies=names, datasets=DATASETS))
-        with tarfile.open(made / DATASETS, "w:xz", preset=XZ_PRESET) as datasets_archive:
+        with tarfile.open(made / DATASETS, "w:xz") as datasets_archive:
             for path in images:
                 datasets_archive.add(path)
         _fetch_wheels(python, have, also, made / "wheels")
