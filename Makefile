@@ -14,7 +14,7 @@ ifneq ($(shell test -w "$$HOME" && echo yes),yes)
 export XDG_CACHE_HOME ?= $(CURDIR)/.cache
 endif
 
-.PHONY: help env figure dry-run report ui track test test-all lint format clean clean-all
+.PHONY: help env figure dry-run report ui track test test-all gpu lint format clean clean-all
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ test: $(READY)  ## run the fast tests (minutes)
 
 test-all: $(READY)  ## run all tests (half an hour)
 	$(PYTEST)
+
+gpu: $(READY)  ## measure everything on a GPU in eight minutes: gpu.tar.gz (benchmarks/README.md)
+	python -m benchmarks.gpu --out gpu.tar.gz
 
 lint: $(READY)  ## check style, docstrings, types and dependencies
 	ruff check .

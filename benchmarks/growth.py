@@ -48,7 +48,7 @@ def with_section(run: RunConfig, section: str, **changes: int) -> RunConfig:
 def measure_training(seconds: float) -> list[tuple[str, int, str, float]]:
     """Rows of COLUMNS: milliseconds per image of a training step."""
     options = argparse.Namespace(study=STUDY, batch=None)
-    run, rows = settings(options), []
+    run, rows = settings(STUDY, None), []
     torch.set_num_threads(run.train.threads)
     for axis, (values, change) in NETS.items():
         for value in values:

@@ -32,7 +32,7 @@ from convergence.jobs import use_torch
 from convergence.snakefile import set_environment
 from convergence.study_file import load_experiment
 from diffusion.config import RunConfig
-from diffusion.devices import MAX_IMAGES_ON_CPU, autocast
+from diffusion.devices import MAX_IMAGES_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 2048
@@ -65,11 +65,11 @@ def compare(options: argparse.Namespace) -> None:
     from diffusion.nets.size import unet_size
 
     set_environment(str(ROOT))
-    run = settings(options)
+    run = settings(options.study, options.batch)
     forward = 2 * unet_size(run.model, run.dataset.image_size).multiply_adds
     peak = peak_flops(run)
     rows = []
-    for work, flops in (("train", 3 * forward), ("sample", load(options).sample.steps * forward)):
+    for work, flops in (("train", 3 * forward), ("sample", load(options.study).sample.steps * forward)):
         measured: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
         for _ in range(options.rounds):
             for net, results in measured.items():
@@ -93,16 +93,16 @@ def compare(options: argparse.Namespace) -> None:
         table.to_csv(options.csv, index=False)
 
 
-def load(options: argparse.Namespace) -> Any:
-    return load_experiment(ROOT / "experiments" / f"{options.study}.yaml")
+def load(study: str) -> Any:
+    return load_experiment(ROOT / "experiments" / f"{study}.yaml")
 
 
-def settings(options: argparse.Namespace) -> RunConfig:
-    """The settings of the study's first arm, with the batch size of the command line."""
-    experiment = load(options)
+def settings(study: str, batch: int | None) -> RunConfig:
+    """The settings of the study's first arm, with another batch size if one is given."""
+    experiment = load(study)
     run = experiment.run(next(iter(experiment.arms)))
-    if options.batch:
-        train = run.train.model_copy(update={"batch_size": options.batch, "micro_batch": None})
+    if batch:
+        train = run.train.model_copy(update={"batch_size": batch, "micro_batch": None})
         run = run.model_copy(update={"train": train})
     return run
 
@@ -111,13 +111,19 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def autocast(precision: str) -> torch.autocast:
+    """The context in which the net of diffusers computes in the precision of a study."""
+    low = precision == "bf16" or (precision == "auto" and device() == "cuda")
+    return torch.autocast(device(), torch.bfloat16, enabled=low)
+
+
 def device_name() -> str:
     return torch.cuda.get_device_name() if device() == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
 
 
 def sample_batch(options: argparse.Namespace) -> int:
     """Images that are sampled at the same time."""
-    chosen = options.sample_batch or load(options).sample.batch_size
+    chosen = options.sample_batch or load(options.study).sample.batch_size
     return chosen or (256 if device() == "cuda" else MAX_IMAGES_ON_CPU)
 
 
@@ -131,7 +137,7 @@ def peak_flops(run: RunConfig) -> float:
     torch.set_num_threads(run.train.threads)
     side = 8192 if device() == "cuda" else 2048
     best = float("inf")
-    with autocast(device(), run.train.precision):
+    with autocast(run.train.precision):
         # The product has the autocast type, so that the measurement includes no cast.
         a = torch.randn(side, side, device=device()) @ torch.eye(side, device=device())
         for _ in range(5):
@@ -145,7 +151,7 @@ def peak_flops(run: RunConfig) -> float:
 
 def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float]:
     """Measure the first step including the setup, then the steps of some seconds; needs its own process."""
-    run = settings(options)
+    run = settings(options.study, options.batch)
     use_torch(run.train.threads, int(device() == "cuda"))
     start = time.perf_counter()
     step = WORK[net, work](run, options)
@@ -204,7 +210,7 @@ def ours_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int
     model, schedule = untrained(run, 0)
     model = model.to(device()).to(memory_format=torch.channels_last).eval()
     checkpoint = Checkpoint(model, schedule, run.dataset.image_size)
-    sample = load(options).sample
+    sample = load(options.study).sample
     count = sample_batch(options)
     once = sample.model_copy(update={"images": count, "batch_size": count})
 
@@ -260,7 +266,7 @@ def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[],
         for x_start in next(source).to(device()).split(micro):
             noise = torch.randn_like(x_start)
             t = torch.randint(run.diffusion.timesteps, (len(x_start),), device=x_start.device)
-            with autocast(device(), train.precision):
+            with autocast(train.precision):
                 output = model(scheduler.add_noise(x_start, noise, t), t).sample
             (F.mse_loss(output.float(), noise) * len(x_start) / train.batch_size).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -274,7 +280,7 @@ def diffusers_train(run: RunConfig, options: argparse.Namespace) -> Callable[[],
 def diffusers_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[], int]:
     from diffusers import DDIMScheduler
 
-    model, scheduler, sample = their_net(run).eval(), DDIMScheduler(run.diffusion.timesteps), load(options).sample
+    model, scheduler, sample = their_net(run).eval(), DDIMScheduler(run.diffusion.timesteps), load(options.study).sample
     scheduler.set_timesteps(sample.steps)
     count, size = sample_batch(options), run.dataset.image_size
 
@@ -282,7 +288,7 @@ def diffusers_sample(run: RunConfig, options: argparse.Namespace) -> Callable[[]
     def step() -> int:
         x = torch.randn(count, 3, size, size, device=device())
         for t in scheduler.timesteps:
-            with autocast(device(), sample.precision):
+            with autocast(sample.precision):
                 output = model(x, t).sample
             x = scheduler.step(output, t, x).prev_sample
         return count
@@ -302,7 +308,7 @@ def profile(options: argparse.Namespace) -> str:
     """Profile of our training step, by operation."""
     from torch.profiler import ProfilerActivity
 
-    run = settings(options)
+    run = settings(options.study, options.batch)
     use_torch(run.train.threads, int(device() == "cuda"))
     step = ours_train(run, options)
     for _ in range(3):

