@@ -6,7 +6,8 @@ The step runs on fake CUDA tensors, which have shapes and no contents. An operat
 and writes each result once; in place, it reads and writes its target. A view moves nothing. Convolutions and matrix
 products, including attention, are limited by arithmetic rather than memory: they count as launches without bytes, but
 the bias of a convolution and its gradient are passes over memory. A kernel of this project declares what it loads and
-stores (`diffusion.nets.kernels.launch`). One operation on a list of tensors, such as the optimizer, is one launch.
+stores (`diffusion.nets.kernels.launch`); the kernel of a 1x1 convolution counts as a product. One operation on a list
+of tensors, such as the optimizer, is one launch.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from benchmarks.throughput import settings
 from diffusion.build import build_net, noise_schedule
 from diffusion.config import RunConfig
-from diffusion.devices import CudaGraphed
+from diffusion.devices import CudaGraphed, compute_copy
 from diffusion.nets import kernels
 from diffusion.schemes import scheme_tables
 from diffusion.training import state as training_state
 from diffusion.training.state import TrainState, train_step
 
-PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", "_add_products"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "squeeze_"}
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # an operation that is made of others
 OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # the target is written and not read
@@ -62,6 +63,8 @@ class Traffic(TorchDispatchMode):
 
     def launch(self, kernel: Any, grid: Any, loads: Moved, stores: Moved, *arguments: Any, **options: Any) -> None:
         """Counts a kernel of this project, in place of `diffusion.nets.kernels.launch`."""
+        if kernel.__name__ in PRODUCTS:
+            return self.add("products", 0)
         moved = (tensor.nbytes * times for tensor, times in (*loads, *stores) if tensor is not None)
         self.add(kernel.__name__, sum(moved))
 
@@ -220,8 +223,6 @@ def training_step(run: RunConfig) -> Traffic:
 
 def forward_pass(run: RunConfig) -> Traffic:
     """Counts one forward pass of sampling."""
-    from diffusion.devices import compute_copy
-
     side, count = run.dataset.image_size, run.train.batch_size
     with fake_gpu(run) as traffic:
         model = build_net(side, run.model).to("cuda", memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -1,6 +1,5 @@
 """The count of bytes and launches (`benchmarks.traffic`), and the bytes that the kernels declare."""
 
-import importlib.util
 import inspect
 import re
 
@@ -12,10 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 from benchmarks.traffic import Traffic, forward_pass, settings, training_step
 from diffusion.nets.unet import UNet
-
-needs_kernels = pytest.mark.skipif(
-    importlib.util.find_spec("diffusion.nets.fused") is None, reason="needs the net of fused operations"
-)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +62,6 @@ def test_the_bias_of_a_convolution_is_a_pass_over_memory():
     assert traffic.bytes.total() == 2e9
 
 
-@needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels do not run in the interpreter")
 @pytest.mark.slow
 def test_kernels_declare_what_they_load_and_store(monkeypatch):
@@ -113,7 +107,6 @@ def test_kernels_declare_what_they_load_and_store(monkeypatch):
     assert launched == every - inlined
 
 
-@needs_kernels
 @pytest.mark.slow
 def test_a_step_moves_few_bytes_in_few_launches():
     run = settings("ffhq128", 64)
