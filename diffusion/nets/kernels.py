@@ -36,7 +36,7 @@ FEW_WARPS, MANY_WARPS = 4, 8
 
 Moved = Sequence[tuple[Tensor | None, float]]
 # These integers do not select a variant of a kernel, so that few variants are compiled.
-RUNTIME = ["pixels", "image_width", "span", "pieces", "pieces1", "pieces2", "piece", "group", "blocks", "n"]
+RUNTIME = ["pixels", "image_width", "span", "pieces", "pieces1", "pieces2", "piece", "group", "eighth", "blocks", "n"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], loads: Moved, stores: Moved, *arguments: Any, **options: Any) -> None:
@@ -176,7 +176,7 @@ def add_products(h: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor]) 
     launch(
         _add_products, by.grid(by.pieces), [(h, 1), *moved], [(y, 1), (result, 1)],
         h, x1, x2, w1, w2, y, result, by.pixels, by.channels, x1.shape[1], second, w1.stride(0), w2.stride(0),
-        by.piece, by.pieces, depth, by.rows, by.width, num_warps=FEW_WARPS,
+        by.piece, by.pieces, depth, by.rows, by.width, num_warps=MANY_WARPS,
     )  # fmt: skip
     return y, result
 
@@ -261,7 +261,12 @@ def statistics(sums1: Tensor, sums2: Tensor | None, tables: Tables, pixels: int,
 
 def fits(x: Tensor, groups: int) -> bool:
     """Returns whether `norm_once` can compute a norm of images x [N, C, H, W]."""
-    return x[0, 0].numel() <= ONCE_PIXELS and x.shape[1] // groups <= ONCE_WIDTH
+    return x[0, 0].numel() <= ONCE_PIXELS and _channels_of_program(x.shape[1] // groups) > 0
+
+
+def _channels_of_program(group: int) -> int:
+    """Returns how many channels a program of `norm_once` computes: whole groups, and a multiple of 8 for fast loads."""
+    return ONCE_WIDTH // math.lcm(group, 8) * math.lcm(group, 8)
 
 
 def norm_once(x: Tensor, tables: Tables, groups: int, silu: bool) -> tuple[Tensor, Statistics]:
@@ -278,11 +283,12 @@ def norm_once(x: Tensor, tables: Tables, groups: int, silu: bool) -> tuple[Tenso
     z = torch.empty_like(x)
     a, b, total = torch.empty(3, n, channels, dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty(2, n, groups, dtype=torch.float32, device=x.device)
-    blocks = triton.cdiv(groups, ONCE_WIDTH // group)
+    used = _channels_of_program(group)
+    blocks = triton.cdiv(channels, used)
     launch(
         _norm_once, (n * blocks,), [(x, 1), (tables.time, 1), *tables.loads(n)],
         [(z, 1), (a, 1), (b, 1), (total, 1), (mean, 1), (rstd, 1)],
-        x, *tables.arguments(), z, a, b, total, mean, rstd, pixels, group, blocks, EPSILON, silu,
+        x, *tables.arguments(), z, a, b, total, mean, rstd, pixels, group, used // 8, blocks, EPSILON, silu,
         tables.time is not None, triton.next_power_of_2(pixels), ONCE_WIDTH, num_warps=ONCE_WARPS,
     )  # fmt: skip
     return z, Statistics(a, b, total, mean, rstd)
@@ -638,13 +644,13 @@ def _over_groups(values, inside, group):
 @triton.jit(do_not_specialize=RUNTIME)
 def _norm_once(
     x, bias1, bias2, weight, offset, time, split, channels, bias_stride, time_stride,
-    z, a, b, total, mean, rstd, pixels, group, blocks, epsilon,
+    z, a, b, total, mean, rstd, pixels, group, eighth, blocks, epsilon,
     silu: tl.constexpr, has_time: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Computes act(A x + B), A, B and the statistics of x + bias, for some whole groups of channels of one image."""
     n = (tl.program_id(0) // blocks).to(tl.int64)
     inside = tl.arange(0, width)
-    used = width // group * group
+    used = eighth * 8  # a multiple of 8, which the compiler needs to know
     channel = tl.program_id(0) % blocks * used + inside
     exists = (inside < used) & (channel < channels)
     row = tl.arange(0, rows)[:, None]
