@@ -47,8 +47,8 @@ test: $(READY)  ## run the fast tests (minutes)
 test-all: $(READY)  ## run all tests (half an hour)
 	$(PYTEST)
 
-gpu: $(READY)  ## measure everything on a GPU in eight minutes: gpu.tar.gz (benchmarks/README.md)
-	python -m benchmarks.gpu --out gpu.tar.gz
+gpu: $(READY)  ## measure everything on a GPU in eight minutes: gpu.tar.gz (REFERENCE=clone: benchmarks/README.md)
+	python -m benchmarks.gpu --out gpu.tar.gz $(if $(REFERENCE),--reference $(REFERENCE))
 
 lint: $(READY)  ## check style, docstrings, types and dependencies
 	ruff check .

@@ -1,6 +1,6 @@
 """All measurements on a GPU, in at most eight minutes and without a network, written to one small archive.
 
-    python -m benchmarks.gpu --out gpu.tar.gz [--reduced]
+    python -m benchmarks.gpu --out gpu.tar.gz [--reference CLONE] [--reduced]
 
 Each part is a command with its own time limit. If a part fails or exceeds its limit, the next part starts. The archive
 contains the output of each part, and summary.txt. `--reduced` runs every part at a tiny size on a CPU.
@@ -39,13 +39,16 @@ class Part(NamedTuple):
     cache: str = "ffhq128"
 
 
-def parts(study: Path, reduced: bool) -> list[Part]:
+def parts(study: Path, reduced: bool, reference: Path | None) -> list[Part]:
     """Returns the parts in the order of their importance.
 
     Args:
         study: directory for the files of the study.
         reduced: whether to use tiny sizes.
+        reference: a clone of the reference, to be measured too.
     """
+
+    seconds = "--seconds", 0.1 if reduced else 5
 
     def module(name: str, *arguments: object) -> list[str]:
         return [sys.executable, "-m", name, *map(str, arguments)]
@@ -53,17 +56,21 @@ def parts(study: Path, reduced: bool) -> list[Part]:
     def speed(name: str, limit: float, net: str, work: str, size: int, large: bool = True, cache: str = "") -> Part:
         option = "--batch" if work == "train" else "--sample-batch"
         chosen = ("fashion_mnist16", option, 4) if reduced else (LARGE if large else SMALL, option, size)
-        arguments = *chosen, "--seconds", 0.1 if reduced else 5, "--one", net, work
+        arguments = *chosen, *seconds, "--one", net, work
         return Part(name, limit, module("benchmarks.throughput", *arguments), cache or chosen[0])
 
-    present = importlib.util.find_spec("diffusers") is not None
-    of_diffusers = [speed("diffusers 64", 45, "diffusers", "train", 64)] if present else []
+    others = []
+    if importlib.util.find_spec("diffusers"):
+        others.append(speed("diffusers 64", 45, "diffusers", "train", 64))
+    if reference:
+        sizes = ("--study", "fashion_mnist16", "--batch", 8, "--micro-batch", 4) if reduced else ()
+        others.append(Part("reference 4 x 64", 60, module("benchmarks.reference", reference, *sizes, *seconds)))
     batch = ("fashion_mnist16", "--batch", 2) if reduced else (LARGE, "--batch", 64)
     flag = ["--reduced"] * reduced
     return [
         speed("train 64, cold cache", 60, "ours", "train", 64),
         speed("train 256", 45, "ours", "train", 256),
-        *of_diffusers,
+        *others,
         speed("train 64 again, warm cache", 30, "ours", "train", 64),
         speed("train 256 again", 40, "ours", "train", 256),
         speed("sample 256", 50, "ours", "sample", 256),
@@ -119,13 +126,14 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default="gpu.tar.gz", help="archive to write, default: %(default)s")
+    parser.add_argument("--reference", type=Path, metavar="CLONE", help="a clone of the reference to measure too")
     parser.add_argument("--reduced", action="store_true", help="tiny sizes, for a CPU")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         place, logs = Path(directory), Path(directory, "gpu")
         logs.mkdir()
         lines, started = [machine()], time.monotonic()
-        for part in parts(place / "study", options.reduced):
+        for part in parts(place / "study", options.reduced, options.reference and options.reference.resolve()):
             left = SECONDS - (time.monotonic() - started)
             limit = REDUCED_LIMIT if options.reduced else min(part.limit, left)
             log, began = logs / f"{part.name.replace(' ', '_')}.txt", time.monotonic()

@@ -24,12 +24,12 @@ from diffusion.training.state import TrainState, train_step
 # Constants of `diffusion.nets.kernels`. The first row is the present choice.
 SWEEP: list[dict[str, int]] = [
     {},
-    {"TILE": 2048},
-    {"TILE": 8192},
     {"SUM_TILE": 1024},
     {"SUM_TILE": 4096},
-    {"MAX_PIECE": 256},
+    {"TILE": 2048},
+    {"TILE": 8192},
     {"MAX_WIDTH": 64},
+    {"MAX_PIXELS": 256},
 ]
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     if options.profile:
         print(profile(options))
     elif options.one:
-        print(json.dumps(measure(*options.one, options)))
+        print(json.dumps(measure(WORK[tuple(options.one)], options)))
     else:
         compare(options)
 
@@ -149,12 +149,12 @@ def peak_flops(run: RunConfig) -> float:
     return 2 * side**3 / best
 
 
-def measure(net: str, work: str, options: argparse.Namespace) -> dict[str, float]:
+def measure(setup: Callable[[RunConfig, argparse.Namespace], Callable[[], int]], options: Any) -> dict[str, float]:
     """Measure the first step including the setup, then the steps of some seconds; needs its own process."""
     run = settings(options.study, options.batch)
     use_torch(run.train.threads, int(device() == "cuda"))
     start = time.perf_counter()
-    step = WORK[net, work](run, options)
+    step = setup(run, options)
     step()
     synchronize()
     first = time.perf_counter() - start

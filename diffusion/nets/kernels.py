@@ -106,7 +106,7 @@ class _Tiling(NamedTuple):
         return like.new_empty(self.n, self.pieces, 2, self.channels, dtype=torch.float32)
 
 
-def _tiling(x: Tensor, other: Tensor | None = None, resample: str = "", tile: int = TILE) -> _Tiling:
+def _tiling(x: Tensor, other: Tensor | None = None, resample: str = "", tile: int | None = None) -> _Tiling:
     """Returns the tiling of images x [N, C, H, W], to whose channels those of `other` are appended."""
     n, first, height, image_width = x.shape
     channels = first + (0 if other is None else other.shape[1])
@@ -115,6 +115,7 @@ def _tiling(x: Tensor, other: Tensor | None = None, resample: str = "", tile: in
     # The largest power of two that divides both numbers of channels, so that each tile is in one of the two parts.
     width = min(first & -first, channels & -channels, MAX_WIDTH)
     windows = {"": (1, 1), "halved": (4, 1), "doubled": (1, 4)}[resample]
+    tile = tile or TILE
     return _Tiling(n, channels, height, image_width, *windows, width, tile // width)
 
 
