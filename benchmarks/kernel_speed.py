@@ -28,7 +28,7 @@ SWEEP: list[dict[str, int]] = [
     {"SUM_TILE": 4096},
     {"TILE": 2048},
     {"TILE": 8192},
-    {"MAX_WIDTH": 64},
+    {"MAX_TILE_CHANNELS": 64},
     {"MAX_PIXELS": 256},
 ]
 

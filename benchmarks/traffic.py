@@ -34,7 +34,7 @@ from diffusion.schemes import scheme_tables
 from diffusion.training import state as training_state
 from diffusion.training.state import TrainState, train_step
 
-PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", "_add_products"}
+PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", "add_products"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "squeeze_"}
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # an operation that is made of others
 OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # the target is written and not read

@@ -1,7 +1,8 @@
 """Finds the GPUs that jobs may use, and assigns them to jobs.
 
 A job locks files while it uses a GPU: one file if it shares the GPU, all files of the GPU if it has the GPU alone. The
-kernel unlocks them when the process ends, also after kill -9. All studies of a user on one machine use the same files.
+operating system unlocks them when the process ends, also after kill -9. All studies of a user on one machine use the
+same files.
 """
 
 import fcntl
@@ -125,8 +126,8 @@ def show_gpus(limit: int | None, jobs_per_gpu: int) -> int:
     if gpus:
         if count > len(gpus):
             raise StudyError(
-                f"--resources gpu={count}: only {len(gpus)} can be used: lower it; with --config jobs_per_gpu={count}, "
-                f"{count} jobs share a GPU"
+                f"--resources gpu={count}: only {len(gpus)} can be used: lower it, or let several jobs share "
+                "each GPU with --config jobs_per_gpu=N"
             )
         os.environ[VISIBLE] = ",".join(gpu.id for gpu in gpus[:count])
         print(f"GPUs: {count}, with up to {jobs_per_gpu} job(s) on each", file=sys.stderr)
@@ -146,14 +147,13 @@ def default_jobs_per_gpu(needed: int) -> int:
 def take_gpus(count: int, jobs_per_gpu: int) -> None:
     """Waits until GPUs are free, locks them until this process ends, and makes only these visible to torch.
 
-    Call this function before torch uses a GPU. Of the visible GPUs, those with the fewest jobs are taken. A job that
-    waits for a GPU goes before all jobs that ask later, so that it is not overtaken for ever.
+    Call this function before torch uses a GPU. Of the visible GPUs, those with the fewest jobs are taken. Jobs wait in
+    a queue: the job that has waited longest gets the next GPU.
 
     Args:
         count: number of GPUs; if fewer are visible, all of them are taken.
         jobs_per_gpu: largest number of jobs on each of these GPUs, with this one: 1 to 16. With 1, no other job joins.
             0: GPUs are not assigned, because the job needs none, or a cluster has assigned them.
-
     """
     if not count or not jobs_per_gpu:
         return

@@ -12,7 +12,7 @@ Net = TypeVar("Net", bound=nn.Module)
 # Largest batches of samples. Larger ones are not faster; on a CPU, smaller ones fit its cache.
 MAX_IMAGES, MAX_IMAGES_ON_CPU = 1024, 64
 PROBE_IMAGES = 8  # images whose memory use is measured
-# Other jobs may share the GPU. The limit in bytes keeps tensors below 2^31 elements.
+# Other jobs may share the GPU. A tensor is a small part of the limit in bytes, so that it has fewer than 2^31 elements.
 MEMORY_SHARE, MAX_BYTES = 0.5, 16e9
 
 
@@ -30,8 +30,8 @@ def compute_dtype(device: torch.device | str, precision: str) -> torch.dtype:
 def compute_copy(model: Net, precision: str) -> Net:
     """Returns a copy of a net that computes in the given precision.
 
-    In bf16, the linear layers and the weights of the convolutions are copied to bf16. All other parameters of the copy
-    are those of the net: norms, and biases of convolutions, are added in float32. In fp32, the result is the net.
+    In bf16, the linear layers and the weights of the convolutions are copied to bf16. The copy shares all other
+    parameters with the net: norms and biases of convolutions stay in float32. In fp32, the net itself is returned.
 
     Args:
         model: net with float32 parameters.

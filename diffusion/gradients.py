@@ -11,11 +11,11 @@ from diffusion.losses import hybrid_loss
 class LossGradients:
     """Computes gradients of the hybrid loss (Nichol & Dhariwal 2021) with respect to the parameters of a net.
 
-    On a GPU, the computation is one CUDA graph, except for a net with dropout: a graph would repeat the same masks.
+    On a GPU, the computation is one CUDA graph, except for a net with dropout, whose random masks are not captured.
 
     Args:
-        model: net that is called with images [B, 3, H, W] and timesteps [B]. It stays in use: after a change of its
-            parameters, `refresh` must be called before the next call.
+        model: net that is called with images [B, 3, H, W] and timesteps [B]. The object refers to this net: call
+            `refresh` after its parameters have changed.
         schedule: noise schedule on the device of the net.
         precision: "fp32", "bf16" or "auto" (see `diffusion.devices.compute_dtype`).
     """
@@ -84,7 +84,7 @@ class LossGradients:
 
 
 def _with_strides(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Gives the gradient of a 1x1 convolution the strides of its weight: fused operations need equal strides.
+    """Gives the gradient of a 1x1 convolution the strides of its weight, which the fused optimizer needs.
 
     The memory is the same, because only dimensions of size 1 have other strides.
     """

@@ -74,7 +74,8 @@ def test_a_cuda_graph_gives_the_results_of_single_launches(train):
         for state in (graphed, single):
             train_step(state, state.batches(IMAGES))
         for a, b in zip(graphed.parameters, single.parameters, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
+            averages = (state.optimizer.state[p]["exp_avg"] for state, p in ((graphed, a), (single, b)))
+            torch.testing.assert_close(*averages, rtol=1e-2, atol=1e-5)
             b.data.copy_(a.data)  # so that rounding errors do not accumulate
 
 

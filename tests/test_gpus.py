@@ -104,7 +104,7 @@ def test_jobs_see_as_many_gpus_as_the_resource_states(machine, limit, environmen
 @pytest.mark.parametrize(
     ("limit", "environment", "message"),
     [
-        (4, {}, "--resources gpu=4: only 2 can be used: lower it; with --config jobs_per_gpu=4, 4 jobs share a GPU"),
+        (4, {}, "--resources gpu=4: only 2 can be used: lower it, or let several jobs share each GPU with --config"),
         (None, {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES= names no GPU .*: unset it"),
     ],
 )

@@ -306,21 +306,21 @@ sys.path.insert(0, {str(ROOT)!r})
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from diffusion.nets import kernels
+from diffusion.nets import triton_kernels as kernels
 
 IMAGES = {{"x", "x1", "x2", "z", "g", "y", "h", "d1", "d2", "skip", "skip1", "skip2", "time", "d_time", "weight1",
           "weight2"}}
-INTEGERS = {{*kernels.RUNTIME, "channels", "channels1", "channels2", "split", "stride1", "stride2", "bias_stride",
-            "time_stride"}}
-CONSTANTS = {{"silu": True, "has_time": True, "has_skip": True, "padded": 32, "depth": 64, "rows": 32, "width": 128,
-             "window": 4, "x_window": 4, "z_window": 1}}
+INTEGERS = {{*kernels.NOT_SPECIALIZED, "channels", "channels1", "channels2", "split", "stride1", "stride2",
+            "bias_stride", "time_stride"}}
+CONSTANTS = {{"silu": True, "has_time": True, "has_skip": True, "padded": 32, "depth": 64, "tile_pixels": 32,
+             "tile_channels": 128, "window": 4, "x_window": 4, "z_window": 1}}
 names = [n for n, value in vars(kernels).items() if isinstance(value, triton.JITFunction) and value.do_not_specialize]
 for images in ("*bf16", "*fp32"):
     for name in names:
         kernel = getattr(kernels, name)
         constants = {{n: v for n, v in CONSTANTS.items() if n in kernel.arg_names}}
-        if name == "_norm_once":
-            constants |= {{"rows": 1024, "width": 32}}
+        if name == "norm_once":
+            constants |= {{"tile_pixels": 1024, "tile_channels": 32}}
         def kind(n):
             if n in constants:
                 return "constexpr"

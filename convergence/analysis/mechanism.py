@@ -106,7 +106,7 @@ def mechanisms(
     """Returns the mechanism of each candidate, compared with the baseline.
 
     Args:
-        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`) of one study; may be empty.
+        probes: the long table of probes (`convergence.rows.PROBE_COLUMNS`) of one study; may be empty.
         baseline: name of the arm to compare with.
         candidates: names of the other arms.
         tables: arm -> its density and loss weights. Arms with a learned density have no entry.

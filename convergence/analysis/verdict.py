@@ -50,7 +50,7 @@ def judge(
 
     Args:
         metrics: the long table of metrics (`convergence.tables`); rows of other studies are ignored.
-        probes: the long table of probes (`convergence.tables.PROBE_COLUMNS`); may be empty.
+        probes: the long table of probes (`convergence.rows.PROBE_COLUMNS`); may be empty.
         study: name of the study.
         plan: what the verdict judges by: arms, metric, thresholds, margin and seeds. None if the study compares
             nothing.

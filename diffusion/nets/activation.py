@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """Images in a net. A bias that is the same for all pixels may be stored apart from them.
+    """Images (feature maps) in a net. A bias that is the same for all pixels may be stored separately.
 
-    On a GPU, adding a bias to images takes as long as reading and writing them. A norm can take the bias into account
-    without this pass. Therefore, the bias of each convolution stays apart until a norm uses it.
+    On a GPU, adding a bias to images takes as long as reading and writing them. A norm can add the bias while it reads
+    the images. Therefore, the bias of each convolution is kept separate until a norm uses it.
     """
 
     values: Tensor
@@ -26,5 +26,5 @@ class Activation(NamedTuple):
         return self._replace(bias=self.bias + shift)
 
     def with_bias(self) -> Tensor:
-        """Returns the images including the bias, [N, C, H, W]. They are float32 if the bias is stored apart."""
+        """Returns the images including the bias, [N, C, H, W]. They are float32 if the bias is stored separately."""
         return self.values if self.bias is None else self.values + self.bias[..., None, None]

@@ -2,11 +2,11 @@
 
 The formulas are those of `diffusion.nets.plain`. These are the differences:
 
-- A bias stays apart from the images (`diffusion.nets.activation`). The norm that follows computes the gradient of the
-  bias from sums that it needs anyway.
+- A bias is stored separately from the images (`diffusion.nets.activation`). The norm that follows computes the gradient
+  of the bias from sums that it needs anyway.
 - An addition also computes the sums that the next norm needs.
-- A norm reads x in two parts, and does not need them side by side in memory.
-- A norm returns x for the skip connection, and its backward pass adds the gradient of this x.
+- A norm accepts x as two tensors without concatenating them.
+- A norm also returns x for the skip connection. Its backward pass adds the gradient of this output.
 - A norm changes the resolution of its result and of x in the same pass.
 - The projections of the timestep embedding for all blocks are one matrix product.
 """
@@ -24,7 +24,7 @@ from diffusion.nets.activation import Activation
 
 
 def split_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns None for the convolution itself, and the bias for the activation."""
+    """Returns None for the convolution itself, and the bias [C] for the activation."""
     return None, module.bias
 
 
@@ -36,10 +36,10 @@ def with_sums(x: Activation) -> Activation:
 def norm(
     module: nn.GroupNorm, parts: Sequence[Activation], time: Tensor | None, silu: bool, resample: str
 ) -> tuple[Tensor, tuple[Activation, ...]]:
-    """See `diffusion.nets.operations.norm`.
+    """Returns the result [N, C, H', W'] of `diffusion.nets.operations.norm`, and x in the parts of the argument.
 
-    The second result has the parts of the argument. x with doubled resolution is not computed: `residual` reads the
-    smaller x.
+    The backward pass adds the gradients of both in one kernel. x with doubled resolution is not computed: `residual`
+    reads the smaller x.
     """
     first, second = parts if len(parts) == 2 else (parts[0], Activation(None))  # type: ignore[arg-type]
     z, x1, x2 = _Norm.apply(
@@ -61,7 +61,7 @@ def residual(skip: nn.Module, parts: Sequence[Activation], h: Activation) -> Act
 
 
 def projections(layers: Sequence[nn.Sequential], embedding: Tensor) -> Sequence[Tensor]:
-    """See `diffusion.nets.operations.projections`."""
+    """Returns a tensor [N, F] for each layer. See `diffusion.nets.operations.projections`."""
     weights, biases = zip(*((layer.weight, layer.bias) for _, layer in layers), strict=True)
     product = F.linear(F.silu(embedding), torch.cat(weights), torch.cat(biases))
     return product.split([len(bias) for bias in biases], dim=1)
@@ -96,7 +96,7 @@ class _Norm(torch.autograd.Function):
         small: Tensor | None = None
         x1 = _channels_last(x1)
         x2 = None if x2 is None else _channels_last(x2)
-        if sums1 is None and x2 is None and not resample and kernels.fits(x1, groups):
+        if sums1 is None and x2 is None and not resample and kernels.fits_norm_once(x1, groups):
             z, statistics = kernels.norm_once(x1, tables, groups, silu)
         else:
             sums1 = kernels.sums(x1) if sums1 is None else sums1
@@ -146,9 +146,10 @@ class _Add(torch.autograd.Function):
 
 
 class _AddProducts(torch.autograd.Function):
-    """Returns h plus the products of one or two parts of x with a part of the weight [C, C1 + C2] each, and the sums.
+    """Returns h plus the sum of the products of each part of x with its columns of the weight [C, C1 + C2].
 
-    The third result is the product of the weight with the biases of all parts [C1 + C2], float32 [C].
+    The other results are the sums for the next norm, and the product of the weight with the biases [C1 + C2] of the
+    parts, float32 [C].
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
 """The operations of a net that have two implementations.
 
-`diffusion.nets.plain` consists of functions of torch, and runs on CPUs. `diffusion.nets.fused` consists of Triton
-kernels that pass over the memory of a GPU as rarely as possible. Both compute the same formulas.
+`diffusion.nets.plain` consists of functions of torch, and runs on CPUs, and on GPUs without Triton.
+`diffusion.nets.fused` consists of Triton kernels that pass over the memory of a GPU as rarely as possible. Both compute
+the same formulas.
 """
 
 import functools
@@ -48,10 +49,11 @@ def convolution(module: Any, x: Tensor) -> Activation:
 
 
 def split_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the bias of a convolution module in two parts; one of them is None.
+    """Decides where the bias of a convolution module is added.
 
     Returns:
-        the bias [C] that the convolution adds; the bias [C] that belongs to the `Activation` of the result.
+        the bias [C] for the convolution itself, and the bias [C] for the `Activation` of the result. At most one of the
+        two is not None.
     """
     return implementation(module.weight.device.type).split_bias(module)
 
@@ -69,8 +71,6 @@ def norm(
     resample: str = "",
 ) -> tuple[Tensor, tuple[Activation, ...]]:
     """Returns act(norm(x) (1 + scale) + shift), where act is SiLU or the identity, and x for a skip connection.
-
-    The gradients of both results reach x in one operation.
 
     Args:
         module: weight, bias and number of groups of the norm (Wu & He 2018, arXiv 1803.08494).

@@ -1,4 +1,4 @@
-"""The operations of the nets in functions of torch: for CPUs, and as the reference for `diffusion.nets.fused`.
+"""The operations of the nets in functions of torch, which are also the reference for `diffusion.nets.fused`.
 
 A group norm, the affine map after it and SiLU are one operation. For each image and channel, the normalization and the
 affine map are together z = A x + B. A and B are computed from the sums of x and of x^2, so that the forward pass is one
@@ -20,7 +20,7 @@ EPSILON = 1e-5  # added to the variance, as in torch.nn.GroupNorm
 
 
 def split_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the bias of a convolution for the convolution itself, and None for the activation."""
+    """Returns the bias [C] of a convolution for the convolution itself, and None for the activation."""
     return None if module.bias is None else module.bias.to(module.weight.dtype), None
 
 
@@ -32,7 +32,7 @@ def with_sums(x: Activation) -> Activation:
 def norm(
     module: nn.GroupNorm, parts: Sequence[Activation], time: Tensor | None, silu: bool, resample: str
 ) -> tuple[Tensor, tuple[Activation, ...]]:
-    """See `diffusion.nets.operations.norm`. The second result is one activation with the channels of all parts."""
+    """Returns the result [N, C, H', W'] of `diffusion.nets.operations.norm`, and x with the channels of all parts."""
     x = parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], dim=1)
     gain, offset = module.weight[None], module.bias[None]
     if time is not None:
@@ -55,7 +55,7 @@ def residual(skip: nn.Module, parts: Sequence[Activation], h: Activation) -> Act
 
 
 def projections(layers: Sequence[nn.Sequential], embedding: Tensor) -> list[Tensor]:
-    """See `diffusion.nets.operations.projections`."""
+    """Returns a tensor [N, F] for each layer. See `diffusion.nets.operations.projections`."""
     return [layer(embedding) for layer in layers]
 
 

@@ -18,7 +18,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class UNet(nn.Module):
     """U-Net that predicts the noise epsilon in a noisy image.
 
-    If `learn_sigma`, the net also predicts v. The variance is computed from v (`diffusion.gaussian.p_mean_variance`).
+    If `learn_sigma` is true, the net also predicts v. The variance is computed from v
+    (`diffusion.gaussian.p_mean_variance`).
 
     Args:
         image_size: height and width of the images, divisible by 2^(levels - 1).
@@ -111,10 +112,11 @@ class UNet(nn.Module):
         """
         dtype = next(self.time_embed.parameters()).dtype
         embedding = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
+        # In the order in which the stages below use them, which is the order of `modules`.
         layers = [module.emb_layers for module in self.modules() if isinstance(module, ResBlock)]
         times = iter(operations.projections(layers, embedding))
 
-        first, *stages = self.input_blocks
+        first, *stages = self.input_blocks  # the first stage has only a convolution
         h = operations.with_sums(operations.convolution(first.get_submodule("0"), x.to(dtype)))
         skips = [h]
         for stage in stages:
@@ -129,7 +131,7 @@ class UNet(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm with 32 groups, together with the operations around it."""
+    """Group norm with 32 groups, followed by the scale and shift by the timestep, SiLU and resampling if requested."""
 
     def __init__(self, channels: int):
         super().__init__(GROUP_NORM_GROUPS, channels)
@@ -201,7 +203,7 @@ class ResBlock(nn.Module):
             time: projection of the timestep embedding by `emb_layers`, [B, F].
             x: input in one or two parts, which have different channels of images [B, c_in, H, W].
         """
-        # The SiLU modules next to the norms only keep the state dict keys: Norm applies SiLU itself.
+        # The SiLU modules are not called: they keep the numbers in the state dict keys.
         norm, _, convolution = self.in_layers
         z, x = norm(*x, silu=True, resample=self.resample)
         h = operations.convolution(convolution, z)

@@ -1,6 +1,6 @@
 """The optimizer AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
-It computes what `torch.optim.AdamW` computes, with the same function. The class of torch imports torch's compiler. This
+It calls the function that `torch.optim.AdamW` calls. That class is not used because it imports torch's compiler, which
 takes as long as the import of torch itself.
 """
 
