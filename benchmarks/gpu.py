@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.throughput import ROOT, device_name
+from convergence.provenance import environment
 
 SECONDS = 470  # of all parts together
 REDUCED_LIMIT = 600  # seconds of a part; a CPU may be busy
@@ -67,6 +68,8 @@ def parts(study: Path, reduced: bool, reference: Path | None) -> list[Part]:
         others.append(Part("reference 4 x 64", 60, module("benchmarks.reference", reference, *sizes, *seconds)))
     batch = ("fashion_mnist16", "--batch", 2) if reduced else (LARGE, "--batch", 64)
     flag = ["--reduced"] * reduced
+    # On a CPU, the operations take minutes in Triton's interpreter. To compile for other GPUs needs no GPU.
+    operations = [] if reduced else ["tests/test_operations.py", "-k", "not kernels_compile"]
     return [
         speed("train 64, cold cache", 60, "ours", "train", 64),
         speed("train 256", 45, "ours", "train", 256),
@@ -77,21 +80,21 @@ def parts(study: Path, reduced: bool, reference: Path | None) -> list[Part]:
         speed("small net: train 256, cold cache", 40, "ours", "train", 256, large=False),
         speed("small net: train 256, warm cache", 25, "ours", "train", 256, large=False),
         speed("small net: sample 1024", 30, "ours", "sample", 1024, large=False),
-        Part("study", 120, module("benchmarks.gpu_study", study, *flag), "study"),
-        Part("tests", 90, module("pytest", "-q", "tests/test_gpu.py")),
-        Part("profile", 30, module("benchmarks.throughput", *batch, "--profile")),
+        Part("study", 120, module("benchmarks.gpu_study", study, *flag), SMALL),
+        Part("tests", 90, module("pytest", "-q", "-n", 4, "tests/test_gpu.py", *operations)),
+        Part("profile", 45, module("benchmarks.throughput", *batch, "--profile")),
         Part("kernels", 60, module("benchmarks.kernel_speed", *batch, *flag)),
     ]
 
 
 def run(part: Part, log: Path, caches: Path, limit: float) -> str:
     """Runs a part, writes its output to a file, and returns "done", "failed" or "too long"."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(caches / part.cache)}
+    variables = {**os.environ, "TRITON_CACHE_DIR": str(caches / part.cache)}
     if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
+        variables["TRITON_INTERPRET"] = "1"
     with log.open("w") as output:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, stdout=output, stderr=output, env=environment, start_new_session=True
+            part.command, cwd=ROOT, stdout=output, stderr=output, env=variables, start_new_session=True
         )
         try:
             return "failed" if process.wait(limit) else "done"
@@ -119,8 +122,8 @@ def machine() -> str:
         for name in ("torch", "triton", "diffusers")
         if importlib.util.find_spec(name)
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return f"{device_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {commit.stdout}"
+    commit = environment()["git_commit"] or "no git clone"
+    return f"{device_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {commit[:12]}"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import triton.testing
 
 from benchmarks.throughput import device, random_images, settings
-from diffusion.config import RunConfig
+from diffusion.data.batches import Batches
 from diffusion.devices import CudaGraphed
 from diffusion.nets import kernels, operations
 from diffusion.training.state import TrainState, train_step
@@ -33,7 +33,7 @@ SWEEP: list[dict[str, int]] = [
 ]
 
 
-def speeds(run: RunConfig, constants: dict[str, int]) -> dict[str, float]:
+def speeds(state: TrainState, batches: Batches, constants: dict[str, int]) -> dict[str, float]:
     """Returns the GB/s of each kernel, averaged over the bytes of a step."""
     launch, seconds, moved, times = kernels.launch, Counter[str](), Counter[str](), {}
 
@@ -59,8 +59,7 @@ def speeds(run: RunConfig, constants: dict[str, int]) -> dict[str, float]:
         stack.enter_context(patch.object(operations, "implementation", lambda device_type: fused))
         # Without a graph, and therefore kernel by kernel.
         stack.enter_context(patch.object(CudaGraphed, "__call__", lambda graph, *rest: graph.function(*rest)))
-        state = TrainState(run, 0, device())
-        train_step(state, state.batches(random_images(run)))
+        train_step(state, batches)
     return {name: moved[name] / seconds[name] / 1e9 for name in sorted(moved)}
 
 
@@ -68,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", help="name of a file in experiments/")
     parser.add_argument("--batch", type=int, help="images per step, default: those of the study")
-    parser.add_argument("--reduced", action="store_true", help="a tiny net, and only the present choice")
+    parser.add_argument("--reduced", action="store_true", help="a tiny net")
     options = parser.parse_args()
     run = settings(options.study, options.batch)
     if options.reduced:
@@ -85,8 +84,10 @@ def main() -> None:
                 "dataset": run.dataset.model_copy(update={"image_size": 4}),
             }
         )
-    for constants in SWEEP[: 1 if options.reduced else None]:
-        found = speeds(run, constants)
+    state = TrainState(run, 0, device())
+    batches = state.batches(random_images(run))
+    for constants in SWEEP:
+        found = speeds(state, batches, constants)
         print(constants or "as it is", {name: float(f"{speed:.4g}") for name, speed in found.items()}, flush=True)
 
 

@@ -24,6 +24,13 @@ if importlib.util.find_spec("triton"):
     import triton.language as tl
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, kernels run in Triton's interpreter
 
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """By default, convolutions on a GPU round float32 numbers to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 # Images, channels, height, width, groups: one and three channels per group, and sizes that are no powers of two.
 SHAPES = [(2, 32, 8, 8, 32), (3, 96, 5, 7, 32), (2, 128, 4, 2, 4)]
 

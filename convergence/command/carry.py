@@ -14,7 +14,8 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 
@@ -81,33 +82,44 @@ def pin_requirements(names: Iterable[str], python: str, have: Iterable[str] = ()
     Args:
         names: names of packages.
         python: Python version for which dependencies are selected, such as "3.12".
-        have: names of packages that the other machine has. These, those in `LEFT_OUT`, and packages that only these
-            need are left out.
+        have: names of packages that the other machine has. Their dependencies are installed there with them: these
+            packages, those in `LEFT_OUT`, and packages that only the latter need are left out.
     """
-    left_out = LEFT_OUT | {canonicalize_name(name) for name in have}
     changes = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     environment = {name: str(value) for name, value in {**default_environment(), **changes}.items()}
-    pins: dict[str, str] = {}
+    left_out = LEFT_OUT | _with_dependencies(have, environment)
+    return sorted(map(_pin, _with_dependencies(names, environment, left_out)))
+
+
+def _with_dependencies(
+    names: Iterable[str], environment: Mapping[str, str], left_out: Collection[str] = ()
+) -> set[str]:
+    """Returns the names of packages and of their dependencies, except those left out and what only these need."""
+    found: set[str] = set()
     queue = list(names)
     while queue:
         name = canonicalize_name(queue.pop())
-        if name in pins or name in left_out:
+        if name in found or name in left_out:
             continue
-        try:
-            pins[name] = f"{name}=={importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:  # required only by another Python version
-            pins[name] = name
-            continue
-        requirements = [Requirement(text) for text in importlib.metadata.requires(name) or []]
-        queue += [r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)]
-    return sorted(pins.values())
+        found.add(name)
+        with suppress(importlib.metadata.PackageNotFoundError):
+            requirements = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+            queue += [r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)]
+    return found
+
+
+def _pin(name: str) -> str:
+    try:
+        return f"{name}=={importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # required only by another Python version
+        return name
 
 
 def _required_packages() -> list[str]:
     project = tomllib.loads((layout.ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["study"]
-    # tests/test_gpu.py checks the GPU of the other machine.
-    return ["pytest", *(Requirement(text).name for text in requirements)]
+    # The tests check the GPU of the other machine.
+    return ["pytest", "pytest-xdist", *(Requirement(text).name for text in requirements)]
 
 
 def _weights(experiments: Mapping[str, Experiment]) -> dict[str, Path]:
@@ -162,7 +174,7 @@ def pack(
         studies: names of files in `experiments/`.
         python: Python version of the other machine, such as "3.12".
         out: path of the archive.
-        have: names of packages that the other machine has.
+        have: names of packages that the other machine has, with their dependencies.
         also: additional requirements, such as torchvision==0.26.0. Their dependencies are not included.
         most: largest size of the archive, in bytes.
 
@@ -276,7 +288,7 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> fl
 @click.option("--also", multiple=True, metavar="PIN",
               help="Additional requirement, such as torchvision==0.26.0; may be repeated.")  # fmt: skip
 @click.option("--have", default="", metavar="NAMES",
-              help="Packages that the other machine has besides torch and torchvision: scipy,pandas.")  # fmt: skip
+              help="Packages that the other machine has, with their dependencies: scipy,pandas.")  # fmt: skip
 @click.option("--max", "most", default="inf", metavar="SIZE", callback=_bytes,
               help="Largest size of the archive, such as 60MiB.")  # fmt: skip
 @click.option("--out", type=PATH, default="carry.tar", metavar="FILE", help="Archive to write.")
