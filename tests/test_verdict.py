@@ -10,6 +10,7 @@ from metric_tables import PLAN, curves, study, verdict_on
 from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
+from convergence.analysis.power import cautious_sd, seeds_needed
 from convergence.analysis.results import Noise
 from convergence.analysis.verdict import adjust, judge, read_verdict, to_markdown, write_verdict
 from convergence.errors import StudyError
@@ -101,7 +102,9 @@ def test_secondary_comparisons_have_p_values_adjusted_for_their_number():
 def test_the_larger_part_of_the_noise_is_named(samples, larger):
     verdict = verdict_on(study(curves(3, 1.0), curves(3, 0.9)))
     primary = replace(verdict.primary, noise=Noise((0.1, 0.1), 0.05, samples))
-    assert f" | {larger} | " in to_markdown(replace(verdict, comparisons=(primary,)))
+    text = to_markdown(replace(verdict, comparisons=(primary,)))
+    seeds = [seeds_needed(np.log(1.05), sd) for sd in (0.05, cautious_sd(0.05, 3))]
+    assert f" | {larger} | " in text and f" | {seeds[0]} ({seeds[1]}) |" in text
 
 
 @pytest.mark.parametrize(
@@ -154,9 +157,13 @@ def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
     np.testing.assert_allclose(by_name["average over log images"].estimate, 100 * np.expm1(expected))
     expected = np.trapezoid(logs[:, 1:], images[1:], axis=1).mean() / 200
     np.testing.assert_allclose(by_name["average over the last half"].estimate, 100 * np.expm1(expected))
-    assert "Of 7, 0 show better, 7 worse, 0 neither: 7 of 7 agree with the primary endpoint (worse)." in to_markdown(
-        verdict
+    text = to_markdown(verdict)
+    assert "Of 7, 0 show better, 7 worse, 0 neither: 7 of 7 agree with the primary endpoint (worse)." in text
+    assert "| endpoint | FD (lite0), lower is better |" in text and text.count(", **worse** |") == 7
+    shares = to_markdown(
+        verdict_on(study(base / 400, cand / 400, "recall"), PLAN.model_copy(update={"metric": "recall"}))
     )
+    assert "| endpoint | Recall (lite0), higher is better |" in shares
 
 
 def test_endpoints_of_late_checkpoints_and_of_failed_runs():
