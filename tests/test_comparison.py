@@ -148,6 +148,11 @@ def test_an_unknown_factor_has_its_reason(threshold, reason):
     assert f"The images to {threshold:.4g} are unknown, because {reason}." in str(compared(base, cand, [threshold]))
 
 
+def test_a_factor_is_unknown_if_no_pair_crosses_the_threshold():
+    both = np.array([[300.0, 100, 100, 100, 100], [300, 200, 200, 200, 200]])  # before its first checkpoint, never
+    assert "because too few runs cross it between their checkpoints" in str(compared(both, both, [150.0]))
+
+
 def test_a_factor_with_one_known_bound_is_not_unknown():
     base, cand = curves(4, 1.0), curves(4, 1.0, seed=1)
     cand[2:] *= 3
