@@ -149,7 +149,7 @@ def test_an_unknown_factor_has_its_reason(threshold, reason):
 
 
 def test_a_factor_is_unknown_if_no_pair_crosses_the_threshold():
-    both = np.array([[300.0, 100, 100, 100, 100], [300, 200, 200, 200, 200]])  # before its first checkpoint, never
+    both = np.array([[100.0, 100, 100, 100, 100], [300, 200, 200, 200, 200]])  # before its first checkpoint, never
     assert "because too few runs cross it between their checkpoints" in str(compared(both, both, [150.0]))
 
 
