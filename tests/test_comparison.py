@@ -47,7 +47,8 @@ def test_images_are_a_factor_above_1_for_a_slower_candidate():
     base = np.array([[300.0, 80, 40, 80 / 3, 20]])  # 8000 / step
     comparison = compared(base, base * [[1, 2, 2, 2, 2]], [45.0, 50.0, 45.0])
     assert comparison.thresholds == [50, 45] and comparison.primary_threshold == 50
-    assert compared(base, base, [45.0, 60.0, 50.0]).primary_threshold == 50
+    three = compared(base, base, [45.0, 60.0, 50.0])
+    assert three.primary_threshold == three.images.threshold == 50
     images = comparison.effect("images", 45.0)
     np.testing.assert_allclose(images.estimate, 2)
     np.testing.assert_allclose(images.baseline, 32 * 8000 / 45)
@@ -62,6 +63,7 @@ def test_hours_are_images_times_the_cost_of_the_arm():
     base, cand = curves(3, 1.0), curves(3, 0.9, seed=1)
     comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 3.0})
     images, hours = comparison.images, comparison.hours
+    assert len(comparison.thresholds) == 4
     for name in ("estimate", "low", "high"):
         np.testing.assert_allclose(getattr(hours, name), 1.5 * getattr(images, name))
     np.testing.assert_allclose(hours.baseline, images.baseline / 1000 * 2 / 3600)
@@ -146,6 +148,11 @@ def test_an_unknown_factor_has_its_reason(threshold, reason):
     assert f"The images to {threshold:.4g} are unknown, because {reason}." in str(compared(base, cand, [threshold]))
 
 
+def test_a_factor_is_unknown_if_no_pair_crosses_the_threshold():
+    both = np.array([[100.0, 100, 100, 100, 100], [300, 200, 200, 200, 200]])  # before its first checkpoint, never
+    assert "because too few runs cross it between their checkpoints" in str(compared(both, both, [150.0]))
+
+
 def test_a_factor_with_one_known_bound_is_not_unknown():
     base, cand = curves(4, 1.0), curves(4, 1.0, seed=1)
     cand[2:] *= 3
@@ -183,6 +190,8 @@ def test_shares_are_compared_by_differences_and_higher_is_better():
     assert 0 < average.low < average.estimate < average.high and average.shown == "better"
     assert comparison.images.estimate < 1 and comparison.margin is None and not comparison.within_margin
     assert comparison.scale == "difference" and "Recall +0.103 on average (" in str(comparison)
+    unreached = compared(base, base + [[0.1], [0.11], [0.1]], [0.9], metric="recall")
+    assert unreached.headline == "cand has a higher Recall on average than base"
 
 
 @pytest.mark.parametrize(("metric", "change", "text"), [("kid", -0.04, "KD -0.04"), ("fd", -0.05, "FD -0.05")])

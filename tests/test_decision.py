@@ -1,6 +1,7 @@
 """What a verdict concludes: the decision table, the cases that it exists for, the frozen plan."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,7 @@ JITTER = np.exp(0.001 * np.random.default_rng(6).standard_normal((2, 3, 5)))
     ("base", "cand", "outcome", "lead", "numbers"),
     [
         (BASE, 0.9 * BASE, "faster", "cand is faster than base", "it needs 0."),
+        (BASE, 0.9 * BASE, "faster", "cand is faster than base", "; FD -10."),
         (BASE, 1.1 * BASE, "slower", "cand is slower than base", "it needs 1."),
         (BASE, PLATEAU, "curves cross", "The curves of cand and base cross at about 10,9", "last checkpoint (+20."),
         (BASE, PLATEAU, "curves cross", "The curves", "cand is better before and worse after; FD -"),
@@ -137,11 +139,25 @@ def test_equivalence_needs_the_90_interval_within_the_margin():
         for margin, outcome in ((1.001 * max(-low, high), "the same"), (0.999 * max(-low, high), "undecided")):
             comparison = compared(base, cand, margin=margin)
             assert (comparison.outcome, comparison.within_margin) == (outcome, outcome == "the same")
+            assert (f"(90% interval: {low:+.1f} to {high:+.1f})" in str(comparison)) == comparison.within_margin
 
 
-def test_a_shown_difference_within_the_margin_says_so():
-    comparison = compared(BASE * JITTER[0], 1.01 * BASE * JITTER[1])
-    assert comparison.outcome in ("slower", "worse on average") and ", within the margin of 2%" in str(comparison)
+@pytest.mark.parametrize(("thresholds", "outcome"), [(None, "slower"), ([50.0], "worse on average")])
+def test_a_shown_difference_within_the_margin_says_so(thresholds, outcome):
+    comparison = compared(BASE * JITTER[0], 1.01 * BASE * JITTER[1], thresholds)
+    assert comparison.outcome == outcome and ", within the margin of 2%" in str(comparison)
+
+
+def test_sentences_list_what_is_shown_and_all_quantities_before_the_planned_seeds_are_complete():
+    shown, equal = compared(BASE * JITTER[0], 0.9 * BASE * JITTER[1]), compared(BASE * JITTER[0], BASE * JITTER[1])
+    for comparison, outcome, listed in (
+        (shown, "undecided", True),
+        (equal, "undecided", False),
+        (equal, "interim", True),
+        (shown, "the same on average", True),
+    ):
+        _, numbers = replace(comparison, outcome=outcome, margin=2.0).sentence()
+        assert ("at the last checkpoint" in numbers, "cand needs" in numbers) == (listed, listed)
 
 
 def test_arms_with_failed_runs_are_not_the_same():
@@ -216,6 +232,7 @@ def test_nothing_is_concluded_before_the_planned_seeds_are_complete():
     assert verdict.outcome == "interim" and verdict.answer.startswith(
         "Interim result of cand and base: FD -20.0% on average ("
     )
+    assert "At this noise, 4 seeds detect a difference of" in verdict.answer
     assert "Planned runs are not evaluated yet (base seed 4, cand seed 4), so nothing is concluded." in verdict.answer
     complete = plan.model_copy(update={"seeds": (0, 1, 2, 3)})
     assert verdict_on(study(base, cand), complete).outcome == "faster"
@@ -231,6 +248,7 @@ def test_seeds_that_were_not_planned_do_not_decide():
     planned, replication = verdict.comparisons
     assert verdict.outcome == planned.outcome == verdict_on(study(base[:3], cand[:3]), plan).outcome
     assert (planned.seeds, replication.seeds, replication.role) == ((0, 1, 2), (3, 4, 5), "replication")
+    assert "| replication |" not in to_markdown(verdict)
     assert replication.outcome == "faster" and "- Seeds 3, 4, 5: cand is faster than base" in to_markdown(verdict)
 
 

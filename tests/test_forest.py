@@ -53,6 +53,14 @@ def test_forest_shows_the_primary_comparison_with_its_numbers_and_seeds(tmp_path
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_forest_has_a_row_of_hours_if_the_costs_are_known():
+    arms = study(curves(4, 1.0), curves(4, 0.9, seed=1))
+    comparison = compare_rows(arms, role="primary", costs={"base": 2.0, "cand": 3.0})
+    factors = _draw_primary(comparison).axes[1]
+    assert numbers(factors) == [effect_text(comparison.images), effect_text(comparison.hours)]
+    assert [row.split()[0] for row in rows(factors)] == ["images", "hours"]
+
+
 def test_forest_has_no_row_of_an_unknown_effect(tmp_path):
     failed = np.full((2, 5), np.nan)
     failed[:, 0] = 300

@@ -151,6 +151,7 @@ def test_curves_without_a_study_belong_to_the_study_that_names_them(tmp_path):
     (tmp_path / "curves.csv").write_text("arm,images,value\na,1,2\na,2,1\n")
     assert set(read_curves(tmp_path / "curves.csv")["study"]) == {"curves"}
     external = read_curves(tmp_path / "curves.csv", "mine")
+    assert external["step"].tolist() == [1, 2]
     panel = curves._draw_curves(external.assign(study="mine", value=3.0), "fd", (), external).axes[0]
     grey = [line for line in panel.lines if line.get_color() == "0.72"]
     assert [line.get_ydata().tolist() for line in grey] == [[2, 1]]

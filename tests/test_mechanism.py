@@ -256,6 +256,7 @@ def test_incomplete_probes_have_no_invented_numbers():
     learned.loc[learned["metric"].str.startswith("gradient"), ["value", "reason"]] = np.nan, "the density is learned"
     without_gradients = text_of(learned, {"base": TABLES["uni"]})
     assert "Loss, mse" in without_gradients and "Variance of" not in without_gradients
+    assert without_gradients.count("| timesteps |") == 1
     never = probes({})
     chosen = (never["arm"] == "cand") & (never["timesteps"] == "0-49") & never["metric"].str.startswith("gradient")
     never.loc[chosen, ["value", "reason"]] = np.nan, "never drawn"
@@ -267,12 +268,22 @@ def test_incomplete_probes_have_no_invented_numbers():
     no_vb.loc[no_vb["metric"] == "vb", "value"] = 0.0
     epsilon_only = text_of(no_vb, {"base": TABLES["uni"], "cand": TABLES["under"]})
     assert f"The expected gradient is {FACTOR:.4g} times that of `base`. This" in epsilon_only
+    assert "Loss, vb" not in epsilon_only
     for text in (one, without_gradients, never_drawn, epsilon_only):
         assert "nan" not in text and "inf" not in text
     assert "Not measured" in text_of(probes({}).iloc[:0])
     whole = probes({})
     for part in (whole["arm"] == "base", (whole["arm"] == "base") == (whole["step"] == 100)):
         assert "Not measured" in text_of(whole[part])
+
+
+def test_the_table_of_gradients_has_shares_of_at_least_0_and_one_number_by_tables():
+    rows = text_of(probes({}, seeds=2)).split("| pairs |")[2].splitlines()[2:]
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in rows if row.startswith("| ")}
+    assert cells["| all"][:2] == ["100", "100"]
+    for name in BINS[:2]:
+        assert cells[f"| {name}"][3] == "1.00" and not any("(-" in share for share in cells[f"| {name}"][:2])
+    assert any("(0.0 to" in share for of_bin in cells.values() for share in of_bin[:2])
 
 
 def test_every_panel_of_the_figure_has_intervals_and_equal_bytes(tmp_path):
@@ -292,5 +303,8 @@ def test_every_panel_of_the_figure_has_intervals_and_equal_bytes(tmp_path):
 @pytest.mark.parametrize("tables", [EQUAL, {}])
 def test_figures_of_incomplete_probes(tmp_path, seeds, tables):
     found = mechanisms(probes({}, seeds=seeds), "base", ["cand"], tables)
+    axes = _draw("small", [of_candidate for of_candidate in found if of_candidate.effects], ["base", "cand"]).get_axes()
+    texts = {text.get_text() for ax in axes for text in ax.texts}
+    assert texts == ({"not measured"} if seeds and not tables else set())
     draw_mechanism("small", found, ["base", "cand"], [tmp_path / "a.png"])
     assert min(Image.open(tmp_path / "a.png").size) > 100

@@ -70,10 +70,13 @@ def test_looking_after_each_seed_causes_no_false_alarms_under_a_plan():
     assert planned.max() <= 6.0  # 5.5 plus sampling error
 
 
-@pytest.mark.parametrize("noise", ["2%, paired", "5%, paired", "5%, a level of 5% per run"])
+@pytest.mark.parametrize(
+    ("noise", "factor"),
+    [("2%, paired", 0.85), ("2%, paired", 1.0), ("5%, paired", 0.85), ("5%, a level of 5% per run", 0.85)],
+)
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_simulated_outcomes_are_those_of_the_analysis(noise, seeds):
-    levels, images = simulate(np.random.default_rng(seeds), 10, seeds, 0.85, NOISES[noise], checkpoints=5)
+def test_simulated_outcomes_are_those_of_the_analysis(noise, factor, seeds):
+    levels, images = simulate(np.random.default_rng(seeds), 10, seeds, factor, NOISES[noise], checkpoints=5)
     found = [compare_rows(table(of_study)).outcome for of_study in levels]
     assert found == outcomes(effects(levels, images))
 

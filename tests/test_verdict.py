@@ -10,6 +10,8 @@ from metric_tables import PLAN, curves, study, verdict_on
 from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
+from convergence.analysis.power import cautious_sd, seeds_needed
+from convergence.analysis.results import Noise
 from convergence.analysis.verdict import adjust, judge, read_verdict, to_markdown, write_verdict
 from convergence.errors import StudyError
 from convergence.figures.curves import _draw_curves, fid_curves
@@ -35,7 +37,8 @@ def test_the_answer_has_the_outcome_and_its_numbers():
         f"{images.high:.2f}) to reach FD {comparison.primary_threshold:.4g}; FD {average.estimate:+.1f}% on average "
         f"({average.low:+.1f} to {average.high:+.1f}). "
     )
-    assert not set("*`\n") & set(verdict.answer)
+    assert not set("*`\n") & set(verdict.answer) and "detect" not in verdict.answer
+    assert f"| {comparison.primary_threshold:.4g} (primary) |" in to_markdown(verdict)
     assert to_markdown(verdict).split("\n\n")[2].startswith("**Answer.** **cand is faster than base**: it needs")
 
 
@@ -90,6 +93,18 @@ def test_secondary_comparisons_have_p_values_adjusted_for_their_number():
     text = to_markdown(verdict)
     assert text.count("**primary**") == 1 and text.count("| secondary |") == 3
     assert text.index("**primary**") < text.index("| secondary |")
+    for p_holm, result in ((0.04, "better"), (0.06, "not shown")):
+        adjusted = replace(primary, role="secondary", p_holm=p_holm)
+        assert f"| {result} | {p_holm} |" in to_markdown(replace(verdict, comparisons=(primary, adjusted)))
+
+
+@pytest.mark.parametrize(("samples", "larger"), [(0.04, "`sample.images`"), (0.03, "seeds"), (np.nan, "–")])
+def test_the_larger_part_of_the_noise_is_named(samples, larger):
+    verdict = verdict_on(study(curves(3, 1.0), curves(3, 0.9)))
+    primary = replace(verdict.primary, noise=Noise((0.1, 0.1), 0.05, samples))
+    text = to_markdown(replace(verdict, comparisons=(primary,)))
+    seeds = [seeds_needed(np.log(1.05), sd) for sd in (0.05, cautious_sd(0.05, 3))]
+    assert f" | {larger} | " in text and f" | {seeds[0]} ({seeds[1]}) |" in text
 
 
 @pytest.mark.parametrize(
@@ -112,6 +127,9 @@ def test_an_unbiased_metric_shows_whether_it_agrees():
         kid = study(curves(4, 1e-3, noise=0.02), curves(4, 1e-3 * factor, seed=3, noise=0.02), metric="kid")
         answer = verdict_on(pd.concat([fd, kid])).answer
         assert "the unbiased KD changes by " in answer and answer.rstrip(".").endswith(expected)
+    several = verdict_on(pd.concat([kid, fd, fd.assign(metric="fd_infinity")]))
+    assert several.primary.metric == "fd" and "the unbiased KD changes by " in several.answer
+    assert "the unbiased" not in verdict_on(pd.concat([fd, kid.assign(features="other")])).answer
 
 
 def test_a_secondary_metric_without_common_images_is_reported_alone():
@@ -139,9 +157,13 @@ def test_sensitivity_lists_endpoints_and_counts_those_that_agree():
     np.testing.assert_allclose(by_name["average over log images"].estimate, 100 * np.expm1(expected))
     expected = np.trapezoid(logs[:, 1:], images[1:], axis=1).mean() / 200
     np.testing.assert_allclose(by_name["average over the last half"].estimate, 100 * np.expm1(expected))
-    assert "Of 7, 0 show better, 7 worse, 0 neither: 7 of 7 agree with the primary endpoint (worse)." in to_markdown(
-        verdict
+    text = to_markdown(verdict)
+    assert "Of 7, 0 show better, 7 worse, 0 neither: 7 of 7 agree with the primary endpoint (worse)." in text
+    assert "| endpoint | FD (lite0), lower is better |" in text and text.count(", **worse** |") == 7
+    shares = to_markdown(
+        verdict_on(study(base / 400, cand / 400, "recall"), PLAN.model_copy(update={"metric": "recall"}))
     )
+    assert "| endpoint | Recall (lite0), higher is better |" in shares
 
 
 def test_endpoints_of_late_checkpoints_and_of_failed_runs():
@@ -186,8 +208,9 @@ def test_probes_that_are_not_planned_are_ignored():
     assert repr(found) == repr(expected) and found[0].checkpoints == 2
 
 
-def test_every_row_of_a_markdown_table_has_equal_cells():
-    text = markdown_of(study(curves(3, 1.0), curves(3, 0.9)))
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_row_of_a_markdown_table_has_equal_cells(seeds):
+    text = markdown_of(study(curves(seeds, 1.0), curves(seeds, 0.9)))
     tables = [block for block in text.split("\n\n") if block.startswith("| ")]
     assert len(tables) == 4
     for block in tables:
@@ -222,6 +245,7 @@ def test_a_verdict_survives_its_file(tmp_path, plan):
     written = read_verdict(tmp_path / "verdict.json")
     assert to_markdown(written) == to_markdown(verdict) == (tmp_path / "verdict.md").read_text()
     assert repr(written) == repr(verdict)
+    assert ("## Mechanism" in to_markdown(verdict)) == (plan is not None)
     json.loads((tmp_path / "verdict.json").read_text(), parse_constant=pytest.fail)  # NaN and Infinity are not JSON
     effects_table(written.comparisons).to_csv(tmp_path / "again.csv", index=False)
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "effects.csv").read_text()

@@ -36,7 +36,7 @@ def detectable(sd: float, pairs: int) -> float:
     """Returns the smallest difference that a paired t-test detects with 80% power; infinite for one pair."""
     if pairs < 2:
         return np.inf
-    return sd * brentq(lambda ratio: power(ratio, 1, pairs) - POWER, 1e-3, 1e3) if sd else 0.0
+    return sd * brentq(lambda ratio: power(ratio, 1, pairs) - POWER, 1e-3, 1e3)
 
 
 def seeds_needed(effect: float, sd: float) -> int:
