@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class CudaGraphed:
 
     def __init__(self, function: Callable[..., list[Tensor]]):
         self.function = function
+        self.pool: Any = None  # graphs with different batch sizes share memory: they never run at the same time
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
@@ -90,8 +91,9 @@ class CudaGraphed:
             self.function(*inputs)  # libraries allocate memory and Triton compiles before a graph is captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         # Only this thread is captured: another thread may copy the next batch at the same time.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             results = self.function(*inputs)
         return graph, inputs, results
 

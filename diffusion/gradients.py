@@ -16,14 +16,14 @@ class LossGradients:
     Args:
         model: net that is called with images [B, 3, H, W] and timesteps [B]. The object refers to this net: call
             `refresh` after its parameters have changed.
-        schedule: noise schedule on the device of the net.
+        schedule: noise schedule.
         precision: "fp32", "bf16" or "auto" (see `diffusion.devices.compute_dtype`).
     """
 
     def __init__(self, model: nn.Module, schedule: NoiseSchedule, precision: str):
-        self.schedule = schedule
         self.net = compute_copy(model, precision)
         self.parameters, self.copies = list(model.parameters()), list(self.net.parameters())
+        self.schedule = schedule.to(self.parameters[0].device)
         # The other parameters are the same tensors in the net and in its copy.
         self.copied = [i for i, (p, c) in enumerate(zip(self.parameters, self.copies, strict=True)) if p is not c]
         dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())

@@ -11,11 +11,13 @@ from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Sample, Sche
 from diffusion.data.batches import Batches
 from diffusion.devices import largest_batch
 from diffusion.evaluation.extractors import extract_features, load_extractor
+from diffusion.evaluation.probe import probe
 from diffusion.evaluation.reference import evaluate, reference_of
 from diffusion.evaluation.weights import LITE0
 from diffusion.gaussian import NoiseSchedule, linear_betas
 from diffusion.nets import operations, plain
 from diffusion.prefetch import prefetched
+from diffusion.schemes import scheme_tables
 from diffusion.training.state import TrainState, train_step, untrained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -116,6 +118,19 @@ def test_the_largest_batch_fits():
     count = largest_batch(model, (3, 32, 32), "cuda")
     with torch.inference_mode():
         model(torch.zeros(count, 3, 32, 32, device="cuda"), torch.zeros(count, dtype=torch.int64, device="cuda"))
+
+
+def test_a_probe_has_the_values_of_the_cpu():
+    run, rows = config(precision="fp32"), []
+    for device in ("cpu", "cuda"):
+        net, schedule = untrained(run, 0)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.02)
+        tables = scheme_tables(schedule, run.scheme, run.match)
+        rows.append(probe(net.to(device), schedule, tables, IMAGES[:64], 2, 16, 0, device, "fp32"))
+    for cpu, gpu in zip(*rows, strict=True):
+        assert gpu["value"] == pytest.approx(cpu["value"], rel=1e-2)
 
 
 def test_tensors_that_are_made_ahead_arrive_unchanged():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.devices import compute_copy
+from diffusion.evaluation.extractors import full_precision
 from diffusion.nets import operations, plain
 from diffusion.nets.activation import Activation
 from diffusion.nets.plain import group_norm
@@ -26,9 +27,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, kernels run
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
+def exact_convolutions():
     """By default, convolutions on a GPU round float32 numbers to TF32."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    with full_precision():
+        yield
 
 
 # Images, channels, height, width, groups: one and three channels per group, and sizes that are no powers of two.

@@ -26,5 +26,5 @@ class Activation(NamedTuple):
         return self._replace(bias=self.bias + shift)
 
     def with_bias(self) -> Tensor:
-        """Returns the images including the bias, [N, C, H, W]. They are float32 if the bias is stored separately."""
-        return self.values if self.bias is None else self.values + self.bias[..., None, None]
+        """Returns the images including the bias, [N, C, H, W]."""
+        return self.values if self.bias is None else self.values + self.bias.to(self.values.dtype)[..., None, None]

@@ -26,13 +26,13 @@ EPSILON = 1e-5  # added to the variance, as in torch.nn.GroupNorm
 MAX_TILE_CHANNELS = 128  # channels of a tile
 TILE = 4096  # elements of a tile
 SUM_TILE = 2048  # elements of a tile of `sums`
-PRODUCT_TILE, MAX_DEPTH = 8192, 64  # elements of a tile of a product; input channels of one `tl.dot`
+PRODUCT_TILE, DEPTH_BYTES = 8192, 128  # elements of a tile of a product; bytes of the input channels of one `tl.dot`
 # Pixels of one program: the largest power of two between these limits with which at least SUM_PROGRAMS (sums) or
 # POINTWISE_PROGRAMS (other kernels) programs run.
 MAX_PIXELS, MIN_PIXELS = 1024, 64
 SUM_PROGRAMS, POINTWISE_PROGRAMS = 1024, 4096
-# Largest images that `norm_once` holds in registers, and the channels of one of its programs.
-ONCE_PIXELS, ONCE_CHANNELS, ONCE_WARPS = 1024, 32, 16
+# Largest images that `norm_once` holds in registers, channels of one of its programs, and elements per warp.
+ONCE_PIXELS, ONCE_CHANNELS, ONCE_ELEMENTS = 1024, 32, 2048
 # Numbers of warps, measured on an H200.
 FEW_WARPS, MANY_WARPS = 4, 8
 
@@ -171,7 +171,7 @@ def add_products(h: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor]) 
     y, result = torch.empty_like(h), by.new_sums(h)
     (x1, *_, x2), (w1, *_, w2) = (2 * tuple(parts))[:2], (2 * tuple(weights))[:2]
     second = x2.shape[1] if len(parts) == 2 else 0
-    depth = min(channels & -channels for channels in (x1.shape[1], x2.shape[1], MAX_DEPTH))
+    depth = min(channels & -channels for channels in (x1.shape[1], x2.shape[1], DEPTH_BYTES // h.element_size()))
     blocks, tiles = (
         by.channels // by.tile_channels,
         by.n * by.pieces * triton.cdiv(min(by.piece, by.pixels), by.tile_pixels),
@@ -180,7 +180,7 @@ def add_products(h: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor]) 
     launch(
         triton_kernels.add_products, by.grid(by.pieces), [(h, 1), *moved], [(y, 1), (result, 1)],
         h, x1, x2, w1, w2, y, result, by.pixels, by.channels, x1.shape[1], second, w1.stride(0), w2.stride(0),
-        by.piece, by.pieces, depth, by.tile_pixels, by.tile_channels, num_warps=MANY_WARPS,
+        by.piece, by.pieces, depth, by.tile_pixels, by.tile_channels, num_warps=FEW_WARPS,
     )  # fmt: skip
     return y, result
 
@@ -288,13 +288,14 @@ def norm_once(x: Tensor, tables: Tables, groups: int, silu: bool) -> tuple[Tenso
     z = torch.empty_like(x)
     a, b, total = torch.empty(3, n, channels, dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty(2, n, groups, dtype=torch.float32, device=x.device)
-    used = _channels_of_program(group)
+    used, tile_pixels = _channels_of_program(group), triton.next_power_of_2(pixels)
+    warps = max(1, tile_pixels * ONCE_CHANNELS // ONCE_ELEMENTS)
     blocks = triton.cdiv(channels, used)
     launch(
         triton_kernels.norm_once, (n * blocks,), [(x, 1), (tables.time, 1), *tables.loads(n)],
         [(z, 1), (a, 1), (b, 1), (total, 1), (mean, 1), (rstd, 1)],
         x, *tables.arguments(), z, a, b, total, mean, rstd, pixels, group, used // 8, blocks, EPSILON, silu,
-        tables.time is not None, triton.next_power_of_2(pixels), ONCE_CHANNELS, num_warps=ONCE_WARPS,
+        tables.time is not None, tile_pixels, ONCE_CHANNELS, num_warps=warps,
     )  # fmt: skip
     return z, Statistics(a, b, total, mean, rstd)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ def implementation(device_type: str) -> ModuleType:
 
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return plain
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return plain  # too few registers, and no bf16
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     # On Debian, the default scheme may name a directory that does not contain the headers.
     schemes = {sysconfig.get_default_scheme(), "posix_prefix"}

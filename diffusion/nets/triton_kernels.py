@@ -130,11 +130,11 @@ def add_products(
     for start in range(first, end, tile_pixels):
         row = start + tl.arange(0, tile_pixels)
         mask = (row < end)[:, None]
-        at = n * pixels * channels + row[:, None] * channels + channel[None, :]
-        value = tl.load(h + at, mask, 0.0).to(tl.float32)
+        value = tl.zeros([tile_pixels, tile_channels], tl.float32)
         value = _product(x1, weight1, value, row, mask, pixels, n, channel, channels1, stride1, depth)
         value = _product(x2, weight2, value, row, mask, pixels, n, channel, channels2, stride2, depth)
-        value = value.to(y.dtype.element_ty)
+        at = n * pixels * channels + row[:, None] * channels + channel[None, :]
+        value = (value + tl.load(h + at, mask, 0.0).to(tl.float32)).to(y.dtype.element_ty)
         tl.store(y + at, value, mask)
         value = tl.where(mask, value.to(tl.float32), 0.0)
         sum_of_values += tl.sum(value, 0)[None, :]

@@ -104,7 +104,7 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns epsilon and then v, [B, 6, H, W], or only epsilon, [B, 3, H, W].
+        """Returns epsilon and then v, [B, 6, H, W], or only epsilon, [B, 3, H, W], at least in float32.
 
         Args:
             x: noisy images x_t, [B, 3, H, W].
@@ -127,7 +127,9 @@ class UNet(nn.Module):
             h = stage(times, h, skips.pop())
         norm, _, convolution = self.out
         z, _ = norm(h, silu=True)
-        return operations.convolution(convolution, z).with_bias()
+        output = operations.convolution(convolution, z)
+        wide = output.values.to(torch.promote_types(dtype, torch.float32))
+        return output._replace(values=wide).with_bias()
 
 
 class Norm(nn.GroupNorm):
@@ -254,7 +256,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Activation) -> Activation:
         """Returns the output [B, C, H / 2, W / 2] for x [B, C, H, W]."""
-        return operations.convolution(self.op, x.with_bias().to(x.values.dtype))
+        return operations.with_sums(operations.convolution(self.op, x.with_bias()))
 
 
 class Upsample(nn.Module):
@@ -266,8 +268,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Activation) -> Activation:
         """Returns the output [B, C, 2 H, 2 W] for x [B, C, H, W]."""
-        x_with_bias = x.with_bias().to(x.values.dtype)
-        return operations.convolution(self.conv, F.interpolate(x_with_bias, scale_factor=2))
+        return operations.convolution(self.conv, F.interpolate(x.with_bias(), scale_factor=2))
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
