@@ -13,6 +13,7 @@ from convergence.analysis.comparison import effects_table
 from convergence.analysis.power import cautious_sd, seeds_needed
 from convergence.analysis.results import Noise
 from convergence.analysis.verdict import adjust, judge, read_verdict, to_markdown, write_verdict
+from convergence.analysis.wording import effect_text
 from convergence.errors import StudyError
 from convergence.figures.curves import _draw_curves, fid_curves
 from convergence.pages import to_html
@@ -27,7 +28,8 @@ def markdown_of(metrics, plan=PLAN):
 
 
 def test_the_answer_has_the_outcome_and_its_numbers():
-    verdict = verdict_on(study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01)))
+    arms = study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01))
+    verdict = verdict_on(arms, costs={"base": 2.0, "cand": 3.0})
     (comparison,) = verdict.comparisons
     assert verdict.question == "Does cand converge in fewer training images than base, by FD (lite0)?"
     assert verdict.outcome == comparison.outcome == "faster"
@@ -39,6 +41,7 @@ def test_the_answer_has_the_outcome_and_its_numbers():
     )
     assert not set("*`\n") & set(verdict.answer) and "detect" not in verdict.answer
     assert f"| {comparison.primary_threshold:.4g} (primary) |" in to_markdown(verdict)
+    assert f"| {effect_text(comparison.hours)} |" in to_markdown(verdict)
     assert to_markdown(verdict).split("\n\n")[2].startswith("**Answer.** **cand is faster than base**: it needs")
 
 
