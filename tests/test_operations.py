@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.devices import compute_copy
+from diffusion.evaluation.extractors import full_precision
 from diffusion.nets import operations, plain
 from diffusion.nets.activation import Activation
 from diffusion.nets.plain import group_norm
@@ -26,9 +27,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, kernels run
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
+def without_tf32():
     """By default, convolutions on a GPU round float32 numbers to TF32."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    with full_precision():
+        yield
 
 
 # Images, channels, height, width, groups: one and three channels per group, and sizes that are no powers of two.
@@ -301,6 +303,22 @@ def test_a_compute_copy_shares_norms_and_biases_of_convolutions():
         copied = linear or (name.endswith("weight") and ours.dim() > 1)
         assert (ours.dtype == torch.bfloat16, ours is not theirs) == (copied, copied)
         assert ours.stride() == theirs.stride()  # otherwise copying all of them is slow
+
+
+@needs_triton
+def test_each_constant_that_a_benchmark_varies_changes_the_tiles(monkeypatch):
+    from benchmarks.kernel_speed import SWEEP
+    from diffusion.nets import kernels
+
+    def tiles(constants: dict[str, int]) -> str:
+        with monkeypatch.context() as context:
+            for name, value in constants.items():
+                context.setattr(kernels, name, value)
+            x = torch.empty(1024, 128, 64, 64, device="meta")
+            tilings = kernels._tiling(x), kernels._tiling(x, tile=kernels.SUM_TILE)
+            return str([(tiling.rows, tiling.width, tiling.piece) for tiling in tilings])
+
+    assert len(set(map(tiles, SWEEP))) == len(SWEEP)
 
 
 @needs_triton
