@@ -91,9 +91,7 @@ def pin_requirements(names: Iterable[str], python: str, have: Iterable[str] = ()
     return sorted(map(_pin, _with_dependencies(names, environment, left_out)))
 
 
-def _with_dependencies(
-    names: Iterable[str], environment: Mapping[str, str], left_out: Collection[str] = ()
-) -> set[str]:
+def _with_dependencies(names: Iterable[str], environment: dict[str, str], left_out: Collection[str] = ()) -> set[str]:
     """Returns the names of packages and of their dependencies, except those left out and what only these need."""
     found: set[str] = set()
     queue = list(names)
