@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, kernels run
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions():
+def without_tf32():
     """By default, convolutions on a GPU round float32 numbers to TF32."""
     with full_precision():
         yield
@@ -303,6 +303,22 @@ def test_a_compute_copy_shares_norms_and_biases_of_convolutions():
         copied = linear or (name.endswith("weight") and ours.dim() > 1)
         assert (ours.dtype == torch.bfloat16, ours is not theirs) == (copied, copied)
         assert ours.stride() == theirs.stride()  # otherwise copying all of them is slow
+
+
+@needs_triton
+def test_each_constant_that_a_benchmark_varies_changes_the_tiles(monkeypatch):
+    from benchmarks.kernel_speed import SWEEP
+    from diffusion.nets import kernels
+
+    def tiles(constants: dict[str, int]) -> str:
+        with monkeypatch.context() as context:
+            for name, value in constants.items():
+                context.setattr(kernels, name, value)
+            x = torch.empty(1024, 128, 64, 64, device="meta")
+            tilings = kernels._tiling(x), kernels._tiling(x, tile=kernels.SUM_TILE)
+            return str([(tiling.rows, tiling.width, tiling.piece) for tiling in tilings])
+
+    assert len(set(map(tiles, SWEEP))) == len(SWEEP)
 
 
 @needs_triton
