@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", help="name of a file in experiments/")
     parser.add_argument("--batch", type=int, help="images per step, default: those of the study")
-    parser.add_argument("--reduced", action="store_true", help="a tiny net")
+    parser.add_argument("--reduced", action="store_true", help="a tiny net, and one other choice")
     options = parser.parse_args()
     run = settings(options.study, options.batch)
     if options.reduced:
@@ -86,7 +86,7 @@ def main() -> None:
         )
     state = TrainState(run, 0, device())
     batches = state.batches(random_images(run))
-    for constants in SWEEP:
+    for constants in SWEEP[: 2 if options.reduced else None]:
         found = speeds(state, batches, constants)
         print(constants or "as it is", {name: float(f"{speed:.4g}") for name, speed in found.items()}, flush=True)
 
