@@ -135,11 +135,8 @@ def test_features_are_computed_without_tf32(real):
 def test_progress_is_logged(real, extractor, monkeypatch, caplog):
     monkeypatch.setattr(progress, "REPORT_SECONDS", 0)
     with caplog.at_level(logging.INFO, "diffusion.progress"):
-        extract_features(real[:4], extractor, batch_size=2)
-    assert [record.getMessage().split(" images")[0] for record in caplog.records] == [
-        "2 of 4",
-        "4 of 4",
-    ]
+        extract_features(real[:6], extractor, batch_size=2)
+    assert [record.getMessage().split(" images")[0] for record in caplog.records] == ["4 of 6", "6 of 6"]
 
 
 def test_a_path_is_refused_for_weights_without_a_published_sha256(tmp_path):
