@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,4 +229,5 @@ def test_a_full_disk_in_one_of_several_processes_is_reported_in_one_sentence(seg
     assert "No space left on device: free space" in message
     # The rest is printed by the process of the test, which does not log.
     assert raised[0].startswith("Traceback") and sum(line.startswith("Traceback") for line in raised) == 1
-    assert "process 0 of 2 failed with exit code 1: correct the error above" in raised[-1]
+    # The other process fails, too, and may end first.
+    assert re.search(r"process \d of 2 failed with exit code 1: correct the error above", raised[-1])
