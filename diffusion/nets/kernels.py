@@ -21,8 +21,8 @@ import triton
 from torch import Tensor
 
 from diffusion.nets import triton_kernels
+from diffusion.nets.plain import EPSILON
 
-EPSILON = 1e-5  # added to the variance, as in torch.nn.GroupNorm
 MAX_TILE_CHANNELS = 128  # channels of a tile
 TILE = 4096  # elements of a tile
 SUM_TILE = 2048  # elements of a tile of `sums`
