@@ -68,6 +68,7 @@ def parts(study: Path, reduced: bool, reference: Path | None) -> list[Part]:
         others.append(Part("reference 4 x 64", 60, module("benchmarks.reference", reference, *sizes, *seconds)))
     batch = ("fashion_mnist16", "--batch", 2) if reduced else (LARGE, "--batch", 64)
     flag = ["--reduced"] * reduced
+    sizes_of_features = ("--real", 500, "--generated", 100, "--dimensions", 64) if reduced else ("--device", "cuda")
     # On a CPU, the operations take minutes in Triton's interpreter. To compile for other GPUs needs no GPU.
     operations = [] if reduced else ["tests/test_operations.py", "-k", "not kernels_compile"]
     return [
@@ -81,7 +82,8 @@ def parts(study: Path, reduced: bool, reference: Path | None) -> list[Part]:
         speed("small net: train 256, warm cache", 25, "ours", "train", 256, large=False),
         speed("small net: sample 1024", 30, "ours", "sample", 1024, large=False),
         Part("study", 120, module("benchmarks.gpu_study", study, *flag), SMALL),
-        Part("tests", 90, module("pytest", "-q", "-n", 4, "tests/test_gpu.py", *operations)),
+        Part("tests", 90, module("pytest", "-q", "-n", 8, "tests/test_gpu.py", *operations)),
+        Part("statistics of features", 40, module("benchmarks.evaluation", "--part", "statistics", *sizes_of_features)),
         Part("profile", 45, module("benchmarks.throughput", *batch, "--profile")),
         Part("kernels", 60, module("benchmarks.kernel_speed", *batch, *flag)),
     ]

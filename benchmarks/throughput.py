@@ -318,7 +318,7 @@ def profile(options: argparse.Namespace) -> str:
         for _ in range(10):
             step()
         synchronize()
-    return profiler.key_averages().table(sort_by=f"self_{device()}_time_total", row_limit=25, max_name_column_width=50)
+    return profiler.key_averages().table(sort_by=f"self_{device()}_time_total", row_limit=40, max_name_column_width=80)
 
 
 if __name__ == "__main__":
