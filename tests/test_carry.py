@@ -91,21 +91,24 @@ def test_a_study_runs_without_a_network_and_its_results_are_collected(tmp_path):
     run([*command, "--have", "torch,torchvision,scipy,pandas,matplotlib"], home)
 
     # The other machine has torch and a few packages. All others come from the archive: no package index can be reached.
-    machine = tmp_path / "machine"
-    machine.mkdir()
+    # Its Python belongs to a virtual environment.
+    run([sys.executable, "-m", "venv", "machine"], tmp_path)
+    machine = next(tmp_path.glob("machine/lib/python*/site-packages"))
     for path in Path(sysconfig.get_path("purelib")).iterdir():
         if path.name.startswith(MACHINE) and path.suffix != ".dist-info":
             (machine / path.name).symlink_to(path)
     there.parent.mkdir()
     run(["tar", "xf", home / "carry.tar"], there.parent)
-    run([sys.executable, "-m", "venv", "--system-site-packages", ".venv"], there)
-    site = next(there.glob(".venv/lib/python*/site-packages"))
-    (site / "zz_machine.pth").write_text(str(machine))
-    offline = {"PIP_INDEX_URL": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    offline = {
+        "PYTHON": str(tmp_path / "machine/bin/python"),
+        "PIP_INDEX_URL": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
     assert "usage" in run(["bash", "carry/run.sh", "python", "-m", "benchmarks.gpu", "--help"], there.parent, **offline)
     assert not (there / "results.tar.gz").exists()
     output = run(["bash", "carry/run.sh"], there.parent, **offline)
     assert "results.tar.gz" in output
+    site = next(there.glob(".venv/lib/python*/site-packages"))
     assert (site / "snakemake").exists()
     assert not [
         name

@@ -58,7 +58,13 @@ RUN = """\
 # share a GPU.
 set -euo pipefail
 cd "$(dirname "$0")"
-test -x .venv/bin/python || "${{PYTHON:-python3}}" -m venv --system-site-packages .venv
+python="${{PYTHON:-python3}}"
+site='import sysconfig; print(sysconfig.get_path("purelib"))'
+if ! test -x .venv/bin/python; then
+  "$python" -m venv --system-site-packages .venv
+  # If this Python belongs to a virtual environment, its packages are not those of the system.
+  "$python" -c "$site" > "$(.venv/bin/python -c "$site")/zz_parent.pth"
+fi
 .venv/bin/python -m pip install --quiet --no-index --no-deps wheels/*.whl
 export PATH="$PWD/.venv/bin:$PATH"
 if test -d torch; then export TORCH_HOME="$PWD/torch"; fi
