@@ -350,10 +350,16 @@ threads)."""
                     f"arms.{name}.{key}.speed.tau: {tau} exceeds the {self.diffusion.timesteps} timesteps: lower it"
                 )
         try:
-            batch_size = self.run(name).train.batch_size
+            train = self.run(name).train
         except ValidationError as error:
             separator = "." if error.errors()[0]["loc"] else ": "
             raise ValueError(f"arms.{name}.train{separator}{first_mistake(error, Train)}") from None
+        batch_size = train.batch_size
+        if train.decay and not train.decay.steps.to and self.steps[-1] > train.decay.steps.until:
+            raise ValueError(
+                f"arms.{name}.train.decay: the learning rate of {name} is 0 after step {train.decay.steps.until}, but "
+                f"the last checkpoint is at step {self.steps[-1]}: raise until, or set `to`"
+            )
         if batch_size % self.processes:
             raise ValueError(
                 f"processes: {self.processes} does not divide the batch_size {batch_size} of {name}: choose a divisor"

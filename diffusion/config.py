@@ -6,7 +6,7 @@ A `RunConfig`, a seed and a number of steps together determine a training run.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from diffusion.errors import InputError
 from diffusion.section import Choice, Section
@@ -38,6 +38,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
 UserPath = Annotated[Path, AfterValidator(_expand_home)]
 Precision = Literal["auto", "fp32", "bf16"]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
 
 
@@ -270,6 +271,39 @@ class Diffusion(Section):
     """Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
 
 
+class DecaySteps(Section):
+    """The steps over which the learning rate decreases, and its last value."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: NonNegativeInt = Field(0, alias="from")
+    """Step from which the learning rate decreases."""
+    until: PositiveInt
+    """Step at which the learning rate reaches `to`. It keeps this value afterwards."""
+    to: NonNegativeFloat = 0.0
+    """Last value of the learning rate. With 0, no checkpoint can be later than `until`."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DecaySteps":
+        if self.start >= self.until:
+            raise ValueError(f"from {self.start} is not before until {self.until}: lower from, or raise until")
+        return self
+
+
+class Decay(Choice):
+    """Decay of the learning rate. Set exactly one key. Steps are absolute: a longer study starts with the same run."""
+
+    linear: DecaySteps | None = None
+    """The learning rate decreases linearly."""
+    cosine: DecaySteps | None = None
+    """The learning rate follows half a period of a cosine (Loshchilov & Hutter 2017, without restarts)."""
+
+    @property
+    def steps(self) -> DecaySteps:
+        """The steps of the chosen decay."""
+        return self.linear or self.cosine  # type: ignore[return-value]  # exactly one is set
+
+
 class Train(Section):
     """Optimisation. One step processes one batch of `batch_size` images, in parts of `micro_batch` images."""
 
@@ -281,6 +315,10 @@ class Train(Section):
     """Learning rate of AdamW."""
     learning_rate_warmup: NonNegativeInt = 0
     """Number of steps at the start over which the learning rate increases linearly to `learning_rate`."""
+    decay: Decay | None = None
+    """Decay of the learning rate; unset: constant after the warm-up."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decays per step of AdamW's moving averages of the gradient and of its square."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
@@ -296,6 +334,15 @@ the untrained weights."""
     """CPU threads per process."""
     log_every: PositiveInt = 50
     """Number of steps between two rows of the training log."""
+
+    @model_validator(mode="after")
+    def _rate_decreases(self) -> "Train":
+        if self.decay and self.decay.steps.to >= self.learning_rate:
+            raise ValueError(
+                f"decay: its last value {self.decay.steps.to:g} is not below learning_rate {self.learning_rate:g}: "
+                "lower `to`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> "Train":

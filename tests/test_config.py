@@ -15,6 +15,7 @@ from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from diffusion import losses, timesteps
 from diffusion.config import TRAIN_VERSION, Dataset, Density, Initial, RunConfig, Train, Weight
+from diffusion.section import LATER_KEYS
 
 STUDY = {
     "name": "study",
@@ -91,6 +92,11 @@ WRONG = [
     ("train.learning_rate", float("inf"), ["train.learning_rate", "write a number, such as 0.5 or 1e-4", "'.inf'"]),
     ("train.learning_rate", "inf", ["train.learning_rate", "finite"]),
     ("train.ema_decay", 1.0, ["train.ema_decay", "less than 1"]),
+    ("train.decay", "cosine", ["train.decay.cosine.until", "missing"]),
+    ("train.decay", {"linear": {"from": 9, "until": 9}}, ["train.decay.linear: from 9 is not before until 9", "raise"]),
+    ("train.decay", {"linear": {"until": 99, "to": 1}}, ["train: decay: its last value 1 is not below learning_rate"]),
+    ("train.decay", {"linear": {"until": 3}}, ["is 0 after step 3, but the last checkpoint is at step", "set `to`"]),
+    ("train.betas", [0.9, 1], ["train.betas", "less than 1"]),
     ("train.precision", "fp17", ["train.precision", "'bf16'", "'fp17'"]),
     ("train.micro_batch", 5, ["train: micro_batch 5 does not divide batch_size 12", "choose a divisor"]),
     ("arms.under05.train", {"micro_batch": 5}, ["arms.under05.train: micro_batch 5", "choose a divisor"]),
@@ -714,7 +720,7 @@ def test_changed_default_changes_the_hash():
 class LaterTrain(Train):
     """The section `train` after a key was added."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    nesterov: bool = False
 
 
 class LaterBase(Initial):
@@ -737,13 +743,13 @@ def test_key_that_is_added_later_renames_no_run(tmp_path, monkeypatch):
     """An example of what to do for a new key: list it in `LATER_KEYS`."""
     old = load(tmp_path, STUDY).run("under05")
     content = dict(old) | {"train": old.train.model_dump()}
-    default, other = LaterRun(**content), LaterRun(**content | {"train": {"betas": (0.9, 0.95)}})
+    default, other = LaterRun(**content), LaterRun(**content | {"train": {"nesterov": True}})
     assert default.hash8 != old.hash8
-    monkeypatch.setattr("diffusion.section.LATER_KEYS", ("LaterTrain.betas",))
+    monkeypatch.setattr("diffusion.section.LATER_KEYS", (*LATER_KEYS, "LaterTrain.nesterov"))
     assert default.hash8 == old.hash8 != other.hash8
-    assert "betas" not in default.canonical() and json.loads(other.canonical())["train"]["betas"] == [0.9, 0.95]
+    assert "nesterov" not in default.canonical() and json.loads(other.canonical())["train"]["nesterov"]
     # The key is part of other forms, and each canonical form restores its run.
-    assert default.model_dump()["train"]["betas"] == (0.9, 0.999)
+    assert default.model_dump()["train"]["nesterov"] is False
     for run in (default, other):
         assert LaterRun.model_validate_json(run.canonical()) == run
 
@@ -752,7 +758,7 @@ def test_later_key_of_a_base_class_renames_no_section_that_inherits_it(tmp_path,
     content = dict(load(tmp_path, STUDY).run("under05").initial)
     default, other = LaterChild(**content), LaterChild(**content, latent=1)
     assert "latent" in default.canonical()
-    monkeypatch.setattr("diffusion.section.LATER_KEYS", ("LaterBase.latent",))
+    monkeypatch.setattr("diffusion.section.LATER_KEYS", (*LATER_KEYS, "LaterBase.latent"))
     assert default.hash8 == Initial(**content).hash8 != other.hash8
     assert LaterChild.model_validate_json(other.canonical()) == other
 

@@ -385,13 +385,17 @@ def test_a_loaded_state_is_used_by_a_captured_graph(tmp_path):
             torch.testing.assert_close(actual, weight, rtol=1e-4, atol=1e-5)
 
 
-def test_the_optimizer_computes_what_that_of_torch_computes():
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
+def test_the_optimizer_computes_what_that_of_torch_computes(betas):
     random = torch.Generator().manual_seed(0)
     shapes = [(8, 4, 3, 3), (5,), ()]
     ours = [torch.randn(shape, generator=random) for shape in shapes]
     ours[0] = ours[0].to(memory_format=torch.channels_last)
     theirs = [p.clone() for p in ours]
-    optimizer, expected = AdamW(ours, 0.05), torch.optim.AdamW(theirs, weight_decay=0.05, fused=True)
+    optimizer, expected = (
+        AdamW(ours, 0.05, betas),
+        torch.optim.AdamW(theirs, weight_decay=0.05, betas=betas, fused=True),
+    )
     for step in range(1, 6):
         gradients = [torch.randn(p.shape, generator=random) for p in ours]
         optimizer.step(gradients, 1e-3 * step)
@@ -400,7 +404,7 @@ def test_the_optimizer_computes_what_that_of_torch_computes():
             p.grad = gradient
         expected.step()
         if step == 3:  # the state moves to another optimizer
-            before, optimizer = optimizer, AdamW(ours, 0.05)
+            before, optimizer = optimizer, AdamW(ours, 0.05, betas)
             optimizer.load_state_dict(before.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     actual, state = tensors_in(optimizer.state_dict()["state"]), tensors_in(expected.state_dict()["state"])
@@ -580,8 +584,36 @@ def test_the_moving_average_of_the_weights_follows_its_definition():
 
 
 def test_the_learning_rate_rises_linearly_and_is_then_constant():
-    assert [learning_rate(step, 0.8, 4) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    assert learning_rate(0, 0.8, 0) == 0.8
+    warmup = Train(learning_rate=0.8, learning_rate_warmup=4)
+    assert [learning_rate(step, warmup) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert learning_rate(0, Train(learning_rate=0.8)) == 0.8
+
+
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_decaying_learning_rate_equals_that_of_torch(name, first):
+    train = Train(learning_rate=0.8, decay={name: {"from": first, "until": first + 20, "to": 0.1}})
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
+    schedulers = torch.optim.lr_scheduler
+    decay = {
+        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, 20, eta_min=0.1),
+        "linear": lambda: schedulers.LinearLR(optimizer, 1, 0.1 / 0.8, 20),
+    }[name]()
+    expected = [0.8] * first
+    for _ in range(21):
+        expected.append(decay.get_last_lr()[0])
+        optimizer.step()
+        decay.step()
+    assert [learning_rate(step, train) for step in range(first + 21)] == pytest.approx(expected)
+    assert learning_rate(10**6, train) == pytest.approx(0.1)
+
+
+def test_a_longer_study_with_decay_starts_with_the_same_rates():
+    decaying = Train(learning_rate=0.8, learning_rate_warmup=10, decay={"linear": {"from": 5, "until": 20}})
+    warmup = Train(learning_rate=0.8, learning_rate_warmup=10)
+    for step in range(25):
+        share = min(max((20 - step) / 15, 0), 1)
+        assert learning_rate(step, decaying) == pytest.approx(share * learning_rate(step, warmup))
 
 
 def test_the_gradient_of_a_step_is_that_of_the_weighted_loss():

@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+EPSILON = 1e-8
 
 
 class AdamW:
-    """AdamW, fused, with the default coefficients of torch.
+    """AdamW, fused, with the default epsilon of torch.
 
     Args:
         parameters: tensors [...] that the optimizer changes in place.
         weight_decay: decoupled weight decay.
+        betas: decays per step of the moving averages of the gradient and of its square, in [0, 1).
 
     Attributes:
         state: parameter -> number of steps, float32 [], and the moving averages of the gradient and of its square, of
             the shape of the parameter.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], weight_decay: float):
-        self.weight_decay = weight_decay
+    def __init__(self, parameters: Sequence[Tensor], weight_decay: float, betas: tuple[float, float]):
+        self.weight_decay, self.betas = weight_decay, betas
         self.state: dict[Tensor, dict[str, Tensor]] = {
             p: {
                 "step": torch.zeros((), device=p.device),
@@ -50,7 +51,7 @@ class AdamW:
         )
         adamw(
             list(self.state), list(gradients), averages, squares, [], steps, fused=True, amsgrad=False, maximize=False,
-            beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON, lr=learning_rate, weight_decay=self.weight_decay,
+            beta1=self.betas[0], beta2=self.betas[1], eps=EPSILON, lr=learning_rate, weight_decay=self.weight_decay,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -231,7 +231,7 @@ class _Log:
             "images": state.step * train.batch_size,
             "seconds": round(state.seconds, 3),
             **means,
-            "learning_rate": learning_rate(state.step - 1, train.learning_rate, train.learning_rate_warmup),
+            "learning_rate": learning_rate(state.step - 1, train),
             "images_per_second": round(rate, 2) if timed else None,
         }
         state.rows.append(row)

@@ -1,5 +1,6 @@
 """The state of a training run, and one optimizer step."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffusion.build import build
 from diffusion.checkpoints import save_weights
-from diffusion.config import Initial, RunConfig
+from diffusion.config import Initial, RunConfig, Train
 from diffusion.data.batches import Batches, random_flip, to_model_range
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
@@ -73,7 +74,7 @@ class TrainState:
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.optimizer = AdamW(self.parameters, run.train.weight_decay)
+        self.optimizer = AdamW(self.parameters, run.train.weight_decay, run.train.betas)
         self.tables = tables.to(self.device)
         self.history = None
         if run.scheme.timesteps.learned:
@@ -342,19 +343,27 @@ def train_step(state: TrainState, batches: Batches) -> None:
         # The history compares timesteps by their losses under uniform draws.
         state.history.add(t, state.tables.mse_weight[t] * mse + state.tables.vb_weight[t] * vb)
 
-    state.optimizer.step(gradients, learning_rate(step, train.learning_rate, train.learning_rate_warmup))
+    state.optimizer.step(gradients, learning_rate(step, train))
     with torch.no_grad():
         decay = ema_decay(step, train.ema_decay, train.ema_warmup)
         torch._foreach_lerp_(state.ema, state.parameters, 1 - decay)
     state.step += 1
 
 
-def learning_rate(step: int, base: float, warmup: int) -> float:
+def learning_rate(step: int, train: Train) -> float:
     """Returns the learning rate of a step (counted from 0).
 
-    The rate rises linearly from base / warmup to base in the first `warmup` steps, and is constant afterwards.
+    The rate rises linearly from `learning_rate` / `learning_rate_warmup` to `learning_rate` in the first
+    `learning_rate_warmup` steps. It then is constant, unless `train.decay` is set: this decreases it from the step
+    `from` to the step `until`, after which it is constant.
     """
-    return base * min(1.0, (step + 1) / warmup) if warmup else base
+    rate = train.learning_rate
+    if train.decay:
+        steps = train.decay.steps
+        done = min(max((step - steps.start) / (steps.until - steps.start), 0.0), 1.0)
+        rate = steps.to + (rate - steps.to) * (1 - done if train.decay.linear else (1 + math.cos(math.pi * done)) / 2)
+    warmup = train.learning_rate_warmup
+    return rate * min(1.0, (step + 1) / warmup) if warmup else rate
 
 
 def ema_decay(step: int, decay: float, warmup: bool) -> float:
