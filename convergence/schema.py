@@ -65,7 +65,7 @@ class TrainKeys:
 
     @staticmethod
     def __get_pydantic_json_schema__(core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler(Train.__pydantic_core_schema__)
+        return handler.resolve_ref_schema(handler(Train.__pydantic_core_schema__))
 
 
 class Arm(Scheme):

@@ -289,8 +289,8 @@ class Train(Section):
         Discriminator(lambda value: "list" if isinstance(value, (list, tuple)) else "number"),
     ] = 0.9999
     """Decay per step of the exponential moving average of the weights, from which images are sampled. A list keeps \
-several averages: numbers, `{power: 0.1}`, and `raw` for the weights themselves. The first one is sampled and probed \
-unless `evaluate.ema` names others."""
+several averages: numbers, `{power: 0.1}`, and `raw` for the weights themselves. The first one is probed, and it is \
+sampled unless `evaluate.ema` names others."""
     ema_warmup: bool = True
     """Whether a decay that is a number is limited to (1 + step) / (10 + step). With this limit, the moving average \
 contains less of the untrained weights."""
