@@ -179,6 +179,19 @@ def study(metrics: pd.DataFrame, plan: dict[str, Any], seconds: dict[str, float]
     return {"comparisons": comparisons, "sensitivity": sensitivity(planned, plan)}
 
 
+def of_averages(metrics: pd.DataFrame, plan: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The comparisons with the primary average of the weights, and two endpoints with each other average."""
+    if "ema" not in metrics:
+        return study(metrics, plan, seconds)
+    tables = dict(list(metrics.groupby("ema", sort=False)))
+    found = study(tables.pop(plan["ema"]), plan, seconds)
+    for name, table in tables.items():
+        rows = study(table, plan, seconds)["sensitivity"]
+        kept = [row for row in rows if row["endpoint"] in ("average over images", "last checkpoint")]
+        found["sensitivity"] += [row | {"endpoint": f"{row['endpoint']}, {name}"} for row in kept]
+    return found
+
+
 def has_pairs(rows: pd.DataFrame, baseline: str, candidate: str) -> bool:
     """Whether a seed has values of both arms after the start of training."""
     seeds = [{*rows.loc[(rows["arm"] == arm) & (rows["images"] > 0), "seed"]} for arm in (baseline, candidate)]
@@ -274,7 +287,7 @@ def check(directory: Path, metrics: Path) -> Iterator[tuple[str, Any, Any, float
     if (directory / "plan.json").exists():
         yield from differences(json.loads((directory / "plan.json").read_text()), plan, "plan.json")
     seconds = pd.read_csv(costs).set_index("arm")["seconds_per_1000_images"].to_dict() if costs.exists() else {}
-    found = study(table, plan, seconds)
+    found = of_averages(table, plan, seconds)
     names = {name_of(comparison): comparison for comparison in verdict["comparisons"]}
     recomputed = {name_of(comparison): comparison for comparison in found["comparisons"]}
     yield from differences(sorted(names), sorted(recomputed), "verdict.json comparisons")

@@ -73,8 +73,9 @@ def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) ->
     per_process = math.ceil(settings.batch_size / processes)
     micro_batch = min(settings.micro_batch or per_process, per_process)
     seconds = 3 * _seconds(size, per_process, micro_batch, settings.threads, gpus, settings.precision == "fp32")
-    # Weights, their moving average and the two moments of AdamW, twice while the state is saved or loaded.
-    memory = 8 * 4 * size.parameters + 3 * _pixels(images, run.dataset) + _activations(size, micro_batch, gpus)
+    # Weights, their averages and the two moments of AdamW, twice while the state is saved or loaded.
+    copies = 2 * (3 + len(settings.averages))
+    memory = copies * 4 * size.parameters + 3 * _pixels(images, run.dataset) + _activations(size, micro_batch, gpus)
     return _request(steps * seconds, processes * _megabytes(memory))
 
 
@@ -92,7 +93,7 @@ def reference(settings: Evaluate, images: int, threads: int, gpus: int) -> Reque
 
 
 def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> Request:
-    """Returns the time and memory of a job that samples one checkpoint and evaluates the samples.
+    """Returns the time and memory of a job that samples each average of one checkpoint and evaluates the samples.
 
     The samples stay in memory. They are compared with a dataset of `images` images, once per feature extractor.
     """
@@ -102,8 +103,9 @@ def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> 
     total = settings.images + min(experiment.evaluate.reference_images or images, images)
     per_extractor = _feature_seconds(settings.images, threads, gpus) + PAIR_SECONDS * total**2
     memory = max(8 * size.parameters + _activations(size, batch, gpus), _features(total))
-    seconds = sampling + len(experiment.evaluate.features) * per_extractor
-    return _request(seconds, _megabytes(memory + _pixels(settings.images, run.dataset)))
+    averages = len(experiment.evaluate.ema or (None,))
+    seconds = averages * (sampling + len(experiment.evaluate.features) * per_extractor)
+    return _request(seconds, _megabytes(memory + averages * _pixels(settings.images, run.dataset)))
 
 
 def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
@@ -118,8 +120,9 @@ def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
 def gradient_bytes(run: RunConfig, images: int, fp32: bool) -> int:
     """Returns the memory of a GPU that the gradient of `images` images and the state of training need, in bytes."""
     size = unet_size(run.model, run.dataset.image_size)
-    # fp32 weights, their average, two moments and the gradient; a copy of the weights and of the gradient for the net.
-    return 24 * size.parameters + (4 if fp32 else 2) * size.activations * images
+    # fp32 weights, two moments and the gradient, a copy of the weights and of the gradient for the net; averages.
+    copies = 5 + len(run.train.averages)
+    return 4 * copies * size.parameters + (4 if fp32 else 2) * size.activations * images
 
 
 def images_in(path: str, image_size: int) -> int:

@@ -16,6 +16,8 @@ COLUMNS = [
     "study", "arm", "seed", "step", "images", "contended_seconds", "features", "metric", "value", "stderr", "n",
     "reason",
 ]  # fmt: skip
+# A study with `evaluate.ema` also names the average of the weights (`diffusion.averages`) of each row.
+COLUMNS_WITH_AVERAGE = [*COLUMNS, "ema"]
 PROBE_COLUMNS = [
     "study", "arm", "seed", "step", "images", "contended_seconds", "timesteps", "metric", "value", "n", "held_out",
     "reason",

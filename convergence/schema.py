@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from diffusion.averages import RAW, Averages, average_name
 from diffusion.config import (
     MAX_INTEGER,
     TRAIN_VERSION,
@@ -64,7 +65,7 @@ class TrainKeys:
 
     @staticmethod
     def __get_pydantic_json_schema__(core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler(Train.__pydantic_core_schema__)
+        return handler.resolve_ref_schema(handler(Train.__pydantic_core_schema__))
 
 
 class Arm(Scheme):
@@ -155,6 +156,9 @@ class Evaluate(Section):
     reference_images: int | None = Field(None, ge=2, le=MAX_INTEGER)
     """Number of images that samples are compared with. Unset: all training images or all held-out images, as \
 `reference` says."""
+    ema: Averages | None = None
+    """Averages of the weights to sample and measure, from those in `train.ema_decay`; `raw`: the weights themselves, \
+which are then kept. The primary comparison uses the first one. Unset: the first one in `ema_decay` of each arm."""
     weights: dict[str, WeightsFile] = {}
     """Feature extractor -> local file with its weights, for machines without a network."""
 
@@ -354,16 +358,23 @@ threads)."""
         except ValidationError as error:
             separator = "." if error.errors()[0]["loc"] else ": "
             raise ValueError(f"arms.{name}.train{separator}{first_mistake(error, Train)}") from None
-        batch_size = train.batch_size
         if train.decay and not train.decay.steps.to and self.steps[-1] > train.decay.steps.until:
             raise ValueError(
                 f"arms.{name}.train.decay: the learning rate of {name} is 0 after step {train.decay.steps.until}, but "
                 f"the last checkpoint is at step {self.steps[-1]}: raise until, or set `to`"
             )
-        if batch_size % self.processes:
+        if train.batch_size % self.processes:
             raise ValueError(
-                f"processes: {self.processes} does not divide the batch_size {batch_size} of {name}: choose a divisor"
+                f"processes: {self.processes} does not divide the batch_size {train.batch_size} of {name}: choose a "
+                "divisor"
             )
+        for average in self.evaluate.ema or ():
+            if average not in train.averages:
+                kept = ", ".join(map(average_name, train.averages))
+                raise ValueError(
+                    f"evaluate.ema: {name} does not keep the average {average_name(average)} (it keeps {kept}): add it "
+                    "to ema_decay, or remove it"
+                )
 
     def _check_compare(self, compare: Compare) -> None:
         for name in [compare.baseline, *compare.candidates]:
@@ -394,11 +405,14 @@ threads)."""
     def run(self, arm_name: str) -> RunConfig:
         """Returns the settings of one arm: the sections of the study, the arm's `train` keys, and the arm's scheme."""
         arm = self.arms[arm_name]
+        train = Train(**{**self.train.model_dump(), **arm.train})
+        if RAW in (self.evaluate.ema or ()) and RAW not in train.averages:
+            train = train.model_copy(update={"ema_decay": (*train.averages, RAW)})
         return RunConfig(
             dataset=self.dataset,
             model=self.model,
             diffusion=self.diffusion,
-            train=Train(**{**self.train.model_dump(), **arm.train}),
+            train=train,
             scheme=_scheme(arm),
             match=_scheme(self.arms[arm.match]) if arm.match else None,
             train_version=TRAIN_VERSION,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from convergence import layout
 from convergence.schema import DEFAULT_MARGIN, Experiment
 from convergence.tables import DIFFERENCES
+from diffusion.averages import average_name
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.section import Section
@@ -28,6 +29,8 @@ class StudyPlan(Section):
     features: str
     metric: str
     """Metric of the primary comparison."""
+    ema: str | None = None
+    """Average of the weights in the primary comparison; None: the first one of each arm."""
     endpoint: Literal["average over training images"] = "average over training images"
     thresholds: tuple[float, ...] | None
     """Values of the primary metric that runs must reach; None: a fixed rule chooses a value from the runs."""
@@ -68,6 +71,7 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
         candidate=compare.primary.candidate,
         features=experiment.evaluate.features[0],
         metric=compare.primary.metric,
+        ema=average_name(experiment.evaluate.ema[0]) if experiment.evaluate.ema else None,
         thresholds=compare.thresholds,
         margin=None if margin is None else float(margin),
         seeds=compare.planned_seeds or experiment.seeds,

@@ -17,7 +17,7 @@ import pandas as pd
 
 from convergence.errors import StudyError
 from convergence.failures import without_failures
-from convergence.rows import COLUMNS
+from convergence.rows import COLUMNS, COLUMNS_WITH_AVERAGE
 from diffusion.errors import FileError
 from diffusion.evaluation.weights import INCEPTION, LITE0
 from diffusion.files import atomic_write
@@ -41,7 +41,7 @@ METRIC_NAMES = {
     "memorised": "Memorised",
 }
 INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
-TEXT_COLUMNS = ("study", "arm", "baseline", "candidate")
+TEXT_COLUMNS = ("study", "arm", "baseline", "candidate", "ema")
 REQUIRED_COLUMNS = ["arm", "images", "value"]
 NUMBER_COLUMNS = ["images", "value", "stderr", "seed", "step", "contended_seconds", "n"]
 # Values of the columns that a table from elsewhere does not have: one run per arm, FID.
@@ -61,6 +61,29 @@ def metric_name(features: str, metric: str) -> str:
     if features == INCEPTION and metric in INCEPTION_NAMES:
         return INCEPTION_NAMES[metric]
     return f"{METRIC_NAMES[metric]} ({FEATURE_NAMES.get(features, features)})"
+
+
+def columns_of(metrics: pd.DataFrame) -> list[str]:
+    """Returns the columns of a table of metrics: with the average of the weights if the table names averages."""
+    return COLUMNS_WITH_AVERAGE if "ema" in metrics else COLUMNS
+
+
+def averages_in(metrics: pd.DataFrame) -> list[str]:
+    """Returns the averages of the weights that a table of metrics names, the first one first."""
+    return list(metrics["ema"].unique()) if "ema" in metrics else []
+
+
+def of_average(metrics: pd.DataFrame, average: str | None = None) -> pd.DataFrame:
+    """Returns the rows of one average of the weights in a table of metrics, without the column that names it.
+
+    Args:
+        metrics: table of metrics. If it names no averages, all its rows are returned.
+        average: name of the average; None: the first one in the table.
+    """
+    if "ema" not in metrics:
+        return metrics
+    chosen = average or metrics["ema"].iloc[0]
+    return metrics[metrics["ema"] == chosen].drop(columns="ema")
 
 
 def write_table(table: pd.DataFrame, path: Path, columns: list[str] = COLUMNS) -> None:
@@ -85,7 +108,7 @@ def read_table(path: Path | str, columns: list[str] = COLUMNS) -> pd.DataFrame:
         raise FileError(path, f"is damaged ({error})") from None
     if not content.endswith(b"\n"):
         raise FileError(path, "is damaged (its last line is incomplete)")
-    if list(table) != columns:
+    if list(table) != (columns_of(table) if columns == COLUMNS else columns):
         raise FileError(path, f"is damaged (its columns are {', '.join(table)}, not {', '.join(columns)})")
     if table.empty and columns == COLUMNS:  # the other tables of a study may be empty
         raise FileError(path, "is damaged (it has no rows)")
@@ -98,13 +121,14 @@ def read_checkpoint(path: Path | str, columns: list[str], rows: Iterable[Sequenc
     Args:
         path: path of the file.
         columns: `COLUMNS` of `convergence.rows` for metrics.csv, `PROBE_COLUMNS` for probe.csv.
-        rows: expected rows: (features, metric) for metrics.csv, (timesteps, metric) for probe.csv.
+        rows: expected rows: (features, metric) for metrics.csv, with the name of the average as a third part if the
+            study names averages; (timesteps, metric) for probe.csv.
 
     Raises:
         FileError: as for `read_table`; or a row is missing, repeated or not expected.
     """
     table = read_table(path, columns)
-    pairs = table[["features" if columns == COLUMNS else "timesteps", "metric"]]
+    pairs = table[[column for column in ("features", "timesteps", "metric", "ema") if column in table]]
     found, expected = Counter(pairs.itertuples(index=False, name=None)), Counter(map(tuple, rows))
     for pairs_of, problem in ((expected - found, "it lacks the row"), (found - expected, "it should not have the row")):
         if pairs_of:
@@ -173,7 +197,7 @@ def check_curves(curves: pd.DataFrame, study: str = "curves", source: str = "cur
     Raises:
         StudyError: a column is missing or has invalid values, there are no rows, or a checkpoint has two values.
     """
-    table = curves.copy()
+    table = of_average(curves).copy()
     missing = [column for column in REQUIRED_COLUMNS if column not in table]
     if missing:
         found = ", ".join(map(str, table))
@@ -245,7 +269,7 @@ def collect(paths: list[Path], arms: list[str], rows: Sequence[Sequence[str]]) -
     Args:
         paths: path of `metrics.csv` of each checkpoint of each arm.
         arms: arm of each path.
-        rows: expected rows of each file, as (features, metric).
+        rows: expected rows of each file, as for `read_checkpoint`.
 
     Raises:
         FileError: as for `read_checkpoint`.
@@ -254,7 +278,10 @@ def collect(paths: list[Path], arms: list[str], rows: Sequence[Sequence[str]]) -
     tables = [read_checkpoint(path, COLUMNS, rows).assign(arm=arm) for path, arm in zip(paths, arms, strict=True)]
     table = pd.concat(tables, ignore_index=True)
     check_sample_counts(table)
-    return without_failures(table)
+    if not (averages := averages_in(table)):
+        return without_failures(table)
+    # A run can fail with one average only.
+    return pd.concat([without_failures(table[table["ema"] == average]) for average in averages]).sort_index()
 
 
 def check_sample_counts(table: pd.DataFrame) -> None:

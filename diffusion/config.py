@@ -6,8 +6,9 @@ A `RunConfig`, a seed and a number of steps together determine a training run.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from diffusion.averages import Average, Averages, Decay
 from diffusion.errors import InputError
 from diffusion.section import Choice, Section
 
@@ -290,7 +291,7 @@ class DecaySteps(Section):
         return self
 
 
-class Decay(Choice):
+class LearningRateDecay(Choice):
     """Decay of the learning rate. Set exactly one key. Steps are absolute: a longer study starts with the same run."""
 
     linear: DecaySteps | None = None
@@ -315,17 +316,22 @@ class Train(Section):
     """Learning rate of AdamW."""
     learning_rate_warmup: NonNegativeInt = 0
     """Number of steps at the start over which the learning rate increases linearly to `learning_rate`."""
-    decay: Decay | None = None
+    decay: LearningRateDecay | None = None
     """Decay of the learning rate; unset: constant after the warm-up."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """Decays per step of AdamW's moving averages of the gradient and of its square."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay per step of the exponential moving average of the weights. Images are sampled with the averaged weights."""
+    ema_decay: Annotated[
+        Annotated[Decay, Tag("number")] | Annotated[Averages, Tag("list")],
+        Discriminator(lambda value: "list" if isinstance(value, (list, tuple)) else "number"),
+    ] = 0.9999
+    """Decay per step of the exponential moving average of the weights, from which images are sampled. A list keeps \
+several averages: numbers, `{power: 0.1}`, and `raw` for the weights themselves. The first one is probed, and it is \
+sampled unless `evaluate.ema` names others."""
     ema_warmup: bool = True
-    """Whether the decay is limited to (1 + step) / (10 + step). With this limit, the moving average contains less of \
-the untrained weights."""
+    """Whether a decay that is a number is limited to (1 + step) / (10 + step). With this limit, the moving average \
+contains less of the untrained weights."""
     random_flip: bool = False
     """Whether each image is mirrored horizontally with probability 1/2."""
     precision: Precision = "auto"
@@ -334,6 +340,17 @@ the untrained weights."""
     """CPU threads per process."""
     log_every: PositiveInt = 50
     """Number of steps between two rows of the training log."""
+
+    @property
+    def averages(self) -> tuple[Average, ...]:
+        """Averages of the weights that a run keeps."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    @field_validator("ema_decay")
+    @classmethod
+    def _one_number(cls, value: float | tuple[Average, ...]) -> float | tuple[Average, ...]:
+        """A list of one number is that number, so that both name the same run."""
+        return value[0] if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], float) else value
 
     @model_validator(mode="after")
     def _rate_decreases(self) -> "Train":

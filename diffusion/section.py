@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema
 
 # Keys added after version 0.2.0, as "Section.key". `canonical()`, which is hashed, leaves such a key out while it has
 # its default, so that adding a key renames no existing run. The default must compute what was computed without the key.
-LATER_KEYS: tuple[str, ...] = ("Train.decay", "Train.betas")
+LATER_KEYS: tuple[str, ...] = ("Train.decay", "Train.betas", "Evaluate.ema", "StudyPlan.ema")
 
 
 class Section(BaseModel):

@@ -13,7 +13,8 @@ MODULES = (
 )  # fmt: skip
 # The rest of these modules defines keys, whose values are part of a run's name: a new key does not change the hash.
 PARTS = {
-    "config": ("GROUP_NORM_GROUPS", "Density.learned", "Scheme.corrected"),
+    "averages": ("ema_decay", "power_exponent"),
+    "config": ("GROUP_NORM_GROUPS", "Density.learned", "Train.averages", "Scheme.corrected"),
     "section": ("Choice.chosen",),
 }
 

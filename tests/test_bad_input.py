@@ -147,6 +147,14 @@ def wrong_weights(project):
 P2 = {"p2": {"gamma": 0.5}}
 SAMPLE = ["-m", "convergence", "sample", "--out", "samples"]
 TABLE = {
+    "average that is not kept": (
+        DRY_RUN,
+        study(evaluate={"ema": [0.999, {"power": 0.1}]}),
+        [
+            "evaluate.ema: uni05 does not keep the average power0.1 (it keeps ema0.999)",
+            "add it to ema_decay, or remove it",
+        ],
+    ),
     # config
     "unknown key": (DRY_RUN, study(train={"batchsize": 3}), ["train.batchsize", "did you mean batch_size?"]),
     "a word for a number": (DRY_RUN, study(train={"learning_rate": "fast"}), ["train.learning_rate", "'fast'"]),

@@ -13,6 +13,7 @@ from projects import ROOT
 
 from benchmarks import independent, recompute
 from convergence.analysis.verdict import write_verdict
+from convergence.rows import COLUMNS_WITH_AVERAGE
 from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"
@@ -44,6 +45,19 @@ def write_report(directory, planned_seeds=4):
     (directory / "plan.json").write_text(plan.model_dump_json())
     pd.Series(costs, name="seconds_per_1000_images").rename_axis("arm").to_csv(directory / "cost.csv")
     write_verdict(verdict_on(metrics, plan, costs=costs), directory)
+
+
+def test_a_report_with_several_averages_of_the_weights_is_recomputed(tmp_path):
+    base = curves(4, 1.0)
+    tables = [study(base, curves(4, factor, 1)).assign(ema=name) for name, factor in (("raw", 0.8), ("ema0.9", 1.1))]
+    metrics, plan = pd.concat(tables, ignore_index=True), PLAN.model_copy(update={"ema": "raw"})
+    write_table(metrics, tmp_path / "metrics.csv", COLUMNS_WITH_AVERAGE)
+    write_verdict(verdict_on(metrics, plan), tmp_path)
+    assert not wrong(tmp_path)
+    metrics.loc[metrics["ema"] == "ema0.9", "value"] **= 1.01
+    write_table(metrics, tmp_path / "metrics.csv", COLUMNS_WITH_AVERAGE)
+    names = [name for name, *_ in wrong(tmp_path)]
+    assert names and all(", ema0.9]" in name for name in names)
 
 
 @pytest.mark.parametrize("planned_seeds", [4, 8], ids=["replication", "interim"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.averages import ema_decay
 from diffusion.config import Diffusion, Model, OpenMoji, RunConfig, Scheme, Train
 from diffusion.errors import InputError
 from diffusion.gaussian import NoiseSchedule, cosine_betas, linear_betas
@@ -16,7 +17,7 @@ from diffusion.streams import generator
 from diffusion.timesteps import DENSITIES as DENSITY_FUNCTIONS
 from diffusion.timesteps import draw_stratified, draw_timesteps
 from diffusion.training.segment import train_segment
-from diffusion.training.state import TrainState, ema_decay, train_step, untrained
+from diffusion.training.state import TrainState, train_step, untrained
 
 LONG, SHORT = NoiseSchedule(linear_betas(1000)), NoiseSchedule(linear_betas(40))
 P2 = {"p2": {"gamma": 0.5, "k": 1}}
@@ -349,6 +350,6 @@ def test_the_average_without_warmup_keeps_a_share_of_the_initial_weights():
     for _ in range(3):
         train_step(state, state.batches(IMAGES))
         average = [(a + p.detach()) / 2 for a, p in zip(average, state.parameters, strict=True)]
-    for ours, expected in zip(state.ema, average, strict=True):
+    for ours, expected in zip(state.averages[0.5], average, strict=True):
         torch.testing.assert_close(ours, expected)
     assert np.prod([ema_decay(step, 0.9999, False) for step in range(10_000)]) == pytest.approx(0.368, abs=5e-4)

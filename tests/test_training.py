@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion.averages import ema_decay
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
 from diffusion.config import Diffusion, Initial, Model, OpenMoji, RunConfig, Sample, Scheme, Train
 from diffusion.data.arrays import split
@@ -30,7 +31,6 @@ from diffusion.training.segment import train_segment
 from diffusion.training.state import (
     Meter,
     TrainState,
-    ema_decay,
     initial_weights,
     learning_rate,
     save_state,
@@ -576,7 +576,7 @@ def test_the_moving_average_of_the_weights_follows_its_definition():
         train_step(state, state.batches(IMAGES))
         decay = min(0.5, (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, state.parameters, strict=True)]
-    for actual, expected in zip(state.ema, average, strict=True):
+    for actual, expected in zip(state.averages[0.5], average, strict=True):
         torch.testing.assert_close(actual, expected)
     assert ema_decay(0, 0.9999, True) == 0.1 and ema_decay(10**6, 0.9999, True) == 0.9999
     # With a fixed decay, 0.9999^10000 = 37% of the initial weights remain.
@@ -672,7 +672,7 @@ def test_a_run_diverges_if_only_its_weights_are_not_finite(tmp_path):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_samples_that_are_not_finite_are_no_samples(tmp_path, sampler):
     state = TrainState(tiny(), 0, "cpu")
-    weights = {name: torch.full_like(value, 1e30) for name, value in state.ema_weights().items()}
+    weights = {name: torch.full_like(value, 1e30) for name, value in state.averaged_weights()["ema0.9999"].items()}
     save_weights(tmp_path / "weights.safetensors", weights, tiny().initial, 0, 3, diverged=False)
     checkpoint = load_checkpoint(tmp_path / "weights.safetensors", "cpu")
     settings = Sample(images=4, steps=2, batch_size=2, sampler=sampler)
@@ -720,7 +720,7 @@ def test_training_starts_from_the_weights_of_step_0(tmp_path):
     initial_weights(tiny().initial, 7, tmp_path / "weights.safetensors")
     loaded = load_checkpoint(tmp_path / "weights.safetensors", "cpu").model.state_dict()
     start = TrainState(tiny(), 7, "cpu")
-    assert all(torch.equal(loaded[key], value) for key, value in start.ema_weights().items())
+    assert all(torch.equal(loaded[key], value) for key, value in start.averaged_weights()["ema0.9999"].items())
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-10], lambda content: b"", lambda content: b"x" * 100])

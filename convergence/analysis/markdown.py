@@ -96,6 +96,7 @@ def _plan(verdict: StudyVerdict) -> list[str]:
     metric = markdown_text(metric_name(plan.features, plan.metric))
     margin = "none" if plan.margin is None else margin_text(plan.margin, plan.scale)
     last = "the last common checkpoint" if plan.last_step is None else f"step {plan.last_step:,}"
+    metric += f" with the average of the weights {plan.ema}" if plan.ema else ""
     text = f"**Plan.** {metric}, {plan.endpoint}, until {last}; seeds {seeds}; margin {margin}; threshold {thresholds}."
     if verdict.plan_changes:
         text += "\n\n**Changed after results were seen.** The verdict judges by the plan."
@@ -224,12 +225,13 @@ def _sensitivity(verdict: StudyVerdict) -> list[str]:
         for endpoint, of_columns in cells.items()
     ]
     shown = [row.shown for row in rows]
+    and_averages = ", and with other averages of the weights" if any("," in row.endpoint for row in rows) else ""
     counts = f"{shown.count('better')} show better, {shown.count('worse')} worse, {shown.count('not shown')} neither"
     same = f"{shown.count(primary.average.shown)} of {len(rows)} agree with the primary endpoint"
     return [
         "## Sensitivity",
-        f"The primary comparison by other endpoints and metrics, not adjusted. Of {len(rows)}, {counts}: {same} "
-        f"({primary.average.shown}).",
+        f"The primary comparison by other endpoints and metrics{and_averages}, not adjusted. Of {len(rows)}, {counts}: "
+        f"{same} ({primary.average.shown}).",
         markdown_table(head, table),
     ]
 

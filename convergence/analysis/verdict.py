@@ -13,13 +13,21 @@ from convergence.analysis.markdown import to_markdown
 from convergence.analysis.mechanism import mechanisms
 from convergence.analysis.notes import bias_notes, power_notes
 from convergence.analysis.pairs import Pairs, pair_runs
-from convergence.analysis.results import Comparison, FailedRun, Role, StudyVerdict, read_verdict, save_verdict
-from convergence.analysis.sensitivity import sensitivity
+from convergence.analysis.results import (
+    Comparison,
+    FailedRun,
+    Role,
+    Sensitivity,
+    StudyVerdict,
+    read_verdict,
+    save_verdict,
+)
+from convergence.analysis.sensitivity import changed_signs, sensitivity
 from convergence.analysis.wording import count_text
 from convergence.errors import StudyError
 from convergence.failures import failed
 from convergence.study_plan import StudyPlan
-from convergence.tables import metric_name, write_table
+from convergence.tables import averages_in, metric_name, of_average, write_table
 from diffusion.files import atomic_write
 
 if TYPE_CHECKING:  # importing torch takes seconds
@@ -62,7 +70,8 @@ def judge(
     Raises:
         StudyError: the runs of the primary comparison share no range of training images.
     """
-    metrics = metrics[metrics["study"] == study]
+    every_average = metrics[metrics["study"] == study]
+    metrics = of_average(every_average, plan.ema if plan else None)
     runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     failed_runs = tuple(FailedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
     warnings = (*warnings, *_missing_values(metrics))
@@ -76,17 +85,23 @@ def judge(
     primary = next((comparison for comparison in comparisons if comparison.role == "primary"), None)
     later = metrics[~metrics["seed"].isin(planned["seed"])]
     comparisons += _replication(later, plan, costs)
+    pairs_of = {
+        average: _pairs(_planned(of_average(every_average, average), plan), plan)[0]
+        for average in averages_in(every_average)
+        if average != (plan.ema or averages_in(every_average)[0])
+    }
+    rows = sensitivity(_of_candidate(pairs, plan), {name: _of_candidate(p, plan) for name, p in pairs_of.items()})
     planned_probes = _planned(probes[probes["study"] == study], plan)
     return StudyVerdict(
         study,
         question=f"Does {plan.candidate} converge in fewer training images than {plan.baseline}, "
         f"by {metric_name(plan.features, plan.metric)}?",
-        answer=_answer(primary, comparisons),
+        answer=_answer(primary, comparisons, rows),
         outcome=primary.outcome if primary else None,
         plan=plan,
         plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
-        sensitivity=sensitivity(runs for runs in pairs if runs.candidate == plan.candidate),
+        sensitivity=rows,
         mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
         failed=failed_runs,
         warnings=(*warnings, *problems),
@@ -123,6 +138,11 @@ def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[st
                     raise
                 problems.append(str(error))
     return [pairs for pairs in found if pairs], problems
+
+
+def _of_candidate(pairs: Sequence[Pairs], plan: StudyPlan) -> list[Pairs]:
+    """Returns the pairs of the baseline with the candidate of the primary comparison."""
+    return [runs for runs in pairs if runs.candidate == plan.candidate]
 
 
 def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
@@ -178,8 +198,9 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, p_holm=adjusted.get(id(c), math.nan)) for c in comparisons]
 
 
-def _answer(primary: Comparison | None, comparisons: Sequence[Comparison]) -> str:
+def _answer(primary: Comparison | None, comparisons: Sequence[Comparison], rows: Sequence[Sensitivity]) -> str:
     if primary is None:
         where = "of the primary metric " if comparisons else ""
         return f"No answer: no seed has a value {where}in both arms."
-    return " ".join([str(primary), *bias_notes(primary, comparisons), *power_notes(primary)])
+    notes = [*changed_signs(primary, rows), *bias_notes(primary, comparisons), *power_notes(primary)]
+    return " ".join([str(primary), *notes])

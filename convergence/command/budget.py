@@ -64,20 +64,22 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     runs = len(experiment.arms) * len(experiment.seeds)
     batches = sum(experiment.run(arm).train.batch_size for arm in experiment.arms)
     images = experiment.steps[-1] * batches * len(experiment.seeds)
-    samples = experiment.sample.images * checkpoints
+    measured = len(experiment.evaluate.ema or (None,))  # averages of the weights per checkpoint
+    samples = experiment.sample.images * checkpoints * measured
     jobs = 2 * checkpoints + trained * (experiment.probe is not None)
     jobs += 1 + len(experiment.evaluate.features)  # dataset, references
-    jobs += len(("cost", "verdict", "figures", "pages"))
+    jobs += len(("cost", "verdict", "figures", "pages")) + (measured > 1)  # and the figure of the averages
 
     size = experiment.dataset.image_size
     parameters = unet_size(experiment.model, size).parameters
-    weights, state = FLOAT * parameters, 4 * FLOAT * parameters
+    averages = max(len(experiment.run(arm).train.averages) for arm in experiment.arms)
+    weights, state = averages * FLOAT * parameters, (3 + averages) * FLOAT * parameters
     image = 3 * size**2
     count = _images(experiment)
     reference = FLOAT * FEATURES * min(experiment.evaluate.reference_images or count, count)
     kept = checkpoints * weights + min(2, len(experiment.steps)) * runs * state
     kept += image * count + len(experiment.evaluate.features) * reference
-    kept += image * samples if experiment.sample.keep else 0
+    kept += image * samples // measured if experiment.sample.keep else 0
     hours = (images / rates.train / 3600, samples / rates.sample / 3600)
     return Budget(runs, trained, images, samples, *hours, jobs, kept, kept + at_once * state)
 

@@ -60,8 +60,9 @@ def main(
 ) -> None:
     """Sample images from a checkpoint.
 
-    CHECKPOINT is the weights.safetensors of a run, the directory with this file, or a .pt file in the layout of
-    guided-diffusion. Writes samples.npy, uint8 [N, H, W, 3], and samples.png, a grid of up to 64 samples.
+    CHECKPOINT is the weights.safetensors of a run, the directory with this file, the file of another average of the
+    weights, such as weights.power0.1.safetensors, or a .pt file in the layout of guided-diffusion. Writes samples.npy,
+    uint8 [N, H, W, 3], and samples.png, a grid of up to 64 samples.
     \f
 
     Raises:

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -62,18 +62,29 @@ def train_metrics(row: dict[str, str], images: int, last_images: int) -> dict[st
     return {name: value for name, value in values.items() if value is not None}
 
 
-def eval_metrics(rows: Iterable[dict[str, str]]) -> dict[tuple[str, int], float]:
-    """Returns (metric, training images) -> value for the finite values in metrics.csv of a checkpoint."""
+def eval_metrics(rows: Sequence[dict[str, str]]) -> dict[tuple[str, int], float]:
+    """Returns (metric, training images) -> value for the finite values in metrics.csv of a checkpoint.
+
+    The names of metrics end with the average of the weights if it is not the first one.
+    """
     return {
-        (metric_key(row["metric"], row["features"]), round(float(row["images"]))): value
+        (_average_key(row, rows[0]), round(float(row["images"]))): value
         for row in rows
         if (value := finite_number(row["value"])) is not None
     }
 
 
-def failure(rows: Iterable[dict[str, str]]) -> str | None:
-    """Returns why a run failed, according to metrics.csv of one checkpoint; None if the checkpoint did not fail."""
-    reasons = (row.get("reason") or "" for row in rows)
+def _average_key(row: dict[str, str], first: dict[str, str]) -> str:
+    key = metric_key(row["metric"], row["features"])
+    return key if row.get("ema") == first.get("ema") else f"{key} {row['ema']}"
+
+
+def failure(rows: Sequence[dict[str, str]]) -> str | None:
+    """Returns why a run failed, according to metrics.csv of one checkpoint; None if the checkpoint did not fail.
+
+    The first average of the weights decides.
+    """
+    reasons = (row.get("reason") or "" for row in rows if row.get("ema") == rows[0].get("ema"))
     return next((reason for reason in reasons if reason.startswith(FAILURES)), None)
 
 

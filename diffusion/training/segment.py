@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from diffusion.averages import weights_files
 from diffusion.checkpoints import save_weights
 from diffusion.config import RunConfig
 from diffusion.data.arrays import split
@@ -57,10 +59,10 @@ def train_segment(
 ) -> TrainState:
     """Trains a run from the previous checkpoint to step `until`, and writes the checkpoint of this step.
 
-    The checkpoint consists of weights.safetensors and state.pt in `directory`. In the parent of `directory`, log.csv
-    contains the log of the whole run since step 0. If an earlier call for this segment was stopped, `directory`
-    contains state.partial.pt, and training resumes from this file. SIGTERM, SIGINT and SIGHUP stop training after the
-    current step.
+    The checkpoint consists of state.pt and a file for each average of the weights (`weights_files`) in `directory`. In
+    the parent of `directory`, log.csv contains the log of the whole run since step 0. If an earlier call for this
+    segment was stopped, `directory` contains state.partial.pt, and training resumes from this file. SIGTERM, SIGINT and
+    SIGHUP stop training after the current step.
 
     Args:
         run: configuration of the run.
@@ -150,7 +152,7 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, sta
                 if stopping:
                     saver.wait()
                     raise Stopped(f"stopped at step {state.step} of {until}: training resumes from this step")
-    if state.diverged is None and not _finite([*state.parameters, *state.ema]):
+    if state.diverged is None and not _finite([*state.parameters, *chain(*state.averages.values())]):
         state.diverged = state.step  # the gradient of the last step was not finite
     if state.diverged is not None:
         logger.warning(
@@ -162,7 +164,9 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, sta
     if log:
         log.write()
         diverged = state.diverged is not None
-        save_weights(directory / "weights.safetensors", state.ema_weights(), run.initial, state.seed, until, diverged)
+        averages = state.averaged_weights()
+        for name, file in weights_files(averages).items():
+            save_weights(directory / file, averages[name], run.initial, state.seed, until, diverged)
         save_state(directory / "state.pt", state.state_dict())
         saver.wait()
         partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.averages import RAW, Average, average_name, ema_decay
 from diffusion.build import build
 from diffusion.checkpoints import save_weights
 from diffusion.config import Initial, RunConfig, Train
@@ -47,7 +48,7 @@ def initial_weights(config: Initial, seed: int, path: Path) -> None:
 class TrainState:
     """Everything that changes during a run, such as parameters, optimizer, step, seconds and log.
 
-    The state also contains the exponential moving average (EMA) of the parameters. Runs with the same seed and the same
+    The state also contains the averages of the parameters over the steps. Runs with the same seed and the same
     configuration of the net start from the same weights.
 
     Args:
@@ -73,7 +74,9 @@ class TrainState:
         self.schedule = self.schedule.to(self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
         self.parameters: list[Tensor] = list(self.model.parameters())
-        self.ema = [p.detach().clone() for p in self.parameters]
+        self.averages: dict[Average, list[Tensor]] = {
+            average: [p.detach().clone() for p in self.parameters] for average in run.train.averages if average != RAW
+        }
         self.optimizer = AdamW(self.parameters, run.train.weight_decay, run.train.betas)
         self.tables = tables.to(self.device)
         self.history = None
@@ -89,9 +92,16 @@ class TrainState:
         self.sources: list[str] = []
         self.id = "start"
 
-    def ema_weights(self) -> dict[str, Tensor]:
-        """Returns the averaged weights (EMA) as a dict from parameter names to float32 tensors [...]."""
-        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
+    def averaged_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Returns name of an average -> its weights: a dict from parameter names to float32 tensors [...].
+
+        The order is that of `train.ema_decay`. `raw` are the parameters themselves.
+        """
+        names = [name for name, _ in self.model.named_parameters()]
+        return {
+            average_name(average): dict(zip(names, self.averages.get(average, self.parameters), strict=True))
+            for average in self.run.train.averages
+        }
 
     def batches(self, images: np.ndarray, indices: np.ndarray | None = None) -> Batches:
         """Returns the training batches of this run.
@@ -128,10 +138,20 @@ class TrainState:
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
             "startup_seconds": self.startup_seconds, "diverged": self.diverged, "id": self.id, "rows": self.rows,
-            "sources": self.sources, "model": self.model.state_dict(), "ema": self.ema_weights(),
+            "sources": self.sources, "model": self.model.state_dict(), "ema": self._ema(),
             "optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict(),
             "history": self.history.state_dict() if self.history else None,
         }  # fmt: skip
+
+    def _ema(self) -> dict[str, Any]:
+        """Returns the item `ema` of a state: the weights of the only average, or name -> weights of each average.
+
+        The parameters themselves (`raw`) are in the item `model`.
+        """
+        weights = self.averaged_weights()
+        if isinstance(self.run.train.ema_decay, float):
+            return weights.popitem()[1]
+        return {name: tensors for name, tensors in weights.items() if name != RAW}
 
     def load(self, path: Path, parent: str | None = None) -> None:
         """Replaces this state by the state in a file. If an error is raised, this state is unchanged.
@@ -155,7 +175,10 @@ class TrainState:
 
         # In place: a captured graph reads the parameters at their addresses.
         self.model.load_state_dict(content["model"])
-        self.ema = [content["ema"][name] for name, _ in self.model.named_parameters()]
+        for average in self.averages:
+            only = isinstance(self.run.train.ema_decay, float)
+            weights = content["ema"] if only else content["ema"][average_name(average)]
+            self.averages[average] = [weights[name] for name, _ in self.model.named_parameters()]
         self.optimizer.load_state_dict(content["optimizer"])
         self.meter.load_state_dict(content["meter"])
         if self.history:
@@ -345,8 +368,8 @@ def train_step(state: TrainState, batches: Batches) -> None:
 
     state.optimizer.step(gradients, learning_rate(step, train))
     with torch.no_grad():
-        decay = ema_decay(step, train.ema_decay, train.ema_warmup)
-        torch._foreach_lerp_(state.ema, state.parameters, 1 - decay)
+        for average, tensors in state.averages.items():
+            torch._foreach_lerp_(tensors, state.parameters, 1 - ema_decay(step, average, train.ema_warmup))
     state.step += 1
 
 
@@ -364,12 +387,3 @@ def learning_rate(step: int, train: Train) -> float:
         rate = steps.to + (rate - steps.to) * (1 - done if train.decay.linear else (1 + math.cos(math.pi * done)) / 2)
     warmup = train.learning_rate_warmup
     return rate * min(1.0, (step + 1) / warmup) if warmup else rate
-
-
-def ema_decay(step: int, decay: float, warmup: bool) -> float:
-    """Returns the decay of the moving average of the weights at a step (counted from 0).
-
-    With warm-up, the decay is (1 + step) / (10 + step) until this value exceeds `decay`. Without warm-up, the decay is
-    constant: at 0.9999, the average still contains 37% of the untrained weights after 10,000 steps.
-    """
-    return min(decay, (1 + step) / (10 + step)) if warmup else decay

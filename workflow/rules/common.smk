@@ -11,6 +11,7 @@ from convergence.errors import SAME_COMMAND, exit_on_user_error
 from convergence.provenance import newest_provenances, trained_on
 from convergence.schema import Evaluate
 from convergence.tracking import process
+from diffusion.averages import average_name
 from diffusion.config import EVALUATE_VERSION
 from diffusion.sources import source_hash
 
@@ -224,6 +225,12 @@ def kept_samples(study):
     return checkpoint_files(study, "samples.npy") if EXPERIMENTS[study].sample.keep else []
 
 
+def averages_figures():
+    """The figures of the averages of the weights, of the studies that measure several."""
+    several = [study for study, experiment in EXPERIMENTS.items() if len(experiment.evaluate.ema or ()) > 1]
+    return [layout.report_directory(study) / "averages.png" for study in several]
+
+
 def last_checkpoints(study):
     """(arm, directory) of the last checkpoint of each run."""
     experiment = EXPERIMENTS[study]
@@ -241,8 +248,12 @@ def plan_text(plan):
 
 
 def evaluated_metrics(experiment):
-    """The pairs of features and metric that are computed for each checkpoint."""
-    return [(name, metric) for name in experiment.evaluate.features for metric in experiment.evaluate.metrics]
+    """The features, metric and, if the study names averages, the average of each value that a checkpoint has."""
+    evaluate = experiment.evaluate
+    averages = [(average_name(average),) for average in evaluate.ema or ()] or [()]
+    return [
+        (name, metric, *average) for name in evaluate.features for average in averages for metric in evaluate.metrics
+    ]
 
 
 def few_images(experiment):

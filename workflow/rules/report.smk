@@ -8,6 +8,7 @@ report: layout.FRONT_PAGE.resolve()
 localrules:
     verdict,
     figures,
+    averages,
     pages,
     overview,
 
@@ -125,6 +126,28 @@ rule figures:
         "../scripts/figures.py"
 
 
+rule averages:
+    input:
+        metrics=layout.REPORT / "metrics.csv",
+    output:
+        report(
+            layout.REPORT / "averages.png",
+            caption="../report/averages.rst",
+            category="2. Curves",
+            labels={"study": "{study}", "content": "Averages of the weights"},
+        ),
+    log:
+        layout.RESULTS / "{study}/averages.log",
+    conda:
+        "../../environment.yml"
+    params:
+        runs=lambda wildcards: run_settings(wildcards.study),
+    message:
+        "Draw the averages of the weights of {wildcards.study}"
+    script:
+        "../scripts/averages.py"
+
+
 rule pages:
     input:
         verdict=layout.REPORT / "verdict.json",
@@ -197,6 +220,7 @@ rule overview:
         external=[path for study in EXPERIMENTS for path in external_curves(study)],
         # Not read: they make this target draw all figures.
         figures=expand(rules.figures.output, study=EXPERIMENTS),
+        averages=averages_figures(),
     output:
         **STUDIES_OUTPUT,
         curves=report(

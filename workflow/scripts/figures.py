@@ -12,13 +12,13 @@ from convergence.figures.forest import draw_forest
 from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
 from convergence.figures.schedules import draw_schedules
-from convergence.tables import read_curves, read_table
+from convergence.tables import of_average, read_curves, read_table
 from diffusion.config import RunConfig
 from diffusion.data.arrays import load_images
 
 with job(snakemake):
     study, output, params = snakemake.wildcards.study, snakemake.output, snakemake.params
-    metrics, verdict = read_table(snakemake.input.metrics), read_verdict(snakemake.input.verdict)
+    metrics, verdict = of_average(read_table(snakemake.input.metrics)), read_verdict(snakemake.input.verdict)
     external = [read_curves(Path(path), study) for path in snakemake.input.external]
     runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
     fid_curves(

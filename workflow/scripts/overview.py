@@ -11,12 +11,12 @@ from convergence.analysis.verdict import read_verdict
 from convergence.figures.curves import fid_curves
 from convergence.figures.forest import draw_studies
 from convergence.pages import front_page
-from convergence.tables import read_curves, read_table, write_table
+from convergence.tables import of_average, read_curves, read_table, write_table
 from diffusion.files import atomic_write
 
 with job(snakemake):
     output, params = snakemake.output, snakemake.params
-    metrics = pd.concat([read_table(path) for path in snakemake.input.metrics])
+    metrics = pd.concat([of_average(read_table(path)) for path in snakemake.input.metrics])
     verdicts = [read_verdict(path) for path in snakemake.input.verdicts]
     comparisons = [comparison for verdict in verdicts for comparison in verdict.comparisons]
     # A file of external curves may hold several studies; a panel shows only the file that its study names.

@@ -5,6 +5,7 @@ from pathlib import Path
 from convergence.jobs import job, job_name, wait_for_gpus
 from convergence.provenance import check_images, environment, tables_hash, write_provenance
 from convergence.train_job import Segment, drop_older_states, train
+from diffusion.averages import average_name, weights_files
 from diffusion.config import RunConfig
 from diffusion.files import read_json, sha256
 from diffusion.training.state import summary
@@ -34,6 +35,7 @@ with job(snakemake):
     since = int(segment.previous.parent.name.removeprefix("step")) if segment.previous else 0
     facts = summary(state, since)
     *earlier, source = facts.pop("sources")
+    names = map(average_name, run.train.averages)
     write_provenance(
         Path(snakemake.output.provenance),
         **facts,
@@ -43,6 +45,7 @@ with job(snakemake):
         mse_images=(facts["step"] - since) * run.train.batch_size,
         processes=snakemake.resources.processes,
         sha256=sha256(Path(snakemake.output.weights)),
+        averages={name: sha256(state.with_name(file)) for name, file in weights_files(names).items()},
         config_hash=run.hash8,
         dataset_sha256=dataset["sha256"],
         dataset_images=dataset["count"],
