@@ -98,6 +98,8 @@ def _kind(value: dict[str, Any]) -> str:
         return " or ".join(_kind(one) for one in alternatives if one.get("type") != "null")
     if value["type"] == "array":
         return f"list of {_kind(value['items'])}" if "items" in value else "list"
+    if "properties" in value:
+        return f"keys of [{value['title']}](#{value['title'].lower()})"
     if value["type"] == "object":
         inner = next(iter(value.get("patternProperties", {}).values()), value.get("additionalProperties"))
         return f"name: {_kind(inner)}"
