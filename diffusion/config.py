@@ -38,7 +38,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=1e15)]
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
 UserPath = Annotated[Path, AfterValidator(_expand_home)]
 Precision = Literal["auto", "fp32", "bf16"]
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
+MAX_NAME = 40
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=MAX_NAME)]
 
 
 class NoParameters(Section):

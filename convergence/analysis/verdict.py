@@ -15,6 +15,7 @@ from convergence.analysis.notes import bias_notes, power_notes
 from convergence.analysis.pairs import Pairs, pair_runs
 from convergence.analysis.results import Comparison, FailedRun, Role, StudyVerdict, read_verdict, save_verdict
 from convergence.analysis.sensitivity import sensitivity
+from convergence.analysis.tuning import tuning_notes
 from convergence.analysis.wording import count_text
 from convergence.errors import StudyError
 from convergence.failures import failed
@@ -81,12 +82,12 @@ def judge(
         study,
         question=f"Does {plan.candidate} converge in fewer training images than {plan.baseline}, "
         f"by {metric_name(plan.features, plan.metric)}?",
-        answer=_answer(primary, comparisons),
+        answer=_answer(primary, comparisons, plan),
         outcome=primary.outcome if primary else None,
         plan=plan,
         plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
-        sensitivity=sensitivity(runs for runs in pairs if runs.candidate == plan.candidate),
+        sensitivity=sensitivity(runs for runs in pairs if (runs.baseline, runs.candidate) == plan.pair),
         mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
         failed=failed_runs,
         warnings=(*warnings, *problems),
@@ -105,7 +106,7 @@ def _missing_values(metrics: pd.DataFrame) -> list[str]:
 
 
 def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[str]]:
-    """Pairs the runs of the baseline with those of every candidate, in every metric and with every feature extractor.
+    """Pairs the runs of every two arms that are compared, in every metric and with every feature extractor.
 
     Returns:
         the pairs, and a sentence for each secondary comparison whose runs share no range of training images.
@@ -115,23 +116,23 @@ def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[st
     """
     found, problems = [], []
     for (features, metric), rows in planned.groupby(["features", "metric"], sort=False):
-        for candidate in plan.candidates:
+        for pair in plan.pairs:
             try:
-                found.append(pair_runs(rows, plan.baseline, candidate))
+                found.append(pair_runs(rows, *pair))
             except StudyError as error:
-                if (features, metric, candidate) == (plan.features, plan.metric, plan.candidate):
+                if (features, metric, pair) == (plan.features, plan.metric, plan.pair):
                     raise
                 problems.append(str(error))
     return [pairs for pairs in found if pairs], problems
 
 
 def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
-    """Compares every candidate with the baseline, in every metric and with every feature extractor."""
+    """Compares the arms of every pair, in every metric and with every feature extractor."""
     comparisons = []
     for runs in pairs:
         is_main = (runs.features, runs.metric) == (plan.features, plan.metric)
         thresholds, margin = (plan.thresholds, plan.margin) if is_main else (None, None)
-        role: Role = "primary" if is_main and runs.candidate == plan.candidate else "secondary"
+        role: Role = "primary" if is_main and (runs.baseline, runs.candidate) == plan.pair else "secondary"
         comparisons.append(compare_pairs(runs, thresholds, margin, role, costs))
     return adjust(comparisons)
 
@@ -178,8 +179,9 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, p_holm=adjusted.get(id(c), math.nan)) for c in comparisons]
 
 
-def _answer(primary: Comparison | None, comparisons: Sequence[Comparison]) -> str:
+def _answer(primary: Comparison | None, comparisons: Sequence[Comparison], plan: StudyPlan) -> str:
     if primary is None:
         where = "of the primary metric " if comparisons else ""
         return f"No answer: no seed has a value {where}in both arms."
-    return " ".join([str(primary), *bias_notes(primary, comparisons), *power_notes(primary)])
+    notes = [*bias_notes(primary, comparisons), *power_notes(primary), *tuning_notes(plan, comparisons)]
+    return " ".join([str(primary), *notes])

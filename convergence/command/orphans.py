@@ -22,7 +22,8 @@ def orphans(experiments: Iterable[Experiment]) -> list[Path]:
     """
     used = set()
     for experiment in experiments:
-        used |= {directory.parent for *_, directory in layout.checkpoints(experiment)}
+        checkpoints = [*layout.checkpoints(experiment), *layout.trials(experiment)]
+        used |= {directory.parent for *_, directory in checkpoints}
         used.add(layout.dataset_directory(experiment.dataset))
         used |= {
             layout.reference_path(experiment.dataset, features, experiment.evaluate)
