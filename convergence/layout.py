@@ -136,14 +136,17 @@ class Trial(NamedTuple):
 
 def trials(experiment: Experiment) -> list[Trial]:
     """Returns every trained checkpoint of the trials of a study. A trial is in the directory of an ordinary run."""
+    tune = experiment.tune
+    if tune is None:
+        return []
     return [
         Trial(arm, values, seed, step, step_directory(experiment.name, arm, run, seed, step))
         for arm in experiment.arms
         for values in experiment.grid(arm)
         for run in [experiment.run(arm, values)]
-        for seed in experiment.tune.seeds
+        for seed in tune.seeds
         for step in experiment.steps
-        if 0 < step <= experiment.tune.until
+        if 0 < step <= tune.until
     ]
 
 

@@ -416,12 +416,12 @@ threads)."""
                     f"tune.{key}: no arm has a number at this key: tune a numeric key of train, such as learning_rate, "
                     "or of an arm's scheme, such as timesteps.p2.gamma"
                 )
-        for name, arm in self.arms.items():
+        for name in self.arms:
             if len(f"{name}_tuned") > MAX_NAME or f"{name}_tuned" in self.arms:
                 raise ValueError(f"arms.{name}: the name {name}_tuned must be free and not too long: rename the arm")
             for values in self.grid(name):
                 try:
-                    self._check_arm(name, Arm.model_validate(arm_content(arm, values)))
+                    self._check_arm(name, self.arm(name, values))
                 except ValueError as error:
                     raise ValueError(f"tune: {values_text(values)}: {first_mistake(error, Arm)}") from None
         if len(f"{self.name}_tuned") > MAX_NAME:
@@ -437,8 +437,8 @@ threads)."""
             for key, value in best.values.items():
                 if number_at(run, key) != value:
                     raise ValueError(
-                        f"tuned.arms.{name}: {key} of {best.arm} is {number_at(run, key)} instead of {value:g}: correct "
-                        "it, or remove the section tuned"
+                        f"tuned.arms.{name}: {key} of {best.arm} is {number_at(run, key)} instead of {value:g}: "
+                        "correct it, or remove the section tuned"
                     )
 
     def _check_trial_seeds(self, section: str, seeds: tuple[int, ...]) -> None:
@@ -459,6 +459,11 @@ threads)."""
         """Steps of all checkpoints in ascending order; 0 is the untrained net."""
         return self.checkpoints.steps if isinstance(self.checkpoints, EveryNSteps) else list(self.checkpoints)
 
+    @property
+    def tuned_keys(self) -> list[str]:
+        """Keys whose values are tried in `tune`."""
+        return list(self.tune.grid) if self.tune else []
+
     def grid(self, arm_name: str) -> list[dict[str, float]]:
         """Returns the values of each trial of one arm, at the tuned keys that the arm has; [] if it has none."""
         run, keys = self.run(arm_name), self.tune.grid if self.tune else {}
@@ -472,8 +477,11 @@ threads)."""
             arm_name: name of the arm.
             values: values of a trial, which replace those of the arm at the tuned keys.
         """
-        arm = self.arms[arm_name]
-        return self._run(Arm.model_validate(arm_content(arm, values)) if values else arm)
+        return self._run(self.arm(arm_name, values or {}))
+
+    def arm(self, arm_name: str, values: Mapping[str, float]) -> Arm:
+        """Returns an arm with the values of a trial at the tuned keys."""
+        return Arm.model_validate(arm_content(self.arms[arm_name], values)) if values else self.arms[arm_name]
 
     def _run(self, arm: Arm) -> RunConfig:
         return RunConfig(

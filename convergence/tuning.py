@@ -57,7 +57,7 @@ class Tuned(Section):
     """Seeds of the trials."""
     until: PositiveInt
     """Step of the last checkpoint of a trial."""
-    arms: dict[Name, TunedArm] = Field(min_length=1)
+    arms: dict[Name, TunedArm]
     """Arm with the values of the study with the trials -> its best values."""
 
     def __str__(self) -> str:

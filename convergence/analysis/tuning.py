@@ -8,11 +8,12 @@ from pydantic import ValidationError
 
 from convergence.analysis.curves import from_level, mean_over_images, to_level
 from convergence.analysis.results import Comparison
+from convergence.errors import StudyError
 from convergence.failures import failed
 from convergence.layout import study_file
 from convergence.schema import Experiment
 from convergence.study_plan import StudyPlan
-from convergence.tuning import TunedArm, next_value, number_at
+from convergence.tuning import Tuned, TunedArm, next_value, number_at
 
 
 def trial_columns(keys: Sequence[str]) -> list[str]:
@@ -46,10 +47,13 @@ def trials_table(
     for (label, seed), table in runs.items():
         arm, values = settings[label]
         curve = levels.get((label, seed), table.iloc[:0])
-        level = mean_over_images(np.interp(grid, curve["images"], curve["level"]), grid) if len(curve) else np.nan
+        level = np.array(np.nan)
+        if len(curve):
+            level = mean_over_images(np.interp(grid, curve["images"], curve["level"]), grid)
         reason = "" if len(curve) else table["reason"].iloc[-1]
         average = from_level(level, plan.metric, plan.scale)
-        trials.append({"arm": arm, **values, "seed": seed, "average": average, "level": level, "reason": reason})
+        numbers = {"average": float(average), "level": float(level)}
+        trials.append({"arm": arm, **values, "seed": seed, **numbers, "reason": reason})
     table = pd.DataFrame(trials, columns=trial_columns(keys)[:-1])
     best = select(table, keys)
     return table.assign(best=[row.arm in best and best[row.arm] == _values(row, keys) for _, row in table.iterrows()])
@@ -71,18 +75,27 @@ def select(trials: pd.DataFrame, keys: Sequence[str]) -> dict[str, dict[str, flo
     return {row["arm"]: _values(row, keys) for _, row in best.iterrows()}
 
 
-def tuned_arms(experiment: Experiment, trials: pd.DataFrame) -> dict[str, TunedArm]:
-    """Returns the result of the trials of each arm, without arms that have a failed trial at all values.
+def tuned_record(experiment: Experiment, trials: pd.DataFrame) -> Tuned:
+    """Returns the best values of each arm, without arms that have a failed trial at all values.
 
     The arm with the best values has the suffix `_tuned`, unless these values are those of the study.
+
+    Args:
+        experiment: the study.
+        trials: its table of trials.
+
+    Raises:
+        StudyError: the study has no section `tune`.
     """
-    keys, arms = list(experiment.tune.grid) if experiment.tune else [], {}
-    for arm, values in select(trials, keys).items():
+    tune, file, arms = experiment.tune, study_file(experiment.name), {}
+    if tune is None:
+        raise StudyError(f"{file}: there is no section tune: add it, as in experiments/fair16.yaml")
+    for arm, values in select(trials, experiment.tuned_keys).items():
         run = experiment.run(arm)
         is_own = all(number_at(run, key) == value for key, value in values.items())
         name = arm if is_own else f"{arm}_tuned"
         arms[arm] = TunedArm(arm=name, values=values, add=_extensions(experiment, arm, values))
-    return arms
+    return Tuned(study=experiment.name, seeds=tune.seeds, until=tune.until, arms=arms)
 
 
 def tuning_notes(plan: StudyPlan, comparisons: Sequence[Comparison]) -> list[str]:
@@ -99,15 +112,15 @@ def tuning_notes(plan: StudyPlan, comparisons: Sequence[Comparison]) -> list[str
     elif primary.outcome != "interim":
         same_metric = [c for c in comparisons if (c.features, c.metric) == (primary.features, primary.metric)]
         notes += [_agreement(primary, c, tuned.study) for c in same_metric if (c.baseline, c.candidate) == untuned]
-    return notes + edges(tuned.study, tuned.arms)
+    return notes + edges(tuned)
 
 
-def edges(study: str, arms: Mapping[str, TunedArm]) -> list[str]:
+def edges(tuned: Tuned) -> list[str]:
     """Returns a sentence for each best value at an edge of the grid, with the value to add."""
     return [
         f"The best {key} of {arm}, {result.values[key]:g}, is at the edge of the grid: add {value:g} to tune.{key} in "
-        f"{study_file(study)} and run convergence tune {study} again."
-        for arm, result in arms.items()
+        f"{study_file(tuned.study)} and run convergence tune {tuned.study} again."
+        for arm, result in tuned.arms.items()
         for key, value in result.add.items()
     ]
 

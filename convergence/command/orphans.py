@@ -22,8 +22,8 @@ def orphans(experiments: Iterable[Experiment]) -> list[Path]:
     """
     used = set()
     for experiment in experiments:
-        checkpoints = [*layout.checkpoints(experiment), *layout.trials(experiment)]
-        used |= {directory.parent for *_, directory in checkpoints}
+        used |= {directory.parent for *_, directory in layout.checkpoints(experiment)}
+        used |= {trial.directory.parent for trial in layout.trials(experiment)}
         used.add(layout.dataset_directory(experiment.dataset))
         used |= {
             layout.reference_path(experiment.dataset, features, experiment.evaluate)

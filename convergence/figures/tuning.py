@@ -1,7 +1,6 @@
 """The figure of the trials: the primary metric against each tuned value."""
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +17,7 @@ from convergence.figures.style import LOG_AXIS_FROM_RATIO, STYLE, Style, draw_le
 from convergence.schema import Experiment
 from convergence.study_plan import StudyPlan
 from convergence.tables import HIGHER_IS_BETTER, metric_name
-from convergence.tuning import TunedArm, number_at
+from convergence.tuning import Tuned, number_at
 
 PANEL_INCHES = (5.4, 4.6)
 CAPTION_CHARACTERS = 85  # of one panel
@@ -28,9 +27,7 @@ SEED: Style = {"linestyle": "", "alpha": 0.35, "markeredgewidth": 0}
 OWN: Style = {"color": "0.4", "linewidth": 1, "linestyle": ":"}
 
 
-def draw_tuning(
-    experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame, tuned: Mapping[str, TunedArm], paths: list[Path]
-) -> None:
+def draw_tuning(experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame, tuned: Tuned, paths: list[Path]) -> None:
     """Draws the primary metric of the trials against each tuned value, and saves the figure to each path.
 
     Each tuned key has a panel, with a line per arm through the means over seeds; with two keys, at the best value of
@@ -41,14 +38,13 @@ def draw_tuning(
         save_figure(_draw(experiment, plan, trials, tuned), paths)
 
 
-def _draw(experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame, tuned: Mapping[str, TunedArm]) -> Figure:
-    keys = list(experiment.tune.grid) if experiment.tune else []
+def _draw(experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame, tuned: Tuned) -> Figure:
+    keys = experiment.tuned_keys
     styles = {arm: line_style(index) for index, arm in enumerate(experiment.arms)}
     width = PANEL_INCHES[0] * len(keys)
     figure = Figure((width, PANEL_INCHES[1]), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     figure.suptitle(f"{experiment.name}: trials", x=0.02, ha="left", weight="bold", fontsize=12)
-    seeds = ", ".join(map(str, experiment.tune.seeds if experiment.tune else ()))
-    sentences = [f"Lines: mean over the trial seeds ({seeds}).", *edges(experiment.name, tuned)]
+    sentences = [f"Lines: mean over the trial seeds ({', '.join(map(str, tuned.seeds))}).", *edges(tuned)]
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS * len(keys)) for sentence in sentences)
     figure.supxlabel(caption, x=0.02, ha="left", fontsize=8, color="0.25")
     panels = figure.subfigures(1, squeeze=False)[0, 0]  # keeps the legend clear of the title
@@ -74,7 +70,8 @@ def _draw_arm(ax: Axes, trials: pd.DataFrame, key: str, keys: list[str], plan: S
     colour = {"color": style["color"]}
     ax.plot(trials[key], trials["average"], marker=style["marker"], **colour, **SEED)
     means = trials.groupby(keys, dropna=False)["level"].agg(lambda levels: levels.mean(skipna=False)).reset_index()
-    line = from_level(means.groupby(key)["level"].min(), plan.metric, plan.scale).dropna()
+    levels = means.groupby(key)["level"].min().dropna()
+    line = pd.Series(from_level(levels.to_numpy(), plan.metric, plan.scale), levels.index)
     ax.plot(line.index, line, **style)
     best = trials.loc[trials["best"], key].unique()
     ax.plot(best, line[best], **colour, **BEST)

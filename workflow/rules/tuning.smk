@@ -7,7 +7,9 @@ localrules:
 
 rule tuning:
     input:
-        metrics=lambda wildcards: [trial.directory / "metrics.csv" for trial in layout.trials(EXPERIMENTS[wildcards.study])],
+        metrics=lambda wildcards: [
+            trial.directory / "metrics.csv" for trial in layout.trials(EXPERIMENTS[wildcards.study])
+        ],
     output:
         table=report(
             layout.REPORT / "tuning.csv",
