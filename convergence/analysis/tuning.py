@@ -37,8 +37,8 @@ def trials_table(
         keys: the tuned keys.
     """
     rows = metrics[(metrics["features"] == plan.features) & (metrics["metric"] == plan.metric)]
-    rows = rows.assign(level=to_level(rows["value"], plan.metric, plan.scale)).sort_values("images", kind="stable")
-    runs = {run: table for run, table in rows.groupby(["arm", "seed"], sort=False)}
+    rows = rows.assign(level=to_level(rows["value"], plan.metric, plan.scale))
+    runs = {run: table.sort_values("images") for run, table in rows.groupby(["arm", "seed"], sort=False)}
     levels = {run: table[np.isfinite(table["level"])] for run, table in runs.items() if not failed(table).any()}
     known = [table["images"] for table in levels.values() if len(table)]
     first, last = (max(images.min() for images in known), min(images.max() for images in known)) if known else (0, 0)

@@ -80,13 +80,14 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
 def trial_budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     """Returns the estimated cost of the trials of a study, in addition to `budget`, which has the same arguments."""
     trials = layout.trials(experiment)
+    settings = [(arm, values) for arm in experiment.arms for values in experiment.grid(arm)]
+    arms = [experiment.arm(arm, values).model_copy(update={"match": None}) for arm, values in settings]
     changes = {
         "checkpoints": tuple(sorted({trial.step for trial in trials})),
         "seeds": tuple(sorted({trial.seed for trial in trials})),
-        "arms": {f"{arm}{place}": experiment.arm(arm, values) for arm in experiment.arms for place, values in enumerate(experiment.grid(arm))},
+        "arms": {f"arm{index}": arm for index, arm in enumerate(arms)},
         "probe": None,
-        "tune": None,
-    }  # fmt: skip
+    }
     cost, shared = budget(experiment.model_copy(update=changes), rates, at_once), _dataset_bytes(experiment)
     return cost._replace(jobs=2 * cost.checkpoints + 1, kept=cost.kept - shared, peak=cost.peak - shared)
 

@@ -60,12 +60,13 @@ def _compare(plan: StudyPlan, best: Mapping[str, str]) -> dict[str, Any]:
     pairs = [(best.get(baseline, baseline), best.get(candidate, candidate)) for baseline, candidate in plan.pairs]
     pairs = list(dict.fromkeys([*pairs, *plan.pairs]))
     primary, others = pairs[0][0], pairs[len(plan.candidates) :]
-    return {
+    keys = {
         "baseline": primary,
         "candidates": [candidate for _, candidate in pairs[: len(plan.candidates)]],
         "primary": {"candidate": best.get(plan.candidate, plan.candidate), "metric": plan.metric},
-        "also": [{"baseline": baseline, "candidate": candidate} for baseline, candidate in others],
     }
+    also = [{"baseline": baseline, "candidate": candidate} for baseline, candidate in others]
+    return keys | ({"also": also} if also else {})
 
 
 def _comments(experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame) -> Iterable[str]:
