@@ -66,7 +66,7 @@ def parse(text: str) -> Any:
 
 
 def to_text(content: dict[str, Any]) -> str:
-    """Returns the text of a study file, as the inverse of `parse`. Comments and anchors are lost."""
+    """Returns the text of a study file, as the inverse of `parse`. Comments are lost."""
     return yaml.dump(content, Dumper=_TextDumper, sort_keys=False, default_flow_style=None, width=LINE_CHARACTERS)
 
 
@@ -117,12 +117,9 @@ class _TextLoader(yaml.SafeLoader):
 
 
 class _TextDumper(yaml.SafeDumper):
-    """Writes numbers and truth values as `_TextLoader` reads them, and no anchors."""
+    """Writes numbers and truth values as `_TextLoader` reads them."""
 
     yaml_implicit_resolvers = _TextLoader.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
     def represent_plain(self, value: float) -> yaml.ScalarNode:
         return self.represent_str(str(value).lower() if isinstance(value, bool) else f"{value:.12g}")

@@ -2,17 +2,18 @@
 
 import copy
 import math
+import re
+import subprocess
+import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from commands import main
 from metric_tables import PLAN, curves, verdict_on
 from metric_tables import study as table_of
-from projects import ROOT, edit, jobs, snakemake, tiny_project
+from projects import ROOT, edit, jobs, tiny_project
 
 from convergence import layout
 from convergence.analysis.tuning import select, trial_columns, trials_table, tuned_record
@@ -359,29 +360,31 @@ def test_the_figure_shows_trials_best_values_and_edges(tmp_path, keys):
 
 
 @pytest.mark.slow
-def test_a_larger_grid_runs_only_the_new_trials(tmp_path, monkeypatch, capfd):
+def test_a_larger_grid_runs_only_the_new_trials(tmp_path):
     project = tiny_project(tmp_path / "study")
     section = {"learning_rate": [2e-3], "seeds": [100], "until": 4}
     edit(project, lambda study: study.update(tune=section, probe=None, tracking=False))
-    monkeypatch.chdir(project)
-    target = {"target": "reports/openmoji/tuning.csv"}
-    main(["tune", "openmoji", "--dry-run"])
-    assert "under05, learning_rate 0.002, seed 100: results/openmoji/under05-" in capfd.readouterr().out
-    main(["tune", "openmoji", "--cores", "2"])
-    assert "experiments/openmoji_tuned.yaml is written." in capfd.readouterr().out
-    tuned = load_experiment(Path("experiments/openmoji_tuned.yaml"))
+    study = project / "experiments/openmoji.yaml"
+
+    def run(*options):
+        command = [sys.executable, "-m", "convergence", "tune", "openmoji", *options]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        listed = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.M)
+        return done.stdout, sorted(set(listed))
+
+    assert "under05, learning_rate 0.002, seed 100: results/openmoji/under05-" in run("--dry-run")[0]
+    assert "experiments/openmoji_tuned.yaml is written." in run("--cores", "2")[0]
+    tuned = load_experiment(project / "experiments/openmoji_tuned.yaml")
     assert list(tuned.arms) == ["uni05", "under05"] and tuned.tuned.arms["uni05"].values == {"learning_rate": 0.002}
-    assert "nothing to be done" in snakemake(project, "--dry-run", **target).stderr.lower()
+    assert run("--dry-run")[1] == []
 
     edit(project, lambda study: study["tune"].update(learning_rate=[1e-3, 2e-3]))
-    output = snakemake(project, "--dry-run", **target).stdout
-    hashes = {arm: load_experiment(Path("experiments/openmoji.yaml")).run(arm, {"learning_rate": 1e-3}).hash8
-              for arm in ("uni05", "under05")}  # fmt: skip
-    listed = sorted(line.split(": ", 1)[1] for line in output.splitlines() if line.startswith("Job "))
-    assert listed == sorted({
-        *(f"{rule} openmoji {arm}-{hash8} seed 100 {place} step 4" for arm, hash8 in hashes.items()
-          for rule, place in (("Train", "to"), ("Evaluate", "at"))),
+    runs = [f"{arm}-{load_experiment(study).run(arm, {'learning_rate': 1e-3}).hash8}" for arm in ("uni05", "under05")]
+    assert run("--dry-run")[1] == [
+        *(f"Evaluate openmoji {run} seed 100 at step 4" for run in sorted(runs)),
         "Select the best values of each arm of openmoji",
-    })  # fmt: skip
+        *(f"Train openmoji {run} seed 100 to step 4" for run in sorted(runs)),
+    ]
     # The figure of the study needs no trial.
     assert not any("seed 100" in job for job in jobs(project))

@@ -24,7 +24,7 @@ CAPTION_CHARACTERS = 85  # of one panel
 BEST: Style = {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.6, "linestyle": ""}
 FAILED: Style = {"marker": "x", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
 SEED: Style = {"linestyle": "", "alpha": 0.35, "markeredgewidth": 0}
-OWN: Style = {"color": "0.4", "linewidth": 1, "linestyle": ":"}
+OWN: Style = {"color": "0.4", "linewidth": 1.5, "linestyle": ":"}
 
 
 def draw_tuning(experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame, tuned: Tuned, paths: list[Path]) -> None:
@@ -44,17 +44,20 @@ def _draw(experiment: Experiment, plan: StudyPlan, trials: pd.DataFrame, tuned: 
     width = PANEL_INCHES[0] * len(keys)
     figure = Figure((width, PANEL_INCHES[1]), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     figure.suptitle(f"{experiment.name}: trials", x=0.02, ha="left", weight="bold", fontsize=12)
-    sentences = [f"Lines: mean over the trial seeds ({', '.join(map(str, tuned.seeds))}).", *edges(tuned)]
+    other = ", at the best value of the other key" if len(keys) > 1 else ""
+    lines = f"Lines: mean over the trial seeds ({', '.join(map(str, tuned.seeds))}){other}. Faint: single seeds."
+    sentences = [lines, *edges(tuned)]
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS * len(keys)) for sentence in sentences)
     figure.supxlabel(caption, x=0.02, ha="left", fontsize=8, color="0.25")
     panels = figure.subfigures(1, squeeze=False)[0, 0]  # keeps the legend clear of the title
-    for ax, key in zip(panels.subplots(1, len(keys), squeeze=False, sharey=True)[0], keys, strict=True):
+    axes = panels.subplots(1, len(keys), squeeze=False, sharey=True)[0]
+    direction = "higher is better →" if plan.metric in HIGHER_IS_BETTER else "← lower is better"
+    axes[0].set_ylabel(f"{metric_name(plan.features, plan.metric)},\naverage over training   {direction}")
+    for ax, key in zip(axes, keys, strict=True):
         for arm, of_arm in trials[trials[key].notna()].groupby("arm", sort=False):
             _draw_arm(ax, of_arm, key, keys, plan, styles[arm])
         for value in {number_at(experiment.run(arm), key) for arm in experiment.arms} - {None}:
             ax.axvline(value, zorder=0, **OWN)
-        direction = "higher is better →" if plan.metric in HIGHER_IS_BETTER else "← lower is better"
-        ax.set_ylabel(f"{metric_name(plan.features, plan.metric)}, average over training\n{direction}")
         _set_value_axis(ax, key, sorted(trials[key].dropna().unique()))
     handles = [Line2D([], [], label=arm, **styles[arm]) for arm in trials["arm"].unique()]
     handles.append(Line2D([], [], label="best value", color="0.2", **BEST | {"markersize": 10}))
