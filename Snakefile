@@ -18,6 +18,7 @@ include: "workflow/rules/cost.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/probe.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/tuning.smk"
 
 
 # With --until or --omit-from, Snakemake loses the jobs after a checkpoint when it decides again which jobs must run.

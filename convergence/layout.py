@@ -6,6 +6,7 @@ In a path, `<hash8>` is the first 8 hexadecimal digits of the SHA-256 of setting
 import hashlib
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 from convergence.schema import Evaluate, Experiment
 from diffusion.config import Dataset, RunConfig
@@ -119,6 +120,33 @@ def checkpoints(experiment: Experiment) -> list[tuple[str, int, int, Path]]:
         for arm, run in [(arm, experiment.run(arm)) for arm in experiment.arms]
         for seed in experiment.seeds
         for step in experiment.steps
+    ]
+
+
+class Trial(NamedTuple):
+    """A checkpoint of a trial: an arm with one combination of the tuned values, and one seed."""
+
+    arm: str
+    values: dict[str, float]
+    """The tuned values."""
+    seed: int
+    step: int
+    directory: Path
+
+
+def trials(experiment: Experiment) -> list[Trial]:
+    """Returns every trained checkpoint of the trials of a study. A trial is in the directory of an ordinary run."""
+    tune = experiment.tune
+    if tune is None:
+        return []
+    return [
+        Trial(arm, values, seed, step, step_directory(experiment.name, arm, run, seed, step))
+        for arm in experiment.arms
+        for values in experiment.grid(arm)
+        for run in [experiment.run(arm, values)]
+        for seed in tune.seeds
+        for step in experiment.steps
+        if 0 < step <= tune.until
     ]
 
 

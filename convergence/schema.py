@@ -4,11 +4,11 @@
 not import torch.
 """
 
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import pairwise, product
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     GetJsonSchemaHandler,
     PrivateAttr,
@@ -19,9 +19,11 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from convergence.tuning import Tune, Tuned, arm_content, number_at, values_text
 from diffusion.averages import RAW, Averages, average_name
 from diffusion.config import (
     MAX_INTEGER,
+    MAX_NAME,
     TRAIN_VERSION,
     BatchSize,
     Dataset,
@@ -42,20 +44,13 @@ from diffusion.config import (
 )
 from diffusion.errors import InputError
 from diffusion.nets.size import check_net_size
-from diffusion.section import Section
+from diffusion.section import Distinct, Section
 from diffusion.validation import first_mistake
 
 MAX_CHECKPOINTS = 100_000  # each is three jobs, which Snakemake plans at once
 MAX_SAMPLE_BYTES = 10**12  # the samples of a checkpoint are in memory together
 
 
-def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    if values and len(set(values)) < len(values):
-        raise ValueError(f"{max(values, key=values.count)} appears twice: remove one")
-    return values
-
-
-Distinct = AfterValidator(_distinct)
 Percent = Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")]
 DEFAULT_MARGIN = "2%"
 
@@ -206,6 +201,18 @@ class Primary(Section):
     """Metric of the comparison: one of `evaluate.metrics`, computed from the first of `evaluate.features`."""
 
 
+class Pair(Section):
+    """Two arms that are compared."""
+
+    baseline: str
+    """Arm that the candidate is compared with."""
+    candidate: str
+    """Arm that is compared with the baseline."""
+
+    def __str__(self) -> str:
+        return f"{self.candidate} against {self.baseline}"
+
+
 class Compare(Section):
     """The comparisons of arms in the verdict. One comparison is primary; all others are secondary."""
 
@@ -215,6 +222,8 @@ class Compare(Section):
     """Arms that are compared with the baseline."""
     primary: Primary
     """The comparison that the study is made for. Choose it before the first result."""
+    also: Annotated[tuple[Pair, ...], Distinct] = ()
+    """Further pairs of arms. Their comparisons are secondary."""
     thresholds: Annotated[tuple[PositiveFloat, ...] | None, Distinct] = Field(None, min_length=1)
     """Values of the primary metric. For each value, the numbers of training images that the arms need to reach this \
 value are compared. The verdict uses the middle value. Unset: the lowest value that all planned runs reach."""
@@ -231,6 +240,11 @@ other metrics (no default)."""
         for arm in self.candidates:
             if arms.count(arm) > 1:
                 raise ValueError(f"{arm} appears twice among baseline and candidates: name every arm once")
+        for pair in self.also:
+            if pair.baseline == pair.candidate:
+                raise ValueError(f"also: {pair.baseline} is compared with itself: name two arms")
+            if pair.baseline == self.baseline and pair.candidate in self.candidates:
+                raise ValueError(f"also: {pair} is compared already: remove this pair")
         return self
 
 
@@ -262,6 +276,10 @@ timesteps and latents."""
     """How the loss and the gradient noise of checkpoints are measured; null: not at all."""
     compare: Compare | None = None
     """The comparisons of the verdict; unset: the study has no verdict."""
+    tune: Tune | None = None
+    """Trials that choose settings for each arm (`convergence tune`); unset: none."""
+    tuned: Tuned | None = None
+    """The trials that this study follows from. `convergence tune` writes this section, and the verdict states it."""
     external_curves: UserPath | None = None
     """CSV file of curves from other people. These curves are drawn in grey and are not used for the verdict."""
     tracking: bool = True
@@ -296,10 +314,14 @@ threads)."""
                 "plan: use fewer"
             )
         self._check_sizes()
-        for name in self.arms:
-            self._check_arm(name)
+        for name, arm in self.arms.items():
+            self._check_arm(name, arm)
         if self.compare:
             self._check_compare(self.compare)
+        if self.tune:
+            self._check_tune(self.tune)
+        if self.tuned:
+            self._check_tuned(self.tuned)
         return self
 
     def _check_sizes(self) -> None:
@@ -331,8 +353,7 @@ threads)."""
                 f"{probe.batch_size}: lower it, or raise dataset.held_out"
             )
 
-    def _check_arm(self, name: str) -> None:
-        arm = self.arms[name]
+    def _check_arm(self, name: str, arm: Arm) -> None:
         if name in self.RESERVED_ARMS:
             raise ValueError(f"arms.{name}: this name is reserved for the untrained net: choose another name")
         if arm.match:
@@ -354,7 +375,7 @@ threads)."""
                     f"arms.{name}.{key}.speed.tau: {tau} exceeds the {self.diffusion.timesteps} timesteps: lower it"
                 )
         try:
-            train = self.run(name).train
+            train = self._run(arm).train
         except ValidationError as error:
             separator = "." if error.errors()[0]["loc"] else ": "
             raise ValueError(f"arms.{name}.train{separator}{first_mistake(error, Train)}") from None
@@ -377,7 +398,8 @@ threads)."""
                 )
 
     def _check_compare(self, compare: Compare) -> None:
-        for name in [compare.baseline, *compare.candidates]:
+        also = [name for pair in compare.also for name in (pair.baseline, pair.candidate)]
+        for name in [compare.baseline, *compare.candidates, *also]:
             if name not in self.arms:
                 raise ValueError(f"compare: {name} is not among the arms: choose from {', '.join(self.arms)}")
         if compare.primary.candidate not in compare.candidates:
@@ -392,6 +414,58 @@ threads)."""
             kind = "a percentage such as 2%" if metric == "fd" else "a change of it, without %"
             raise ValueError(f"compare.margin: {margin} does not fit the metric {metric}: write {kind}")
 
+    def _check_tune(self, tune: Tune) -> None:
+        if self.compare is None:
+            raise ValueError("tune: the best values are those with the best primary metric: add the section compare")
+        self._check_trial_seeds("tune", tune.seeds)
+        trained = [step for step in self.steps if step]
+        if tune.until not in trained:
+            nearest = min(trained, key=lambda step: abs(step - tune.until))
+            raise ValueError(f"tune.until: {tune.until} is not the step of a checkpoint: use {nearest}")
+        if not 1 <= len(tune.grid) <= 2:
+            raise ValueError(
+                f"tune: {len(tune.grid)} keys are tuned: write one or two keys with a list of values each, such as "
+                "learning_rate: [1e-3, 2e-3]"
+            )
+        for key in tune.grid:
+            if all(number_at(self.run(arm), key) is None for arm in self.arms):
+                raise ValueError(
+                    f"tune.{key}: no arm has a number at this key: tune a numeric key of train, such as learning_rate, "
+                    "or of an arm's scheme, such as timesteps.p2.gamma"
+                )
+        for name in self.arms:
+            if len(f"{name}_tuned") > MAX_NAME or f"{name}_tuned" in self.arms:
+                raise ValueError(f"arms.{name}: the name {name}_tuned must be free and not too long: rename the arm")
+            for values in self.grid(name):
+                try:
+                    self._check_arm(name, self.arm(name, values))
+                except ValueError as error:
+                    raise ValueError(f"tune: {values_text(values)}: {first_mistake(error, Arm)}") from None
+        if len(f"{self.name}_tuned") > MAX_NAME:
+            raise ValueError(f"name: {self.name}_tuned has more than {MAX_NAME} letters: choose a shorter name")
+
+    def _check_tuned(self, tuned: Tuned) -> None:
+        self._check_trial_seeds("tuned", tuned.seeds)
+        for name, best in tuned.arms.items():
+            for arm in (name, best.arm):
+                if arm not in self.arms:
+                    raise ValueError(f"tuned.arms.{name}: there is no arm {arm}: run convergence tune {tuned.study}")
+            run = self.run(best.arm)
+            for key, value in best.values.items():
+                if number_at(run, key) != value:
+                    raise ValueError(
+                        f"tuned.arms.{name}: {key} of {best.arm} is {number_at(run, key)} instead of {value:g}: "
+                        "correct it, or remove the section tuned"
+                    )
+
+    def _check_trial_seeds(self, section: str, seeds: tuple[int, ...]) -> None:
+        planned = {*self.seeds, *(self.compare and self.compare.planned_seeds or ())}
+        if both := planned & set(seeds):
+            raise ValueError(
+                f"{section}.seeds: {min(both)} is also a seed of the study, so the verdict would use a trial: choose "
+                "other seeds"
+            )
+
     @property
     def text(self) -> str:
         """Content of the study file when it was read. The file may change later."""
@@ -402,9 +476,31 @@ threads)."""
         """Steps of all checkpoints in ascending order; 0 is the untrained net."""
         return self.checkpoints.steps if isinstance(self.checkpoints, EveryNSteps) else list(self.checkpoints)
 
-    def run(self, arm_name: str) -> RunConfig:
-        """Returns the settings of one arm: the sections of the study, the arm's `train` keys, and the arm's scheme."""
-        arm = self.arms[arm_name]
+    @property
+    def tuned_keys(self) -> list[str]:
+        """Keys whose values are tried in `tune`."""
+        return list(self.tune.grid) if self.tune else []
+
+    def grid(self, arm_name: str) -> list[dict[str, float]]:
+        """Returns the values of each trial of one arm, at the tuned keys that the arm has; [] if it has none."""
+        run, keys = self.run(arm_name), self.tune.grid if self.tune else {}
+        lists = {key: values for key, values in keys.items() if number_at(run, key) is not None}
+        return [dict(zip(lists, values, strict=True)) for values in product(*lists.values()) if values]
+
+    def run(self, arm_name: str, values: Mapping[str, float] | None = None) -> RunConfig:
+        """Returns the settings of one arm: the sections of the study, the arm's `train` keys, and the arm's scheme.
+
+        Args:
+            arm_name: name of the arm.
+            values: values of a trial, which replace those of the arm at the tuned keys.
+        """
+        return self._run(self.arm(arm_name, values or {}))
+
+    def arm(self, arm_name: str, values: Mapping[str, float]) -> Arm:
+        """Returns an arm with the values of a trial at the tuned keys."""
+        return Arm.model_validate(arm_content(self.arms[arm_name], values)) if values else self.arms[arm_name]
+
+    def _run(self, arm: Arm) -> RunConfig:
         train = Train(**{**self.train.model_dump(), **arm.train})
         if RAW in (self.evaluate.ema or ()) and RAW not in train.averages:
             train = train.model_copy(update={"ema_decay": (*train.averages, RAW)})

@@ -216,8 +216,8 @@ def _check_schemes(experiments: Mapping[str, Experiment]) -> None:
         StudyError: a density or a weight is not finite, or losses are to be divided by a probability of 0.
     """
     for name, experiment in experiments.items():
-        for arm in experiment.arms:
-            run = experiment.run(arm)
+        arms = [(arm, values) for arm in experiment.arms for values in (None, *experiment.grid(arm))]
+        for arm, run in [(arm, experiment.run(arm, values)) for arm, values in arms]:
             used = {run.scheme.timesteps.chosen[0], run.scheme.mse_weight.chosen[0], run.scheme.vb_weight.chosen[0]}
             if not used & CAN_BE_NOT_FINITE:
                 continue

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from diffusion.validation import in_one_sentence
 NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")
+LINE_CHARACTERS = 120
 LEADING_ZERO = re.compile("[-+]?0[0-9_]*[0-9]")  # octal in YAML 1.1, decimal in YAML 1.2
 
 
@@ -26,7 +28,7 @@ def load_experiment(path: Path) -> Experiment:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_TextLoader)
+        content = parse(text)
     except FileNotFoundError:
         if known := ", ".join(sorted(p.stem for p in path.parent.glob("[!.]*.yaml"))):
             raise StudyError(f"{path}: no such study: choose from {known}") from None
@@ -52,6 +54,20 @@ def load_experiment(path: Path) -> Experiment:
         raise StudyError(f"{path}: name is {experiment.name}, but the file is called {path.stem}: make them equal")
     experiment._text = text
     return experiment
+
+
+def parse(text: str) -> Any:
+    """Returns the content of a study file: its YAML, with numbers and truth values as text.
+
+    Raises:
+        yaml.YAMLError: the text is not valid YAML, or a key is written twice.
+    """
+    return yaml.load(text, Loader=_TextLoader)
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """Returns the text of a study file, as the inverse of `parse`. Comments are lost."""
+    return yaml.dump(content, Dumper=_TextDumper, sort_keys=False, default_flow_style=None, width=LINE_CHARACTERS)
 
 
 def _follows_from_another(mistake: ErrorDetails) -> bool:
@@ -98,3 +114,16 @@ class _TextLoader(yaml.SafeLoader):
                     None, None, f"key {key!r} is written twice: remove one", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+class _TextDumper(yaml.SafeDumper):
+    """Writes numbers and truth values as `_TextLoader` reads them."""
+
+    yaml_implicit_resolvers = _TextLoader.yaml_implicit_resolvers
+
+    def represent_plain(self, value: float) -> yaml.ScalarNode:
+        return self.represent_str(str(value).lower() if isinstance(value, bool) else f"{value:.12g}")
+
+
+for kind in (bool, int, float):
+    _TextDumper.add_representer(kind, _TextDumper.represent_plain)

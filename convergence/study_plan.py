@@ -11,8 +11,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from convergence import layout
-from convergence.schema import DEFAULT_MARGIN, Experiment
+from convergence.schema import DEFAULT_MARGIN, Experiment, Pair
 from convergence.tables import DIFFERENCES
+from convergence.tuning import Tuned
 from diffusion.averages import average_name
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
@@ -26,6 +27,8 @@ class StudyPlan(Section):
     candidates: tuple[str, ...]
     candidate: str
     """Candidate of the primary comparison. The comparisons of the other candidates are secondary."""
+    also: tuple[Pair, ...] = ()
+    """Further pairs of arms, whose comparisons are secondary."""
     features: str
     metric: str
     """Metric of the primary comparison."""
@@ -41,6 +44,8 @@ metric."""
     """Planned seeds, whose runs decide the verdict; None: all seeds."""
     last_step: int | None
     """Step of the last planned checkpoint; None: the last step that all runs have."""
+    tuned: Tuned | None = None
+    """Trials that the arms follow from."""
     runs: dict[str, str] = {}
     """Name of each compared arm -> hash of the settings of its runs."""
     evaluation: str = ""
@@ -52,6 +57,17 @@ metric."""
     def scale(self) -> Literal["ratio", "difference"]:
         """Scale on which the primary metric is compared: ratios or differences of its values."""
         return "difference" if self.metric in DIFFERENCES else "ratio"
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """(baseline, candidate) of the primary comparison."""
+        return self.baseline, self.candidate
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(baseline, candidate) of every comparison."""
+        candidates = [(self.baseline, candidate) for candidate in self.candidates]
+        return candidates + [(pair.baseline, pair.candidate) for pair in self.also]
 
 
 def current_plan(experiment: Experiment) -> StudyPlan | None:
@@ -65,9 +81,10 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
     margin = compare.margin
     if compare.primary.metric not in DIFFERENCES:
         margin = str(margin or DEFAULT_MARGIN).removesuffix("%")
-    return StudyPlan(
+    plan = StudyPlan(
         baseline=compare.baseline,
         candidates=compare.candidates,
+        also=compare.also,
         candidate=compare.primary.candidate,
         features=experiment.evaluate.features[0],
         metric=compare.primary.metric,
@@ -76,9 +93,11 @@ def current_plan(experiment: Experiment) -> StudyPlan | None:
         margin=None if margin is None else float(margin),
         seeds=compare.planned_seeds or experiment.seeds,
         last_step=experiment.steps[-1],
-        runs={arm: experiment.run(arm).hash8 for arm in (compare.baseline, *compare.candidates)},
+        tuned=experiment.tuned,
         evaluation=_evaluation(experiment),
     )
+    arms = dict.fromkeys(arm for pair in plan.pairs for arm in pair)
+    return plan.model_copy(update={"runs": {arm: experiment.run(arm).hash8 for arm in arms}})
 
 
 def plan_in_force(experiment: Experiment) -> StudyPlan | None:
@@ -92,7 +111,7 @@ def plan_in_force(experiment: Experiment) -> StudyPlan | None:
         FileError: the recorded plan is damaged.
     """
     plan, path = current_plan(experiment), layout.plan_path(experiment.name)
-    if plan is None or not _has_results(experiment.name):
+    if plan is None or not _has_results(experiment):
         return plan
     if not path.exists():
         return plan.model_copy(update={"after_results": True})
@@ -138,8 +157,11 @@ def _evaluation(experiment: Experiment) -> str:
     return hashlib.sha256((sample + evaluate).encode()).hexdigest()[:8]
 
 
-def _has_results(study: str) -> bool:
-    return any((layout.RESULTS / study).glob("*/seed*/step*/metrics.csv"))
+def _has_results(experiment: Experiment) -> bool:
+    """Returns whether a checkpoint is evaluated. Trials do not count, because the verdict does not use their seeds."""
+    trials = {f"seed{seed}" for seed in (experiment.tune.seeds if experiment.tune else ())}
+    found = (layout.RESULTS / experiment.name).glob("*/seed*/step*/metrics.csv")
+    return any(path.parents[1].name not in trials for path in found)
 
 
 def _text(value: object) -> str:

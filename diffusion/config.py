@@ -40,7 +40,8 @@ ImageSize = Annotated[int, Field(ge=8, le=4096)]
 UserPath = Annotated[Path, AfterValidator(_expand_home)]
 Precision = Literal["auto", "fp32", "bf16"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=40)]
+MAX_NAME = 40
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=MAX_NAME)]
 
 
 class NoParameters(Section):

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     GetJsonSchemaHandler,
@@ -19,6 +20,15 @@ from pydantic_core import CoreSchema
 # Keys added after version 0.2.0, as "Section.key". `canonical()`, which is hashed, leaves such a key out while it has
 # its default, so that adding a key renames no existing run. The default must compute what was computed without the key.
 LATER_KEYS: tuple[str, ...] = ("Train.decay", "Train.betas", "Evaluate.ema", "StudyPlan.ema")
+
+
+def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    if values and len(set(values)) < len(values):
+        raise ValueError(f"{max(values, key=values.count)} appears twice: remove one")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 
 
 class Section(BaseModel):

@@ -38,6 +38,10 @@ def study(**sections):
     return prepare
 
 
+def trials(**tune):
+    return study(tune={"learning_rate": [1e-3], "seeds": [100], "until": 128} | tune)
+
+
 def text(content):
     return lambda project: (project / "experiments/bad.yaml").write_text(content)
 
@@ -187,6 +191,10 @@ TABLE = {
     "steps in disorder": (DRY_RUN, study(checkpoints=[8, 4]), ["checkpoints", "put them in order"]),
     "size that cannot be halved": (DRY_RUN, study(dataset={"image_size": 15}), ["cannot be halved", "multiple of 2"]),
     "comparison with an unknown arm": (DRY_RUN, study(compare={"baseline": "b"}), ["compare: b is not among the arms"]),
+    "empty grid": (DRY_RUN, trials(learning_rate=[]), ["tune.learning_rate: name at least one"]),
+    "tuned key without numbers": (DRY_RUN, trials(precision=[1]), ["tune.precision: no arm has a number"]),
+    "trial with a planned seed": (DRY_RUN, trials(seeds=[2, 100]), ["tune.seeds: 2 is", "other seeds"]),
+    "trial until no checkpoint": (DRY_RUN, trials(until=100), ["tune.until: 100 is not", "use 128"]),
     "more bins than timesteps": (DRY_RUN, study(probe={"bins": 2000}), ["probe.bins", "lower it"]),
     "another name": (DRY_RUN, study(name="good"), ["name is good", "make them equal"]),
     "the name of another directory": (DRY_RUN, study(name="published"), ["name: ", "choose another"]),

@@ -15,7 +15,7 @@ from projects import ROOT
 
 from convergence.command import SUBCOMMANDS
 
-NAMES = ["budget", "plan", "judge", "orphans", "carry", "sync", "evaluate", "sample", "export"]
+NAMES = ["budget", "plan", "tune", "judge", "orphans", "carry", "sync", "evaluate", "sample", "export"]
 
 
 def run(*arguments, cwd=ROOT, **how):

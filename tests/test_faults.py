@@ -26,8 +26,10 @@ from diffusion.errors import InputError
 from diffusion.files import atomic_write, exclusive_lock
 
 COMMAND = [sys.executable, "-m", "snakemake", "--cores", "2", "--", "reports/fid_curves.png"]
-PHASES = {"dataset", "reference", "initialise", "train", "evaluate", "probe", "figures"}
-REPEATED = {"train", "evaluate", "probe"}  # rules with several jobs
+PHASES = {"dataset", "reference", "initialise", "train", "trial", "evaluate", "probe", "figures"}
+REPEATED = {"train", "trial", "evaluate", "probe"}  # rules with several jobs
+TRIALS = str(REPORT / "tuning.csv")
+TUNE = {"learning_rate": [1e-3], "seeds": [100], "until": 4}
 METRICS = {"target": str(REPORT / "metrics.csv")}  # without figures
 MADE = ("results", "reports", ".snakemake", "mlflow.db", "mlartifacts")
 
@@ -61,12 +63,15 @@ def jobs_of(project):
 
 
 def at_work(project):
-    """Process -> rule of the jobs that have opened their log, which they do after their imports."""
+    """Process -> rule of the jobs that have opened their log, which they do after their imports.
+
+    The rule of a job that trains a trial is "trial".
+    """
     found = {}
     for process, rule in jobs_of(project).items():
         with suppress(psutil.NoSuchProcess):
-            if any(file.path.endswith(".log") for file in process.open_files()):
-                found[process] = rule
+            if logs := [file.path for file in process.open_files() if file.path.endswith(".log")]:
+                found[process] = "trial" if "/seed100/" in logs[0] and rule == "train" else rule
     return found
 
 
@@ -94,18 +99,24 @@ def kill(process):
 
 @pytest.mark.slow
 def test_kills_in_every_phase_change_nothing(finished, tmp_path):
-    project = begin(finished, tmp_path / "study")
+    project, expected = begin(finished, tmp_path / "study"), tmp_path / "expected"
+    shutil.copytree(finished, expected, symlinks=True)
+    for study in (project, expected):
+        edit(study, lambda content: content.update(tune=TUNE))
+    done = snakemake(expected, target=TRIALS)
+    assert done.returncode == 0, done.stdout + done.stderr
     rng, kills, starts = random.Random(0), Counter(), 0
     while not kills.keys() >= PHASES or kills["snakemake"] < 2:
         starts += 1
         assert starts <= 20, kills
         with (project / "run.txt").open("a") as log:
-            run = subprocess.Popen(COMMAND, cwd=project, stdout=log, stderr=log, start_new_session=True)
+            run = subprocess.Popen([*COMMAND, TRIALS], cwd=project, stdout=log, stderr=log, start_new_session=True)
         victims = 0
         while run.poll() is None:
             time.sleep(0.02)
             working = at_work(project)
-            left = [(process, rule) for process, rule in jobs_of(project).items() if rule in PHASES - kills.keys()]
+            started = jobs_of(project) | working
+            left = [(process, rule) for process, rule in started.items() if rule in PHASES - kills.keys()]
             new = [(process, rule) for process, rule in left if process in working or rule not in REPEATED]
             for process, rule in new[:1]:
                 # If a job of a repeated rule ends before, another one is killed.
@@ -121,11 +132,13 @@ def test_kills_in_every_phase_change_nothing(finished, tmp_path):
         if run.returncode == -signal.SIGKILL:
             assert snakemake(project, "--unlock").returncode == 0
     wait_for_jobs(project)
-    done = snakemake(project)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for target in (TRIALS, COMMAND[-1]):
+        done = snakemake(project, target=target)
+        assert done.returncode == 0, done.stdout + done.stderr
     print(f"{kills.total()} kills in {starts} starts: {dict(kills)}")
-    assert_equal_results(project, finished)
-    assert_same_states(project, finished)
+    assert_equal_results(project, expected)
+    assert (project / TRIALS).read_bytes() == (expected / TRIALS).read_bytes()
+    assert_same_states(project, expected)
     assert_tracked_once(project)
 
 

@@ -1,6 +1,6 @@
 """The verdict on a study in Markdown: `verdict.md`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from convergence.tables import (
     markdown_text,
     metric_name,
 )
+from convergence.tuning import values_text
 
 PLANNED_EFFECTS = (0.01, 0.02, 0.05)
 BOLD_FROM_PAIRS = 3
@@ -62,7 +63,7 @@ def to_markdown(verdict: StudyVerdict) -> str:
     else:
         parts.append(f"**Question.** {markdown_text(verdict.question)}")
         parts.append(f"**Answer.** {_answer(verdict)}")
-        parts += _plan(verdict)
+        parts += [*_plan(verdict), *_tuning(verdict)]
     if verdict.comparisons:
         parts += [
             LEGEND,
@@ -104,12 +105,32 @@ def _plan(verdict: StudyVerdict) -> list[str]:
     return [text]
 
 
+def _tuning(verdict: StudyVerdict) -> list[str]:
+    """Returns the section on the trials that this study follows from."""
+    tuned = verdict.plan and verdict.plan.tuned
+    if not tuned:
+        return []
+    rows = [
+        [markdown_code(arm), values_text(best.values), markdown_code(best.arm), values_text(best.add) or "–"]
+        for arm, best in tuned.arms.items()
+    ]
+    seeds = ", ".join(map(str, tuned.seeds))
+    return [
+        "## Tuning",
+        f"Trials of {markdown_code(tuned.study)} with the seeds {seeds} until step {tuned.until:,} chose the values of "
+        "each arm by the primary endpoint. The verdict does not use these seeds. An arm without the suffix `_tuned` "
+        f"has the values of {markdown_code(tuned.study)}.",
+        markdown_table(["arm", "best values", "arm with these values", "at the edge of the grid: add"], rows),
+    ]
+
+
 def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
     ordered = sorted(comparisons, key=lambda comparison: comparison.role != "primary")
     planned = [comparison for comparison in ordered if comparison.role != "replication"]
     parts = [
         f"## Compared with {markdown_code(ordered[0].baseline)}",
-        "Images are those to the primary threshold.",
+        "Images are those to the primary threshold."
+        + " An arm in brackets is the baseline of that row." * (len({c.baseline for c in planned}) > 1),
         _overview(planned),
         "## Images to each threshold",
         _thresholds(planned),
@@ -130,10 +151,10 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[str]:
     return parts
 
 
-def _overview(comparisons: Iterable[Comparison]) -> str:
+def _overview(comparisons: Sequence[Comparison]) -> str:
     rows = [
         [
-            *_names(comparison),
+            *_names(comparison, comparisons[0]),
             "**primary**" if comparison.role == "primary" else comparison.role,
             *map(effect_text, (comparison.average, comparison.final)),
             *("–" if effect is None else effect_text(effect) for effect in (comparison.images, comparison.hours)),
@@ -153,7 +174,7 @@ def _result(comparison: Comparison) -> str:
     return comparison.average.shown if comparison.p_holm <= LEVEL else "not shown"
 
 
-def _thresholds(comparisons: Iterable[Comparison]) -> str:
+def _thresholds(comparisons: Sequence[Comparison]) -> str:
     rows = []
     for comparison in comparisons:
         for threshold in comparison.thresholds:
@@ -162,7 +183,7 @@ def _thresholds(comparisons: Iterable[Comparison]) -> str:
             baseline = _time([effect.baseline for effect in images.per_seed], images.baseline)
             candidate = _time([effect.candidate for effect in images.per_seed], images.candidate)
             censored = f"{images.censored} of {images.pairs}"
-            rows.append([*_names(comparison), name, baseline, candidate, effect_text(images), censored])
+            rows.append([*_names(comparison, comparisons[0]), name, baseline, candidate, effect_text(images), censored])
     head = ["candidate", "metric", "threshold", "images, baseline", "images, candidate", "factor", "censored pairs"]
     return markdown_table(head, rows)
 
@@ -175,12 +196,13 @@ def _time(times: list[float], mean: float) -> str:
     return "before the first checkpoint" if np.isnan(mean) else f"{mean:,.0f}"
 
 
-def _noise(comparisons: Iterable[Comparison]) -> str:
+def _noise(comparisons: Sequence[Comparison]) -> str:
     rows = []
     for comparison in comparisons:
+        names = _names(comparison, comparisons[0])
         noise, pairs, scale = comparison.noise, comparison.average.pairs, comparison.scale
         if np.isnan(noise.paired):
-            rows.append([*_names(comparison), pairs, *["–"] * (7 + len(PLANNED_EFFECTS))])
+            rows.append([*names, pairs, *["–"] * (7 + len(PLANNED_EFFECTS))])
             continue
         sizes = [size_text(sd, scale) for sd in (*noise.between, noise.paired)]
         parts = ["–"] * 3
@@ -193,7 +215,7 @@ def _noise(comparisons: Iterable[Comparison]) -> str:
             for effect in PLANNED_EFFECTS
         ]
         smallest = size_text(detectable(noise.paired, pairs), scale)
-        rows.append([*_names(comparison), pairs, *sizes, *parts, smallest, *seeds])
+        rows.append([*names, pairs, *sizes, *parts, smallest, *seeds])
     head = ["candidate", "metric", "pairs", "sd, baseline", "sd, candidate", "sd of paired differences", "from seeds"]
     effects = [f"seeds for {100 * effect:.0f}%" for effect in PLANNED_EFFECTS]
     return markdown_table([*head, "from samples", "increase", "smallest detectable effect", *effects], rows)
@@ -241,5 +263,7 @@ def _cell(row: Sensitivity) -> str:
     return text if row.shown == "not shown" else f"{text}, **{row.shown}**"
 
 
-def _names(comparison: Comparison) -> list[str]:
-    return [markdown_code(comparison.candidate), markdown_text(comparison.metric_name)]
+def _names(comparison: Comparison, first: Comparison) -> list[str]:
+    """Returns the candidate and the metric, and the baseline if it is not that of the first comparison."""
+    other = "" if comparison.baseline == first.baseline else f" (against {markdown_code(comparison.baseline)})"
+    return [markdown_code(comparison.candidate) + other, markdown_text(comparison.metric_name)]

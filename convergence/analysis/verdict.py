@@ -23,6 +23,7 @@ from convergence.analysis.results import (
     save_verdict,
 )
 from convergence.analysis.sensitivity import changed_signs, sensitivity
+from convergence.analysis.tuning import tuning_notes
 from convergence.analysis.wording import count_text
 from convergence.errors import StudyError
 from convergence.failures import failed
@@ -96,7 +97,7 @@ def judge(
         study,
         question=f"Does {plan.candidate} converge in fewer training images than {plan.baseline}, "
         f"by {metric_name(plan.features, plan.metric)}?",
-        answer=_answer(primary, comparisons, rows),
+        answer=_answer(primary, comparisons, rows, plan),
         outcome=primary.outcome if primary else None,
         plan=plan,
         plan_changes=tuple(plan_changes),
@@ -120,7 +121,7 @@ def _missing_values(metrics: pd.DataFrame) -> list[str]:
 
 
 def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[str]]:
-    """Pairs the runs of the baseline with those of every candidate, in every metric and with every feature extractor.
+    """Pairs the runs of every two arms that are compared, in every metric and with every feature extractor.
 
     Returns:
         the pairs, and a sentence for each secondary comparison whose runs share no range of training images.
@@ -130,11 +131,11 @@ def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[st
     """
     found, problems = [], []
     for (features, metric), rows in planned.groupby(["features", "metric"], sort=False):
-        for candidate in plan.candidates:
+        for pair in plan.pairs:
             try:
-                found.append(pair_runs(rows, plan.baseline, candidate))
+                found.append(pair_runs(rows, *pair))
             except StudyError as error:
-                if (features, metric, candidate) == (plan.features, plan.metric, plan.candidate):
+                if (features, metric, pair) == (plan.features, plan.metric, plan.pair):
                     raise
                 problems.append(str(error))
     return [pairs for pairs in found if pairs], problems
@@ -142,16 +143,16 @@ def _pairs(planned: pd.DataFrame, plan: StudyPlan) -> tuple[list[Pairs], list[st
 
 def _of_candidate(pairs: Sequence[Pairs], plan: StudyPlan) -> list[Pairs]:
     """Returns the pairs of the baseline with the candidate of the primary comparison."""
-    return [runs for runs in pairs if runs.candidate == plan.candidate]
+    return [runs for runs in pairs if (runs.baseline, runs.candidate) == plan.pair]
 
 
 def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
-    """Compares every candidate with the baseline, in every metric and with every feature extractor."""
+    """Compares the arms of every pair, in every metric and with every feature extractor."""
     comparisons = []
     for runs in pairs:
         is_main = (runs.features, runs.metric) == (plan.features, plan.metric)
         thresholds, margin = (plan.thresholds, plan.margin) if is_main else (None, None)
-        role: Role = "primary" if is_main and runs.candidate == plan.candidate else "secondary"
+        role: Role = "primary" if is_main and (runs.baseline, runs.candidate) == plan.pair else "secondary"
         comparisons.append(compare_pairs(runs, thresholds, margin, role, costs))
     return adjust(comparisons)
 
@@ -198,9 +199,12 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, p_holm=adjusted.get(id(c), math.nan)) for c in comparisons]
 
 
-def _answer(primary: Comparison | None, comparisons: Sequence[Comparison], rows: Sequence[Sensitivity]) -> str:
+def _answer(
+    primary: Comparison | None, comparisons: Sequence[Comparison], rows: Sequence[Sensitivity], plan: StudyPlan
+) -> str:
     if primary is None:
         where = "of the primary metric " if comparisons else ""
         return f"No answer: no seed has a value {where}in both arms."
     notes = [*changed_signs(primary, rows), *bias_notes(primary, comparisons), *power_notes(primary)]
+    notes += tuning_notes(plan, comparisons)
     return " ".join([str(primary), *notes])

@@ -17,6 +17,7 @@ from diffusion.errors import FileError, InputError
 SUBCOMMANDS = {
     "budget": "Estimate the hours, disk space and jobs of studies.",
     "plan": "Estimate how many seeds a difference needs, from the metrics of a finished study.",
+    "tune": "Choose settings for each arm by trials, and write a study with the best.",
     "judge": "Compare two arms of a CSV file of curves, and write the verdict and its figures.",
     "orphans": "List results that belong to no study any more.",
     "carry": "Run studies on a machine without a network.",

@@ -52,7 +52,7 @@ time."""
 
 
 def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
-    """Returns the estimated cost of a study.
+    """Returns the estimated cost of a study, without its trials.
 
     Args:
         experiment: the study.
@@ -70,18 +70,35 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     jobs += 1 + len(experiment.evaluate.features)  # dataset, references
     jobs += len(("cost", "verdict", "figures", "pages")) + (measured > 1)  # and the figure of the averages
 
-    size = experiment.dataset.image_size
-    parameters = unet_size(experiment.model, size).parameters
+    parameters = unet_size(experiment.model, experiment.dataset.image_size).parameters
     averages = max(len(experiment.run(arm).train.averages) for arm in experiment.arms)
     weights, state = averages * FLOAT * parameters, (3 + averages) * FLOAT * parameters
-    image = 3 * size**2
-    count = _images(experiment)
-    reference = FLOAT * FEATURES * min(experiment.evaluate.reference_images or count, count)
-    kept = checkpoints * weights + min(2, len(experiment.steps)) * runs * state
-    kept += image * count + len(experiment.evaluate.features) * reference
-    kept += image * samples // measured if experiment.sample.keep else 0
+    kept = checkpoints * weights + min(2, len(experiment.steps)) * runs * state + _dataset_bytes(experiment)
+    kept += 3 * experiment.dataset.image_size**2 * samples // measured if experiment.sample.keep else 0
     hours = (images / rates.train / 3600, samples / rates.sample / 3600)
     return Budget(runs, trained, images, samples, *hours, jobs, kept, kept + at_once * state)
+
+
+def trial_budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
+    """Returns the estimated cost of the trials of a study, in addition to `budget`, which has the same arguments."""
+    trials = layout.trials(experiment)
+    settings = [(arm, values) for arm in experiment.arms for values in experiment.grid(arm)]
+    arms = [experiment.arm(arm, values).model_copy(update={"match": None}) for arm, values in settings]
+    changes = {
+        "checkpoints": tuple(sorted({trial.step for trial in trials})),
+        "seeds": tuple(sorted({trial.seed for trial in trials})),
+        "arms": {f"arm{index}": arm for index, arm in enumerate(arms)},
+        "probe": None,
+    }
+    cost, shared = budget(experiment.model_copy(update=changes), rates, at_once), _dataset_bytes(experiment)
+    return cost._replace(jobs=2 * cost.checkpoints + 1, kept=cost.kept - shared, peak=cost.peak - shared)
+
+
+def _dataset_bytes(experiment: Experiment) -> int:
+    """Returns the disk space of the dataset and the references of a study."""
+    count = _images(experiment)
+    reference = FLOAT * FEATURES * min(experiment.evaluate.reference_images or count, count)
+    return 3 * experiment.dataset.image_size**2 * count + len(experiment.evaluate.features) * reference
 
 
 def _images(experiment: Experiment) -> int:
@@ -152,15 +169,15 @@ def measure(experiment: Experiment) -> Rates:
 
 
 def table(budgets: dict[str, Budget]) -> str:
-    """Returns a Markdown table with a row per study, and a row of sums if there are several studies."""
+    """Returns a Markdown table with a row per study, and a row of sums if there are several."""
     if len(budgets) > 1:
         budgets = budgets | {"all": Budget(*map(sum, zip(*budgets.values(), strict=True)))}
     rows = [
         [
-            study, b.runs, f"{b.checkpoints:,}", f"{b.images:,}", f"{b.samples:,}", f"{b.train_hours:,.1f}",
+            name, b.runs, f"{b.checkpoints:,}", f"{b.images:,}", f"{b.samples:,}", f"{b.train_hours:,.1f}",
             f"{b.sample_hours:,.1f}", f"{b.jobs:,}", f"{b.kept / GIGA:,.1f}", f"{b.peak / GIGA:,.1f}",
         ]
-        for study, b in budgets.items()
+        for name, b in budgets.items()
     ]  # fmt: skip
     head = ["study", "runs", "checkpoints", "training images", "samples", "training hours", "sampling hours", "jobs"]
     return markdown_table([*head, "GB at the end", "GB at most"], rows)
@@ -188,7 +205,8 @@ _RATE = _Rate(min=1e-6, max=1e9)
 def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float | None, jobs: int) -> None:
     """Estimate the hours, disk space and jobs of studies.
 
-    Each STUDY is a file in experiments/. The estimate is for the whole study, even if some results exist already.
+    Each STUDY is a file in experiments/. The estimate is for the whole study, even if some results exist already. The
+    trials of `tune` have a row of their own.
     """
     budgets = {}
     for study in studies:
@@ -196,6 +214,8 @@ def main(studies: tuple[str, ...], train_rate: float | None, sample_rate: float 
         rates = Rates(train_rate, sample_rate) if train_rate and sample_rate else measure(experiment)
         rates = Rates(train_rate or rates.train, sample_rate or rates.sample)
         budgets[study] = budget(experiment, rates, jobs)
+        if experiment.tune:
+            budgets[f"{study}: trials"] = trial_budget(experiment, rates, jobs)
     click.echo(table(budgets) + "\n")
     free = shutil.disk_usage(".").free
     click.echo(f"Free disk space: {free / GIGA:,.1f} GB. These hours do not include evaluation and probes.")

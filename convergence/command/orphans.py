@@ -23,6 +23,7 @@ def orphans(experiments: Iterable[Experiment]) -> list[Path]:
     used = set()
     for experiment in experiments:
         used |= {directory.parent for *_, directory in layout.checkpoints(experiment)}
+        used |= {trial.directory.parent for trial in layout.trials(experiment)}
         used.add(layout.dataset_directory(experiment.dataset))
         used |= {
             layout.reference_path(experiment.dataset, features, experiment.evaluate)

@@ -43,11 +43,11 @@ REFERENCES = {
     for e in EXPERIMENTS.values()
     for features in e.evaluate.features
 }
-# (study, directory of the arm) -> (experiment, run). The untrained net has the run of the first arm that starts from it.
+# (study, directory of the arm) -> (experiment, run), also of trials. The untrained net has the run of the first arm that starts from it.
 RUNS = {
     (e.name, directory): (e, run)
     for e in EXPERIMENTS.values()
-    for arm, run in [(arm, e.run(arm)) for arm in reversed(e.arms)]
+    for arm, run in [(arm, e.run(arm, values)) for arm in reversed(e.arms) for values in (*e.grid(arm), None)]
     for directory in (f"init-{run.initial.hash8}", f"{arm}-{run.hash8}")
 }
 
@@ -235,6 +235,11 @@ def last_checkpoints(study):
     """(arm, directory) of the last checkpoint of each run."""
     experiment = EXPERIMENTS[study]
     return [(arm, path) for arm, _, step, path in layout.checkpoints(experiment) if step == experiment.steps[-1]]
+
+
+def trial_settings(study):
+    """(arm, tuned values, seed, directory) of each checkpoint of the trials of a study."""
+    return [(trial.arm, trial.values, trial.seed, str(trial.directory)) for trial in layout.trials(EXPERIMENTS[study])]
 
 
 def run_settings(study):
