@@ -11,7 +11,7 @@ from test_training import IMAGES, P2, UNI05, tiny
 
 from convergence import resources
 from convergence.analysis.results import save_verdict
-from convergence.cost import COLUMNS, cost_table, costs
+from convergence.analysis.cost import COLUMNS, cost_table, costs
 from convergence.rows import ROUND_COLUMNS, of_rounds, write_rows
 from convergence.tables import read_curves, read_table, write_table
 from diffusion.config import Scheme

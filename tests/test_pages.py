@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from docutils.core import publish_parts
 
-from convergence.cost import COLUMNS
+from convergence.analysis.cost import COLUMNS
 from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
 
 FACTS = {"git_commit": "c0ffee", "git_dirty": False, "host": "here", "device": "cpu", "versions": {"torch": "2.9"}}

@@ -9,7 +9,7 @@ import pandas as pd
 
 from convergence.analysis.plan import plan
 from convergence.command.options import PATH
-from convergence.cost import COLUMNS, costs
+from convergence.analysis.cost import COLUMNS, costs
 from convergence.errors import StudyError
 from convergence.tables import read_curves, read_table
 

@@ -17,6 +17,8 @@ rule verdict:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
         influences=lambda wildcards: checkpoint_files(wildcards.study, "influences.npy"),
         probes=lambda wildcards: probe_files(wildcards.study),
+        # Of the probed checkpoints: the size of their last updates.
+        probed=lambda wildcards: [path.with_name("provenance.json") for path in probe_files(wildcards.study)],
         provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
         cost=rules.cost.output[0],
         # Not read: without kept samples, a checkpoint is evaluated again, also after other changes of its settings.

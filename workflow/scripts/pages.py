@@ -5,7 +5,7 @@ from pathlib import Path
 from convergence.jobs import job  # isort: split
 
 from convergence.analysis.verdict import read_verdict, to_markdown
-from convergence.cost import COLUMNS
+from convergence.analysis.cost import COLUMNS
 from convergence.pages import cost_page, data_page, provenance_page, to_html
 from convergence.tables import read_table
 from diffusion.files import atomic_write, read_json
