@@ -257,7 +257,10 @@ def test_updates_are_paired_t_intervals_of_logs_over_the_checkpoints_that_have_t
 
 @pytest.mark.parametrize(
     ("of_candidate", "sentence"),
-    [(lambda seed: 0.9, "**lower**, 0.90 (0.90 to 0.90)"), (lambda seed: 0.9 + 0.1 * seed, "**no difference shown**, 1.")],
+    [
+        (lambda seed: 0.9, "**lower**, 0.90 (0.90 to 0.90)"),
+        (lambda seed: 0.9 + 0.1 * seed, "**no difference shown**, 1."),
+    ],
 )
 def test_the_text_has_the_size_of_updates_by_arm(of_candidate, sentence):
     norms = {"base": lambda seed: (0.0123, 10.0), "cand": lambda seed: (0.0123 * of_candidate(seed), 20.0)}

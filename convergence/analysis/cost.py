@@ -1,13 +1,46 @@
-"""Computes the training cost of each arm: seconds per 1000 training images, timed while no other job runs."""
+"""The training cost of each arm: seconds per 1000 training images, timed while no other job runs."""
+
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 
+from convergence.analysis.effects import JSON_CONFIG
 from convergence.analysis.intervals import Interval, t_interval
 
-COLUMNS = [
-    "study", "arm", "seconds_per_1000_images", "low", "high", "ratio", "ratio_low", "ratio_high", "rounds", "device",
-]  # fmt: skip
+
+@dataclass(frozen=True)
+class Cost:
+    """The training cost of one arm, with 95% intervals over rounds. An unknown ratio is NaN."""
+
+    __pydantic_config__ = JSON_CONFIG
+
+    arm: str
+    seconds_per_1000_images: float
+    low: float
+    high: float
+    ratio: float
+    """The cost divided by the cost of the baseline of the study."""
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+    """Number of rounds in which all arms were timed directly after one another."""
+    device: str
+
+    @property
+    def log_ratio(self) -> Interval:
+        """The log of the ratio, with its bounds."""
+        with np.errstate(divide="ignore"):
+            return Interval(*np.log([self.ratio, self.ratio_low, self.ratio_high]).tolist())
+
+    @property
+    def cells(self) -> list[str]:
+        """The cost and the ratio as cells of a table, such as "4.77 (4.21 to 5.41)" and "0.933 (0.859 to 1.014)"."""
+        ratio = "–" if np.isnan(self.ratio) else f"{self.ratio:.3f} ({self.ratio_low:.3f} to {self.ratio_high:.3f})"
+        return [f"{self.seconds_per_1000_images:.3g} ({self.low:.3g} to {self.high:.3g})", ratio]
+
+
+COLUMNS = ["study", *(field.name for field in fields(Cost))]
 
 
 def cost_table(rounds: pd.DataFrame, study: str, baseline: str | None) -> pd.DataFrame:
@@ -34,6 +67,6 @@ def _exp(logs: pd.Series) -> Interval:
     return Interval(*map(float, np.exp(t_interval(logs.to_numpy()))))
 
 
-def costs(table: pd.DataFrame) -> dict[str, float]:
-    """Returns arm -> seconds per 1000 training images, from a table that `cost_table` returned."""
-    return dict(zip(table["arm"], table["seconds_per_1000_images"], strict=True))
+def costs(table: pd.DataFrame) -> dict[str, Cost]:
+    """Returns arm -> cost, from a table that `cost_table` returned."""
+    return {row["arm"]: Cost(**row) for row in table.drop(columns="study").to_dict("records")}

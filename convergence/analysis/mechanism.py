@@ -280,7 +280,7 @@ def _noise_scale(timesteps: str, variance: np.ndarray, squared_norm: np.ndarray)
 
 
 def _update_effects(norms: _Pairs) -> Iterator[ProbeEffect]:
-    """Yields the effects on the size of updates: means of logs over the checkpoints whose norms are known in all runs."""
+    """Yields the effects on the size of updates: means of logs over the checkpoints with known norms in all runs."""
     update, weights = (np.log(norms.values[norm][:, 0]) for norm in NORMS)  # [2, S, K]
     known = np.isfinite(update + weights).all(axis=(0, 1))
     if not known.any():

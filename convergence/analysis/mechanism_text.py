@@ -124,9 +124,7 @@ def _tables(found: Mechanism) -> list[str]:
 def _sizes(found: Mechanism, quantities: Sequence[Quantity]) -> list[str | int]:
     """Returns the cells of a row on updates: the values of both arms, their ratio, and the number of pairs."""
     *arms, ratio = (found.of(quantity)[ALL] for quantity in quantities)
-    values = [
-        f"{e.estimate:.3g} ({'no interval' if e.pairs == 1 else f'{e.low:.3g} to {e.high:.3g}'})" for e in arms
-    ]
+    values = [f"{e.estimate:.3g} ({'no interval' if e.pairs == 1 else f'{e.low:.3g} to {e.high:.3g}'})" for e in arms]
     return [*values, _text(ratio), ratio.pairs]
 
 

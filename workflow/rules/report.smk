@@ -94,6 +94,12 @@ rule figures:
             labels={"study": "{study}", "content": "Curves"},
         ),
         curves_svg=layout.REPORT / "fid_curves.svg",
+        hours=report(
+            layout.REPORT / "hour_curves.png",
+            caption="../report/hours.rst",
+            category="2. Curves",
+            labels={"study": "{study}", "content": "Curves over hours"},
+        ),
         samples=report(
             layout.REPORT / "samples.png",
             caption="../report/samples.rst",
@@ -131,7 +137,6 @@ rule pages:
     input:
         verdict=layout.REPORT / "verdict.json",
         metrics=layout.REPORT / "metrics.csv",
-        cost=layout.REPORT / "cost.csv",
         manifest=lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])["manifest"],
         provenances=lambda wildcards: checkpoint_files(wildcards.study, "provenance.json"),
     output:

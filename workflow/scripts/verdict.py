@@ -6,9 +6,9 @@ from convergence.jobs import job  # isort: split
 
 import pandas as pd
 
+from convergence.analysis.cost import COLUMNS, cost_table, costs
 from convergence.analysis.mechanism import update_rows
 from convergence.analysis.verdict import judge, write_verdict
-from convergence.analysis.cost import COLUMNS, cost_table, costs
 from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
 from convergence.rows import PROBE_COLUMNS, ROUND_COLUMNS
