@@ -34,10 +34,11 @@ def test_the_answer_has_the_outcome_and_its_numbers():
     assert verdict.question == "Does cand converge in fewer training images than base, by FD (lite0)?"
     assert verdict.outcome == comparison.outcome == "faster"
     average, images = comparison.average, comparison.images
-    low, estimate, high = (1.5 * value for value in (images.low, images.estimate, images.high))
+    hours = [1.5 * value for value in (images.estimate, images.low, images.high)]
     assert verdict.answer.startswith(
         f"cand is faster than base: it needs {images.estimate:.2f} times the images ({images.low:.2f} to "
-        f"{images.high:.2f}) and {estimate:.2f} times the hours ({low:.2f} to {high:.2f}) to reach FD {comparison.primary_threshold:.4g}; FD {average.estimate:+.1f}% on average "
+        f"{images.high:.2f}) and {hours[0]:.2f} times the hours ({hours[1]:.2f} to {hours[2]:.2f}) to reach FD "
+        f"{comparison.primary_threshold:.4g}; FD {average.estimate:+.1f}% on average "
         f"({average.low:+.1f} to {average.high:+.1f}). "
     )
     assert not set("*`\n") & set(verdict.answer) and "detect" not in verdict.answer

@@ -25,7 +25,8 @@ of the mse.
   gradient, a bin that is drawn half as often has twice the weight, and so contributes twice the variance.
 - *Remaining*: what p_t and w_t do not explain.
 - *Noise scale*: the ratio of tr(Sigma) / |g|^2, which is the batch size in images at which noise and gradient are
-  equally large. Estimates of |g|^2 may be negative; all of them are averaged before the ratio is taken.
+  equally large. Estimates of |g|^2 may be negative; all of them are averaged before the ratio is taken."""
+UPDATES = """
 - *Update*: the L2 norm, over all weights, of the last update before a checkpoint (weights without averaging); geometric
   means over checkpoints. AdamW normalises the gradient, so this norm can differ less between arms than gradients do."""
 EQUAL_PARAMETERS = (
@@ -37,7 +38,9 @@ HEAD = ["share of the variance, %: baseline", "candidate", "variance", "by table
 
 def mechanism_section(mechanisms: Sequence[Mechanism]) -> list[str]:
     """Returns the paragraphs of the section: at which timesteps each candidate differs from the baseline."""
-    parts = ["## Mechanism", INTRODUCTION if any(found.effects for found in mechanisms) else NOT_MEASURED]
+    updates = UPDATES if any(found.of("update") for found in mechanisms) else ""
+    is_measured = any(found.effects for found in mechanisms)
+    parts = ["## Mechanism", INTRODUCTION + updates if is_measured else NOT_MEASURED]
     for found in mechanisms:
         pair = f"{markdown_code(found.candidate)} against {markdown_code(found.baseline)}"
         if found.effects:

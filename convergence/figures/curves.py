@@ -26,6 +26,7 @@ from convergence.figures.style import (
     Style,
     line_style,
     save_figure,
+    set_hour_axis,
     set_image_axis,
     set_log_axis,
 )
@@ -195,10 +196,7 @@ def _draw_panel(
     if axis == "images":
         set_image_axis(ax, panel)
     else:
-        last = panel["images"].max() or 1
-        ax.set_xlim(-0.03 * last, 1.04 * last)
-        ax.set_xlabel("reference hours (images times the cost of the arm, timed alone)")
-        ax.spines["top"].set_visible(False)
+        set_hour_axis(ax, panel["images"].max())
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     if measured.empty:
