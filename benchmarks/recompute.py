@@ -72,14 +72,25 @@ def crossing(arms: Arms) -> float:
     return np.nan
 
 
-def in_hours(images: dict[str, Any], baseline: float, candidate: float) -> dict[str, Any]:
-    """The effect on hours, from that on images and the seconds per 1000 images of both arms."""
+def in_hours(images: dict[str, Any], baseline: dict[str, float], candidate: dict[str, float]) -> dict[str, Any]:
+    """The effect on hours, from that on images and the rows of both arms in cost.csv."""
+    seconds = [arm["seconds_per_1000_images"] for arm in (baseline, candidate)]
     hours = images | {
         "quantity": "hours",
-        "baseline": images["baseline"] / 1000 * baseline / 3600,
-        "candidate": images["candidate"] / 1000 * candidate / 3600,
-        **{name: images[name] * candidate / baseline for name in ("estimate", "low", "high")},
+        "baseline": images["baseline"] / 1000 * seconds[0] / 3600,
+        "candidate": images["candidate"] / 1000 * seconds[1] / 3600,
+        **{name: images[name] * seconds[1] / seconds[0] for name in ("estimate", "low", "high")},
     }
+    if "per_seed" in images:
+        for end, other, sign in (("low", "high", -1), ("high", "low", 1)):
+            parts = [images[end], candidate[f"ratio_{end}"], 1 / baseline[f"ratio_{other}"]]
+            centres = [images["estimate"], candidate["ratio"], 1 / baseline["ratio"]]
+            if np.isnan(images["estimate"]):
+                hours[end] = np.prod(parts)
+            else:
+                with np.errstate(divide="ignore"):
+                    distance = np.linalg.norm(np.log(parts) - np.log(centres))
+                hours[end] = np.prod(centres) * np.exp(sign * distance)
     more_failed = np.sign(images["failed_candidate"] - images["failed_baseline"])  # such an arm is never better
     is_better, is_worse = hours["high"] < 1 and more_failed <= 0, hours["low"] > 1 and more_failed >= 0
     hours["shown"] = "better" if is_better else "worse" if is_worse else "not shown"
@@ -89,7 +100,7 @@ def in_hours(images: dict[str, Any], baseline: float, candidate: float) -> dict[
 
 
 def compare(
-    rows: pd.DataFrame, plan: dict[str, Any], candidate: str, role: str, seconds: dict[str, float]
+    rows: pd.DataFrame, plan: dict[str, Any], candidate: str, role: str, costs: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """All numbers of a comparison, named as in verdict.json."""
     arms = Arms(rows, plan["baseline"], candidate)
@@ -109,8 +120,8 @@ def compare(
     e = arms.of_level("final", {key: levels[-1] for key, levels in arms.levels.items()})
     times = [arms.of_images(value) for value in values]
     s = next((effect for effect in times if effect["threshold"] == primary), None)
-    if s and {plan["baseline"], candidate} <= seconds.keys():
-        times.append(in_hours(s, seconds[plan["baseline"]], seconds[candidate]))
+    if s and {plan["baseline"], candidate} <= costs.keys():
+        times.append(in_hours(s, costs[plan["baseline"]], costs[candidate]))
     pairs = [(means["baseline", seed], means["candidate", seed]) for seed in arms.seeds]
     known = np.array([pair for pair in pairs if not np.isnan(sum(pair))]).reshape(-1, 2)
     ends = arms.printed(*interval(list(known[:, 1] - known[:, 0]), 0.9))
@@ -146,7 +157,7 @@ def compare(
     }
 
 
-def study(metrics: pd.DataFrame, plan: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def study(metrics: pd.DataFrame, plan: dict[str, Any], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """All comparisons of a study, and the sensitivity of the primary one."""
     is_planned = metrics["seed"].isin(plan["seeds"] or metrics["seed"])
     planned, later = metrics[is_planned], metrics[~is_planned]
@@ -158,7 +169,7 @@ def study(metrics: pd.DataFrame, plan: dict[str, Any], seconds: dict[str, float]
             is_primary = (features, metric, candidate) == (plan["features"], plan["metric"], plan["candidate"])
             if has_pairs(rows, plan["baseline"], candidate):
                 role = "primary" if is_primary else "secondary"
-                comparisons.append(compare(rows, plan, candidate, role, seconds))
+                comparisons.append(compare(rows, plan, candidate, role, costs))
     secondary = [c for c in comparisons if c["role"] == "secondary" and not np.isnan(c["effects"][0]["p_value"])]
     secondary.sort(key=lambda c: c["effects"][0]["p_value"])
     for comparison in comparisons:
@@ -175,18 +186,18 @@ def study(metrics: pd.DataFrame, plan: dict[str, Any], seconds: dict[str, float]
                     comparison["outcome"] = "interim"
     later = later[(later["features"] == plan["features"]) & (later["metric"] == plan["metric"])]
     if has_pairs(later, plan["baseline"], plan["candidate"]):
-        comparisons.append(compare(later, plan, plan["candidate"], "replication", seconds) | {"p_holm": np.nan})
+        comparisons.append(compare(later, plan, plan["candidate"], "replication", costs) | {"p_holm": np.nan})
     return {"comparisons": comparisons, "sensitivity": sensitivity(planned, plan)}
 
 
-def of_averages(metrics: pd.DataFrame, plan: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def of_averages(metrics: pd.DataFrame, plan: dict[str, Any], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The comparisons with the primary average of the weights, and two endpoints with each other average."""
     if "ema" not in metrics:
-        return study(metrics, plan, seconds)
+        return study(metrics, plan, costs)
     tables = dict(list(metrics.groupby("ema", sort=False)))
-    found = study(tables.pop(plan["ema"]), plan, seconds)
+    found = study(tables.pop(plan["ema"]), plan, costs)
     for name, table in tables.items():
-        rows = study(table, plan, seconds)["sensitivity"]
+        rows = study(table, plan, costs)["sensitivity"]
         kept = [row for row in rows if row["endpoint"] in ("average over images", "last checkpoint")]
         found["sensitivity"] += [row | {"endpoint": f"{row['endpoint']}, {name}"} for row in kept]
     return found
@@ -283,11 +294,11 @@ def check(directory: Path, metrics: Path) -> Iterator[tuple[str, Any, Any, float
     table = pd.read_csv(metrics, dtype={"study": str, "arm": str})
     table = table[table["study"] == verdict["study"]]
     table = pd.DataFrame({"reason": "", "seed": 0} | dict(table.items()))
-    plan, costs = verdict["plan"], directory / "cost.csv"
+    plan, path = verdict["plan"], directory / "cost.csv"
     if (directory / "plan.json").exists():
         yield from differences(json.loads((directory / "plan.json").read_text()), plan, "plan.json")
-    seconds = pd.read_csv(costs).set_index("arm")["seconds_per_1000_images"].to_dict() if costs.exists() else {}
-    found = of_averages(table, plan, seconds)
+    costs = pd.read_csv(path, dtype={"arm": str}).set_index("arm").to_dict("index") if path.exists() else {}
+    found = of_averages(table, plan, costs)
     names = {name_of(comparison): comparison for comparison in verdict["comparisons"]}
     recomputed = {name_of(comparison): comparison for comparison in found["comparisons"]}
     yield from differences(sorted(names), sorted(recomputed), "verdict.json comparisons")

@@ -1,14 +1,14 @@
 """Makes the pages of the report: the front page, and the pages data, provenance and cost of each study."""
 
 import html
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from markdown_it import MarkdownIt
 
+from convergence.analysis.cost import Cost
 from convergence.tables import markdown_table, markdown_text
 
 STYLE = """\
@@ -104,29 +104,25 @@ def provenance_page(
     return "\n\n".join(parts)
 
 
-def cost_page(study: str, metrics: pd.DataFrame, cost: pd.DataFrame) -> str:
+def cost_page(study: str, metrics: pd.DataFrame, costs: Sequence[Cost]) -> str:
     """Returns the page with the cost of each arm of a study: seconds per 1000 training images, timed alone.
 
     Args:
         study: name of the study.
         metrics: table of the metrics of the study (`convergence.tables`).
-        cost: table that `convergence.cost.cost_table` returned.
+        costs: cost of each arm; not empty.
 
     Returns:
         the page in Markdown.
     """
     runs = metrics.groupby(["arm", "seed"], sort=False)["images"].max()
     rows = []
-    for row in cost.itertuples():
-        images = runs[row.arm]
-        hours = images.sum() / 1000 * row.seconds_per_1000_images / 3600
-        rows.append([
-            row.arm, f"{row.seconds_per_1000_images:.3g} ({row.low:.3g} to {row.high:.3g})",
-            "–" if math.isnan(row.ratio) else f"{row.ratio:.3f} ({row.ratio_low:.3f} to {row.ratio_high:.3f})",
-            len(images), f"{images.mean():,.0f}", f"{hours:,.3g}",
-        ])  # fmt: skip
+    for cost in costs:
+        images = runs[cost.arm]
+        hours = images.sum() / 1000 * cost.seconds_per_1000_images / 3600
+        rows.append([cost.arm, *cost.cells, len(images), f"{images.mean():,.0f}", f"{hours:,.3g}"])
     head = ["arm", "seconds per 1000 images", "ratio to the baseline", "runs", "images per run", "hours of all runs"]
-    rounds, device = cost["rounds"].iloc[0], markdown_text(cost["device"].iloc[0])
+    rounds, device = costs[0].rounds, markdown_text(costs[0].device)
     note = (
         f"Training steps of all arms were timed alone, in turns, in {rounds} rounds on {device}. The 95% intervals are "
         "over rounds, and cover neither other machines nor other times. Hours are these seconds times the training "

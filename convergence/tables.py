@@ -1,8 +1,8 @@
 """Reads, writes and checks the table of metrics: a row per checkpoint, feature extractor and metric.
 
 The column `contended_seconds` is the time of the training steps of a run until the checkpoint, except the first step of
-each process, measured while other jobs shared the machine. No result is computed from it (see `convergence/cost.py` for
-the cost of an arm).
+each process, measured while other jobs shared the machine. No result is computed from it (see
+`convergence/analysis/cost.py` for the cost of an arm).
 """
 
 import io

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 
 from convergence.analysis.comparison import compare_pairs
+from convergence.analysis.cost import cost_table, costs
 from convergence.analysis.pairs import pair_runs
 from convergence.analysis.verdict import judge
-from convergence.rows import COLUMNS, PROBE_COLUMNS
+from convergence.rows import COLUMNS, PROBE_COLUMNS, of_rounds
 from convergence.study_plan import StudyPlan
 
 STEPS = (0, 100, 200, 300, 400)
@@ -42,6 +43,12 @@ def curves(seeds, factor, seed=0, noise=0.05):
     rng = np.random.default_rng(seed)
     decay = np.array([300, 200, 150, 120, 100.0])
     return factor * decay * np.exp(noise * rng.standard_normal((seeds, len(decay))))
+
+
+def known_costs(rounds=4, **seconds):
+    """Costs of arms without noise, from their seconds per 1000 images; the first arm is the baseline."""
+    values = 1e-3 * np.array([[*seconds.values()]] * rounds)
+    return costs(cost_table(pd.DataFrame(of_rounds(values, [*seconds], "a CPU")), "small", next(iter(seconds))))
 
 
 def compare_rows(rows, *options, **named):

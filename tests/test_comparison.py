@@ -4,12 +4,14 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import compare_rows, curves, study
+from metric_tables import compare_rows, curves, known_costs, study
 from scipy import stats
 
 import convergence
 from convergence.analysis.comparison import EFFECT_COLUMNS, effects_table
+from convergence.analysis.cost import cost_table, costs
 from convergence.errors import StudyError
+from convergence.rows import of_rounds
 from diffusion.errors import InputError
 
 
@@ -61,19 +63,49 @@ def test_images_are_a_factor_above_1_for_a_slower_candidate():
 
 def test_hours_are_images_times_the_cost_of_the_arm():
     base, cand = curves(3, 1.0), curves(3, 0.9, seed=1)
-    comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 3.0})
+    comparison = compare_rows(study(base, cand), costs=known_costs(base=2.0, cand=3.0))
     images, hours = comparison.images, comparison.hours
     assert len(comparison.thresholds) == 4
     for name in ("estimate", "low", "high"):
         np.testing.assert_allclose(getattr(hours, name), 1.5 * getattr(images, name))
     np.testing.assert_allclose(hours.baseline, images.baseline / 1000 * 2 / 3600)
-    assert compare_rows(study(base, cand), costs={"base": 2.0}).hours is None
+    assert compare_rows(study(base, cand), costs=known_costs(base=2.0)).hours is None
+
+
+def test_the_interval_of_hours_has_the_noise_of_images_and_of_costs():
+    """The cost of the candidate by paired rounds; relative to a third arm, the noise of both costs counts."""
+    seconds = np.random.default_rng(0).lognormal(0, 0.1, (6, 3))
+    rounds, metrics = (
+        pd.DataFrame(of_rounds(seconds, ["base", "cand", "third"], "a CPU")),
+        study(curves(3, 1.0), curves(3, 0.9, seed=1)),
+    )
+
+    def compared_with(baseline):
+        return compare_rows(metrics, costs=costs(cost_table(rounds, "small", baseline)))
+
+    def distance(first, second):
+        logs = np.log(seconds[:, first] / seconds[:, second])
+        return stats.ttest_1samp(logs, 0).confidence_interval(0.95).high - logs.mean()
+
+    images = compared_with("base").images
+    ratio = np.exp(np.log(seconds[:, 1] / seconds[:, 0]).mean())
+    for baseline, distances in (("base", [distance(1, 0)]), ("third", [distance(1, 2), distance(0, 2)])):
+        hours = compared_with(baseline).hours
+        for bound, of_images, sign in ((hours.low, images.low, -1), (hours.high, images.high, 1)):
+            of_both = np.linalg.norm([np.log(of_images / images.estimate), *distances])
+            np.testing.assert_allclose(bound, images.estimate * ratio * np.exp(sign * of_both))
+        np.testing.assert_allclose(hours.estimate, images.estimate * ratio)
+        for of_seed, hours_of_seed in zip(images.per_seed, hours.per_seed, strict=True):
+            np.testing.assert_allclose([hours_of_seed.low, hours_of_seed.high], of_seed.low * ratio)
+    one_round = costs(cost_table(rounds[rounds["round"] == 0], "small", "base"))
+    hours = compare_rows(metrics, costs=one_round).hours
+    assert (hours.low, hours.high, hours.shown) == (0, np.inf, "not shown")
 
 
 def test_the_arm_with_more_failed_runs_is_not_better_in_hours():
     base, cand = curves(9, 1.0), curves(9, 0.5, seed=1)
     cand[0, 2:] = np.nan
-    comparison = compare_rows(study(base, cand), costs={"base": 2.0, "cand": 2.0})
+    comparison = compare_rows(study(base, cand), costs=known_costs(base=2.0, cand=2.0))
     assert comparison.images.high < 1 and comparison.images.shown == comparison.hours.shown == "not shown"
 
 

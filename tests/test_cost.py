@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from metric_tables import curves, study, verdict_on
+from metric_tables import curves, known_costs, study, verdict_on
 from test_training import IMAGES, P2, UNI05, tiny
 
 from convergence import resources
+from convergence.analysis.cost import COLUMNS, cost_table, costs
 from convergence.analysis.results import save_verdict
-from convergence.cost import COLUMNS, cost_table, costs
 from convergence.rows import ROUND_COLUMNS, of_rounds, write_rows
 from convergence.tables import read_curves, read_table, write_table
 from diffusion.config import Scheme
@@ -89,7 +89,10 @@ def test_the_tables_keep_names_and_values(tmp_path, baseline):
     write_table(table, tmp_path / "cost.csv", COLUMNS)
     read = read_table(tmp_path / "cost.csv", COLUMNS)
     pd.testing.assert_frame_equal(read, table)
-    assert costs(read) == pytest.approx({"nan": 500.0, "05": 250.0}) and read["ratio"].isna().all()
+    assert {arm: cost.seconds_per_1000_images for arm, cost in costs(read).items()} == pytest.approx(
+        {"nan": 500.0, "05": 250.0}
+    )
+    assert read["ratio"].isna().all()
 
 
 def test_the_job_requests_the_memory_of_one_process_and_the_time_of_all_arms():
@@ -107,13 +110,13 @@ def test_the_steps_that_the_request_counts_are_those_that_are_timed():
 @pytest.mark.parametrize("with_costs", [True, False])
 def test_contended_seconds_do_not_reach_the_verdict(tmp_path, with_costs):
     metrics = study(curves(3, 1.0), curves(3, 0.8, seed=1))
-    known = {"base": 2.0, "cand": 3.0} if with_costs else None
+    known = known_costs(base=2.0, cand=3.0) if with_costs else None
     texts = []
     for name, table in (("a", metrics), ("b", metrics.assign(contended_seconds=np.nan))):
         verdict = verdict_on(table, costs=known)
         save_verdict(verdict, tmp_path / name)
         texts.append((tmp_path / name).read_text())
-    assert texts[0] == texts[1] and "seconds" not in texts[0]
+    assert texts[0] == texts[1] and "contended" not in texts[0]
     primary = verdict.comparisons[0]
     assert (primary.hours is not None) == with_costs
     if with_costs:

@@ -4,10 +4,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgb
+from metric_tables import known_costs
 from PIL import Image
 from scipy import stats
 
-from convergence.analysis.comparison import compare
+from convergence.analysis.comparison import compare, compare_pairs
+from convergence.analysis.pairs import pair_runs
 from convergence.analysis.wording import effect_text
 from convergence.errors import StudyError
 from convergence.figures import curves, samples, style
@@ -304,6 +306,26 @@ def test_an_arrow_between_the_crossings_is_labelled_with_the_factor(rates, facto
     assert label.replace("\n", " ") == f"FD 80: {effect_text(comparison.images, 'times the images')}"
     assert label.startswith(f"FD 80: {factor}")
     assert ax.get_title(loc="left").replace("\n", " ") == f"small: {comparison.headline}"
+
+
+def test_curves_over_hours_have_the_factor_of_hours():
+    """A candidate that needs fewer images, but twice the time per image."""
+    metrics = table(seeds=3)
+    rates = dict(zip(ARMS, (140, 100), strict=False))
+    metrics["value"] = 20 + 200 * np.exp(-metrics["step"] / metrics["arm"].map(rates))
+    known = known_costs(uni05=3.6, under05=7.2)
+    comparison = compare_pairs(pair_runs(metrics, "uni05", "under05"), [80], role="primary", costs=known)
+    (ax,) = curves._draw_hours(metrics, known.values(), [comparison]).axes
+    assert "hours" in ax.get_xlabel()
+    for line, seconds in zip(mean_lines(ax), (3.6, 7.2), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), np.array([100, 200, 400]) * 32 / 1000 * seconds / 3600)
+    arrow = next(text for text in ax.texts if text.arrow_patch and not text.get_text())
+    hours = comparison.hours
+    np.testing.assert_allclose([arrow.xyann, arrow.xy], [(hours.baseline, 80), (hours.candidate, 80)])
+    (label,) = (text for text in texts(ax) if "times" in text)
+    assert label.replace("\n", " ") == f"FD 80: {effect_text(hours, 'times the hours')}"
+    assert comparison.images.estimate < 1 < hours.estimate
+    assert not any("times" in text for text in texts(curves._draw_hours(metrics, known.values()).axes[0]))
 
 
 def test_without_a_known_factor_there_is_no_arrow():

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from metric_tables import compare_rows, curves, study
+from metric_tables import compare_rows, curves, known_costs, study
 from PIL import Image
 
 from convergence.analysis.wording import effect_text
@@ -55,7 +55,7 @@ def test_forest_shows_the_primary_comparison_with_its_numbers_and_seeds(tmp_path
 
 def test_forest_has_a_row_of_hours_if_the_costs_are_known():
     arms = study(curves(4, 1.0), curves(4, 0.9, seed=1))
-    comparison = compare_rows(arms, role="primary", costs={"base": 2.0, "cand": 3.0})
+    comparison = compare_rows(arms, role="primary", costs=known_costs(base=2.0, cand=3.0))
     factors = _draw_primary(comparison).axes[1]
     assert numbers(factors) == [effect_text(comparison.images), effect_text(comparison.hours)]
     assert [row.split()[0] for row in rows(factors)] == ["images", "hours"]

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from convergence.analysis import intervals
-from convergence.analysis.intervals import censored_interval, t_interval, t_test
+from convergence.analysis.intervals import Interval, censored_interval, sum_interval, t_interval, t_test
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])
@@ -20,6 +20,32 @@ def test_one_value_has_no_bounds_and_no_value_has_no_mean():
     assert t_interval(np.array([0.3])) == (0.3, -np.inf, np.inf)
     estimate, low, high = t_interval(np.array([]))
     assert np.isnan(estimate) and (low, high) == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "rounds", "noise"), [(3, 8, 1.0), (5, 3, 1.0), (10, 8, 0.1)], ids=["seeds", "rounds", "equal"]
+)
+def test_the_interval_of_a_sum_contains_the_true_sum(seeds, rounds, noise):
+    """In 95% of 4000 simulations, and in 95.5% or more if the parts have few values; their bounds added give more."""
+    random = np.random.default_rng(0)
+    parts = (
+        t_interval(1 + noise * random.standard_normal((4000, seeds))),
+        t_interval(2 + 0.5 * random.standard_normal((4000, rounds))),
+    )
+    covered, width, added = 0, 0.0, 0.0
+    for part in zip(*(zip(*interval, strict=True) for interval in parts), strict=True):
+        _, low, high = sum_interval([Interval(*values) for values in part])
+        covered += low < 3 < high
+        width, added = width + high - low, added + sum(values[2] - values[1] for values in part)
+    assert 0.94 < covered / 4000 < 0.99 and width < 0.95 * added
+
+
+def test_a_sum_has_the_bounds_that_its_parts_allow():
+    exact = Interval(2.0, 2.0, 2.0)
+    assert sum_interval([Interval(1.0, 0.5, 1.25), exact]) == (3.0, 2.5, 3.25)
+    assert sum_interval([Interval(1.0, -np.inf, 2.0), Interval(0.0, -0.75, 0.75)]) == (1.0, -np.inf, 2.25)
+    estimate, low, high = sum_interval([Interval(np.nan, 0.5, np.inf), Interval(0.0, -0.75, 0.75)])
+    assert np.isnan(estimate) and (low, high) == (-0.25, np.inf)
 
 
 def test_the_p_value_is_that_of_the_t_test():

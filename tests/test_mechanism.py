@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from convergence.analysis.mechanism import BETWEEN, mechanisms
+from convergence.analysis.mechanism import BETWEEN, mechanisms, update_rows
 from convergence.analysis.mechanism_text import mechanism_section
 from convergence.figures.mechanism import _draw, draw_mechanism
 from convergence.rows import PROBE_COLUMNS
@@ -219,6 +219,62 @@ def test_changes_of_the_loss_are_paired_t_intervals_of_logs():
     np.testing.assert_allclose((change.low, change.high), 100 * np.expm1([expected.low, expected.high]))
     np.testing.assert_allclose(change.estimate, 100 * (0.9 * 1.2**0.25 - 1))
     assert change.pairs == 4
+
+
+def with_updates(table, norms):
+    """Probes with the rows of updates; `norms` is a function of (arm, seed, step), None for a checkpoint without."""
+    checkpoints = table.groupby(["arm", "seed", "step"], sort=False)
+    rows = [
+        update_rows(probe, dict(zip(("update_norm", "weight_norm"), norms(*checkpoint) or (), strict=False)))
+        for checkpoint, probe in checkpoints
+    ]
+    return pd.concat([table, *rows], ignore_index=True)
+
+
+def test_updates_are_paired_t_intervals_of_logs_over_the_checkpoints_that_have_them():
+    random = np.random.default_rng(0)
+    norms = {(arm, seed, step): (random.lognormal(), 20 * random.lognormal())
+             for arm in ("base", "cand") for seed in range(4) for step in (200, 300)}  # fmt: skip
+    table = with_updates(probes({}), lambda *checkpoint: norms.get(checkpoint))  # none at step 100
+    assert set(table.loc[table["metric"].eq("weight_norm") & table["value"].isna(), "reason"]) == {"not recorded"}
+    found = effects_of(mechanism(table))
+    logs = {arm: np.log([[norms[arm, seed, step] for step in (200, 300)] for seed in range(4)]).mean(1)
+            for arm in ("base", "cand")}  # fmt: skip
+    for prefix, of in (("", lambda logs: logs[:, 0]), ("relative_", lambda logs: logs[:, 0] - logs[:, 1])):
+        base, cand = of(logs["base"]), of(logs["cand"])
+        ratio = stats.ttest_rel(cand, base)
+        for name, mean, interval in (
+            (f"{prefix}update", (cand - base).mean(), ratio.confidence_interval(0.95)),
+            (f"baseline_{prefix}update", base.mean(), stats.ttest_1samp(base, 0).confidence_interval(0.95)),
+            (f"candidate_{prefix}update", cand.mean(), stats.ttest_1samp(cand, 0).confidence_interval(0.95)),
+        ):
+            effect = found["all", name]
+            np.testing.assert_allclose((effect.estimate, effect.low, effect.high), np.exp([mean, *interval]))
+            assert effect.pairs == 4
+    of_others = mechanism(probes({})).effects
+    assert mechanism(table).effects[: len(of_others)] == of_others and len(found) == len(of_others) + 6
+
+
+@pytest.mark.parametrize(
+    ("of_candidate", "sentence"),
+    [
+        (lambda seed: 0.9, "**lower**, 0.90 (0.90 to 0.90)"),
+        (lambda seed: 0.9 + 0.1 * seed, "**no difference shown**, 1."),
+    ],
+)
+def test_the_text_has_the_size_of_updates_by_arm(of_candidate, sentence):
+    norms = {"base": lambda seed: (0.0123, 10.0), "cand": lambda seed: (0.0123 * of_candidate(seed), 20.0)}
+    table = probes({}, seeds=4)
+    table.loc[(table["arm"] == "cand") & (table["seed"] == 3), ["value", "reason"]] = np.nan, "collapsed at step 300"
+    table = with_updates(table, lambda arm, seed, step: None if (arm, seed) == ("cand", 3) else norms[arm](seed))
+    text = text_of(table, {"base": TABLES["uni"]})  # a learned density has no gradients, but updates
+    assert f"- Size of an update: {sentence}" in text and "nan" not in text
+    assert "| norm of the update | 0.0123 (0.0123 to 0.0123) | 0.01" in text
+    assert "| divided by the norm of the weights | 0.00123 (0.00123 to 0.00123) | 0.00" in text
+    assert text.endswith("| 3 |")
+    assert "Size of an update" not in text_of(probes({})) and "| update |" not in text_of(probes({}))
+    one = text_of(with_updates(probes({}, seeds=1), lambda *_: (0.5, 10.0)))
+    assert "| norm of the update | 0.5 (no interval) | 0.5 (no interval) | 1.00 (no interval) | 1 |" in one
 
 
 def test_pairs_and_checkpoints_behind_the_rows_are_printed():

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from docutils.core import publish_parts
 
-from convergence.cost import COLUMNS
+from convergence.analysis.cost import COLUMNS, costs
 from convergence.pages import cost_page, data_page, front_page, provenance_page, to_html
 
 FACTS = {"git_commit": "c0ffee", "git_dirty": False, "host": "here", "device": "cpu", "versions": {"torch": "2.9"}}
@@ -91,8 +91,9 @@ def test_the_cost_page_multiplies_images_by_the_cost_of_an_arm():
         ],
         columns=COLUMNS,
     )
-    page = cost_page("small", metrics, cost)
+    page = cost_page("small", metrics, [*costs(cost).values()])
     assert "| base | 562 (550 to 575) | 1.000 (1.000 to 1.000) | 2 | 12,800 | 4 |" in page
     assert "| cand | 1.12e+03 (1.1e+03 to 1.15e+03) | 2.000 (1.950 to 2.050) | 2 | 12,800 | 8 |" in page
     assert "in 8 rounds on a_gpu\\_" in page
-    assert "| base | 562 (550 to 575) | – | 2 |" in cost_page("small", metrics, cost.assign(ratio=np.nan))
+    unknown = costs(cost.assign(ratio=np.nan))
+    assert "| base | 562 (550 to 575) | – | 2 |" in cost_page("small", metrics, [*unknown.values()])

@@ -12,8 +12,9 @@ from metric_tables import PLAN, curves, study, verdict_on
 from projects import ROOT
 
 from benchmarks import independent, recompute
+from convergence.analysis.cost import COLUMNS, cost_table, costs
 from convergence.analysis.verdict import write_verdict
-from convergence.rows import COLUMNS_WITH_AVERAGE
+from convergence.rows import COLUMNS_WITH_AVERAGE, of_rounds
 from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"
@@ -40,11 +41,14 @@ def write_report(directory, planned_seeds=4):
     other = study(base, third).query("arm == 'cand'").assign(arm="third")
     metrics = pd.concat([*tables, other])
     changes = {"candidates": ("cand", "third"), "seeds": tuple(range(planned_seeds)), "last_step": 400}
-    plan, costs = PLAN.model_copy(update=changes), {"base": 10.0, "cand": 12.5}
+    plan = PLAN.model_copy(update=changes)
+    seconds = np.random.default_rng(0).lognormal(0, 0.1, (5, 3)) * [0.01, 0.0125, 0.02]
+    rounds = pd.DataFrame(of_rounds(seconds, ["base", "cand", "third"], "a CPU"))
+    cost = cost_table(rounds, "small", "base")
     write_table(metrics, directory / "metrics.csv")
     (directory / "plan.json").write_text(plan.model_dump_json())
-    pd.Series(costs, name="seconds_per_1000_images").rename_axis("arm").to_csv(directory / "cost.csv")
-    write_verdict(verdict_on(metrics, plan, costs=costs), directory)
+    write_table(cost, directory / "cost.csv", COLUMNS)
+    write_verdict(verdict_on(metrics, plan, costs=costs(cost)), directory)
 
 
 def test_a_report_with_several_averages_of_the_weights_is_recomputed(tmp_path):

@@ -687,6 +687,29 @@ def test_the_mse_of_a_state_is_the_mean_since_a_checkpoint(tmp_path):
     assert summary(path, since=5)["mse"] is None
 
 
+def test_a_checkpoint_has_the_size_of_its_last_update(tmp_path):
+    """Against the weights of runs that end at neighbouring steps; also in a segment of one step."""
+    run, paths = tiny(), {name: tmp_path / name / f"step{name[-1]}" for name in ("end4", "end5", "part4", "part5")}
+    for name in ("end4", "end5", "part4"):
+        train_segment(run, 0, IMAGES, None, paths[name], int(name[-1]), "cpu")
+    older = torch.load(paths["part4"] / "state.pt", weights_only=True)
+    del older["norms"]  # states of earlier versions have none
+    save_state(paths["part4"] / "state.pt", older)
+    train_segment(run, 0, IMAGES, paths["part4"] / "state.pt", paths["part5"], 5, "cpu")
+    old, new = (
+        torch.cat([w.flatten() for w in torch.load(paths[name] / "state.pt", weights_only=True)["model"].values()])
+        for name in ("end4", "end5")
+    )
+    for name in ("end5", "part5"):
+        facts = summary(paths[name] / "state.pt")
+        assert facts["update_norm"] == pytest.approx((new - old).double().norm().item(), rel=1e-5)
+        assert facts["weight_norm"] == pytest.approx(old.double().norm().item(), rel=1e-5)
+    assert summary(paths["end4"] / "state.pt")["update_norm"] != facts["update_norm"]
+    assert "update_norm" not in summary(paths["part4"] / "state.pt")
+    train_segment(tiny(learning_rate=1e15), 0, IMAGES, None, tmp_path / "diverged/step20", 20, "cpu")
+    assert summary(tmp_path / "diverged/step20/state.pt")["update_norm"] is None
+
+
 def test_training_lowers_the_loss(tmp_path):
     """On one constant image, the loss of a short run becomes much smaller than that of the untrained net."""
     image = np.full((1, 8, 8, 3), 200, np.uint8)

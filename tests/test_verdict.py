@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from metric_tables import PLAN, curves, study, verdict_on
+from metric_tables import PLAN, curves, known_costs, study, verdict_on
 from test_mechanism import EQUAL, probes
 
 from convergence.analysis.comparison import effects_table
@@ -29,20 +29,31 @@ def markdown_of(metrics, plan=PLAN):
 
 def test_the_answer_has_the_outcome_and_its_numbers():
     arms = study(curves(5, 1.0, noise=0.01), curves(5, 0.8, seed=1, noise=0.01))
-    verdict = verdict_on(arms, costs={"base": 2.0, "cand": 3.0})
+    verdict = verdict_on(arms, costs=known_costs(base=2.0, cand=3.0))
     (comparison,) = verdict.comparisons
     assert verdict.question == "Does cand converge in fewer training images than base, by FD (lite0)?"
     assert verdict.outcome == comparison.outcome == "faster"
     average, images = comparison.average, comparison.images
+    hours = [1.5 * value for value in (images.estimate, images.low, images.high)]
     assert verdict.answer.startswith(
         f"cand is faster than base: it needs {images.estimate:.2f} times the images ({images.low:.2f} to "
-        f"{images.high:.2f}) to reach FD {comparison.primary_threshold:.4g}; FD {average.estimate:+.1f}% on average "
+        f"{images.high:.2f}) and {hours[0]:.2f} times the hours ({hours[1]:.2f} to {hours[2]:.2f}) to reach FD "
+        f"{comparison.primary_threshold:.4g}; FD {average.estimate:+.1f}% on average "
         f"({average.low:+.1f} to {average.high:+.1f}). "
     )
     assert not set("*`\n") & set(verdict.answer) and "detect" not in verdict.answer
     assert f"| {comparison.primary_threshold:.4g} (primary) |" in to_markdown(verdict)
     assert f"| {effect_text(comparison.hours)} |" in to_markdown(verdict)
     assert to_markdown(verdict).split("\n\n")[2].startswith("**Answer.** **cand is faster than base**: it needs")
+
+
+def test_the_verdict_has_a_table_of_costs():
+    metrics, costs = study(curves(3, 1.0), curves(3, 0.8, seed=1)), known_costs(base=2.0, cand=3.0)
+    text = to_markdown(verdict_on(metrics, costs=costs))
+    assert "| arm | seconds per 1000 images | divided by those of `base` | rounds | device |" in text
+    assert "| `cand` | 3 (3 to 3) | 1.500 (1.500 to 1.500) | 4 | a CPU |" in text
+    assert "## Cost\n\nNot measured, so hours are not compared.\n" in to_markdown(verdict_on(metrics))
+    assert verdict_on(metrics, None, costs=costs).costs == tuple(costs.values())
 
 
 def test_few_seeds_state_what_cannot_be_concluded():

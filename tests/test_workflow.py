@@ -44,10 +44,11 @@ def test_one_command_makes_all_tables_and_figures(finished):
     verdict = (reports / "verdict.md").read_text()
     assert "seeds 0, 1; margin 2%" in verdict and "`under05` against `uni05`, 2 checkpoints" in verdict
     probes = pd.read_csv(reports / "mechanism.csv")
-    assert len(probes) == 4 * 2 * (3 + 1) * 4 and probes["held_out"].all() and (probes["n"] == 8).all()
-    assert probes.loc[probes["metric"].isin(["mse", "gradient_variance"]), "value"].gt(0).all()
+    assert len(probes) == 4 * 2 * ((3 + 1) * 4 + 2) and probes["held_out"].all() and (probes["n"] == 8).all()
+    assert probes.loc[probes["metric"].isin(["mse", "gradient_variance", "update_norm"]), "value"].gt(0).all()
     assert probes["value"].notna().all() and "times that of `uni05`; apart from this factor, only" in verdict
-    for figure in ("fid_curves", "samples", "schedules", "speedups", "mechanism"):
+    assert "| norm of the update |" in verdict and "| arm | seconds per 1000 images |" in verdict
+    for figure in ("fid_curves", "hour_curves", "samples", "schedules", "speedups", "mechanism"):
         assert min(Image.open(reports / f"{figure}.png").size) > 200
     for curves in (reports / "fid_curves.svg", finished / "reports/fid_curves.svg"):
         assert "FD (EfficientNet-Lite0)" in curves.read_text()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from convergence.analysis.cost import Cost
 from convergence.analysis.curves import (
     from_level,
     isotonic_fit,
@@ -26,7 +27,7 @@ from convergence.analysis.curves import (
 )
 from convergence.analysis.decision import Outcome, decide
 from convergence.analysis.effects import Effect, Quantity, Unit, in_unit, interval_in_unit, shown
-from convergence.analysis.intervals import Interval, censored_interval, t_interval, t_test
+from convergence.analysis.intervals import Interval, censored_interval, sum_interval, t_interval, t_test
 from convergence.analysis.notes import notes_on
 from convergence.analysis.pairs import Pairs, pair_runs
 from convergence.analysis.power import noise_over_seeds
@@ -111,7 +112,7 @@ def compare_pairs(
     thresholds: Iterable[float] | None = None,
     margin: float | None = None,
     role: Role = "secondary",
-    costs: Mapping[str, float] | None = None,
+    costs: Mapping[str, Cost] | None = None,
 ) -> Comparison:
     """Compares two arms in one metric.
 
@@ -128,7 +129,7 @@ def compare_pairs(
         margin: margin of equivalence, in the unit of the effect `average`; by default 2% for FD, none for metrics that
             are compared by differences.
         role: role of the comparison in its study.
-        costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None: hours are not compared.
+        costs: arm -> its training cost. Hours are compared if the costs of both arms are known.
     """
     values, primary = _thresholds(pairs, thresholds)
     times = {value: time_effect(pairs, value) for value in values}
@@ -289,16 +290,25 @@ def time_effect(pairs: Pairs, threshold: float) -> Effect:
     )
 
 
-def _in_hours(images: Effect, baseline: float, candidate: float) -> Effect:
-    """Converts an effect on training images to hours, given the seconds per 1000 images of each arm."""
-    ratio = candidate / baseline
-    low, high = images.low * ratio, images.high * ratio
+def _in_hours(images: Effect, baseline: Cost, candidate: Cost) -> Effect:
+    """Converts an effect on training images to hours.
+
+    The interval over all seeds contains the noise of the images and of the costs. The effect of one seed has no
+    interval, only bounds.
+    """
+    with np.errstate(divide="ignore"):
+        factor = Interval(*np.log([images.estimate, images.low, images.high]))
+    ratio, (log_baseline, low, high) = candidate.log_ratio, baseline.log_ratio
+    parts = [factor, ratio, Interval(-log_baseline, -high, -low)]
+    if images.seed is not None:
+        parts[1:] = [Interval(*[part.estimate] * 3) for part in parts[1:]]
+    estimate, low, high = map(float, np.exp(sum_interval(parts)))
     return replace(
         images,
         quantity="hours",
-        baseline=images.baseline * baseline / 3.6e6,
-        candidate=images.candidate * candidate / 3.6e6,
-        estimate=images.estimate * ratio,
+        baseline=images.baseline * baseline.seconds_per_1000_images / 3.6e6,
+        candidate=images.candidate * candidate.seconds_per_1000_images / 3.6e6,
+        estimate=estimate,
         low=low,
         high=high,
         shown=shown(low - 1, high - 1, images.failed_baseline, images.failed_candidate),

@@ -40,7 +40,7 @@ class Effect:
     quantity: Quantity
     """`average`: the metric averaged over training images. `final`: the metric at the last common checkpoint. `images`:
     training images until the metric reaches `threshold`. `hours`: these images multiplied by the arm's training time
-    per image."""
+    per image; the interval contains the noise of both."""
     threshold: float
     """Value of the metric that the runs have to reach; NaN for `average` and `final`."""
     unit: Unit

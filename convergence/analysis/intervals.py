@@ -1,6 +1,7 @@
 """Confidence intervals of paired differences over seeds."""
 
 import itertools
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -36,6 +37,21 @@ def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
     if size > 1:
         half = student_t.ppf((1 + confidence) / 2, size - 1) * values.std(axis=-1, ddof=1) / np.sqrt(size)
     return Interval(mean, mean - half, mean + half)
+
+
+def sum_interval(intervals: Sequence[Interval]) -> Interval:
+    """Returns an interval of the sum of independent quantities, from an interval of each (MOVER).
+
+    The distance of a bound from the estimate is the root of the sum of the squared distances of the parts (Zou and
+    Donner 2008, Construction of confidence limits about effect measures). If an estimate is NaN, the bounds are added,
+    which gives a wider interval.
+    """
+    estimates, lows, highs = np.array(intervals, float).T
+    estimate = estimates.sum()
+    if np.isnan(estimate):
+        return Interval(estimate, lows.sum(), highs.sum())
+    below, above = (np.sqrt((distances**2).sum()) for distances in (estimates - lows, highs - estimates))
+    return Interval(estimate, estimate - below, estimate + above)
 
 
 def t_test(values: np.ndarray) -> float:

@@ -48,8 +48,8 @@ METHOD = """\
 - A run diverged if its loss, a weight or a sample is not finite. It collapsed if, at its last checkpoint, its mse is
   above that of an untrained net or its samples are nearly equal. Such a run reaches no threshold, and its pair is left
   out of averages. The arm with more such runs is never better, and the arms are not the same then.
-- Hours are images multiplied by the cost of an arm, measured alone on the machine that trains. Their interval does not
-  contain the uncertainty of that cost (`cost.csv`).
+- Hours are images multiplied by the cost of an arm, measured alone on the machine that trains. Their interval contains
+  the noise of the images over seeds and that of the cost over rounds (MOVER, Zou and Donner 2008).
 """
 DIRECTIONS = {True: "higher is better", False: "lower is better"}
 
@@ -69,6 +69,7 @@ def to_markdown(verdict: StudyVerdict) -> str:
             LEGEND,
             *_comparisons(verdict.comparisons),
             *_sensitivity(verdict),
+            *_cost(verdict),
             *mechanism_section(verdict.mechanism),
         ]
     runs = [f"- {markdown_code(run.arm)} seed {run.seed}: {markdown_text(run.reason)}" for run in verdict.failed]
@@ -255,6 +256,21 @@ def _sensitivity(verdict: StudyVerdict) -> list[str]:
         f"The primary comparison by other endpoints and metrics{and_averages}, not adjusted. Of {len(rows)}, {counts}: "
         f"{same} ({primary.average.shown}).",
         markdown_table(head, table),
+    ]
+
+
+def _cost(verdict: StudyVerdict) -> list[str]:
+    """Returns the section on the training cost of each arm."""
+    if not verdict.costs or verdict.plan is None:
+        return ["## Cost", "Not measured, so hours are not compared."]
+    rows = [[markdown_code(cost.arm), *cost.cells, cost.rounds, markdown_text(cost.device)] for cost in verdict.costs]
+    baseline = markdown_code(verdict.plan.baseline)
+    head = ["arm", "seconds per 1000 images", f"divided by those of {baseline}", "rounds", "device"]
+    return [
+        "## Cost",
+        "Training steps, timed alone and in turns. Brackets contain 95% t-intervals over rounds, which cover neither "
+        "other machines nor other times.",
+        markdown_table(head, rows),
     ]
 
 

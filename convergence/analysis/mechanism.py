@@ -12,7 +12,7 @@ arms is proportional, this division removes exactly the constant factor between 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,9 +28,16 @@ if TYPE_CHECKING:  # importing torch takes seconds
 
 BETWEEN = "between bins"
 Quantity = Literal[
-    "mse", "vb", "baseline_share", "candidate_share", "variance", "by_tables", "remaining", "noise_scale"
+    "mse", "vb", "baseline_share", "candidate_share", "variance", "by_tables", "remaining", "noise_scale",
+    "baseline_update", "candidate_update", "update",
+    "baseline_relative_update", "candidate_relative_update", "relative_update",
 ]  # fmt: skip
 LOSSES: tuple[Quantity, ...] = ("mse", "vb")
+NORMS = ["update_norm", "weight_norm"]
+UNRECORDED = "not recorded"
+# The baseline's, the candidate's, and their ratio.
+UPDATE: tuple[Quantity, ...] = ("baseline_update", "candidate_update", "update")
+RELATIVE_UPDATE: tuple[Quantity, ...] = ("baseline_relative_update", "candidate_relative_update", "relative_update")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,12 @@ class ProbeEffect:
     - `by_tables`: the factor of `variance` that follows from the densities and loss weights alone.
     - `remaining`: `variance` / `by_tables`.
     - `noise_scale`: tr(Sigma) / |g|^2, where g is the expected gradient.
+    - `update`, `relative_update`: the two quantities below.
+
+    Values of one arm, without a unit:
+
+    - `baseline_update`, `candidate_update`: L2 norm over all weights of the last update before a checkpoint.
+    - `baseline_relative_update`, `candidate_relative_update`: this norm divided by the norm of the weights.
     """
     estimate: float
     low: float
@@ -106,7 +119,8 @@ def mechanisms(
     """Returns the mechanism of each candidate, compared with the baseline.
 
     Args:
-        probes: the long table of probes (`convergence.rows.PROBE_COLUMNS`) of one study; may be empty.
+        probes: the long table of probes (`convergence.rows.PROBE_COLUMNS`) of one study, with or without the rows that
+            `update_rows` returns; may be empty.
         baseline: name of the arm to compare with.
         candidates: names of the other arms.
         tables: arm -> its density and loss weights. Arms with a learned density have no entry.
@@ -122,7 +136,8 @@ def _mechanism(probes: pd.DataFrame, baseline: str, candidate: str, tables: Mapp
         scale = draws[1].mse.sum() / draws[0].mse.sum()
         mse_factor, vb_factor = _factor(draws[0].mse, draws[1].mse), _factor(draws[0].vb, draws[1].vb)
     found = Mechanism(baseline, candidate, float(scale), mse_factor, vb_factor)
-    pairs = _pairs(probes, arms)
+    is_norm = probes["metric"].isin(NORMS)
+    pairs, norms = _pairs(probes[~is_norm], arms), _pairs(probes[is_norm], arms)
     if pairs is None:
         return found
     return replace(
@@ -132,8 +147,26 @@ def _mechanism(probes: pd.DataFrame, baseline: str, candidate: str, tables: Mapp
         last_images=pairs.images[-1].item(),
         n=int(probes["n"].max()),
         held_out=bool(probes["held_out"].all()),
-        effects=(*_loss_effects(pairs), *(_gradient_effects(pairs, draws) if len(draws) == 2 else ())),
+        effects=(
+            *_loss_effects(pairs),
+            *(_gradient_effects(pairs, draws) if len(draws) == 2 else ()),
+            *(_update_effects(norms) if norms else ()),
+        ),
     )
+
+
+def update_rows(probe: pd.DataFrame, provenance: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns the norms of the last update and of the weights as rows of the table of probes.
+
+    Args:
+        probe: the rows of the probe of one checkpoint.
+        provenance: content of `provenance.json` of this checkpoint. It has no norms if an earlier version trained it.
+    """
+    whole = probe[(probe["timesteps"] == ALL) & (probe["metric"] == "mse")]
+    values = pd.Series([provenance.get(norm) for norm in NORMS], dtype=float)
+    rows = pd.concat([whole] * len(NORMS), ignore_index=True).assign(metric=NORMS, value=values)
+    reason = rows["reason"].astype(object).fillna("")
+    return rows.assign(reason=reason.mask(values.isna() & (reason == ""), UNRECORDED))
 
 
 class _Draws(NamedTuple):
@@ -244,6 +277,18 @@ def _noise_scale(timesteps: str, variance: np.ndarray, squared_norm: np.ndarray)
         baseline, candidate = variance.sum(axis=1) / over_seeds
         estimate = float(candidate / baseline)
     return ProbeEffect(timesteps, "noise_scale", estimate, 0.0, np.inf, variance.shape[1], not_positive)
+
+
+def _update_effects(norms: _Pairs) -> Iterator[ProbeEffect]:
+    """Yields the effects on the size of updates: means of logs over the checkpoints with known norms in all runs."""
+    update, weights = (np.log(norms.values[norm][:, 0]) for norm in NORMS)  # [2, S, K]
+    known = np.isfinite(update + weights).all(axis=(0, 1))
+    if not known.any():
+        return
+    for quantities, logs in ((UPDATE, update), (RELATIVE_UPDATE, update - weights)):
+        baseline, candidate = logs[..., known].mean(axis=-1)
+        for quantity, values in zip(quantities, (baseline, candidate, candidate - baseline), strict=True):
+            yield from _effects([ALL], quantity, values[None])
 
 
 def _effects(bins: Sequence[str], quantity: Quantity, values: np.ndarray) -> Iterator[ProbeEffect]:

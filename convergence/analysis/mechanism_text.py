@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from convergence.analysis.effects import Unit
-from convergence.analysis.mechanism import LOSSES, Mechanism, ProbeEffect
+from convergence.analysis.mechanism import LOSSES, RELATIVE_UPDATE, UPDATE, Mechanism, ProbeEffect, Quantity
 from convergence.analysis.wording import count_text, interval_text, number_text
 from convergence.tables import ALL, markdown_code, markdown_table
 
@@ -26,6 +26,9 @@ of the mse.
 - *Remaining*: what p_t and w_t do not explain.
 - *Noise scale*: the ratio of tr(Sigma) / |g|^2, which is the batch size in images at which noise and gradient are
   equally large. Estimates of |g|^2 may be negative; all of them are averaged before the ratio is taken."""
+UPDATES = """
+- *Update*: the L2 norm, over all weights, of the last update before a checkpoint (weights without averaging); geometric
+  means over checkpoints. AdamW normalises the gradient, so this norm can differ less between arms than gradients do."""
 EQUAL_PARAMETERS = (
     "This holds at equal parameters of the net. AdamW divides by the root of the mean squared gradient, which includes "
     "the variance, so a noisier gradient also makes the steps along the expected gradient smaller."
@@ -35,7 +38,9 @@ HEAD = ["share of the variance, %: baseline", "candidate", "variance", "by table
 
 def mechanism_section(mechanisms: Sequence[Mechanism]) -> list[str]:
     """Returns the paragraphs of the section: at which timesteps each candidate differs from the baseline."""
-    parts = ["## Mechanism", INTRODUCTION if any(found.effects for found in mechanisms) else NOT_MEASURED]
+    updates = UPDATES if any(found.of("update") for found in mechanisms) else ""
+    is_measured = any(found.effects for found in mechanisms)
+    parts = ["## Mechanism", INTRODUCTION + updates if is_measured else NOT_MEASURED]
     for found in mechanisms:
         pair = f"{markdown_code(found.candidate)} against {markdown_code(found.baseline)}"
         if found.effects:
@@ -83,6 +88,8 @@ def _differences(found: Mechanism) -> list[str]:
             f"Of this, p_t and w_t do not explain: {_places(remaining, 1)}.",
             f"Noise scale of the whole gradient, divided by the baseline's: {_text(found.of('noise_scale')[ALL])}.",
         ]
+    if update := found.of("update").get(ALL):
+        sentences.append(f"Size of an update: **{_direction(update, 1)}**, {_text(update)} times the baseline's.")
     return sentences
 
 
@@ -101,7 +108,7 @@ def _direction(effect: ProbeEffect, same: float) -> str:
 
 
 def _tables(found: Mechanism) -> list[str]:
-    """Returns a table of losses and a table of gradients, as far as they were measured."""
+    """Returns a table of losses, a table of gradients and a table of updates, as far as they were measured."""
     losses, shares = [found.of("mse"), found.of("vb")], [found.of("baseline_share"), found.of("candidate_share")]
     ratios = [found.of(quantity) for quantity in ("variance", "by_tables", "remaining", "noise_scale")]
     tables = []
@@ -110,7 +117,18 @@ def _tables(found: Mechanism) -> list[str]:
             rows = [[name, *(_text(column.get(name)) for column in columns), effect.pairs]
                     for name, effect in columns[0].items()]  # fmt: skip
             tables.append(markdown_table(["timesteps", *head, "pairs"], rows))
+    if found.of("update"):
+        sizes = (("norm of the update", UPDATE), ("divided by the norm of the weights", RELATIVE_UPDATE))
+        rows = [[name, *_sizes(found, quantities)] for name, quantities in sizes]
+        tables.append(markdown_table(["update", "baseline", "candidate", "candidate / baseline", "pairs"], rows))
     return tables
+
+
+def _sizes(found: Mechanism, quantities: Sequence[Quantity]) -> list[str | int]:
+    """Returns the cells of a row on updates: the values of both arms, their ratio, and the number of pairs."""
+    *arms, ratio = (found.of(quantity)[ALL] for quantity in quantities)
+    values = [f"{e.estimate:.3g} ({'no interval' if e.pairs == 1 else f'{e.low:.3g} to {e.high:.3g}'})" for e in arms]
+    return [*values, _text(ratio), ratio.pairs]
 
 
 def _text(effect: ProbeEffect | None) -> str:

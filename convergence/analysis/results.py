@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from convergence.analysis.cost import Cost
 from convergence.analysis.decision import Outcome
 from convergence.analysis.effects import JSON_CONFIG, Effect, Quantity, Scale, Shown, Unit
 from convergence.analysis.mechanism import Mechanism
@@ -146,7 +147,8 @@ class Comparison:
         at_the_end = f"{metric} {effect_text(final, 'at the last checkpoint')}"
         needs = ""
         if images:
-            needs = f"needs {effect_text(images, 'times the images')} to reach {metric} {images.threshold:.4g}"
+            hours = f" and {effect_text(self.hours, 'times the hours')}" if self.hours else ""
+            needs = f"needs {effect_text(images, 'times the images')}{hours} to reach {metric} {images.threshold:.4g}"
         both = f"{candidate} and {baseline}"
         margin = margin_text(self.margin, self.scale) if self.margin else ""
         in_margin = f", within the margin of {margin}" if self.within_margin else ""
@@ -240,6 +242,8 @@ class StudyVerdict:
     plan_changes: tuple[str, ...] = ()
     """Sentences about what the study file changed after the plan was fixed."""
     comparisons: tuple[Comparison, ...] = ()
+    costs: tuple[Cost, ...] = ()
+    """Training cost of each arm; empty if the costs are unknown."""
     sensitivity: tuple[Sensitivity, ...] = ()
     mechanism: tuple[Mechanism, ...] = ()
     failed: tuple[FailedRun, ...] = ()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from convergence.analysis.comparison import EFFECT_COLUMNS, compare_pairs, effects_table
+from convergence.analysis.cost import Cost
 from convergence.analysis.markdown import to_markdown
 from convergence.analysis.mechanism import mechanisms
 from convergence.analysis.notes import bias_notes, power_notes
@@ -51,7 +52,7 @@ def judge(
     study: str,
     plan: StudyPlan | None,
     plan_changes: Sequence[str] = (),
-    costs: Mapping[str, float] | None = None,
+    costs: Mapping[str, Cost] | None = None,
     tables: Mapping[str, "Tables"] | None = None,
     warnings: Sequence[str] = (),
 ) -> StudyVerdict:
@@ -64,7 +65,7 @@ def judge(
         plan: what the verdict judges by: arms, metric, thresholds, margin and seeds. None if the study compares
             nothing.
         plan_changes: sentences about what the study file changed after the plan was fixed.
-        costs: arm -> training seconds per 1000 images, timed while the arm trains alone; None if unknown.
+        costs: arm -> its training cost; None if unknown.
         tables: arm -> its density and loss weights. Arms with a learned density have no entry. None if unknown.
         warnings: sentences that restrict the verdict.
 
@@ -76,8 +77,9 @@ def judge(
     runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     failed_runs = tuple(FailedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
     warnings = (*warnings, *_missing_values(metrics))
+    of_arms = tuple((costs or {}).values())
     if plan is None:
-        return StudyVerdict(study, failed=failed_runs, warnings=warnings)
+        return StudyVerdict(study, costs=of_arms, failed=failed_runs, warnings=warnings)
     planned = _planned(metrics, plan)
     pairs, problems = _pairs(planned, plan)
     comparisons = _comparisons(pairs, plan, costs)
@@ -102,6 +104,7 @@ def judge(
         plan=plan,
         plan_changes=tuple(plan_changes),
         comparisons=tuple(comparisons),
+        costs=of_arms,
         sensitivity=rows,
         mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
         failed=failed_runs,
@@ -146,7 +149,7 @@ def _of_candidate(pairs: Sequence[Pairs], plan: StudyPlan) -> list[Pairs]:
     return [runs for runs in pairs if (runs.baseline, runs.candidate) == plan.pair]
 
 
-def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
+def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, Cost] | None) -> list[Comparison]:
     """Compares the arms of every pair, in every metric and with every feature extractor."""
     comparisons = []
     for runs in pairs:
@@ -157,7 +160,7 @@ def _comparisons(pairs: Sequence[Pairs], plan: StudyPlan, costs: Mapping[str, fl
     return adjust(comparisons)
 
 
-def _replication(later: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, float] | None) -> list[Comparison]:
+def _replication(later: pd.DataFrame, plan: StudyPlan, costs: Mapping[str, Cost] | None) -> list[Comparison]:
     """Returns the primary comparison of the seeds that were added to the plan later, if they have a pair of runs."""
     rows = later[(later["features"] == plan.features) & (later["metric"] == plan.metric)]
     pairs = pair_runs(rows, plan.baseline, plan.candidate)

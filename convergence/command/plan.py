@@ -7,9 +7,9 @@ from typing import Any
 import click
 import pandas as pd
 
+from convergence.analysis.cost import COLUMNS, costs
 from convergence.analysis.plan import plan
 from convergence.command.options import PATH
-from convergence.cost import COLUMNS, costs
 from convergence.errors import StudyError
 from convergence.tables import read_curves, read_table
 
@@ -61,8 +61,9 @@ def _pilot(path: Path, arms: list[str], **choices: str | None) -> pd.DataFrame:
 
 
 def _costs(path: Path, arms: list[str]) -> dict[str, float] | None:
-    """Returns arm -> cost from cost.csv; None if the file is missing or lacks one of the arms."""
-    known = costs(read_table(path, COLUMNS)) if path.exists() else {}
+    """Returns arm -> seconds per 1000 images from cost.csv; None if the file is missing or lacks one of the arms."""
+    table = costs(read_table(path, COLUMNS)) if path.exists() else {}
+    known = {arm: cost.seconds_per_1000_images for arm, cost in table.items()}
     return known if known.keys() >= set(arms) else None
 
 

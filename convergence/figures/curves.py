@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from convergence.analysis.cost import Cost
 from convergence.analysis.effects import Effect
 from convergence.analysis.intervals import t_interval
 from convergence.analysis.results import Comparison
@@ -24,6 +26,7 @@ from convergence.figures.style import (
     Style,
     line_style,
     save_figure,
+    set_hour_axis,
     set_image_axis,
     set_log_axis,
 )
@@ -93,13 +96,50 @@ def fid_curves(
         save_figure(_draw_curves(metrics, metric, comparisons, external_curves, arms), paths)
 
 
+def hour_curves(
+    metrics: pd.DataFrame,
+    paths: list[Path],
+    costs: Iterable[Cost],
+    comparisons: Sequence[Comparison] = (),
+    arms: Mapping[str, Iterable[str]] | None = None,
+) -> None:
+    """Draws FD over reference hours, as `fid_curves` draws it over training images, and saves the figure to each path.
+
+    The hours of an arm are its training images multiplied by its cost. The arrow has the factor of hours.
+
+    Args:
+        metrics: as for `fid_curves`; of arms with known costs.
+        paths: files to write; the suffix chooses the format ("png", "svg", "pdf").
+        costs: training cost of each arm.
+        comparisons: as for `fid_curves`.
+        arms: as for `fid_curves`.
+
+    Raises:
+        StudyError: as for `fid_curves`.
+    """
+    with matplotlib.rc_context(STYLE):
+        save_figure(_draw_hours(metrics, costs, comparisons, arms), paths)
+
+
+def _draw_hours(
+    metrics: pd.DataFrame,
+    costs: Iterable[Cost],
+    comparisons: Sequence[Comparison] = (),
+    arms: Mapping[str, Iterable[str]] | None = None,
+) -> Figure:
+    hours = metrics["arm"].map({cost.arm: cost.seconds_per_1000_images / 3.6e6 for cost in costs})
+    return _draw_curves(metrics.assign(images=metrics["images"] * hours), "fd", comparisons, None, arms, "hours")
+
+
 def _draw_curves(
     metrics: pd.DataFrame,
     metric: str,
     comparisons: Sequence[Comparison] = (),
     external_curves: pd.DataFrame | None = None,
     arms: Mapping[str, Iterable[str]] | None = None,
+    axis: Literal["images", "hours"] = "images",
 ) -> Figure:
+    # The column `images` has the values of the x axis, also if these are hours.
     rows = metrics[metrics["metric"] == metric]
     rows = rows.assign(value=rows["value"].astype(float), reason=rows["reason"].astype(object).fillna(""))
     if rows.empty:
@@ -124,7 +164,7 @@ def _draw_curves(
         styles = {arm: line_style(place) for place, arm in enumerate(order)}
         comparison = primary.get((study, features))
         others = external.query("study == @study and features == @features and images <= @panel.images.max()")
-        captions.append(_draw_panel(ax, panel, styles, comparison, others))
+        captions.append(_draw_panel(ax, panel, styles, comparison, others, axis))
         titles.append(textwrap.fill(f"{study}: {comparison.headline}" if comparison else study, TITLE_CHARACTERS))
         ax.set_title(titles[-1], loc="left", weight="bold")
     width = PANEL_INCHES[0] + LETTER_INCHES * rows["arm"].str.len().max()
@@ -138,7 +178,12 @@ def _most_lines(texts: list[str]) -> int:
 
 
 def _draw_panel(
-    ax: Axes, panel: pd.DataFrame, styles: Mapping[str, Style], comparison: Comparison | None, external: pd.DataFrame
+    ax: Axes,
+    panel: pd.DataFrame,
+    styles: Mapping[str, Style],
+    comparison: Comparison | None,
+    external: pd.DataFrame,
+    axis: Literal["images", "hours"],
 ) -> str:
     """Draws the panel of one metric, study and feature extractor. Returns the caption."""
     features, metric = panel[["features", "metric"]].iloc[0]
@@ -148,7 +193,10 @@ def _draw_panel(
     direction = "higher is better →" if metric in HIGHER_IS_BETTER else "← lower is better"  # rotated: down, up
     label = metric_label(features, metric, int(measured["n"].max()) if len(measured) else 0)
     ax.set_ylabel(f"{label}\n{direction}")
-    set_image_axis(ax, panel)
+    if axis == "images":
+        set_image_axis(ax, panel)
+    else:
+        set_hour_axis(ax, panel["images"].max())
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     if measured.empty:
@@ -181,8 +229,9 @@ def _draw_panel(
     if len(external):
         n = external["n"].max()
         sentences.append(f"Grey: external curves{f' ({n:,} samples)' if n else ''}, with the markers of their arms.")
-    if comparison and comparison.images:
-        _mark_crossings(ax, comparison, comparison.images, styles)
+    effect = comparison and (comparison.images if axis == "images" else comparison.hours)
+    if comparison and effect:
+        _mark_crossings(ax, comparison, effect, styles)
         sentences.append("Ticks: smoothed runs reach the dotted threshold; arrow: from the baseline to the candidate.")
     caption = "\n".join(textwrap.fill(sentence, CAPTION_CHARACTERS) for sentence in sentences)
     ax.annotate(
@@ -278,7 +327,7 @@ def _draw_error_bars(ax: Axes, rows: pd.DataFrame, style: Style, single: bool) -
 
 
 def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Mapping[str, Style]) -> None:
-    """Marks where runs reach the primary threshold, and writes the factor of images, candidate / baseline."""
+    """Marks where runs reach the primary threshold, and writes the factor of images or hours, candidate / baseline."""
     threshold = effect.threshold
     ax.axhline(threshold, color="0.4", linewidth=0.7, linestyle=":")
     for arm, times in (
@@ -287,7 +336,7 @@ def _mark_crossings(ax: Axes, comparison: Comparison, effect: Effect, styles: Ma
     ):
         reached = [time for time in times if np.isfinite(time)]
         ax.plot(reached, [threshold] * len(reached), "|", markersize=10, color=styles[arm]["color"], zorder=5)
-    factor = effect_text(effect, "times the images")
+    factor = effect_text(effect, f"times the {effect.quantity}")
     text = f"{comparison.short_name} {threshold:.4g}" + ("" if factor.startswith(UNKNOWN) else f": {factor}")
     middle = ax.get_xlim()[0]  # of the dotted line that is left of the runs
     if np.isfinite([effect.estimate, effect.baseline, effect.candidate]).all():

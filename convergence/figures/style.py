@@ -93,6 +93,14 @@ def set_image_axis(ax: Axes, panel: pd.DataFrame) -> None:
         axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
 
 
+def set_hour_axis(ax: Axes, last: float) -> None:
+    """Labels the x axis with reference hours, from 0 to the `last` ones."""
+    ax.set_xlim(-0.03 * (last or 1), 1.04 * (last or 1))
+    ax.set_xlabel("reference hours")
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+    ax.spines["top"].set_visible(False)
+
+
 def short_count(count: float) -> str:
     """Returns a count as text with three digits: 500, 3.2k, 1.25M."""
     count = float(f"{count:.3g}")

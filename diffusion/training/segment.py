@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain
@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_map_only
 
 from diffusion.averages import weights_files
@@ -35,7 +36,7 @@ from diffusion.files import atomic_write, exclusive_lock
 from diffusion.progress import log_ready
 from diffusion.sources import source_hash
 from diffusion.training import parallel
-from diffusion.training.state import Meter, TrainState, learning_rate, save_state, train_step
+from diffusion.training.state import NORMS, Meter, TrainState, learning_rate, save_state, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +123,13 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, sta
     """
     run, writes = state.run, parallel.rank() == 0
     partial = directory / "state.partial.pt"
+    before: list[Tensor] = []  # the weights before the last step, on the CPU: the memory of a GPU may be full
     log, saver = _Log(directory.parent / "log.csv", state, until) if writes else None, _Saver(partial)
     with _StopSignals() as stop:
         saved, first, timed = time.monotonic(), True, 0
         while state.step < until and state.diverged is None:
+            if writes and state.step == until - 1:
+                before = [p.detach().to("cpu", copy=True) for p in state.parameters]
             began = time.perf_counter()
             train_step(state, batches)
             row_due = state.step % run.train.log_every == 0 or state.step == until
@@ -161,6 +165,7 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, sta
         )
         state.step = until
     state.id = uuid.uuid4().hex
+    state.norms = _norms(before, state.parameters)
     if log:
         log.write()
         diverged = state.diverged is not None
@@ -170,6 +175,19 @@ def _train(state: TrainState, batches: Batches, directory: Path, until: int, sta
         save_state(directory / "state.pt", state.state_dict())
         saver.wait()
         partial.unlink(missing_ok=True)
+
+
+def _norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
+    """Returns the norms of an update and of the weights before it (`TrainState.norms`).
+
+    Args:
+        before: weights before the update, tensors [...] on the CPU. Without weights, the norms are NaN.
+        after: weights after the update, tensors [...] on any device.
+    """
+    if not before:
+        return dict.fromkeys(NORMS, math.nan)
+    update = [new.detach().cpu() - old for new, old in zip(after, before, strict=True)]
+    return {name: get_total_norm(tensors).item() for name, tensors in zip(NORMS, (update, before), strict=True)}
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

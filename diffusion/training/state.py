@@ -28,6 +28,8 @@ from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.training import parallel
 from diffusion.training.adamw import AdamW
 
+NORMS = ("update_norm", "weight_norm")
+
 
 def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
     """Returns the untrained net of a seed, on the CPU, and its noise schedule.
@@ -61,6 +63,8 @@ class TrainState:
         seconds: time of all training steps so far, except the first one of each process, in seconds.
         startup_seconds: time so far until the first step of each process was done, in seconds.
         diverged: step at which the loss or a weight was found to be infinite or NaN; None if this has not happened.
+        norms: L2 norms over all weights, not averaged ones: `update_norm` of the last update before the newest
+            checkpoint, and `weight_norm` of the weights before this update; NaN if unknown.
         rows: rows of the log since the start of the run.
         sources: `source_hash` of each version of the code that trained the run. The present version is last.
         id: identifier of the state from which the present segment started. A partial state has the same identifier as
@@ -88,6 +92,7 @@ class TrainState:
         self.step = 0
         self.seconds = self.startup_seconds = 0.0
         self.diverged: int | None = None
+        self.norms = dict.fromkeys(NORMS, np.nan)
         self.rows: list[dict[str, float]] = []
         self.sources: list[str] = []
         self.id = "start"
@@ -138,7 +143,7 @@ class TrainState:
         return {
             "run": self.run.canonical(), "seed": self.seed, "step": self.step, "seconds": self.seconds,
             "startup_seconds": self.startup_seconds, "diverged": self.diverged, "id": self.id, "rows": self.rows,
-            "sources": self.sources, "model": self.model.state_dict(), "ema": self._ema(),
+            "norms": self.norms, "sources": self.sources, "model": self.model.state_dict(), "ema": self._ema(),
             "optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict(),
             "history": self.history.state_dict() if self.history else None,
         }  # fmt: skip
@@ -167,6 +172,7 @@ class TrainState:
         with _reading(path):
             content = torch.load(path, map_location=self.device, weights_only=True)
             content.setdefault("startup_seconds", 0.0)  # states of earlier versions count it as training
+            content.setdefault("norms", self.norms)
             if (content["run"], content["seed"]) != (self.run.canonical(), self.seed):
                 raise FileError(path, "is the state of a run with other settings")
             if parent not in (None, content["id"]):
@@ -251,9 +257,9 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         since: step of the previous checkpoint; 0 if the previous checkpoint is the untrained net.
 
     Returns:
-        a dict with `step`, `diverged`, `sources`, `seconds` and `startup_seconds` (see `TrainState`), and `mse`. `mse`
-        is the unweighted mean squared error of epsilon, averaged over the steps after `since`; None if it is not
-        finite.
+        a dict with `step`, `diverged`, `sources`, `seconds`, `startup_seconds` and the norms (see `TrainState`), and
+        `mse`. `mse` is the unweighted mean squared error of epsilon, averaged over the steps after `since`. Norms and
+        `mse` are None if they are not finite.
 
     Raises:
         FileError: if the file is damaged.
@@ -265,7 +271,8 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
         steps = np.diff([since, *(row["step"] for row in rows)])
         mse = np.average([row["mse"] for row in rows], weights=steps) if rows else np.nan
         times = {name: round(content[name], 3) for name in ("seconds", "startup_seconds")}
-        return facts | times | {"mse": float(mse) if np.isfinite(mse) else None}
+        numbers = content.get("norms", {}) | {"mse": float(mse)}
+        return facts | times | {name: value if np.isfinite(value) else None for name, value in numbers.items()}
 
 
 class Meter:

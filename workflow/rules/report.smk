@@ -18,6 +18,8 @@ rule verdict:
         metrics=lambda wildcards: checkpoint_files(wildcards.study, "metrics.csv"),
         influences=lambda wildcards: checkpoint_files(wildcards.study, "influences.npy"),
         probes=lambda wildcards: probe_files(wildcards.study),
+        # Of the probed checkpoints: the size of their last updates.
+        probed=lambda wildcards: [path.with_name("provenance.json") for path in probe_files(wildcards.study)],
         provenances=lambda wildcards: [path / "provenance.json" for _, path in last_checkpoints(wildcards.study)],
         cost=rules.cost.output[0],
         # Not read: without kept samples, a checkpoint is evaluated again, also after other changes of its settings.
@@ -93,6 +95,12 @@ rule figures:
             labels={"study": "{study}", "content": "Curves"},
         ),
         curves_svg=layout.REPORT / "fid_curves.svg",
+        hours=report(
+            layout.REPORT / "hour_curves.png",
+            caption="../report/hours.rst",
+            category="2. Curves",
+            labels={"study": "{study}", "content": "Curves over hours"},
+        ),
         samples=report(
             layout.REPORT / "samples.png",
             caption="../report/samples.rst",
@@ -152,7 +160,6 @@ rule pages:
     input:
         verdict=layout.REPORT / "verdict.json",
         metrics=layout.REPORT / "metrics.csv",
-        cost=layout.REPORT / "cost.csv",
         manifest=lambda wildcards: dataset_files(EXPERIMENTS[wildcards.study])["manifest"],
         provenances=lambda wildcards: checkpoint_files(wildcards.study, "provenance.json"),
     output:

@@ -7,7 +7,7 @@ from convergence.jobs import job  # isort: split
 import pandas as pd
 
 from convergence.analysis.verdict import read_verdict
-from convergence.figures.curves import fid_curves
+from convergence.figures.curves import fid_curves, hour_curves
 from convergence.figures.forest import draw_forest
 from convergence.figures.mechanism import draw_mechanism
 from convergence.figures.samples import preview_grid, samples_grid
@@ -28,6 +28,7 @@ with job(snakemake):
         external_curves=pd.concat(external) if external else None,
         arms={study: runs},
     )
+    hour_curves(metrics, [Path(output.hours)], verdict.costs, verdict.comparisons, {study: runs})
     grids, steps = preview_grid(params.cells, metrics)
     real = load_images(Path(snakemake.input.manifest).parent)
     samples_grid(grids, steps, params.seed, real, Path(output.samples))

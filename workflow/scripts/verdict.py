@@ -6,8 +6,9 @@ from convergence.jobs import job  # isort: split
 
 import pandas as pd
 
+from convergence.analysis.cost import COLUMNS, cost_table, costs
+from convergence.analysis.mechanism import update_rows
 from convergence.analysis.verdict import judge, write_verdict
-from convergence.cost import COLUMNS, cost_table, costs
 from convergence.failures import without_failed_runs
 from convergence.provenance import changed_tables, stale_runs
 from convergence.rows import PROBE_COLUMNS, ROUND_COLUMNS
@@ -35,7 +36,8 @@ with job(snakemake):
     if source.probes:
         rows = [(row["timesteps"], row["metric"]) for row in diverged_rows(*params.bins, step=0)]
         tables = [read_checkpoint(path, PROBE_COLUMNS, rows) for path in source.probes]
-        probes = without_failed_runs(pd.concat(tables, ignore_index=True), of_average(metrics))
+        norms = [update_rows(probe, read_json(Path(path))) for probe, path in zip(tables, source.probed, strict=True)]
+        probes = without_failed_runs(pd.concat([*tables, *norms], ignore_index=True), of_average(metrics))
     write_table(probes, Path(output.mechanism), PROBE_COLUMNS)
     plan, current = (StudyPlan.model_validate_json(text) if text else None for text in (params.plan, params.current))
     cost = cost_table(read_table(source.cost, ROUND_COLUMNS), study, plan.baseline if plan else None)
