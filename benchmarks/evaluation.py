@@ -124,9 +124,8 @@ def speed(arguments: argparse.Namespace) -> None:
         frechet_distance,
         kernel_distance,
         mean_kernel,
-        neighbour_radii,
-        precision_recall,
     )
+    from diffusion.evaluation.neighbours import neighbour_radii, precision_recall
     from diffusion.evaluation.weights import LITE0, weights_file
 
     torch.set_num_threads(arguments.threads)

@@ -13,7 +13,8 @@ import diffusion.evaluation.weights as weights
 from diffusion.data.arrays import split
 from diffusion.errors import FileError, InputError
 from diffusion.evaluation.extractors import extract_features
-from diffusion.evaluation.metrics import mean_kernel, neighbour_radii
+from diffusion.evaluation.metrics import mean_kernel
+from diffusion.evaluation.neighbours import neighbour_radii
 from diffusion.evaluation.reference import evaluate, load_reference, make_reference, reference_key, reference_of
 from diffusion.evaluation.weights import LITE0
 
