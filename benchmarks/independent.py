@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-HIGHER_IS_BETTER = ("precision", "recall")
-DIFFERENCES = ("kid", "precision", "recall", "memorised")
+HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage")
+DIFFERENCES = ("kid", "memorised", *HIGHER_IS_BETTER)
 Pairs = list[tuple[float, float]]
 
 

@@ -80,10 +80,11 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
         ("arm,images,value\na,1e300,1\nb,1,2\n", "a", "images must be below 1e15, but is 1e\\+300: correct it"),
         ("arm,images,value\na,1,-3\nb,1,2\n", "a", "value must be at least 0 for this metric, but is -3: correct it"),
         (
-            "arm,images,value,metric\na,1,50,recall\nb,1,2,recall\n",
+            "arm,images,value,metric\na,1,50,coverage\nb,1,2,coverage\n",
             "a",
             "value must be between 0 and 1 for this metric",
         ),
+        ("arm,images,value,metric\na,1,-3,density\nb,1,2,density\n", "a", "value must be at least 0 for this metric"),
         ("arm,images,value,seed\na,1,2,0.5\nb,1,2,0\n", "a", "seed must be a whole number, but is 0.5: correct it"),
         ("arm,images,value,n\na,1,2,inf\nb,1,2,9\n", "a", "n must be finite, but is inf: correct it"),
         ("arm,images,value,n\na,1,2,9.5\nb,1,2,9\n", "a", "n must be a whole number, but is 9.5: correct it"),

@@ -19,7 +19,7 @@ from diffusion.evaluation.metrics import (
     kernel_distance,
     mean_kernel,
 )
-from diffusion.evaluation.neighbours import memorised, neighbour_radii, precision_recall
+from diffusion.evaluation.neighbours import fidelity_and_diversity, memorised, neighbour_radii
 
 # Frechet distance
 
@@ -268,7 +268,10 @@ def test_tensors_give_the_values_of_arrays():
         lambda x, y: frechet(x, fit_gaussian(y)),
         lambda x, y: frechet_infinity(x, fit_gaussian(y), np.random.default_rng(0)),
         lambda x, y: kernel_distance(x, y, mean_kernel(y)),
-        lambda x, y: precision_recall(x, y, neighbour_radii(y))["precision"],
+        *(
+            lambda x, y, name=name: fidelity_and_diversity(x, y, neighbour_radii(y))[name]
+            for name in ("precision", "density", "coverage")
+        ),
         lambda x, y: memorised(x, y, neighbour_radii(x, y, k=1)),
     ):
         found, expected = measure(*map(torch.from_numpy, (x, y))), measure(x, y)
@@ -282,6 +285,6 @@ def test_metrics_are_independent_of_the_order():
     for measure in (
         lambda z: frechet(z, fit_gaussian(y))[:2],
         lambda z: kernel_distance(z, y, mean_kernel(y))[:2],
-        lambda z: [estimate.value for estimate in precision_recall(z, y, neighbour_radii(y)).values()],
+        lambda z: [estimate.value for estimate in fidelity_and_diversity(z, y, neighbour_radii(y)).values()],
     ):
         assert measure(x) == pytest.approx(measure(shuffled), rel=1e-4)

@@ -27,7 +27,7 @@ def wrong(directory, metrics=None):
 
 
 def write_report(directory, planned_seeds=4):
-    """A report on 6 seeds with failed and censored runs, two candidates, three metrics and costs."""
+    """A report on 6 seeds with failed and censored runs, two candidates, four metrics and costs."""
     base, cand, third = curves(6, 1.0), curves(6, 0.8, seed=1), curves(6, 1.05, seed=5)
     cand[3, 2:] = np.nan
     cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
@@ -35,6 +35,7 @@ def write_report(directory, planned_seeds=4):
         study(base, cand),
         study(base / 1000 - 0.1, cand / 1000 - 0.1, "kid"),
         study(base / 400, cand / 400, "recall"),
+        study(base / 300, cand / 300, "density"),
     ]
     other = study(base, third).query("arm == 'cand'").assign(arm="third")
     metrics = pd.concat([*tables, other])
