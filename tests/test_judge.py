@@ -96,6 +96,12 @@ def test_three_columns_are_enough_and_seeds_give_an_interval(tmp_path):
             "a",
             "the study ../x cannot be the name of a directory: use a name without /",
         ),
+        ("arm,images,value\na,1,2\na,2,1\nb,4,2\nb,8,1\n", "a", "share no range of training images"),
+        (
+            "study,arm,images,value\nx,a,1,2\nx,a,2,1\nx,b,1,2\nx,b,2,1\ny,a,1,2\ny,a,2,1\ny,b,4,2\ny,b,8,1\n",
+            "a",
+            "share no range of training images",
+        ),
         ("", "a", "not a table"),
         ("arm,images,value\na,1,2\nb,1,n.a.?\n", "a", "value has a value that is not a number"),
         ("arm,images,value\n05,1,2\nb,1,2\n", "c", "no row has the arm c: choose from 05, b"),
