@@ -83,7 +83,7 @@ class Arms:
 
     def __init__(self, rows: pd.DataFrame, baseline: str, candidate: str) -> None:
         rows = rows[rows["arm"].isin([baseline, candidate])]
-        failures = rows["value"].isna() & rows["reason"].fillna("").str.match("diverged|collapsed")
+        failures = rows["value"].isna() & rows["reason"].astype(str).str.match("diverged|collapsed")
         rows = rows[np.isfinite(rows["value"]) | failures].sort_values("images")
         self.metric = rows["metric"].iloc[0]
         self.is_ratio = self.metric not in DIFFERENCES and not (rows["value"] <= 0).any()
