@@ -124,9 +124,8 @@ def speed(arguments: argparse.Namespace) -> None:
         frechet_distance,
         kernel_distance,
         mean_kernel,
-        neighbour_radii,
-        precision_recall,
     )
+    from diffusion.evaluation.neighbours import fidelity_and_diversity, neighbour_radii
     from diffusion.evaluation.weights import LITE0, weights_file
 
     torch.set_num_threads(arguments.threads)
@@ -200,9 +199,15 @@ def speed(arguments: argparse.Namespace) -> None:
 
     tensors = torch.from_numpy(x), torch.from_numpy(y)
     once, radii = measure(lambda: neighbour_radii(y))
-    ours, _ = measure(lambda: precision_recall(x, y, radii))
+    ours, _ = measure(lambda: fidelity_and_diversity(x, y, radii))
     theirs, _ = measure(lambda: prc_features_to_metric(*tensors, verbose=False))
-    table.append(("precision and recall, s", f"{ours.seconds:.1f}", f"{theirs.seconds:.1f}"))
+    table.append(
+        (
+            "precision, recall, density and coverage, s (theirs: the first two)",
+            f"{ours.seconds:.1f}",
+            f"{theirs.seconds:.1f}",
+        )
+    )
     table.append(("... peak memory of the process, GB", f"{ours.gigabytes:.2f}", f"{theirs.gigabytes:.2f}"))
     table.append(("... radii of the reference, once, s", f"{once.seconds:.1f}", ""))
     once, kernel = measure(lambda: mean_kernel(y))
@@ -254,7 +259,7 @@ def statistics(arguments: argparse.Namespace) -> None:
         for count in (arguments.real, arguments.generated)
     )
     images = rng.integers(0, 256, (arguments.images, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
-    metrics = ["fd", "kid", "precision", "recall"]
+    metrics = ["fd", "kid", "precision", "recall", "density", "coverage"]
 
     def seconds(label: str, call: Callable[[], Any], operations: Any = None) -> Any:
         """Call a function twice, for the first time with a count of its operations; return its result."""
@@ -305,7 +310,7 @@ def memory(arguments: argparse.Namespace, path: Path) -> None:
     reference = reference_of(features[::5], {})
     print(f"- the reference of {len(reference.features):,} of them: {peak_gigabytes():.2f} GB")
     start = time.perf_counter()
-    for row in evaluate(features, reference, ["fd", "kid", "precision", "recall"]):
+    for row in evaluate(features, reference, ["fd", "kid", "precision", "recall", "density", "coverage"]):
         print(f"- {row.metric} {row.value:.4g}", end=" ")
     print(f"of all, {time.perf_counter() - start:.0f} s: {peak_gigabytes():.2f} GB")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-HIGHER_IS_BETTER = ("precision", "recall")
-DIFFERENCES = ("kid", "precision", "recall", "memorised")
+HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage")
+DIFFERENCES = ("kid", "memorised", *HIGHER_IS_BETTER)
 Pairs = list[tuple[float, float]]
 
 
@@ -83,7 +83,7 @@ class Arms:
 
     def __init__(self, rows: pd.DataFrame, baseline: str, candidate: str) -> None:
         rows = rows[rows["arm"].isin([baseline, candidate])]
-        failures = rows["value"].isna() & rows["reason"].fillna("").str.match("diverged|collapsed")
+        failures = rows["value"].isna() & rows["reason"].astype(str).str.match("diverged|collapsed")
         rows = rows[np.isfinite(rows["value"]) | failures].sort_values("images")
         self.metric = rows["metric"].iloc[0]
         self.is_ratio = self.metric not in DIFFERENCES and not (rows["value"] <= 0).any()

@@ -163,13 +163,16 @@ def study(metrics: pd.DataFrame, plan: dict[str, Any], costs: dict[str, dict[str
     planned, later = metrics[is_planned], metrics[~is_planned]
     if plan["last_step"] is not None:
         planned = planned[planned["step"] <= plan["last_step"]]
+    pairs = [(plan["baseline"], candidate) for candidate in plan["candidates"]]
+    pairs += [(pair["baseline"], pair["candidate"]) for pair in plan.get("also", [])]
     comparisons = []
     for (features, metric), rows in planned.groupby(["features", "metric"], sort=False):
-        for candidate in plan["candidates"]:
-            is_primary = (features, metric, candidate) == (plan["features"], plan["metric"], plan["candidate"])
-            if has_pairs(rows, plan["baseline"], candidate):
+        for baseline, candidate in pairs:
+            compared = (features, metric, baseline, candidate)
+            is_primary = compared == (plan["features"], plan["metric"], plan["baseline"], plan["candidate"])
+            if has_pairs(rows, baseline, candidate):
                 role = "primary" if is_primary else "secondary"
-                comparisons.append(compare(rows, plan, candidate, role, costs))
+                comparisons.append(compare(rows, plan | {"baseline": baseline}, candidate, role, costs))
     secondary = [c for c in comparisons if c["role"] == "secondary" and not np.isnan(c["effects"][0]["p_value"])]
     secondary.sort(key=lambda c: c["effects"][0]["p_value"])
     for comparison in comparisons:
@@ -261,7 +264,7 @@ def differences(recorded: Any, recomputed: Any, path: str) -> Iterator[tuple[str
 
 
 def name_of(comparison: dict[str, Any]) -> str:
-    return " ".join(comparison[key] for key in ("role", "features", "metric", "candidate"))
+    return " ".join(comparison[key] for key in ("role", "features", "metric", "baseline", "candidate"))
 
 
 def table_rows(comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ of tensors, such as the optimizer, is one launch.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -40,9 +40,6 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # an operation that 
 OVERWRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # the target is written and not read
 
 
-Moved = Iterable[tuple[Tensor | None, float]]  # as in `diffusion.nets.kernels`
-
-
 class Traffic(TorchDispatchMode):
     """Counts the operations on fake CUDA tensors in this context.
 
@@ -61,7 +58,9 @@ class Traffic(TorchDispatchMode):
         self.launches[name] += launches
         self.bytes[name] += round(moved)
 
-    def launch(self, kernel: Any, grid: Any, loads: Moved, stores: Moved, *arguments: Any, **options: Any) -> None:
+    def launch(
+        self, kernel: Any, grid: Any, loads: kernels.Moved, stores: kernels.Moved, *arguments: Any, **options: Any
+    ) -> None:
         """Counts a kernel of this project, in place of `diffusion.nets.kernels.launch`."""
         if kernel.__name__ in PRODUCTS:
             return self.add("products", 0)

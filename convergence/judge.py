@@ -44,29 +44,31 @@ def judge_curves(metrics: pd.DataFrame, baseline: str, candidate: str, directory
     studies = list(metrics["study"].unique())
     if len(studies) > 1 and (wrong := [study for study in studies if "/" in study or study in {".", ".."}]):
         raise StudyError(f"the study {wrong[0]} cannot be the name of a directory: use a name without /")
-    verdicts = []
-    for study in studies:
-        rows = metrics[metrics["study"] == study]
+    rows_of = {study: metrics[metrics["study"] == study] for study in studies}
+    # All studies are judged before anything is written.
+    verdicts = [_judge(rows, study, baseline, candidate) for study, rows in rows_of.items()]
+    for verdict, (study, rows) in zip(verdicts, rows_of.items(), strict=True):
         target = directory / study if len(studies) > 1 else directory
         target.mkdir(parents=True, exist_ok=True)
-        metric = rows["metric"].iloc[0]
-        plan = StudyPlan(
-            baseline=baseline,
-            candidates=(candidate,),
-            candidate=candidate,
-            features=rows["features"].iloc[0],
-            metric=metric,
-            thresholds=None,
-            margin=None,
-            seeds=None,
-            last_step=None,
-        )
-        verdict = judge(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, plan)
         write_verdict(verdict, target)
         draw_forest(verdict.primary, [target / "speedups.png"])
-        fid_curves(rows, [target / "fid_curves.png"], metric, verdict.comparisons)
-        verdicts.append(verdict)
+        fid_curves(rows, [target / "fid_curves.png"], rows["metric"].iloc[0], verdict.comparisons)
     if len(studies) > 1:
         comparisons = [comparison for verdict in verdicts for comparison in verdict.comparisons]
         fid_curves(metrics, [directory / "fid_curves.png"], metrics["metric"].iloc[0], comparisons)
     return verdicts
+
+
+def _judge(rows: pd.DataFrame, study: str, baseline: str, candidate: str) -> StudyVerdict:
+    plan = StudyPlan(
+        baseline=baseline,
+        candidates=(candidate,),
+        candidate=candidate,
+        features=rows["features"].iloc[0],
+        metric=rows["metric"].iloc[0],
+        thresholds=None,
+        margin=None,
+        seeds=None,
+        last_step=None,
+    )
+    return judge(rows, pd.DataFrame(columns=PROBE_COLUMNS), study, plan)

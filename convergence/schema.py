@@ -143,7 +143,8 @@ class Evaluate(Section):
     features: Annotated[tuple[str, ...], Distinct] = Field(("inception-v3-compat",), min_length=1)
     """Feature extractors. The primary comparison uses the first one."""
     metrics: Annotated[
-        tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "memorised"], ...], Distinct
+        tuple[Literal["fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "memorised"], ...],
+        Distinct,
     ] = Field(("fd",), min_length=1)
     """Metrics to compute. `fd` is required, because the curves show it."""
     reference: Literal["train", "held_out"] = "train"
@@ -197,7 +198,7 @@ class Primary(Section):
 
     candidate: str
     """Arm that is compared with the baseline: one of `candidates`."""
-    metric: Literal["fd", "kid", "precision", "recall"] = "fd"
+    metric: Literal["fd", "kid", "precision", "recall", "density", "coverage"] = "fd"
     """Metric of the comparison: one of `evaluate.metrics`, computed from the first of `evaluate.features`."""
 
 

@@ -23,9 +23,12 @@ from diffusion.evaluation.weights import INCEPTION, LITE0
 from diffusion.files import atomic_write
 
 ALL = "all"  # timesteps of a probe that is not limited to a bin
-HIGHER_IS_BETTER = {"precision", "recall"}
-SHARES = HIGHER_IS_BETTER | {"memorised"}
-DIFFERENCES = SHARES | {"kid"}  # can be 0 or negative: compared by differences; the others are compared by ratios
+HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage"}
+SHARES = {"precision", "recall", "coverage", "memorised"}
+DIFFERENCES = SHARES | {
+    "kid",
+    "density",
+}  # can be 0 or negative: compared by differences; the others are compared by ratios
 FEATURE_NAMES = {
     INCEPTION: "Inception-v3",
     LITE0: "EfficientNet-Lite0",
@@ -38,6 +41,8 @@ METRIC_NAMES = {
     "kid": "KD",
     "precision": "Precision",
     "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
     "memorised": "Memorised",
 }
 INCEPTION_NAMES = {"fd": "FID", "fd_infinity": "FID∞", "kid": "KID"}
@@ -246,13 +251,15 @@ def _check_values(table: pd.DataFrame, source: str) -> None:
         StudyError: a number is outside of its range.
     """
     numbers, metric = table[NUMBER_COLUMNS], table["metric"]
-    distances, shares = (table[["value"]].where(which) for which in (metric == "fd", metric.isin(SHARES)))
+    positive, shares = (
+        table[["value"]].where(which) for which in (metric.isin(["fd", "density"]), metric.isin(SHARES))
+    )
     for rule, wrong in (
         ("finite", np.isinf(numbers)),
         ("at least 0", numbers[["images", "step", "contended_seconds", "n", "stderr"]] < 0),
         ("a whole number", numbers[["seed", "n"]].fillna(0) % 1 != 0),
         ("below 1e15", numbers[["images", "n"]] >= 1e15),  # float64 has every integer up to 9e15
-        ("at least 0 for this metric", distances < 0),
+        ("at least 0 for this metric", positive < 0),
         ("between 0 and 1 for this metric", (shares < 0) | (shares > 1)),
     ):
         for column, rows in wrong.items():

@@ -213,17 +213,18 @@ def test_studies_of_which_every_run_diverged_have_no_result():
     assert "nan" not in str(comparison) and np.isnan(comparison.primary_threshold)
 
 
-def test_shares_are_compared_by_differences_and_higher_is_better():
+@pytest.mark.parametrize(("metric", "name"), [("recall", "Recall"), ("density", "Density"), ("coverage", "Coverage")])
+def test_shares_are_compared_by_differences_and_higher_is_better(metric, name):
     base = np.array([[0.0, 0.2, 0.3, 0.4, 0.5], [0.0, 0.1, 0.3, 0.4, 0.5], [0.0, 0.15, 0.3, 0.4, 0.5]])
-    comparison = compared(base, base + [[0.1], [0.11], [0.1]], metric="recall")
+    comparison = compared(base, base + [[0.1], [0.11], [0.1]], metric=metric)
     average, final = comparison.average, comparison.final
     np.testing.assert_allclose(average.estimate, 0.31 / 3)
     np.testing.assert_allclose(final.candidate, 0.5 + 0.31 / 3)
     assert 0 < average.low < average.estimate < average.high and average.shown == "better"
     assert comparison.images.estimate < 1 and comparison.margin is None and not comparison.within_margin
-    assert comparison.scale == "difference" and "Recall +0.103 on average (" in str(comparison)
-    unreached = compared(base, base + [[0.1], [0.11], [0.1]], [0.9], metric="recall")
-    assert unreached.headline == "cand has a higher Recall on average than base"
+    assert comparison.scale == "difference" and f"{name} +0.103 on average (" in str(comparison)
+    unreached = compared(base, base + [[0.1], [0.11], [0.1]], [0.9], metric=metric)
+    assert unreached.headline == f"cand has a higher {name} on average than base"
 
 
 @pytest.mark.parametrize(("metric", "change", "text"), [("kid", -0.04, "KD -0.04"), ("fd", -0.05, "FD -0.05")])

@@ -13,7 +13,8 @@ import diffusion.evaluation.weights as weights
 from diffusion.data.arrays import split
 from diffusion.errors import FileError, InputError
 from diffusion.evaluation.extractors import extract_features
-from diffusion.evaluation.metrics import mean_kernel, neighbour_radii
+from diffusion.evaluation.metrics import mean_kernel
+from diffusion.evaluation.neighbours import neighbour_radii
 from diffusion.evaluation.reference import evaluate, load_reference, make_reference, reference_key, reference_of
 from diffusion.evaluation.weights import LITE0
 
@@ -155,15 +156,17 @@ def test_rows_are_in_the_order_of_the_metrics(capsys):
 
 def test_a_set_compared_with_itself_has_no_standard_errors():
     x = correlated(30, 8, seed=0)
-    rows = {row.metric: row for row in evaluate(x, reference_of(x, {}), ["fd", "kid", "precision", "recall"])}
+    rows = {
+        row.metric: row for row in evaluate(x, reference_of(x, {}), ["fd", "kid", "precision", "recall", "coverage"])
+    }
     assert all(math.isnan(row.stderr) for row in rows.values())
-    assert rows["fd"].value == pytest.approx(0, abs=1e-6) and rows["precision"].value == 1
+    assert rows["fd"].value == pytest.approx(0, abs=1e-6) and rows["precision"].value == rows["coverage"].value == 1
     assert {row.reason for row in rows.values()} == {"no standard error: both sets are the same"}
 
 
 def test_equal_features_give_equal_rows():
     x, reference = correlated(40, 8, seed=0), reference_of(correlated(30, 8, seed=1), {})
-    every = ["fd", "fd_infinity", "kid", "precision"]
+    every = ["fd", "fd_infinity", "kid", "precision", "density", "coverage"]
     rows, again = (evaluate(x, reference, every) for _ in range(2))
     assert [row[:-1] for row in rows] == [row[:-1] for row in again]
     np.testing.assert_array_equal([row.influences for row in rows], [row.influences for row in again])
@@ -172,23 +175,23 @@ def test_equal_features_give_equal_rows():
 @pytest.mark.parametrize(
     ("n", "reasons"),
     [
-        (0, ["no samples"] * 4),
+        (0, ["no samples"] * 5),
         (
             1,
             [
                 *["needs 2 images, got 1 and 30 real ones"] * 2,
-                "needs 4 images, got 1 and 30 real ones",
+                *["needs 4 images, got 1 and 30 real ones"] * 2,
                 "needs more than 17 images, got 1",
             ],
         ),
-        (3, ["", "", "needs 4 images, got 3 and 30 real ones", "needs more than 17 images, got 3"]),
-        (17, ["", "", "", "needs more than 17 images, got 17"]),
-        (18, ["", "", "", "extrapolated from 9 to 18 samples"]),
+        (3, ["", "", *["needs 4 images, got 3 and 30 real ones"] * 2, "needs more than 17 images, got 3"]),
+        (17, ["", "", "", "", "needs more than 17 images, got 17"]),
+        (18, ["", "", "", "", "extrapolated from 9 to 18 samples"]),
     ],
 )
 def test_a_set_too_small_for_a_metric_has_a_reason(n, reasons):
     reference = reference_of(correlated(30, 8, seed=1), {})
-    rows = evaluate(correlated(n, 8, seed=0), reference, ["fd", "kid", "recall", "fd_infinity"])
+    rows = evaluate(correlated(n, 8, seed=0), reference, ["fd", "kid", "recall", "coverage", "fd_infinity"])
     assert [row.reason for row in rows] == reasons
     missing = [bool(reason) and not reason.startswith("extrapolated") for reason in reasons]
     assert [math.isnan(row.value) for row in rows] == missing
@@ -203,7 +206,7 @@ def test_a_small_reference_has_no_recall():
 def test_evaluate_refuses_unknown_metrics_and_unfit_features():
     x = correlated(30, 8, seed=0)
     with pytest.raises(
-        InputError, match="^metrics: 'fid' is unknown: choose from fd, fd_infinity, kid, precision, recall, memorised"
+        InputError, match="^metrics: 'fid' is unknown: choose from fd, fd_infinity, kid, precision, recall, density"
     ):
         evaluate(x, reference_of(x, {}), ["fid"])
     with pytest.raises(InputError, match="the features have 7 .*the reference have 8: use the same extractor"):

@@ -148,13 +148,13 @@ def test_inception_from_a_file_to_the_table(tmp_path, no_network):
     edit(project, lambda study: study["dataset"].update(held_out=30))
     edit(project, lambda study: study.update(seeds=[0], arms={"under05": study["arms"]["under05"]}))
     edit(project, lambda study: study.pop("compare"))
-    metrics = ["fd", "fd_infinity", "kid", "precision", "recall", "memorised"]
+    metrics = ["fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage", "memorised"]
     weights = {INCEPTION: {"path": "random.pth", "sha256": digest}}
     edit(project, with_evaluate(features=[INCEPTION, LITE0], metrics=metrics, weights=weights))
     done = snakemake(project, "--config", "tracking=off", target=str(REPORT / "metrics.csv"))
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(project / REPORT / "metrics.csv")
-    assert sorted(table["features"].unique()) == sorted([LITE0, INCEPTION]) and len(table) == 2 * 6 * 3
+    assert sorted(table["features"].unique()) == sorted([LITE0, INCEPTION]) and len(table) == 2 * 8 * 3
     assert table.loc[table["metric"] != "fd_infinity", "value"].notna().all()
     assert table.loc[table["metric"] == "fd_infinity", "reason"].str.startswith("needs more than").all()
     assert (table.loc[table["metric"].isin(["fd", "kid"]), "stderr"] > 0).all()

@@ -102,6 +102,7 @@ def caption(ax):
         (LITE0, "kid", 500, "KD (EfficientNet-Lite0), 500 samples"),
         ("of-my-own", "fd", 2, "FD (of-my-own), 2 samples"),
         (INCEPTION, "recall", 500, "Recall (Inception-v3), 500 samples"),
+        (LITE0, "coverage", 500, "Coverage (EfficientNet-Lite0), 500 samples"),
     ],
 )
 def test_label_names_features_metric_and_samples(features, metric, n, label):

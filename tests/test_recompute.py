@@ -15,6 +15,7 @@ from benchmarks import independent, recompute
 from convergence.analysis.cost import COLUMNS, cost_table, costs
 from convergence.analysis.verdict import write_verdict
 from convergence.rows import COLUMNS_WITH_AVERAGE, of_rounds
+from convergence.schema import Pair
 from convergence.tables import write_table
 
 PUBLISHED = ROOT / "reports/published"
@@ -29,7 +30,7 @@ def wrong(directory, metrics=None):
 
 
 def write_report(directory, planned_seeds=4):
-    """A report on 6 seeds with failed and censored runs, two candidates, three metrics and costs."""
+    """A report on 6 seeds with failed and censored runs, two candidates, four metrics and costs."""
     base, cand, third = curves(6, 1.0), curves(6, 0.8, seed=1), curves(6, 1.05, seed=5)
     cand[3, 2:] = np.nan
     cand[2] *= 0.2  # reaches every threshold before the first trained checkpoint
@@ -37,10 +38,12 @@ def write_report(directory, planned_seeds=4):
         study(base, cand),
         study(base / 1000 - 0.1, cand / 1000 - 0.1, "kid"),
         study(base / 400, cand / 400, "recall"),
+        study(base / 300, cand / 300, "density"),
     ]
     other = study(base, third).query("arm == 'cand'").assign(arm="third")
     metrics = pd.concat([*tables, other])
-    changes = {"candidates": ("cand", "third"), "seeds": tuple(range(planned_seeds)), "last_step": 400}
+    also = (Pair(baseline="cand", candidate="third"),)
+    changes = {"candidates": ("cand", "third"), "also": also, "seeds": tuple(range(planned_seeds)), "last_step": 400}
     plan = PLAN.model_copy(update=changes)
     seconds = np.random.default_rng(0).lognormal(0, 0.1, (5, 3)) * [0.01, 0.0125, 0.02]
     rounds = pd.DataFrame(of_rounds(seconds, ["base", "cand", "third"], "a CPU"))

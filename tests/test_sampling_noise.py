@@ -36,7 +36,7 @@ def measure(nets: np.ndarray, latents: np.ndarray, reference, metric: str) -> tu
     return to_level(values, metric, scale), influences * slope[..., None]
 
 
-@pytest.mark.parametrize("metric", ["fd", "kid", "precision"])
+@pytest.mark.parametrize("metric", ["fd", "kid", "precision", "density", "coverage"])
 def test_the_part_of_the_samples_is_the_spread_over_other_latents(metric):
     rng = np.random.default_rng(0)
     reference = reference_of(rng.standard_normal((500, D)).astype(np.float32), {})

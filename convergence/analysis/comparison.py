@@ -77,7 +77,7 @@ def compare(
             `reason`, which states why a value is missing: "diverged ..." or "collapsed ..." for a failed run.
         baseline: name of the arm to compare with.
         candidate: name of the arm to judge.
-        metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall` or `memorised`.
+        metric: `fd`, `fd_infinity`, `kid`, `precision`, `recall`, `density`, `coverage` or `memorised`.
         thresholds: values of the metric. For each value, the arms are compared in the training images that they need to
             reach the value. The middle value is the primary threshold, which decides whether the candidate is faster.
             By default, the primary threshold is the best value that all runs reach, except failed runs.

@@ -29,8 +29,8 @@ BOLD_FROM_PAIRS = 3
 LEVEL = 0.05  # of adjusted p-values
 LEGEND = """\
 Brackets contain 95% confidence intervals over seeds. A change of FID or FD is in percent of the baseline's: above 0 is
-worse. KID, KD (the KID estimator on features other than Inception's), precision and recall show the change of the
-metric itself: lower is better for KID and KD, higher for precision and recall. Images and hours are factors, the
+worse. KID, KD (the KID estimator on features other than Inception's), precision, recall, density and coverage show the
+change of the metric itself: lower is better for KID and KD, higher for the others. Images and hours are factors, the
 candidate's divided by the baseline's: above 1 is slower."""
 METHOD = """\
 - Seeds are paired: seed k of the candidate with seed k of the baseline. Intervals are 95% t-intervals of the mean

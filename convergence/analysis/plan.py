@@ -21,8 +21,8 @@ def plan(
         metrics: the long table of metrics (`convergence.tables`) of the pilot, of one study, extractor and metric.
         baseline: name of an arm of the pilot.
         candidate: name of another arm of the pilot.
-        effect: the effect to detect. For FD, it is a relative change such as 0.02. For KID, precision and recall, it
-            is a change of the metric itself.
+        effect: the effect to detect. For FD, it is a relative change such as 0.02. For KID, precision, recall,
+            density and coverage, it is a change of the metric itself.
         costs: arm -> training seconds per 1000 images; None: the text contains no hours.
 
     Raises:

@@ -10,7 +10,7 @@ from convergence.errors import StudyError
 from diffusion.evaluation.weights import INCEPTION, LITE0, SOURCES, weights_file
 
 FEATURES = (LITE0, *SOURCES)
-METRICS = ("fd", "fd_infinity", "kid", "precision", "recall")
+METRICS = ("fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage")
 
 
 @click.command("evaluate")

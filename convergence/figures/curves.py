@@ -80,7 +80,7 @@ def fid_curves(
             from this net. If a value is missing, reason states why: "diverged at step N" or "collapsed at step N" for a
             failed run.
         paths: files to write; the suffix chooses the format ("png", "svg", "pdf").
-        metric: "fd", "kid", "precision" or "recall".
+        metric: "fd", "kid", "precision", "recall", "density" or "coverage".
         comparisons: comparisons of the verdicts, of which only the primary ones are used. The headline of a primary
             comparison is in the title of its panel. An arrow connects the places where the baseline and the candidate
             reach the primary threshold.

@@ -77,7 +77,8 @@ def _draw(study: str, mechanisms: Sequence[Mechanism], arms: Sequence[str]) -> F
     _draw_effects(share, in_bins, bins, styles)
     share.set(title="Where does the variance of the gradient come from?", ylabel="share of the arm's variance, %")
     share.set_ylim(bottom=0)
-    _draw_effects(variance, of("by_tables"), bins, {arm: style | TABLE_MARK for arm, style in styles.items()})
+    if any(of("by_tables").values()):
+        _draw_effects(variance, of("by_tables"), bins, {arm: style | TABLE_MARK for arm, style in styles.items()})
     _draw_effects(variance, of("variance"), bins, styles)
     variance.axhline(1, color="0.3", linewidth=0.8, zorder=1)
     variance.set(title="Where is the gradient noisier?", ylabel=f"variance / that of {first.baseline}")

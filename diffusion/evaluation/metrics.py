@@ -1,5 +1,7 @@
 """Metrics that compare the features of generated images with the features of real images (the reference).
 
+The metrics of distributions are here, those of neighbourhoods in `diffusion.evaluation.neighbours`.
+
 Features are float32 [N, D], one row per image: an array, or a tensor on any device. The device of the features of the
 generated images computes: sums, covariances and eigenvalues in float64, kernels and distances in float32. TF32 must be
 off (`diffusion.evaluation.extractors.full_precision`). Results are on the CPU, except for a `Gaussian`.
@@ -22,8 +24,6 @@ BLOCK = 256  # rows of a kernel or distance matrix that are in memory at the sam
 MOMENT_ROWS = 4096  # rows of features that are in memory as float64 at the same time
 COLUMNS = 512  # columns of a covariance that are computed at the same time
 SMALL_EIGENVALUE = 1e-10  # relative to the largest; the square root of a smaller one is too inaccurate
-FEW_ROWS = 25  # between so few rows, torch.cdist subtracts the rows from each other
-NEIGHBOURS = 3  # k in Kynkaanniemi et al. 2019
 INFINITY_POINTS = 15  # number of subsets in Chong & Forsyth 2020
 
 Features = np.ndarray | Tensor
@@ -54,13 +54,14 @@ class Gaussian(NamedTuple):
     """Root R of the covariance, float64 [min(N, D), D]: the covariance is R^T R."""
 
 
-def _on_one_device(features: Features, *others: Features) -> list[Tensor]:
+def on_one_device(features: Features, *others: Features) -> list[Tensor]:
     """Returns all arguments as tensors on the device of the first; an array is on the CPU."""
     x = torch.as_tensor(features)
     return [x, *(torch.as_tensor(other, device=x.device) for other in others)]
 
 
-def _to_numpy(x: Tensor) -> np.ndarray:
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Returns a tensor of any device as an array."""
     return x.cpu().numpy()
 
 
@@ -114,7 +115,7 @@ def frechet(features: Features, reference: Gaussian) -> Estimate:
     x = _checked(features)
     distance, influences = _frechet(x, reference, with_influences=True)
     stderr = influences.std().item() / math.sqrt(len(x)) if len(x) > 2 else math.nan
-    return Estimate(distance, stderr, influences=_to_numpy(influences))
+    return Estimate(distance, stderr, influences=to_numpy(influences))
 
 
 def frechet_distance(features_a: Features, features_b: Features | Gaussian) -> float:
@@ -154,7 +155,7 @@ def frechet_infinity(features: Features, reference: Gaussian, rng: np.random.Gen
     image_weights = np.zeros(n)
     for subset, weight in zip(subsets, weights, strict=True):
         image_weights[subset] += weight / len(subset)
-    weighted = n * image_weights * _to_numpy(influences)
+    weighted = n * image_weights * to_numpy(influences)
     return Estimate(
         float(weights @ [*distances, distance]),
         float(np.linalg.norm(weighted)) / n,
@@ -295,7 +296,7 @@ def kernel_distance(features: Features, reference: Features, reference_kernel: f
         reference: features of real images, [M, D].
         reference_kernel: `mean_kernel` of the reference.
     """
-    x, y = _on_one_device(features, reference)
+    x, y = on_one_device(features, reference)
     n = len(x)
     g = torch.cat([_kernel(rows, y).mean(1, dtype=torch.float64) for rows in x.split(BLOCK)])
     own = _own_kernel(x) - 2 * g
@@ -311,7 +312,7 @@ def kernel_distance(features: Features, reference: Features, reference_kernel: f
     # Subtracting u from each h centres h and reduces the sum of squares by n (n - 1) u^2.
     squares -= own.square().sum() + n * (n - 1) * u**2
     centred_sums = sums - (n - 1) * u
-    influences = _to_numpy(2 / (n - 1) * centred_sums)
+    influences = to_numpy(2 / (n - 1) * centred_sums)
     variance = (4 * centred_sums.square().sum().item() - 2 * squares.item()) / (n * (n - 1) * (n - 2) * (n - 3))
     if variance <= 0:
         note = "no standard error: the estimate of the variance is not positive"
@@ -326,94 +327,3 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def _own_kernel(x: Tensor) -> Tensor:
     """Returns k(x_i, x_i) for each row, float64 [N]."""
     return (torch.linalg.vecdot(x, x) / x.shape[1] + 1).pow(3).double()
-
-
-# Nearest neighbours
-
-
-def neighbour_radii(features: Features, others: Features | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """Returns the distance from each row of features to its k-th nearest neighbour.
-
-    Args:
-        features: features, [N, D].
-        others: candidates for the neighbours, [M, D] with M >= k. If None, the candidates for a row are the other rows
-            of `features` (N > k).
-        k: which neighbour: 1 is the nearest.
-
-    Returns:
-        distances, float32 [N].
-    """
-    x, y = _on_one_device(features, features if others is None else others)
-    rank = k + (others is None)  # within one set, the nearest row is the row itself
-    radii = [distances.topk(rank, largest=False).values[:, -1] for distances in _distances(x, y)]
-    return _to_numpy(torch.cat(radii))
-
-
-def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Yields the distances from each block of rows of x to all rows of y, [rows, M].
-
-    The values are those of `torch.cdist`, which would copy y for each block. Between many rows, they follow from one
-    matrix product, |a - b|^2 = -2 a.b + |a|^2 + |b|^2, so their absolute error is up to about 1e-3 |a|.
-    """
-    others = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], 1)
-    for rows in x.split(BLOCK):
-        if max(len(rows), len(y)) <= FEW_ROWS:
-            yield torch.cdist(rows, y)
-        else:
-            own = torch.cat([rows.mul(-2), rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])], 1)
-            yield (own @ others.T).clamp_min_(0).sqrt_()
-
-
-def precision_recall(features: Features, reference: Features, reference_radii: Features) -> dict[str, Estimate]:
-    """Returns improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) with k = 3.
-
-    The radius of an image is the distance to its third nearest neighbour in its own set. Precision is the fraction of
-    generated images that are within the radius of at least one reference image. Recall is the fraction of reference
-    images that are within the radius of at least one generated image.
-
-    The standard error of precision is that of a proportion. The standard error of recall is not known, because the
-    radii of the generated images are random, too.
-
-    Args:
-        features: features of generated images, [N, D] with N > 3.
-        reference: features of reference images, [M, D].
-        reference_radii: `neighbour_radii` of the reference, [M].
-
-    Returns:
-        a dict with the estimates "precision" and "recall".
-    """
-    x, y, x_radii, y_radii = _on_one_device(features, reference, neighbour_radii(features), reference_radii)
-    precise, recalled = [], torch.zeros_like(y_radii, dtype=torch.bool)
-    for distances, radii in zip(_distances(x, y), x_radii.split(BLOCK), strict=True):
-        precise.append((distances <= y_radii).any(1))
-        recalled |= (distances <= radii[:, None]).any(0)
-    hits = torch.cat(precise).double()
-    precision = hits.mean().item()
-    return {
-        "precision": Estimate(
-            precision, math.sqrt(precision * (1 - precision) / len(x)), influences=_to_numpy(hits - precision)
-        ),
-        "recall": Estimate(recalled.double().mean().item()),
-    }
-
-
-def memorised(features: Features, training: Features, held_out_distances: np.ndarray) -> Estimate:
-    """Returns the probability that a generated image is closer to the training images than a held-out image is.
-
-    Both images are compared by the distance to the nearest training image in feature space. The probability is the
-    Mann-Whitney statistic of Meehan et al. 2020, arXiv 2004.05675, over the whole feature space. The value is 1/2 if
-    the model generalises, and 1 if the model copies training images. Below 1/2, the generated images are farther from
-    the training images than the held-out images are. The standard error is that of a mean over the generated images.
-
-    Args:
-        features: features of generated images, [N, D].
-        training: features of training images, [M, D].
-        held_out_distances: distance from each held-out image to the nearest training image, [H].
-    """
-    distances = neighbour_radii(features, training, k=1)
-    ordered = np.sort(held_out_distances)
-    # Ties count 1/2.
-    below, up_to = (np.searchsorted(ordered, distances, side) for side in ("left", "right"))
-    placements = 1 - (below + up_to) / 2 / len(ordered)
-    value, stderr = placements.mean(), placements.std(ddof=1) / math.sqrt(len(placements))
-    return Estimate(float(value), float(stderr), influences=placements - value)

@@ -21,7 +21,6 @@ from diffusion.data.arrays import split
 from diffusion.errors import FileError, InputError
 from diffusion.evaluation.extractors import Extractor, device_of, extract_features, full_precision
 from diffusion.evaluation.metrics import (
-    NEIGHBOURS,
     Estimate,
     Gaussian,
     fit_gaussian,
@@ -29,10 +28,8 @@ from diffusion.evaluation.metrics import (
     frechet_infinity,
     kernel_distance,
     mean_kernel,
-    memorised,
-    neighbour_radii,
-    precision_recall,
 )
+from diffusion.evaluation.neighbours import NEIGHBOURS, fidelity_and_diversity, memorised, neighbour_radii
 from diffusion.files import atomic_write
 
 SUBSETS_SEED = 0  # seed of the subsets of "fd_infinity"
@@ -256,9 +253,9 @@ _COMPUTATIONS = [
         lambda features, reference: {"kid": kernel_distance(features, reference.features, reference.kernel)},
     ),
     _Computation(
-        ("precision", "recall"),
+        ("precision", "recall", "density", "coverage"),
         _needs_images(NEIGHBOURS + 1),
-        lambda features, reference: precision_recall(features, reference.features, reference.radii),
+        lambda features, reference: fidelity_and_diversity(features, reference.features, reference.radii),
     ),
     _Computation(
         ("memorised",),
@@ -279,8 +276,8 @@ def evaluate(
     Args:
         features: features of the generated images, float32 [N, D]; [0, D] if the run diverged.
         reference: reference of real images.
-        metrics: names of metrics: "fd", "fd_infinity", "kid", "precision", "recall" or "memorised". See
-            `diffusion.evaluation.metrics`.
+        metrics: names of metrics: "fd", "fd_infinity", "kid", "precision", "recall", "density", "coverage" or
+            "memorised". See `diffusion.evaluation.metrics` and `diffusion.evaluation.neighbours`.
         device: device that computes the metrics.
 
     Returns:
