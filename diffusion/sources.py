@@ -8,12 +8,11 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 MODULES = (
-    "gaussian", "timesteps", "losses", "schemes", "streams", "devices", "build", "gradients", "nets/*", "data/arrays",
-    "data/batches", "training/adamw", "training/parallel", "training/segment", "training/state",
+    "averages", "gaussian", "timesteps", "losses", "schemes", "streams", "devices", "build", "gradients", "nets/*",
+    "data/arrays", "data/batches", "training/adamw", "training/parallel", "training/segment", "training/state",
 )  # fmt: skip
 # The rest of these modules defines keys, whose values are part of a run's name: a new key does not change the hash.
 PARTS = {
-    "averages": ("ema_decay", "power_exponent"),
     "config": ("GROUP_NORM_GROUPS", "Density.learned", "Train.averages", "Scheme.corrected"),
     "section": ("Choice.chosen",),
 }
