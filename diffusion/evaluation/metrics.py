@@ -55,13 +55,13 @@ class Gaussian(NamedTuple):
 
 
 def on_one_device(features: Features, *others: Features) -> list[Tensor]:
-    """Returns all arguments as tensors on the device of the first; an array is on the CPU."""
+    """Returns all arguments [N, ...] as tensors on the device of the first; an array is on the CPU."""
     x = torch.as_tensor(features)
     return [x, *(torch.as_tensor(other, device=x.device) for other in others)]
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """Returns a tensor of any device as an array."""
+    """Returns a tensor [...] on any device as an array."""
     return x.cpu().numpy()
 
 
