@@ -16,7 +16,7 @@ from convergence.resources import FEATURES, count_images, images_in
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from convergence.tables import markdown_table
-from diffusion.nets.size import unet_size
+from diffusion.net_size import net_size
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     jobs += len(("cost", "verdict", "figures", "pages"))
 
     size = experiment.dataset.image_size
-    parameters = unet_size(experiment.model, size).parameters
+    parameters = net_size(experiment.model, size).parameters
     weights, state = FLOAT * parameters, 4 * FLOAT * parameters
     image = 3 * size**2
     count = _images(experiment)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.build import build
 from diffusion.checkpoints import save_weights
@@ -20,7 +20,6 @@ from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
 from diffusion.gradients import LossGradients
-from diffusion.nets.unet import UNet
 from diffusion.schemes import Tables, matched, scheme_tables
 from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
@@ -28,7 +27,7 @@ from diffusion.training import parallel
 from diffusion.training.adamw import AdamW
 
 
-def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
+def untrained(config: Initial, seed: int) -> tuple[nn.Module, NoiseSchedule]:
     """Returns the untrained net of a seed, on the CPU, and its noise schedule.
 
     Runs with the same seed and the same configuration of the net start from this net.
@@ -41,7 +40,7 @@ def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
 def initial_weights(config: Initial, seed: int, path: Path) -> None:
     """Writes the weights of the untrained net (step 0) to a safetensors file, in the format of `save_weights`."""
     model, _ = untrained(config, seed)
-    save_weights(path, dict(model.named_parameters()), config, seed, step=0, diverged=False)
+    save_weights(path, model.state_dict(), config, seed, step=0, diverged=False)
 
 
 class TrainState:
@@ -90,8 +89,9 @@ class TrainState:
         self.id = "start"
 
     def ema_weights(self) -> dict[str, Tensor]:
-        """Returns the averaged weights (EMA) as a dict from parameter names to float32 tensors [...]."""
-        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
+        """Returns the averaged weights (EMA) as a state dict of the net: from names to float32 tensors [...]."""
+        averages = dict(zip((name for name, _ in self.model.named_parameters()), self.ema, strict=True))
+        return self.model.state_dict() | averages  # the others are buffers, which stay constant
 
     def batches(self, images: np.ndarray, indices: np.ndarray | None = None) -> Batches:
         """Returns the training batches of this run.
@@ -317,7 +317,7 @@ def train_step(state: TrainState, batches: Batches) -> None:
     t = draw(tables.probabilities, size, generator(seed, "timesteps", step, device))
     mse_weight, vb_weight = tables.mse_weight[t].float(), tables.vb_weight[t].float()
     noise = torch.randn(x_start.shape, device=device, generator=generator(seed, "noise", step, device))
-    if state.run.model.dropout:
+    if state.gradients.dropout:
         # Only dropout uses torch's global generator. Its seed differs between processes.
         torch.manual_seed(stream_seed(seed, f"dropout{parallel.rank() or ''}", step))
 
