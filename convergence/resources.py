@@ -15,7 +15,8 @@ from typing import NamedTuple
 from convergence.schema import Evaluate, Experiment, Probe
 from diffusion.config import Dataset, RunConfig
 from diffusion.errors import InputError
-from diffusion.nets.size import Size, unet_size
+from diffusion.net_size import net_size
+from diffusion.nets.size import Size
 
 # Multiply-adds per second of one CPU thread and of one GPU (bf16; fp32): about a quarter of an A100.
 CPU_SPEED, GPU_SPEED, GPU_SPEED_FP32 = 5e9, 2e13, 5e12
@@ -69,7 +70,7 @@ def train(run: RunConfig, steps: int, images: int, gpus: int, processes: int) ->
 
     The memory covers all `processes`, which divide each batch among themselves.
     """
-    size, settings = unet_size(run.model, run.dataset.image_size), run.train
+    size, settings = net_size(run.model, run.dataset.image_size), run.train
     per_process = math.ceil(settings.batch_size / processes)
     micro_batch = min(settings.micro_batch or per_process, per_process)
     seconds = 3 * _seconds(size, per_process, micro_batch, settings.threads, gpus, settings.precision == "fp32")
@@ -98,7 +99,7 @@ def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> 
     The samples stay in memory. They are compared with a dataset of `images` images, once per feature extractor.
     """
     settings, threads = experiment.sample, run.train.threads
-    size, batch = unet_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
+    size, batch = net_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
     sampling = settings.steps * _seconds(size, settings.images, batch, threads, gpus, settings.precision == "fp32")
     total = settings.images + min(experiment.evaluate.reference_images or images, images)
     per_extractor = _feature_seconds(settings.images, threads, gpus) + PAIR_SECONDS * total**2
@@ -110,7 +111,7 @@ def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> 
 
 def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
     """Returns the time and memory of a job that probes one checkpoint."""
-    size = unet_size(run.model, run.dataset.image_size)
+    size = net_size(run.model, run.dataset.image_size)
     seconds = 4 * _seconds(size, settings.images, settings.batch_size, run.train.threads, gpus, fp32=True)
     # Sums of gradients are float64.
     memory = 64 * size.parameters + _activations(size, settings.batch_size, gpus)
@@ -119,7 +120,7 @@ def probe(run: RunConfig, settings: Probe, gpus: int) -> Request:
 
 def gradient_bytes(run: RunConfig, images: int, fp32: bool) -> int:
     """Returns the memory of a GPU that the gradient of `images` images and the state of training need, in bytes."""
-    size = unet_size(run.model, run.dataset.image_size)
+    size = net_size(run.model, run.dataset.image_size)
     # fp32 weights, two moments and the gradient, a copy of the weights and of the gradient for the net; averages.
     copies = 5 + len(run.train.averages)
     return 4 * copies * size.parameters + (4 if fp32 else 2) * size.activations * images

@@ -30,6 +30,7 @@ from diffusion.config import (
     Diffusion,
     Model,
     Name,
+    Net,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -43,7 +44,7 @@ from diffusion.config import (
     check_sampling_steps,
 )
 from diffusion.errors import InputError
-from diffusion.nets.size import check_net_size
+from diffusion.net_size import check_net_size
 from diffusion.section import Distinct, Section
 from diffusion.validation import first_mistake
 
@@ -256,7 +257,7 @@ class Experiment(Section):
     """Name of the study; equal to the file name without .yaml."""
     dataset: Dataset
     """Training images."""
-    model: Model = Model()
+    model: Net = Model()
     """The net."""
     diffusion: Diffusion = Diffusion()
     """The forward process, which adds noise."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.build import build_net, noise_schedule
 from diffusion.config import Initial, Sample
@@ -20,7 +20,6 @@ from diffusion.devices import CudaGraphed, compute_copy, largest_batch
 from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, check_unchanged
 from diffusion.gaussian import NoiseSchedule
-from diffusion.nets.unet import UNet
 from diffusion.prefetch import prefetched
 from diffusion.progress import Progress, log_ready
 from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
@@ -52,7 +51,7 @@ def save_weights(path: Path, weights: dict[str, Tensor], config: Initial, seed: 
 class Checkpoint:
     """A net with its weights and everything else that sampling requires."""
 
-    model: UNet
+    model: nn.Module
     """Net in evaluation mode, with float32 weights."""
     schedule: NoiseSchedule
     """Noise schedule with which the net was trained."""
@@ -117,7 +116,7 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
             raise InputError(f"{key} has values that are NaN or infinite")
 
 
-def with_weights(model: UNet, weights: Mapping[str, Tensor], device: torch.device | str) -> UNet:
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str) -> nn.Module:
     """Moves a net from the meta device to `device`, loads the weights as float32, and sets evaluation mode.
 
     The returned net requires no gradients.
@@ -170,7 +169,7 @@ def sample_checkpoint(checkpoint: Checkpoint, settings: Sample, device: torch.de
     return images
 
 
-def _reporting(model: UNet, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
+def _reporting(model: nn.Module, count: int, settings: Sample, device: torch.device | str) -> Denoiser:
     """Returns a function that calls the model, as a CUDA graph on a GPU, and reports the progress of sampling.
 
     The function reports progress at each call of the model, because one batch may take minutes.

@@ -3,10 +3,20 @@
 A `RunConfig`, a seed and a number of steps together determine a training run.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from diffusion.averages import Average, Averages, Decay
 from diffusion.errors import InputError
@@ -263,6 +273,90 @@ added to the activations before the norm."""
             )
         return self
 
+    @property
+    def chosen(self) -> tuple[str, dict[str, Any]]:
+        """Name and keyword arguments of the net, as `NamedNet.chosen` returns them."""
+        return "unet", self.model_dump()
+
+
+class DiT(Section):
+    """The transformer DiT (Peebles & Xie 2023). The keys are the keyword arguments of `diffusion.nets.dit.DiT`. The
+    defaults are those of DiT-S/2."""
+
+    patch: PositiveInt = 2
+    """Height and width of a patch in pixels, a divisor of the image size. Each patch is one token."""
+    width: PositiveInt = 384
+    """Number of channels of a token, a multiple of 4 and of `heads`."""
+    depth: int = Field(12, gt=0, le=1000)
+    """Number of transformer blocks."""
+    heads: PositiveInt = 6
+    """Number of attention heads of a block."""
+    learn_sigma: bool = True
+    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound)."""
+
+    @model_validator(mode="after")
+    def _width_is_divisible(self) -> "DiT":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads: change width or heads")
+        if self.width % 4:
+            raise ValueError(
+                f"width {self.width} is not divisible by 4, as the sines and cosines of two coordinates require: "
+                "change width"
+            )
+        return self
+
+
+def _parsed(value: Any) -> Any:
+    """Returns the number, truth value or null that a text denotes; numbers in study files arrive as text."""
+    if isinstance(value, list):
+        return [_parsed(item) for item in value]
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+class OwnNet(Section):
+    """A net of one's own. The keys are the keyword arguments of its class."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(_parsed)]]
+
+    learn_sigma: bool = True
+    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound)."""
+
+
+class NamedNet(Choice):
+    """A net and its keys. Set exactly one key: the name of a net in `diffusion.build`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, OwnNet]
+
+    unet: Model | None = None
+    """The ADM U-Net (Dhariwal & Nichol 2021). Its keys can also be written without `unet`."""
+    dit: DiT | None = None
+    """The transformer DiT (Peebles & Xie 2023)."""
+
+
+def _form(value: Any) -> str:
+    """Returns which form of the section `model` a value has: the name of a net, or only the keys of a U-Net."""
+    if isinstance(value, dict):
+        named = not NamedNet.model_fields.keys().isdisjoint(value) or [*map(type, value.values())] == [dict]
+    else:
+        named = isinstance(value, str | NamedNet)
+    return "named" if named else "keys"
+
+
+def _without_name(net: NamedNet) -> Model | NamedNet:
+    """Returns the keys of a U-Net alone, so that both forms give equal runs."""
+    return net.unet or net
+
+
+Net = Annotated[
+    Annotated[Model, Tag("keys")] | Annotated[NamedNet, AfterValidator(_without_name), Tag("named")],
+    Discriminator(_form),
+]
+
 
 class Diffusion(Section):
     """The forward process, which adds noise to images (`diffusion.gaussian`)."""
@@ -421,7 +515,7 @@ class Initial(Section):
     """The settings that, together with the seed, determine the untrained weights of a run."""
 
     dataset: Dataset
-    model: Model
+    model: Net
     diffusion: Diffusion
     train_version: int
 
@@ -439,13 +533,20 @@ class RunConfig(Initial):
         return Initial(**{name: getattr(self, name) for name in Initial.model_fields})
 
 
-def check_image_size(image_size: int, model: Model) -> None:
+def check_image_size(image_size: int, model: Net) -> None:
     """Checks that the net that `model` describes can process images of `image_size` x `image_size` pixels.
 
     Raises:
-        InputError: if a level cannot be halved, if an attention resolution is not the height of a level, or if `heads`
-            or `head_channels` does not divide the channels of an attention block.
+        InputError: if a level of a U-Net cannot be halved, if an attention resolution is not the height of a level, or
+            if `heads` or `head_channels` does not divide the channels of an attention block; if the patches of a DiT
+            do not fill the image.
     """
+    if isinstance(model, NamedNet):
+        if model.dit and image_size % model.dit.patch:
+            raise InputError(
+                f"image_size {image_size} is not divisible into patches of {model.dit.patch} pixels: change patch"
+            )
+        return
     halvings = len(model.channel_mult) - 1
     if image_size % 2**halvings:
         raise InputError(

@@ -2,12 +2,10 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-Net = TypeVar("Net", bound=nn.Module)
 
 # Largest batches of samples. Larger ones are not faster; on a CPU, smaller ones fit its cache.
 MAX_IMAGES, MAX_IMAGES_ON_CPU = 1024, 64
@@ -27,11 +25,13 @@ def compute_dtype(device: torch.device | str, precision: str) -> torch.dtype:
     return torch.bfloat16 if low else torch.float32
 
 
-def compute_copy(model: Net, precision: str) -> Net:
+def compute_copy(model: nn.Module, precision: str) -> nn.Module:
     """Returns a copy of a net that computes in the given precision.
 
     In bf16, the linear layers and the weights of the convolutions are copied to bf16. The copy shares all other
-    parameters with the net: norms and biases of convolutions stay in float32. In fp32, the net itself is returned.
+    parameters with the net: norms and biases of convolutions stay in float32. A net whose class does not state that it
+    computes in the dtype of its weights (`computes_in_dtype_of_weights`) is instead called under autocast. In fp32, the
+    net itself is returned.
 
     Args:
         model: net with float32 parameters.
@@ -40,6 +40,8 @@ def compute_copy(model: Net, precision: str) -> Net:
     dtype = compute_dtype(next(model.parameters()).device, precision)
     if dtype == torch.float32:
         return model
+    if not getattr(model, "computes_in_dtype_of_weights", False):
+        return Autocast(model)
     low = {
         id(parameter)
         for module in model.modules()
@@ -53,6 +55,20 @@ def compute_copy(model: Net, precision: str) -> Net:
         if id(parameter) not in shared:
             parameter.data = parameter.data.to(dtype)
     return net
+
+
+class Autocast(nn.Module):
+    """Calls a net under autocast to bf16."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns the output of the net for images x [B, C, H, W] and timesteps t [B], at least in float32."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            output = self.model(x, t)
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 class CudaGraphed:

@@ -26,8 +26,8 @@ class LossGradients:
         self.schedule = schedule.to(self.parameters[0].device)
         # The other parameters are the same tensors in the net and in its copy.
         self.copied = [i for i, (p, c) in enumerate(zip(self.parameters, self.copies, strict=True)) if p is not c]
-        dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
-        graphed = self.parameters[0].device.type == "cuda" and not dropout
+        self.dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+        graphed = self.parameters[0].device.type == "cuda" and not self.dropout
         self.compute = CudaGraphed(self._compute) if graphed else self._compute
         self.compute_losses = CudaGraphed(self._losses) if graphed else self._losses
 

@@ -272,7 +272,15 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial, 
 
     Returns:
         the settings in the settings file. If this file is missing, `load_published` needs these settings as arguments.
+
+    Raises:
+        InputError: if the net is not a U-Net.
     """
+    if not isinstance(config.model, Model):
+        raise InputError(
+            f"the net is a {config.model.chosen[0]}, but only U-Nets have the layout of guided-diffusion: read the "
+            "state dict in weights.safetensors instead"
+        )
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     heads = config.model.model_dump(include={"head_channels", "heads"})
     settings = Settings(image_size=config.dataset.image_size, run_seed=seed, **heads, **config.diffusion.model_dump())

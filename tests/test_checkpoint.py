@@ -325,6 +325,13 @@ def test_fixed_variance_is_the_lower_bound_of_the_learned_variance(tmp_path, sam
     np.testing.assert_array_equal(sample_checkpoint(load_checkpoint(path, "cpu"), settings, "cpu"), images)
 
 
+def test_only_a_unet_is_written_in_the_layout_of_guided_diffusion(tmp_path):
+    some = Initial(**dict(config()) | {"model": {"dit": {}}})
+    with pytest.raises(InputError, match="the net is a dit, but only U-Nets .*: read the state dict"):
+        write_published(tmp_path / "a.pt", {}, some, 0)
+    assert not list(tmp_path.iterdir())
+
+
 # Attention heads in the model section
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import TypeAdapter
 
@@ -14,6 +15,7 @@ from convergence.errors import StudyError
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from diffusion import losses, timesteps
+from diffusion.build import NETS
 from diffusion.config import TRAIN_VERSION, Dataset, Density, Initial, RunConfig, Train, Weight
 from diffusion.section import LATER_KEYS
 
@@ -115,6 +117,18 @@ WRONG = [
     ("diffusion.schedule", "cos", ["diffusion.schedule", "'cosine'", "'cos'"]),
     ("diffusion.timesteps", 1, ["diffusion.timesteps", "greater than or equal to 2"]),
     ("model", None, ["model: write keys and values", "None"]),
+    ("model", {"unet": {"chanels": 32}}, ["model.unet.chanels: unknown key", "did you mean channels?"]),
+    ("model", {"dit": {"widht": 32}}, ["model.dit.widht: unknown key", "did you mean width?"]),
+    ("model", {"dit": {"width": 32, "heads": 3}}, ["model.dit: width 32 is not divisible by 3 heads", "change width"]),
+    ("model", {"dit": {"width": 30}}, ["model.dit: width 30 is not divisible by 4", "change width"]),
+    ("model", {"dit": {"patch": 3}}, ["model and dataset.image_size: image_size 32", "patches of 3", "change patch"]),
+    ("model", {"dit": {"width": 30_000}}, ["parameters needs", "GB: lower its width, its depth or image_size"]),
+    ("model", {"dit": {}, "unet": {}}, ["model: choose exactly one of unet, dit"]),
+    (
+        "model",
+        {"tid": {}},
+        ["model and dataset.image_size: no net has the name tid: choose from unet, dit, or add it to NETS"],
+    ),
     ("model.channels", 48, ["model: channels x channel_mult", "multiple of 32", "change channels"]),
     ("model.channel_mult", [], ["model.channel_mult", "name at least one"]),
     (
@@ -695,6 +709,37 @@ def test_hashes_of_the_default_study_stay():
     assert TRAIN_VERSION == 2
     assert {arm: study.run(arm).hash8 for arm in study.arms} == {"uni05": "7d4d5ca1", "under05": "78f0a69b"}
     assert study.run("uni05").initial.hash8 == "09733dad"
+
+
+def test_both_forms_of_a_unet_are_the_same_run(tmp_path):
+    short, named = (load(tmp_path, edited(("model", keys))) for keys in (STUDY["model"], {"unet": STUDY["model"]}))
+    assert named.run("uni05") == short.run("uni05") and named.run("uni05").hash8 == short.run("uni05").hash8
+
+
+def test_the_keys_of_a_net_of_ones_own_are_numbers_or_text(tmp_path, monkeypatch):
+    class Mine(torch.nn.Conv2d):
+        def __init__(self, image_size, learn_sigma, **keys):
+            super().__init__(3, 3, 1)
+            assert keys == {"width": 8, "rate": 1e-4, "sizes": [4, "four"], "wide": True, "kind": "no"}
+
+        def forward(self, x, t):
+            return super().forward(x)
+
+    monkeypatch.setitem(NETS, "mine", Mine)
+    keys = "{learn_sigma: false, width: 8, rate: 1e-4, sizes: [4, four], wide: true, kind: no}"
+    text = yaml.safe_dump(STUDY | {"model": "MODEL"}).replace("MODEL", f"{{mine: {keys}}}")
+    run = load(tmp_path, text).run("uni05")
+    assert RunConfig.model_validate_json(run.canonical()) == run
+    with pytest.raises(StudyError, match=r"mine: its output has the shape \[1, 3, 32, 32\], not \[1, 6, 32, 32\]"):
+        load(tmp_path, text.replace("learn_sigma: false", "learn_sigma: true"))
+
+
+def test_canonical_form_of_a_dit_restores_its_run(tmp_path):
+    run = load(tmp_path, edited(("model", {"dit": {"patch": 4}}))).run("uni05")
+    keys = {"patch": 4, "width": 384, "depth": 12, "heads": 6, "learn_sigma": True}
+    assert json.loads(run.canonical())["model"] == {"dit": keys}
+    assert RunConfig.model_validate_json(run.canonical()) == run
+    assert run.hash8 != load(tmp_path, edited(("model", {"dit": {"patch": 8}}))).run("uni05").hash8
 
 
 def test_canonical_form_has_every_key_with_its_value(tmp_path):

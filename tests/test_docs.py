@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 
-from projects import ROOT, copy_project, edit, snakemake
+import pytest
+import yaml
+from projects import ROOT, copy_project, edit, snakemake, tiny_project
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -20,7 +22,7 @@ def insert(path, before: str, text: str) -> None:
 
 def add_triangle(project):
     """The density that docs/extending.md adds."""
-    function, schema = blocks("docs/extending.md", "python")
+    function, schema, *_ = blocks("docs/extending.md", "python")
     parameters, field = schema.split("class Density(Choice):\n    ...\n")
     insert(project / "diffusion/timesteps.py", "DENSITIES: dict", function + "\n\n")
     insert(project / "diffusion/timesteps.py", '    "uniform": uniform,\n', '    "triangle": triangle,\n')
@@ -48,6 +50,42 @@ print(abs(p.sum().item() - 1) < 1e-12, p.argmax().item())
     edit(project, lambda study: study["arms"].update(mine={"timesteps": {"triangle": {"peek": 0.7}}}))
     done = snakemake(project, "--dry-run", "--config", "tracking=off")
     assert done.returncode == 1 and "did you mean peak?" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_net_is_added_as_the_docs_say(tmp_path):
+    project = tiny_project(tmp_path / "study")
+    *_, module, nets = blocks("docs/extending.md", "python")
+    (project / "diffusion/nets/mine.py").write_text(module)
+    build = project / "diffusion/build.py"
+    insert(build, "from diffusion.nets.unet import UNet\n", "from diffusion.nets.mine import Mine\n")
+    build.write_text(re.sub(r"^NETS: .*\n", nets, build.read_text(), count=1, flags=re.M))
+    model = yaml.safe_load(re.search(r"`(model: \{mine.*?\}\})` trains", (ROOT / "docs/extending.md").read_text())[1])
+    edit(project, lambda study: study.update(model, train=study["train"] | {"precision": "bf16"}))
+    done = snakemake(project, "--dry-run", "--quiet", "all", "--config", "tracking=off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = """
+import numpy as np
+from pathlib import Path
+from convergence.study_file import load_experiment
+from diffusion.checkpoints import load_checkpoint, sample_checkpoint
+from diffusion.errors import InputError
+from diffusion.training.segment import train_segment
+study = load_experiment(Path("experiments/openmoji.yaml"))
+state = train_segment(study.run("under05"), 0, np.zeros((8, 16, 16, 3), np.uint8), None, Path("end"), 3, "cpu")
+net = load_checkpoint(Path("end/weights.safetensors"), "cpu")
+print(type(net.model).__name__, state.step, sample_checkpoint(net, study.sample, "cpu").shape)
+path = Path("experiments/openmoji.yaml")
+path.write_text(path.read_text().replace("width:", "widht:"))
+try:
+    load_experiment(path)
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    trained, mistake = done.stdout.splitlines()
+    assert trained == "Mine 3 (8, 16, 16, 3)"
+    assert "model and dataset.image_size: mine: Mine.__init__() got an unexpected keyword argument 'widht'" in mistake
 
 
 def test_generated_pages_are_up_to_date():

@@ -10,35 +10,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convergence import resources
 from convergence.schema import Evaluate, Experiment, Probe
-from diffusion.config import Folder, Model
-from diffusion.nets.size import unet_size
-from diffusion.nets.unet import UNet
+from diffusion.build import NETS as CLASSES
+from diffusion.build import build_net
+from diffusion.config import Folder, Model, NamedNet
+from diffusion.net_size import net_size
 
 NETS = [
     (Model(channels=32, channel_mult=(1, 1), res_blocks=1, attention_resolutions=(), head_channels=32), 16),
     (Model(channels=128, channel_mult=(1, 1, 2, 3, 4), attention_resolutions=(16,)), 128),
     (Model(channels=64, channel_mult=(1, 2), attention_resolutions=(16, 8), heads=4, resblock_updown=False), 16),
     (Model(channels=32, channel_mult=(1, 2, 2), head_channels=32, scale_shift_norm=False, learn_sigma=False), 16),
+    (NamedNet(dit={"width": 64, "depth": 3, "heads": 4, "patch": 4, "learn_sigma": False}), 16),
+    (NamedNet(dit={"width": 1152, "depth": 28, "heads": 16}), 32),
 ]
-
-
-def build(model, image_size):
-    return UNet(image_size=image_size, **model.model_dump(exclude={"head_channels"} if model.heads else ()))
 
 
 @pytest.mark.parametrize(("model", "image_size"), NETS)
 def test_parameters_and_products_equal_those_of_the_network(model, image_size):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = build(model, image_size)
+        net = build_net(image_size, model)
         net(torch.empty(1, 3, image_size, image_size), torch.zeros(1, dtype=torch.long))
-    size = unet_size(model, image_size)
+    size = net_size(model, image_size)
     assert size.parameters == sum(p.numel() for p in net.parameters())
     assert 2 * size.multiply_adds == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("model", "image_size"), [net for net in NETS if net[1] == 16])
 def test_activations_are_close_to_what_autograd_keeps(model, image_size):
-    net, batch, kept = build(model, image_size), 4, {}
+    net, batch, kept = build_net(image_size, model), 4, {}
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
     def keep(tensor):
@@ -49,7 +48,15 @@ def test_activations_are_close_to_what_autograd_keeps(model, image_size):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         net(torch.randn(batch, 3, image_size, image_size), torch.zeros(batch, dtype=torch.long))
     numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4 / batch
-    assert 0.8 < numbers / unet_size(model, image_size).activations < resources.FACTOR
+    assert 0.8 < numbers / net_size(model, image_size).activations < resources.FACTOR
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_the_size_of_a_net_of_ones_own_is_measured(name, monkeypatch):
+    keys = {"patch": 2, "width": 64, "depth": 2, "heads": 4} if name == "dit" else NETS[3][0].model_dump()
+    monkeypatch.setitem(CLASSES, "mine", CLASSES[name])
+    known, measured = (net_size(NamedNet.model_validate({key: keys}), 16) for key in (name, "mine"))
+    assert measured[:2] == known[:2] and 0.8 < measured.activations / known.activations < resources.FACTOR
 
 
 def experiment(**changes):

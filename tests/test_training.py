@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.averages import ema_decay
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint, save_weights
-from diffusion.config import Diffusion, Initial, Model, OpenMoji, RunConfig, Sample, Scheme, Train
+from diffusion.config import Diffusion, Initial, Model, NamedNet, OpenMoji, RunConfig, Sample, Scheme, Train
 from diffusion.data.arrays import split
 from diffusion.errors import FileError, InputError, Stopped
 from diffusion.gaussian import NoiseSchedule, linear_betas
@@ -127,6 +127,7 @@ ADAPTIVE = Scheme(timesteps={"loss_second_moment": {"history": 1}}, stratified=T
 VARIANTS = {
     "plain": {},
     "dropout": {"model": tiny().model.model_copy(update={"dropout": 0.3})},
+    "dit": {"model": NamedNet(dit={"patch": 4, "width": 32, "depth": 1, "heads": 2})},
     "adaptive": {"scheme": ADAPTIVE, "diffusion": Diffusion(timesteps=8)},
 }
 

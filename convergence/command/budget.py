@@ -16,7 +16,7 @@ from convergence.resources import FEATURES, count_images, images_in
 from convergence.schema import Experiment
 from convergence.study_file import load_experiment
 from convergence.tables import markdown_table
-from diffusion.nets.size import unet_size
+from diffusion.net_size import net_size
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def budget(experiment: Experiment, rates: Rates, at_once: int) -> Budget:
     jobs += 1 + len(experiment.evaluate.features)  # dataset, references
     jobs += len(("cost", "verdict", "figures", "pages")) + (measured > 1)  # and the figure of the averages
 
-    parameters = unet_size(experiment.model, experiment.dataset.image_size).parameters
+    parameters = net_size(experiment.model, experiment.dataset.image_size).parameters
     averages = max(len(experiment.run(arm).train.averages) for arm in experiment.arms)
     weights, state = averages * FLOAT * parameters, (3 + averages) * FLOAT * parameters
     kept = checkpoints * weights + min(2, len(experiment.steps)) * runs * state + _dataset_bytes(experiment)

@@ -1,18 +1,15 @@
-"""Computes the size of a U-Net from its settings, without building the net and without importing torch."""
+"""Computes the size of a U-Net or DiT from its settings, without building the net and without importing torch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffusion.config import Model
-from diffusion.errors import InputError
+from diffusion.config import DiT, Model
 
-MAX_BYTES = 300 * 10**9  # memory of the largest GPUs
-NUMBER_BYTES = 4
-NUMBERS_PER_PARAMETER = 4  # weights, their moving average, and the two moments of AdamW
+FREQUENCIES = 256  # size of the sinusoidal embedding of timesteps of a DiT
 
 
 class Size(NamedTuple):
-    """Size of a U-Net: number of parameters, multiply-adds per image and activations per image.
+    """Size of a net: number of parameters, multiply-adds per image and activations per image.
 
     The multiply-adds are counted in the forward pass. The activations are kept for the backward pass.
     """
@@ -24,31 +21,30 @@ class Size(NamedTuple):
 
 def unet_size(model: Model, image_size: int) -> Size:
     """Returns the size of the `diffusion.nets.unet.UNet` that `model` describes, as the sum over its layers."""
-    return Size(*map(sum, zip(*_layers(model, image_size), strict=True)))
+    return Size(*map(sum, zip(*_unet_layers(model, image_size), strict=True)))
 
 
-def check_net_size(model: Model, image_size: int) -> None:
-    """Checks that the memory of the largest GPUs is sufficient to train a net with one image at a time.
-
-    Raises:
-        InputError: if the net needs more memory.
-    """
-    size = unet_size(model, image_size)
-    memory = NUMBER_BYTES * (NUMBERS_PER_PARAMETER * size.parameters + size.activations)
-    if memory > MAX_BYTES:
-        raise InputError(
-            f"a net of {size.parameters:,} parameters needs {memory / 1e9:,.0f} GB, but no GPU has more than "
-            f"{MAX_BYTES / 1e9:.0f} GB: lower channels, channel_mult, res_blocks or image_size"
-        )
+def dit_size(model: DiT, image_size: int) -> Size:
+    """Returns the size of the `diffusion.nets.dit.DiT` that `model` describes, as the sum over its layers."""
+    return Size(*map(sum, zip(*_dit_layers(model, image_size), strict=True)))
 
 
-def _layers(model: Model, image_size: int) -> Iterator[Size]:
+def _dense(c_in: int, c_out: int, pixels: int = 1, kernel: int = 1) -> Size:
+    """Returns the size of a linear or convolutional layer, where `kernel` is the number of pixels of the kernel."""
+    return Size(c_out * (kernel * c_in + 1), kernel * c_in * c_out * pixels, c_out * pixels)
+
+
+def _attention(width: int, pixels: int) -> Iterator[Size]:
+    """Yields the sizes of the layers of self-attention without its norm."""
+    yield _dense(width, 3 * width, pixels)
+    yield Size(0, 2 * width * pixels**2, width * pixels)
+    yield _dense(width, width, pixels)
+
+
+def _unet_layers(model: Model, image_size: int) -> Iterator[Size]:
     embedding = 4 * model.channels
     widths = [model.channels * multiplier for multiplier in model.channel_mult]
     last = len(widths) - 1
-
-    def dense(c_in: int, c_out: int, pixels: int = 1, kernel: int = 1) -> Size:
-        return Size(c_out * (kernel * c_in + 1), kernel * c_in * c_out * pixels, c_out * pixels)
 
     def norm(width: int, pixels: int) -> Size:
         # Its input is the output of the previous layer, which is counted there.
@@ -56,18 +52,16 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
 
     def residual(c_in: int, c_out: int, pixels: int) -> Iterator[Size]:
         yield norm(c_in, pixels)
-        yield dense(c_in, c_out, pixels, 9)
-        yield dense(embedding, (1 + model.scale_shift_norm) * c_out)
+        yield _dense(c_in, c_out, pixels, 9)
+        yield _dense(embedding, (1 + model.scale_shift_norm) * c_out)
         yield norm(c_out, pixels)
-        yield dense(c_out, c_out, pixels, 9)
+        yield _dense(c_out, c_out, pixels, 9)
         if c_in != c_out:
-            yield dense(c_in, c_out, pixels)
+            yield _dense(c_in, c_out, pixels)
 
     def attention(width: int, pixels: int) -> Iterator[Size]:
         yield norm(width, pixels)
-        yield dense(width, 3 * width, pixels)
-        yield Size(0, 2 * width * pixels**2, width * pixels)
-        yield dense(width, width, pixels)
+        yield from _attention(width, pixels)
 
     def blocks(c_in: int, c_out: int, size: int) -> Iterator[Size]:
         yield from residual(c_in, c_out, size**2)
@@ -78,11 +72,11 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
         if model.resblock_updown:
             yield from residual(width, width, size**2)
         else:
-            yield dense(width, width, size**2, 9)
+            yield _dense(width, width, size**2, 9)
 
-    yield dense(model.channels, embedding)
-    yield dense(embedding, embedding)
-    yield dense(3, widths[0], image_size**2, 9)
+    yield _dense(model.channels, embedding)
+    yield _dense(embedding, embedding)
+    yield _dense(3, widths[0], image_size**2, 9)
     width, size, skips = widths[0], image_size, [widths[0]]
     for level, target in enumerate(widths):
         for _ in range(model.res_blocks):
@@ -104,4 +98,26 @@ def _layers(model: Model, image_size: int) -> Iterator[Size]:
                 size *= 2
                 yield from resample(width, size)
     yield norm(width, image_size**2)
-    yield dense(width, 6 if model.learn_sigma else 3, image_size**2, 9)
+    yield _dense(width, 6 if model.learn_sigma else 3, image_size**2, 9)
+
+
+def _dit_layers(model: DiT, image_size: int) -> Iterator[Size]:
+    width, tokens = model.width, (image_size // model.patch) ** 2
+
+    def activations(count: int) -> Size:
+        return Size(0, 0, count * width * tokens)
+
+    yield _dense(3, width, tokens, model.patch**2)
+    yield activations(1)  # with positions
+    yield _dense(FREQUENCIES, width)
+    yield _dense(width, width)
+    for _ in range(model.depth):
+        yield _dense(width, 6 * width)
+        yield from _attention(width, tokens)
+        yield _dense(width, 4 * width, tokens)
+        yield activations(4)  # of the activation function
+        yield _dense(4 * width, width, tokens)
+        yield activations(6)  # two norms, before and after scale and shift, and two sums
+    yield _dense(width, 2 * width)
+    yield activations(2)
+    yield _dense(width, model.patch**2 * (6 if model.learn_sigma else 3), tokens)

@@ -37,6 +37,8 @@ class UNet(nn.Module):
         dropout: dropout probability before the last convolution of each residual block.
     """
 
+    computes_in_dtype_of_weights = True  # see `diffusion.devices.compute_copy`
+
     def __init__(
         self,
         *,

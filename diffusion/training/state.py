@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.averages import RAW, Average, average_name, ema_decay
 from diffusion.build import build
@@ -21,7 +21,6 @@ from diffusion.errors import FileError
 from diffusion.files import atomic_write
 from diffusion.gaussian import NoiseSchedule
 from diffusion.gradients import LossGradients
-from diffusion.nets.unet import UNet
 from diffusion.schemes import Tables, matched, scheme_tables
 from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
@@ -31,7 +30,7 @@ from diffusion.training.adamw import AdamW
 NORMS = ("update_norm", "weight_norm")
 
 
-def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
+def untrained(config: Initial, seed: int) -> tuple[nn.Module, NoiseSchedule]:
     """Returns the untrained net of a seed, on the CPU, and its noise schedule.
 
     Runs with the same seed and the same configuration of the net start from this net.
@@ -44,7 +43,7 @@ def untrained(config: Initial, seed: int) -> tuple[UNet, NoiseSchedule]:
 def initial_weights(config: Initial, seed: int, path: Path) -> None:
     """Writes the weights of the untrained net (step 0) to a safetensors file, in the format of `save_weights`."""
     model, _ = untrained(config, seed)
-    save_weights(path, dict(model.named_parameters()), config, seed, step=0, diverged=False)
+    save_weights(path, model.state_dict(), config, seed, step=0, diverged=False)
 
 
 class TrainState:
@@ -98,13 +97,14 @@ class TrainState:
         self.id = "start"
 
     def averaged_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Returns name of an average -> its weights: a dict from parameter names to float32 tensors [...].
+        """Returns name of an average -> its weights: a state dict of the net, float32 tensors [...].
 
         The order is that of `train.ema_decay`. `raw` are the parameters themselves.
         """
         names = [name for name, _ in self.model.named_parameters()]
+        constant = self.model.state_dict()  # of which the buffers remain
         return {
-            average_name(average): dict(zip(names, self.averages.get(average, self.parameters), strict=True))
+            average_name(average): constant | dict(zip(names, self.averages.get(average, self.parameters), strict=True))
             for average in self.run.train.averages
         }
 
@@ -347,7 +347,7 @@ def train_step(state: TrainState, batches: Batches) -> None:
     t = draw(tables.probabilities, size, generator(seed, "timesteps", step, device))
     mse_weight, vb_weight = tables.mse_weight[t].float(), tables.vb_weight[t].float()
     noise = torch.randn(x_start.shape, device=device, generator=generator(seed, "noise", step, device))
-    if state.run.model.dropout:
+    if state.gradients.dropout:
         # Only dropout uses torch's global generator. Its seed differs between processes.
         torch.manual_seed(stream_seed(seed, f"dropout{parallel.rank() or ''}", step))
 
