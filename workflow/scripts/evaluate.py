@@ -34,6 +34,7 @@ with job(snakemake):
     if output.samples:
         check_free_space(kept, sample.images * 3 * checkpoint.image_size**2)
     samples = sample_checkpoint(checkpoint, sample, device)
+    untrained_mse = checkpoint.schedule.untrained_mse
     del checkpoint  # the extractors need its memory
     torch.cuda.empty_cache()
     preview(samples, Path(output.preview))
@@ -53,6 +54,6 @@ with job(snakemake):
         rows += [row._asdict() | {"features": name} for row in estimates]
     save_npy(Path(output.influences), np.stack([row.pop("influences") for row in rows]))
     images = load_images(Path(inputs.images).parent)[:SOME_IMAGES]
-    if reason := failure(provenance, samples, images):
+    if reason := failure(provenance, samples, images, untrained_mse):
         rows = [row | {"reason": reason} for row in rows]
     write_rows(of_checkpoint(rows, snakemake.wildcards, provenance), Path(output.metrics))
