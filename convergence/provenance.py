@@ -73,12 +73,11 @@ def tables_hash(run: RunConfig) -> str:
     because their last digits depend on the type of CPU.
 
     Raises:
-        InputError: if the tables are not finite (`diffusion.schemes.scheme_tables`).
+        InputError: if the tables are not finite (`diffusion.build.run_tables`).
     """
-    from diffusion.build import noise_schedule
-    from diffusion.schemes import scheme_tables
+    from diffusion.build import run_tables
 
-    tables = scheme_tables(noise_schedule(run.diffusion), run.scheme, run.match)
+    tables = run_tables(run)
     columns = (tables.probabilities, tables.mse_weight, tables.vb_weight)
     numbers = ",".join(f"{value:.9e}" for column in columns for value in column.tolist())
     return hashlib.sha256(numbers.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ not import torch.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -56,12 +57,14 @@ Percent = Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")]
 DEFAULT_MARGIN = "2%"
 
 
-class TrainKeys:
-    """Annotates a dict, so that the JSON schema describes the dict as the section `train`."""
+@dataclass(frozen=True)
+class KeysOf:
+    """Annotates a dict, so that the JSON schema describes the dict as a section."""
 
-    @staticmethod
-    def __get_pydantic_json_schema__(core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler.resolve_ref_schema(handler(Train.__pydantic_core_schema__))
+    section: type[Section]
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler.resolve_ref_schema(handler(self.section.__pydantic_core_schema__))
 
 
 class Arm(Scheme):
@@ -71,8 +74,10 @@ class Arm(Scheme):
     """Name of another arm. The loss weights of this arm are chosen so that both arms have equal expected gradients."""
     weigh_twice: bool = False
     """Allows this arm to draw timesteps by p2 and also to weight the loss."""
-    train: Annotated[dict[str, Any], TrainKeys] = {}
+    train: Annotated[dict[str, Any], KeysOf(Train)] = {}
     """Keys of `train` that have another value in this arm."""
+    diffusion: Annotated[dict[str, Any], KeysOf(Diffusion)] = {}
+    """Keys of `diffusion` that have another value in this arm; all arms have the same number of timesteps."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Arm":
@@ -317,6 +322,8 @@ threads)."""
             )
         self._check_sizes()
         for name, arm in self.arms.items():
+            self._check_sections(name, arm)
+        for name, arm in self.arms.items():
             self._check_arm(name, arm)
         if self.compare:
             self._check_compare(self.compare)
@@ -333,10 +340,6 @@ threads)."""
             check_net_size(self.model, dataset.image_size)
         except InputError as error:
             raise ValueError(f"model and dataset.image_size: {error}") from None
-        try:
-            check_sampling_steps(self.sample, self.diffusion.timesteps)
-        except InputError as error:
-            raise ValueError(f"sample: {error}") from None
         sample_bytes = 3 * self.sample.images * dataset.image_size**2
         if sample_bytes > MAX_SAMPLE_BYTES:
             raise ValueError(f"sample.images: {self.sample.images:,} need {sample_bytes / 1e9:,.0f} GB: lower it")
@@ -354,6 +357,17 @@ threads)."""
                 f"probe.batch_size: {dataset.held_out} held-out images do not give two batches of "
                 f"{probe.batch_size}: lower it, or raise dataset.held_out"
             )
+
+    def _check_sections(self, name: str, arm: Arm) -> None:
+        if "timesteps" in arm.diffusion:
+            raise ValueError(f"arms.{name}.diffusion.timesteps: all arms have the same: set diffusion.timesteps")
+        for key in ("train", "diffusion"):
+            try:
+                self._section(arm, key)
+            except ValidationError as error:
+                separator = "." if error.errors()[0]["loc"] else ": "
+                mistake = first_mistake(error, type(getattr(self, key)))
+                raise ValueError(f"arms.{name}.{key}{separator}{mistake}") from None
 
     def _check_arm(self, name: str, arm: Arm) -> None:
         if name in self.RESERVED_ARMS:
@@ -377,10 +391,19 @@ threads)."""
                     f"arms.{name}.{key}.speed.tau: {tau} exceeds the {self.diffusion.timesteps} timesteps: lower it"
                 )
         try:
-            train = self._run(arm).train
+            run = self._run(arm)
         except ValidationError as error:
-            separator = "." if error.errors()[0]["loc"] else ": "
-            raise ValueError(f"arms.{name}.train{separator}{first_mistake(error, Train)}") from None
+            raise ValueError(f"arms.{name}: {first_mistake(error, RunConfig)}") from None
+        if run.match_diffusion and run.match_diffusion.schedule != run.diffusion.schedule:
+            raise ValueError(
+                f"arms.{name}.match: {arm.match} has another diffusion.schedule, so its timesteps have other noise "
+                "levels: match an arm with the same schedule"
+            )
+        try:
+            check_sampling_steps(self.sample, run.diffusion.timesteps, run.diffusion.ancestral)
+        except InputError as error:
+            raise ValueError(f"sample: {error}") from None
+        train = run.train
         if train.decay and not train.decay.steps.to and self.steps[-1] > train.decay.steps.until:
             raise ValueError(
                 f"arms.{name}.train.decay: the learning rate of {name} is 0 after step {train.decay.steps.until}, but "
@@ -503,18 +526,27 @@ threads)."""
         return Arm.model_validate(arm_content(self.arms[arm_name], values)) if values else self.arms[arm_name]
 
     def _run(self, arm: Arm) -> RunConfig:
-        train = Train(**{**self.train.model_dump(), **arm.train})
+        target = self.arms[arm.match] if arm.match else None
+        diffusion = self._section(arm, "diffusion")
+        other = self._section(target, "diffusion") if target else diffusion
+        train = self._section(arm, "train")
         if RAW in (self.evaluate.ema or ()) and RAW not in train.averages:
             train = train.model_copy(update={"ema_decay": (*train.averages, RAW)})
         return RunConfig(
             dataset=self.dataset,
             model=self.model,
-            diffusion=self.diffusion,
+            diffusion=diffusion,
             train=train,
             scheme=_scheme(arm),
-            match=_scheme(self.arms[arm.match]) if arm.match else None,
+            match=_scheme(target) if target else None,
+            match_diffusion=other if other != diffusion else None,
             train_version=TRAIN_VERSION,
         )
+
+    def _section(self, arm: Arm, key: Literal["train", "diffusion"]) -> Any:
+        """Returns a section of the study with the keys of an arm."""
+        section = getattr(self, key)
+        return type(section)(**{**section.model_dump(), **getattr(arm, key)})
 
 
 def _scheme(arm: Arm) -> Scheme:

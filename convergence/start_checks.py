@@ -21,8 +21,9 @@ from diffusion.files import read_json
 
 # Snakemake passes `off` as text, YAML as a truth value.
 TRACKING = {"on": True, "off": False, "True": True, "False": False}
-# Densities and weights that are 0 or not finite for some parameters, such as a normal density far from all timesteps.
-CAN_BE_NOT_FINITE = {"log_normal_sigma", "logit_normal", "speed"}
+# Densities, weights and paths that are 0 or not finite for some parameters, such as a normal density far from all
+# timesteps.
+CAN_BE_NOT_FINITE = {"log_normal_sigma", "logit_normal", "speed", "flow", "karras"}
 BRACES = re.compile("[{}]")
 
 
@@ -210,15 +211,17 @@ def _check_extractors(experiments: Mapping[str, Experiment]) -> None:
 
 
 def _check_schemes(experiments: Mapping[str, Experiment]) -> None:
-    """Checks the tables of arms with a density or weight that is not finite for some parameters.
+    """Checks the tables of arms with a density, weight or path that is not finite for some parameters.
 
     Raises:
-        StudyError: a density or a weight is not finite, or losses are to be divided by a probability of 0.
+        StudyError: a density or a weight is not finite, x_0 does not follow from the prediction at some timestep, or
+            losses are to be divided by a probability of 0.
     """
     for name, experiment in experiments.items():
         arms = [(arm, values) for arm in experiment.arms for values in (None, *experiment.grid(arm))]
         for arm, run in [(arm, experiment.run(arm, values)) for arm, values in arms]:
             used = {run.scheme.timesteps.chosen[0], run.scheme.mse_weight.chosen[0], run.scheme.vb_weight.chosen[0]}
+            used.add(run.diffusion.schedule.chosen[0])
             if not used & CAN_BE_NOT_FINITE:
                 continue
             try:

@@ -19,10 +19,10 @@ from diffusion.data.batches import to_uint8
 from diffusion.devices import CudaGraphed, compute_copy, largest_batch
 from diffusion.errors import FileError, InputError
 from diffusion.files import atomic_write, check_unchanged
-from diffusion.gaussian import NoiseSchedule
+from diffusion.paths import NoisePath
 from diffusion.prefetch import prefetched
 from diffusion.progress import Progress, log_ready
-from diffusion.sampling import Denoiser, ddim_sample, ddpm_sample, latents
+from diffusion.sampling import Denoiser, ddpm_sample, latents, ode_sample
 
 PREVIEW_GAP = 1  # pixels between the images of a preview
 
@@ -53,8 +53,8 @@ class Checkpoint:
 
     model: nn.Module
     """Net in evaluation mode, with float32 weights."""
-    schedule: NoiseSchedule
-    """Noise schedule with which the net was trained."""
+    schedule: NoisePath
+    """Path on which the net was trained, with what the net predicts."""
     image_size: int
     """Height and width in pixels of the images that the net generates."""
     seed: int = 0
@@ -175,6 +175,7 @@ def _reporting(model: nn.Module, count: int, settings: Sample, device: torch.dev
     The function reports progress at each call of the model, because one batch may take minutes.
     """
     progress = Progress("samples", count)
+    calls = 2 * settings.steps - 1 if settings.sampler == "heun" else settings.steps
     done = 0.0
 
     def call(x: Tensor, t: Tensor) -> list[Tensor]:
@@ -185,7 +186,7 @@ def _reporting(model: nn.Module, count: int, settings: Sample, device: torch.dev
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         (output,) = graphed(x, t)
-        done += len(x) / settings.steps
+        done += len(x) / calls
         progress.update(done)
         log_ready()
         return output
@@ -215,7 +216,7 @@ def preview(images: np.ndarray, destination: Path, columns: int = 8, rows: int =
 
 def _sample(denoise: Denoiser, checkpoint: Checkpoint, settings: Sample, draws: Iterator[Tensor]) -> Tensor:
     """Samples one batch. `draws` yields the latents of the batch and then, for DDPM, the noise of each step."""
-    start = next(draws)
-    if settings.sampler == "ddim":
-        return ddim_sample(denoise, checkpoint.schedule, start, settings.steps)
-    return ddpm_sample(denoise, checkpoint.schedule, start, settings.steps, lambda step: next(draws))
+    start, schedule = next(draws), checkpoint.schedule
+    if settings.sampler == "ddpm":
+        return ddpm_sample(denoise, schedule, start, settings.steps, lambda step: next(draws))
+    return ode_sample(denoise, schedule, start, settings.steps, settings.sampler)

@@ -14,13 +14,14 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from diffusion.averages import Average, Averages, Decay
 from diffusion.errors import InputError
-from diffusion.section import Choice, Section
+from diffusion.section import Choice, NamedChoice, Section
 
 # Increase this number when a change in `diffusion/` alters what a run computes: it renames every run.
 TRAIN_VERSION = 2
@@ -120,6 +121,37 @@ class SpeedWeight(Section):
     """Upper bound of the weight for t < tau. The lower bound is 1 - lam."""
     tau: PositiveInt = 700
     """First timestep at which the weight is 1; at most the number of timesteps T."""
+
+
+class Flow(Section):
+    """Parameters of the straight path from images to noise."""
+
+    shift: PositiveFloat = 1.0
+    """Shift k of the noise levels: sigma = k u / (1 + (k - 1) u) with u = (t + 1/2) / T. Above 1, more noise."""
+
+
+class Karras(Section):
+    """Parameters of the noise levels of Karras et al. 2022. Images are not scaled down (alpha = 1)."""
+
+    min: PositiveFloat = 0.002
+    """Smallest noise level sigma, at t = 0."""
+    max: PositiveFloat = 80.0
+    """Largest noise level sigma, at t = T - 1."""
+    rho: float = Field(7.0, ge=0.1, le=100)
+    """Sigma^(1/rho) grows linearly with t: a larger rho gives more timesteps with little noise."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "Karras":
+        if self.min >= self.max:
+            raise ValueError(f"min {self.min:g} is not below max {self.max:g}: lower min, or raise max")
+        return self
+
+
+class EDM(Section):
+    """Parameters of the preconditioning of Karras et al. 2022."""
+
+    data_std: float = Field(0.5, ge=1e-3, le=1e3)
+    """Standard deviation of the images, which are in [-1, 1]."""
 
 
 class Density(Choice):
@@ -222,6 +254,34 @@ class HuggingFace(PaddedImages):
 Dataset = Annotated[OpenMoji | Folder | Torchvision | HuggingFace, Field(discriminator="source")]
 
 
+class Schedule(NamedChoice):
+    """Path from images to noise. Set exactly one key: the name of a function in `diffusion.gaussian` or `.paths`."""
+
+    linear: NoParameters | None = None
+    """Variance preserving, with betas that grow linearly (Ho et al. 2020)."""
+    cosine: NoParameters | None = None
+    """Variance preserving, with alphas_cumprod that follow cos^2 (Nichol & Dhariwal 2021)."""
+    flow: Flow | None = None
+    """Straight: x_t = (1 - sigma) x_0 + sigma epsilon (Liu et al. 2022, Lipman et al. 2022)."""
+    karras: Karras | None = None
+    """x_t = x_0 + sigma epsilon (Karras et al. 2022)."""
+
+
+class Prediction(NamedChoice):
+    """What the net predicts. Set exactly one key: the name of a function in `diffusion.paths`."""
+
+    epsilon: NoParameters | None = None
+    """The noise epsilon (Ho et al. 2020)."""
+    x_start: NoParameters | None = None
+    """The image x_0."""
+    v: NoParameters | None = None
+    """alpha epsilon - sigma x_0 (Salimans & Ho 2022)."""
+    velocity: NoParameters | None = None
+    """epsilon - x_0 (flow matching, Lipman et al. 2022)."""
+    edm: EDM | None = None
+    """(x_0 - c_skip x_t) / c_out; the net gets c_in x_t (Karras et al. 2022)."""
+
+
 class Model(Section):
     """The ADM U-Net (Dhariwal & Nichol 2021). The keys are the keyword arguments of `diffusion.nets.unet.UNet`."""
 
@@ -243,8 +303,9 @@ and width of the previous level."""
 added to the activations before the norm."""
     resblock_updown: bool = True
     """Whether residual blocks change the resolution. If false, convolutions change the resolution."""
-    learn_sigma: bool = True
-    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound)."""
+    learn_sigma: bool | Literal["auto"] = "auto"
+    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound). auto: true if \
+`diffusion.schedule` is linear or cosine and `diffusion.predict` is epsilon; elsewhere there is no vb."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability in residual blocks."""
 
@@ -291,8 +352,8 @@ class DiT(Section):
     """Number of transformer blocks."""
     heads: PositiveInt = 6
     """Number of attention heads of a block."""
-    learn_sigma: bool = True
-    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound)."""
+    learn_sigma: bool | Literal["auto"] = "auto"
+    """Whether the net predicts the variance; auto: as for a U-Net."""
 
     @model_validator(mode="after")
     def _width_is_divisible(self) -> "DiT":
@@ -322,8 +383,8 @@ class OwnNet(Section):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(_parsed)]]
 
-    learn_sigma: bool = True
-    """Whether the net predicts the variance. If false, the loss has no vb term (variational bound)."""
+    learn_sigma: bool | Literal["auto"] = "auto"
+    """Whether the net predicts the variance; auto: as for a U-Net."""
 
 
 class NamedNet(Choice):
@@ -358,13 +419,38 @@ Net = Annotated[
 ]
 
 
+def with_learn_sigma(model: Model | NamedNet, learn_sigma: bool) -> Model | NamedNet:
+    """Returns the settings of a net with a value of `learn_sigma` that is not auto."""
+    update = {"learn_sigma": learn_sigma}
+    if isinstance(model, Model):
+        return model.model_copy(update=update)
+    name, _ = model.chosen
+    return model.model_copy(update={name: getattr(model, name).model_copy(update=update)})
+
+
 class Diffusion(Section):
     """The forward process, which adds noise to images (`diffusion.gaussian`)."""
 
     timesteps: int = Field(1000, ge=2, le=100_000)
     """Number of timesteps T."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
+    schedule: Schedule = Schedule(linear=NoParameters())
+    """Path from images to noise."""
+    predict: Prediction = Prediction(epsilon=NoParameters())
+    """What the net predicts."""
+    loss_in: Literal["prediction", "epsilon", "x_start", "velocity"] = "prediction"
+    """Space in which the mse has the weight 1 (unweighted): that of what the net predicts, or the squared error of \
+epsilon, x_0 or the velocity that follow from it. The weights p2, min_snr and debiased have the objective of their \
+papers in any space."""
+
+    @property
+    def ancestral(self) -> bool:
+        """Whether the posterior q(x_{t-1} | x_t, x_0) is known, which DDPM samples from."""
+        return (self.schedule.linear or self.schedule.cosine) is not None and self.predict.edm is None
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether the variational bound is known, which trains a predicted variance."""
+        return self.ancestral and self.predict.epsilon is not None
 
 
 class DecaySteps(Section):
@@ -493,10 +579,11 @@ only."""
 class Sample(Section):
     """How images are sampled from a checkpoint."""
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """Sampler: DDIM with eta = 0 (Song et al. 2021), or DDPM (Ho et al. 2020)."""
+    sampler: Literal["ddim", "ddpm", "heun", "dpm"] = "ddim"
+    """Sampler: DDIM with eta = 0 (Song et al. 2021), which is Euler's method for a flow; DDPM (Ho et al. 2020), for \
+the schedules linear and cosine; Heun's method (Karras et al. 2022); DPM-Solver++(2M) (Lu et al. 2022)."""
     steps: PositiveInt = 25
-    """Number of net evaluations per image."""
+    """Number of steps. Each step evaluates the net once; heun evaluates it twice, except in the last step."""
     images: int = Field(10_000, ge=2, le=MAX_INTEGER)
     """Number of images that are sampled from each checkpoint. Metrics, such as FD, are computed from these images."""
     batch_size: BatchSize | None = None
@@ -515,9 +602,26 @@ class Initial(Section):
     """The settings that, together with the seed, determine the untrained weights of a run."""
 
     dataset: Dataset
-    model: Net
     diffusion: Diffusion
+    model: Net
     train_version: int
+
+    @field_validator("model")
+    @classmethod
+    def _learn_sigma(cls, model: Model | NamedNet, info: ValidationInfo) -> Model | NamedNet:
+        """Replaces `learn_sigma: auto` by true or false, so that the hash of a run does not contain auto.
+
+        Raises:
+            ValueError: if the net is to predict a variance that cannot be trained.
+        """
+        diffusion = info.data.get("diffusion", Diffusion())
+        _, keys = model.chosen
+        if keys["learn_sigma"] is True and not diffusion.has_bound:
+            raise ValueError(
+                "learn_sigma: true needs a variational bound, which only epsilon prediction on a linear or cosine "
+                "schedule has: remove it, or change diffusion"
+            )
+        return with_learn_sigma(model, bool(keys["learn_sigma"]) and diffusion.has_bound)
 
 
 class RunConfig(Initial):
@@ -526,6 +630,8 @@ class RunConfig(Initial):
     train: Train
     scheme: Scheme
     match: Scheme | None = None
+    match_diffusion: Diffusion | None = None
+    """The section `diffusion` of the matched arm, if it differs."""
 
     @property
     def initial(self) -> Initial:
@@ -568,19 +674,33 @@ def check_image_size(image_size: int, model: Net) -> None:
             )
 
 
-def check_sampling_steps(sample: Sample, timesteps: int) -> None:
+def check_sampling_steps(sample: Sample, timesteps: int, ancestral: bool = True) -> None:
     """Checks that the sampler in `sample` can take `sample.steps` steps if T is `timesteps`.
 
+    Args:
+        sample: settings of sampling.
+        timesteps: number of timesteps T.
+        ancestral: see `Diffusion.ancestral`.
+
     Raises:
-        InputError: if the sampler cannot use this number of steps.
+        InputError: if the sampler needs another path, or cannot use this number of steps.
     """
+    if sample.sampler == "ddpm" and not ancestral:
+        raise InputError(
+            "sampler: ddpm needs the schedule linear or cosine, and a prediction other than edm: use ddim, heun or dpm"
+        )
+    first = 2 if sample.sampler == "ddpm" else 1
+    if sample.sampler == "ddpm" or not ancestral:
+        if not first <= sample.steps <= timesteps:
+            raise InputError(
+                f"steps: {sample.steps} is not possible with {timesteps} timesteps: use {first} to {timesteps}"
+            )
+        return
     # DDIM takes every n-th timestep, so only some numbers of steps exist.
     possible = {len(range(0, timesteps, stride)) for stride in range(1, timesteps + 1)}
-    if sample.sampler == "ddim" and sample.steps not in possible:
+    if sample.steps not in possible:
         nearest = min(possible, key=lambda steps: abs(steps - sample.steps))
         raise InputError(
-            f"steps: DDIM takes every n-th of {timesteps} timesteps, which cannot give {sample.steps} steps: "
-            f"use {nearest}"
+            f"steps: {sample.sampler.upper()} takes every n-th of {timesteps} timesteps, which cannot give "
+            f"{sample.steps} steps: use {nearest}"
         )
-    if sample.sampler == "ddpm" and not 2 <= sample.steps <= timesteps:
-        raise InputError(f"steps: {sample.steps} is not possible with {timesteps} timesteps: use 2 to {timesteps}")

@@ -1,4 +1,4 @@
-"""The Gaussian diffusion process: noise schedules, q(x_t | x_0), its posterior, and p(x_{t-1} | x_t).
+"""Variance-preserving diffusion: noise schedules, the posterior of q(x_t | x_0), and p(x_{t-1} | x_t).
 
 Timesteps run from data to noise: t = 0 is the least noisy of T timesteps, t = T - 1 the noisiest. Images are float
 tensors [B, C, H, W] in [-1, 1]; t is an int64 tensor [B]. Tables over t are float64 tensors [T]; `gather` casts their
@@ -7,7 +7,6 @@ values to the dtype of the images.
 Sources: Ho et al. 2020 (DDPM, arXiv 2006.11239); Nichol & Dhariwal 2021 (arXiv 2102.09672).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffusion.paths import NoisePath, Pair, epsilon, gather
 
 
 def linear_betas(timesteps: int) -> Tensor:
@@ -41,14 +42,15 @@ def cosine_betas(timesteps: int) -> Tensor:
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-class NoiseSchedule:
-    """Noise schedule of a diffusion process: tables over timesteps that are computed from the betas.
+class NoiseSchedule(NoisePath):
+    """Noise schedule of a variance-preserving process (alpha^2 + sigma^2 = 1): tables that follow from the betas.
 
     Args:
         betas: variances of q(x_t | x_{t-1}), [T], each in (0, 1).
+        predict: what the net predicts, as for `NoisePath`.
+        loss_in: space of the loss, as for `NoisePath`.
 
     Attributes:
-        timesteps: number of timesteps T.
         betas: the betas as float64 [T]. All attributes below are also float64 [T].
         alphas_cumprod: product of 1 - beta over the timesteps 0..t. In x_t, x_0 has the factor sqrt(alphas_cumprod).
         alphas_cumprod_prev: alphas_cumprod at t - 1; 1 at t = 0.
@@ -60,15 +62,17 @@ class NoiseSchedule:
 
     Raises:
         ValueError: if betas is not a vector of numbers in (0, 1).
+        InputError: as for `NoisePath`.
     """
 
-    def __init__(self, betas: Tensor):
+    def __init__(self, betas: Tensor, predict: Callable[..., Pair] = epsilon, loss_in: str = "prediction"):
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be a vector of numbers between 0 and 1 (exclusive)")
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        super().__init__(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), predict, loss_in)
         self.betas = betas
-        self.timesteps = len(betas)
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        self.alphas_cumprod = alphas_cumprod
         self.alphas_cumprod_prev = _previous(self.alphas_cumprod)
         self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
@@ -79,35 +83,17 @@ class NoiseSchedule:
         self.posterior_mean_x_start = betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_x_t = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
 
-    def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Returns a copy with all tables on `device`. Timesteps on `device` index tables without synchronization."""
-        moved = copy.copy(self)
-        moved.__dict__.update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
-        return moved
+    def factors(self, t: Tensor, like: Tensor) -> Pair:
+        """Returns alpha and sigma at t for samplers, each [B, 1, 1, 1].
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Returns x_t for the given x_0 (`x_start`) and noise (Ho et al. 2020, eq. 4). Images [B, C, H, W], t [B]."""
-        return (
-            gather(self.alphas_cumprod.sqrt(), t, x_start) * x_start
-            + gather((1 - self.alphas_cumprod).sqrt(), t, x_start) * noise
-        )
+        Both are roots of numbers that were rounded to the dtype of `like`, as in the reference code.
+        """
+        kept = gather(self.alphas_cumprod, t, like)
+        return kept.sqrt(), (1 - kept).sqrt()
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7). Images [B, C, H, W], t [B]."""
         return gather(self.posterior_mean_x_start, t, x_t) * x_start + gather(self.posterior_mean_x_t, t, x_t) * x_t
-
-    def predict_x_start(self, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns x_0 for the given x_t and predicted noise (`q_sample` solved for x_0). Images [B, C, H, W], t [B]."""
-        return (
-            gather((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t
-            - gather((1 / self.alphas_cumprod - 1).sqrt(), t, x_t) * epsilon
-        )
-
-    def predict_epsilon(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the noise in x_t for the given x_0 (`q_sample` solved for the noise). Images [B, C, H, W], t [B]."""
-        return (gather((1 / self.alphas_cumprod).sqrt(), t, x_t) * x_t - x_start) / gather(
-            (1 / self.alphas_cumprod - 1).sqrt(), t, x_t
-        )
 
 
 class PMeanVariance(NamedTuple):
@@ -127,7 +113,7 @@ def p_mean_variance(
 
     Args:
         schedule: noise schedule of T timesteps.
-        model_output: either epsilon and then v, [B, 2C, H, W], or only epsilon, [B, C, H, W]. If v is
+        model_output: either the prediction and then v, [B, 2C, H, W], or only the prediction, [B, C, H, W]. If v is
             present, v interpolates the log variance between two bounds (Nichol & Dhariwal 2021, eq. 15). Without v, the
             log variance is `schedule.posterior_log_variance_clipped`.
         x_t: noisy images, [B, C, H, W].
@@ -135,7 +121,6 @@ def p_mean_variance(
         clip: whether the predicted x_0 is clipped to [-1, 1].
     """
     channels = x_t.shape[1]
-    epsilon = model_output[:, :channels]
     minimum = gather(schedule.posterior_log_variance_clipped, t, x_t)
     if model_output.shape[1] == 2 * channels:
         # v in [-1, 1] interpolates between the two bounds in the log domain.
@@ -143,7 +128,7 @@ def p_mean_variance(
         log_variance = fraction * gather(schedule.betas.log(), t, x_t) + (1 - fraction) * minimum
     else:
         log_variance = minimum.expand_as(x_t)
-    pred_x_start = schedule.predict_x_start(epsilon, x_t, t)
+    pred_x_start = schedule.predict_x_start(model_output[:, :channels], x_t, t)
     if clip:
         pred_x_start = pred_x_start.clamp(-1, 1)
     return PMeanVariance(schedule.q_posterior_mean(pred_x_start, x_t, t), log_variance, pred_x_start)
@@ -165,17 +150,9 @@ def respaced(schedule: NoiseSchedule, timesteps: Tensor) -> NoiseSchedule:
     if (timesteps.diff() <= 0).any():
         raise ValueError(f"timesteps must be strictly increasing, but are {timesteps.tolist()}")
     alphas_cumprod = schedule.alphas_cumprod[timesteps]
-    return NoiseSchedule(1 - alphas_cumprod / _previous(alphas_cumprod))
+    return NoiseSchedule(1 - alphas_cumprod / _previous(alphas_cumprod), schedule.predict)
 
 
 def _previous(alphas_cumprod: Tensor) -> Tensor:
     """Returns alphas_cumprod at t - 1 for each t, [T]. The value at t = 0 is 1."""
     return F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-
-
-def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Returns the values of a table [T] at timesteps t [B] as a tensor [B, 1, ..., 1].
-
-    The tensor has the number of dimensions, the dtype and the device of `like`.
-    """
-    return table.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.devices import CudaGraphed, compute_copy
-from diffusion.gaussian import NoiseSchedule
 from diffusion.losses import hybrid_loss
+from diffusion.paths import NoisePath
 
 
 class LossGradients:
@@ -16,11 +16,11 @@ class LossGradients:
     Args:
         model: net that is called with images [B, 3, H, W] and timesteps [B]. The object refers to this net: call
             `refresh` after its parameters have changed.
-        schedule: noise schedule.
+        schedule: path on which the net is trained, with what the net predicts.
         precision: "fp32", "bf16" or "auto" (see `diffusion.devices.compute_dtype`).
     """
 
-    def __init__(self, model: nn.Module, schedule: NoiseSchedule, precision: str):
+    def __init__(self, model: nn.Module, schedule: NoisePath, precision: str):
         self.net = compute_copy(model, precision)
         self.parameters, self.copies = list(model.parameters()), list(self.net.parameters())
         self.schedule = schedule.to(self.parameters[0].device)

@@ -1,7 +1,7 @@
 """The hybrid loss, and loss weights over timesteps.
 
-A loss weight is a function of the noise schedule that returns one factor per timestep, [T]. `WEIGHTS` maps names to
-these functions. Images are [B, C, H, W]. Losses are per image, [B].
+A loss weight is a function of the path that returns one factor per timestep, [T]. `WEIGHTS` maps names to these
+functions. Images are [B, C, H, W]. Losses are per image, [B].
 """
 
 import math
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import NoiseSchedule, gather, p_mean_variance
+from diffusion.gaussian import NoiseSchedule, p_mean_variance
+from diffusion.paths import NoisePath, gather
 
 
 def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
@@ -23,31 +24,31 @@ def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
     return (k + snr) ** -gamma
 
 
-def unweighted(schedule: NoiseSchedule) -> Tensor:
+def unweighted(schedule: NoisePath) -> Tensor:
     """Returns the weight 1 for each timestep, [T], as in the simple loss of Ho et al. 2020, eq. 14."""
     return torch.ones_like(schedule.snr)
 
 
-def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
+def p2(schedule: NoisePath, gamma: float, k: float) -> Tensor:
     """Returns the P2 weight of each timestep, [T] (Choi et al. 2022, arXiv 2204.00227, eq. 8)."""
     return p2_weight(schedule.snr, gamma, k)
 
 
-def min_snr(schedule: NoiseSchedule, gamma: float) -> Tensor:
-    """Returns the Min-SNR weight min(SNR, gamma) / SNR for models that predict epsilon, [T].
+def min_snr(schedule: NoisePath, gamma: float) -> Tensor:
+    """Returns the Min-SNR weight min(SNR, gamma) / SNR of the squared error of epsilon, [T].
 
-    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. For models that predict the velocity, the paper has another
-    weight, min(SNR, gamma) / (SNR + 1).
+    Source: Hang et al. 2023, arXiv 2303.09556, sec. 3.4. The paper's weights for other predictions, such as
+    min(SNR, gamma) / (SNR + 1) for v, are this weight times `NoisePath.epsilon_factor`.
     """
     return schedule.snr.clamp(max=gamma) / schedule.snr
 
 
-def debiased(schedule: NoiseSchedule) -> Tensor:
+def debiased(schedule: NoisePath) -> Tensor:
     """Returns the weight 1 / sqrt(SNR), [T] (Yu et al. 2023, arXiv 2310.08442)."""
     return schedule.snr.rsqrt()
 
 
-def speed(schedule: NoiseSchedule, lam: float, tau: int) -> Tensor:
+def speed(schedule: NoisePath, lam: float, tau: int) -> Tensor:
     """Returns SpeeD's change-aware weight, [T] (Wang et al. 2024, arXiv 2405.17403).
 
     The weight is (1 - lam) + (2 lam - 1) r_t for t < tau, and 1 for t >= tau. Here, r_t is the derivative of
@@ -68,6 +69,8 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "debiased": debiased,
     "speed": speed,
 }
+# Weights that their papers define for the error of epsilon. The others apply in the space of the loss.
+WEIGHTS_OF_EPSILON = {"p2", "min_snr", "debiased"}
 
 
 class HybridLoss(NamedTuple):
@@ -79,7 +82,7 @@ class HybridLoss(NamedTuple):
 
 
 def hybrid_loss(
-    schedule: NoiseSchedule,
+    schedule: NoisePath,
     model_output: Tensor,
     x_start: Tensor,
     x_t: Tensor,
@@ -88,16 +91,16 @@ def hybrid_loss(
     mse_weight: Tensor | float = 1.0,
     vb_weight: Tensor | float = 1.0,
 ) -> HybridLoss:
-    """Returns the hybrid loss: the mean squared error of epsilon (mse) plus the scaled variational bound (vb).
+    """Returns the hybrid loss: the mean squared error of the prediction (mse) plus the scaled variational bound (vb).
 
     Source: Nichol & Dhariwal 2021, eq. 16. The vb term is the bound in bits per dimension, multiplied by T / 1000. The
-    gradient of the vb term reaches only the predicted variance, because epsilon is detached in this term. The reference
-    code (guided-diffusion with P2 weighting) applies the P2 weight to the mse term and never to the vb term.
+    gradient of the vb term reaches only the predicted variance, because the prediction is detached in this term. The
+    reference code (guided-diffusion with P2 weighting) applies the P2 weight to the mse term and never to the vb term.
 
     Args:
-        schedule: noise schedule of T timesteps.
-        model_output: either epsilon and then v (see `diffusion.gaussian.p_mean_variance`), [B, 2C, H, W], or only
-            epsilon, [B, C, H, W]. Without v, the vb term is 0.
+        schedule: path of T timesteps; a `NoiseSchedule` if the model predicts the variance.
+        model_output: either the prediction and then v (see `diffusion.gaussian.p_mean_variance`), [B, 2C, H, W], or
+            only the prediction, [B, C, H, W]. Without v, the vb term is 0.
         x_start: images in [-1, 1], [B, C, H, W].
         x_t: noisy images, the result of `schedule.q_sample(x_start, t, noise)`, [B, C, H, W].
         t: timesteps of the images, int64 [B].
@@ -106,8 +109,9 @@ def hybrid_loss(
         vb_weight: factor of the vb term, one number or one per image [B].
     """
     channels = x_start.shape[1]
-    mse = mse_weight * (model_output[:, :channels] - noise).square().mean((1, 2, 3))
-    if model_output.shape[1] == channels:
+    target = schedule.target(x_start, t, noise)
+    mse = mse_weight * (model_output[:, :channels] - target).square().mean((1, 2, 3))
+    if not isinstance(schedule, NoiseSchedule) or model_output.shape[1] == channels:
         vb = torch.zeros_like(mse)
     else:
         vb = vb_weight * _variational_bound(schedule, model_output, x_start, x_t, t) * (schedule.timesteps / 1000)
@@ -117,9 +121,9 @@ def hybrid_loss(
 def _variational_bound(
     schedule: NoiseSchedule, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]. L_t has no gradient with respect to epsilon."""
-    epsilon, variance = model_output.chunk(2, dim=1)
-    detached = torch.cat([epsilon.detach(), variance], dim=1)
+    """Returns L_t of Ho et al. 2020, eq. 5, in bits per dimension, [B]. It trains the variance only."""
+    prediction, variance = model_output.chunk(2, dim=1)
+    detached = torch.cat([prediction.detach(), variance], dim=1)
     mean, log_variance, _ = p_mean_variance(schedule, detached, x_t, t, clip=False)
     true_mean = schedule.q_posterior_mean(x_start, x_t, t)
     true_log_variance = gather(schedule.posterior_log_variance_clipped, t, x_t)

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from diffusion.config import Model, NamedNet, Net
+from diffusion.config import Model, NamedNet, Net, with_learn_sigma
 from diffusion.errors import InputError
 from diffusion.nets.size import Size, dit_size, unet_size
 
@@ -58,16 +58,20 @@ def _measured(model: NamedNet, image_size: int) -> Size:
         return tensor
 
     name, parameters = model.chosen
+    learn_sigma = bool(parameters["learn_sigma"])  # auto: the larger net
     try:
         with torch.device("meta"):
-            net, x = build_net(image_size, model), torch.empty(1, 3, image_size, image_size)
+            net, x = (
+                build_net(image_size, with_learn_sigma(model, learn_sigma)),
+                torch.empty(1, 3, image_size, image_size),
+            )
             with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
                 output = net(x, torch.zeros(1, dtype=torch.int64))
     except InputError:
         raise
     except Exception as error:  # of any type: the class is not part of this project
         raise InputError(f"{name}: {' '.join(str(error).split())}: change its keys or its class") from None
-    wanted = [1, 6 if parameters["learn_sigma"] else 3, image_size, image_size]
+    wanted = [1, 6 if learn_sigma else 3, image_size, image_size]
     if list(output.shape) != wanted:
         raise InputError(f"{name}: its output has the shape {list(output.shape)}, not {wanted}: change its class")
     weights = {parameter.untyped_storage()._cdata: parameter.numel() for parameter in net.parameters()}

@@ -135,7 +135,7 @@ def _settings(path: Path, given: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         raise FileError(file, f"is damaged ({first_mistake(error, Settings)}): export the weights again") from None
     for name, value in given.items():
-        if value != (known := getattr(settings, name)):
+        if value != (known := settings.model_dump()[name]):
             raise InputError(
                 f"{path}: {name}: {value} contradicts {file.name} ({'unset' if known is None else known}): omit it"
             )

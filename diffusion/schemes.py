@@ -1,15 +1,15 @@
 """Computes the tables of a training scheme: the density over timesteps and the loss weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffusion.config import Scheme
 from diffusion.errors import InputError
-from diffusion.gaussian import NoiseSchedule
-from diffusion.losses import WEIGHTS
+from diffusion.losses import WEIGHTS, WEIGHTS_OF_EPSILON
+from diffusion.paths import NoisePath
 from diffusion.timesteps import DENSITIES, uniform
 
 
@@ -32,15 +32,35 @@ class Tables:
         return Tables(self.probabilities.to(device), self.mse_weight.to(device), self.vb_weight.to(device))
 
 
-def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None = None) -> Tables:
+def scheme_tables(
+    schedule: NoisePath, scheme: Scheme, match: Scheme | None = None, match_schedule: NoisePath | None = None
+) -> Tables:
     """Returns the density and the loss weights of a scheme at the start of training.
 
+    The weight of the mse belongs to the squared error of what the net predicts. Arguments and errors are those of
+    `epsilon_tables`.
+
+    Returns:
+        the tables, each [T].
+    """
+    tables = epsilon_tables(schedule, scheme, match, match_schedule)
+    return replace(tables, mse_weight=tables.mse_weight * schedule.epsilon_factor)
+
+
+def epsilon_tables(
+    schedule: NoisePath, scheme: Scheme, match: Scheme | None = None, match_schedule: NoisePath | None = None
+) -> Tables:
+    """Returns the density and the loss weights of a scheme, with the weight of the squared error of epsilon.
+
+    This weight is comparable between schemes whose nets predict different things.
+
     Args:
-        schedule: noise schedule of T timesteps.
+        schedule: path of T timesteps, with the prediction of the net and the space of the loss.
         scheme: names and parameters of the density and of the weights. If `scheme.corrected`, the weights are divided
             by T p_t, so that the expected gradient is the same as with uniform draws.
         match: another scheme. If given, the loss weights are replaced by weights with which both schemes have the same
-            expected gradient.
+            expected weight at each timestep, and so the same expected gradient if their nets predict the same.
+        match_schedule: path of the other scheme, with the prediction and the space of its loss; None: `schedule`.
 
     Returns:
         the tables, each [T].
@@ -51,9 +71,11 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
     """
     probabilities = _table(DENSITIES, scheme.timesteps.chosen, schedule)
     mse_weight = _table(WEIGHTS, scheme.mse_weight.chosen, schedule)
+    if scheme.mse_weight.chosen[0] not in WEIGHTS_OF_EPSILON:
+        mse_weight = mse_weight * schedule.loss_factor / schedule.epsilon_factor
     vb_weight = _table(WEIGHTS, scheme.vb_weight.chosen, schedule)
     if match is not None:
-        target = scheme_tables(schedule, match)
+        target = epsilon_tables(match_schedule or schedule, match)
     elif scheme.corrected:
         target = Tables(uniform(schedule), mse_weight, vb_weight)
     else:
@@ -68,7 +90,7 @@ def scheme_tables(schedule: NoiseSchedule, scheme: Scheme, match: Scheme | None 
 
 
 def _table(
-    functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoiseSchedule
+    functions: Mapping[str, Callable[..., Tensor]], chosen: tuple[str, dict[str, float]], schedule: NoisePath
 ) -> Tensor:
     """Returns the table [T] of a density or a weight. `chosen` contains the name and the parameters of a function.
 

@@ -19,7 +19,15 @@ from pydantic_core import CoreSchema
 
 # Keys added after version 0.2.0, as "Section.key". `canonical()`, which is hashed, leaves such a key out while it has
 # its default, so that adding a key renames no existing run. The default must compute what was computed without the key.
-LATER_KEYS: tuple[str, ...] = ("Train.decay", "Train.betas", "Evaluate.ema", "StudyPlan.ema")
+LATER_KEYS: tuple[str, ...] = (
+    "Diffusion.loss_in",
+    "Diffusion.predict",
+    "Evaluate.ema",
+    "RunConfig.match_diffusion",
+    "StudyPlan.ema",
+    "Train.betas",
+    "Train.decay",
+)
 
 
 def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -90,3 +98,13 @@ class Choice(Section):
         """Name and parameters of the chosen function."""
         name = next(iter(self.model_fields_set))
         return name, getattr(self, name).model_dump()
+
+
+class NamedChoice(Choice):
+    """Choice that is written as a name, such as `linear`, if the chosen function has no parameters."""
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        name, _ = self.chosen
+        parameters = handler(self)[name]
+        return {name: parameters} if parameters else name

@@ -1,6 +1,6 @@
 """Densities over timesteps, and functions that draw timesteps from a density.
 
-A density is a function of the noise schedule that returns one probability per timestep, [T], with a sum of 1.
+A density is a function of the path that returns one probability per timestep, [T], with a sum of 1.
 `DENSITIES` maps names to these functions. `LossHistory` is the only density that is learned during training.
 """
 
@@ -10,21 +10,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import NoiseSchedule
+from diffusion.paths import NoisePath
 
 
-def uniform(schedule: NoiseSchedule) -> Tensor:
+def uniform(schedule: NoisePath) -> Tensor:
     """Returns the probability 1 / T for each timestep, [T] (Ho et al. 2020, algorithm 1)."""
     return torch.full_like(schedule.snr, 1 / schedule.timesteps)
 
 
-def p2(schedule: NoiseSchedule, gamma: float, k: float) -> Tensor:
+def p2(schedule: NoisePath, gamma: float, k: float) -> Tensor:
     """Returns the density that is proportional to the P2 weight 1 / (k + SNR)^gamma, [T] (Choi et al. 2022)."""
     weight = (k + schedule.snr) ** -gamma
     return weight / weight.sum()
 
 
-def log_normal_sigma(schedule: NoiseSchedule, mean: float, std: float) -> Tensor:
+def log_normal_sigma(schedule: NoisePath, mean: float, std: float) -> Tensor:
     """Returns the density for which ln(sigma) ~ N(mean, std^2), where sigma = SNR^(-1/2), [T].
 
     Source: Karras et al. 2022, arXiv 2206.00364, table 1 (mean -1.2, std 1.2). Each timestep covers an interval of
@@ -37,7 +37,7 @@ def log_normal_sigma(schedule: NoiseSchedule, mean: float, std: float) -> Tensor
     return _normal_probabilities(torch.cat([ends[:1], midpoints, ends[1:]]), mean, std)
 
 
-def logit_normal(schedule: NoiseSchedule, mean: float, std: float) -> Tensor:
+def logit_normal(schedule: NoisePath, mean: float, std: float) -> Tensor:
     """Returns the density for which logit(time) ~ N(mean, std^2), [T].
 
     Source: Esser et al. 2024, arXiv 2403.03206, eq. 19. Time 0 is data and time 1 is noise, as in the paper. In the
@@ -47,7 +47,7 @@ def logit_normal(schedule: NoiseSchedule, mean: float, std: float) -> Tensor:
     return _normal_probabilities(torch.logit(edges), mean, std)
 
 
-def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
+def speed(schedule: NoisePath, k: float, tau: int) -> Tensor:
     """Returns the density that is k times as high for t < tau as for t >= tau, [T].
 
     Source: SpeeD, Wang et al. 2024, arXiv 2405.17403, "asymmetric sampling". This function follows the paper. The
@@ -58,7 +58,7 @@ def speed(schedule: NoiseSchedule, k: float, tau: int) -> Tensor:
     return weight / weight.sum()
 
 
-def loss_second_moment(schedule: NoiseSchedule, history: int, uniform_share: float) -> Tensor:
+def loss_second_moment(schedule: NoisePath, history: int, uniform_share: float) -> Tensor:
     """Returns the uniform density, [T], which `LossHistory` replaces during training (Nichol & Dhariwal 2021)."""
     return uniform(schedule)
 

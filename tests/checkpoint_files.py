@@ -17,7 +17,9 @@ from diffusion.config import Diffusion, Initial, Model, OpenMoji
 
 KEYS = json.loads((Path(__file__).parent / "data/adm_state_dict_keys.json").read_text())
 LAYOUT = {key: tuple(shape) for key, shape in KEYS["unet_tiny32"].items()}
-TINY32 = Model(channels=32, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(16,), head_channels=16)
+TINY32 = Model(
+    channels=32, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(16,), head_channels=16, learn_sigma=True
+)
 
 
 def det_weights(layout: dict[str, tuple[int, ...]] = LAYOUT) -> dict[str, Tensor]:

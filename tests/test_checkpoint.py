@@ -19,11 +19,13 @@ from diffusion.errors import FileError, InputError
 from diffusion.files import sha256
 from diffusion.nets.unet import UNet
 from diffusion.published import infer_model, load_published, write_published
-from diffusion.sampling import ddim_sample, ddpm_sample, latents
+from diffusion.sampling import ddpm_sample, latents, ode_sample
 
-FFHQ128 = Model(channels=128, channel_mult=(1, 1, 2, 3, 4), res_blocks=2, attention_resolutions=(16,))
+FFHQ128 = Model(channels=128, channel_mult=(1, 1, 2, 3, 4), res_blocks=2, attention_resolutions=(16,), learn_sigma=True)
 # The net for 256 pixels of Choi et al. 2022, arXiv 2204.00227.
-P2_FFHQ256 = Model(channels=128, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=1, attention_resolutions=(16,))
+P2_FFHQ256 = Model(
+    channels=128, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=1, attention_resolutions=(16,), learn_sigma=True
+)
 
 
 def layout_of(model: Model, image_size: int) -> dict[str, tuple[int, ...]]:
@@ -136,7 +138,9 @@ def test_published_nets_are_inferred(layout, image_size, attention, expected):
     ids=str,
 )
 def test_every_key_of_the_model_is_inferred(changes):
-    base = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "attention_resolutions": (16,)}
+    base = {
+        "channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "attention_resolutions": (16,), "learn_sigma": True
+    }  # fmt: skip
     for attention in ({"head_channels": 32}, {"heads": 4}):
         model = Model(**base | attention | changes)
         assert infer_model(layout_of(model, 32), 32, attention) == model
@@ -243,7 +247,7 @@ def test_no_more_than_a_batch_is_sampled_at_once(tmp_path):
     assert images.std() > 10 and np.abs(images.astype(int) - one_batch).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun", "dpm"])
 def test_samples_are_those_of_noise_that_is_drawn_when_it_is_needed(tmp_path, sampler):
     loaded = load_checkpoint(save_ours(tmp_path / "weights.safetensors", det_weights()), "cpu")
     images = sample_checkpoint(loaded, Sample(sampler=sampler, images=3, batch_size=2, steps=4, seed=5), "cpu")
@@ -255,7 +259,7 @@ def test_samples_are_those_of_noise_that_is_drawn_when_it_is_needed(tmp_path, sa
             return latents(5, loaded.seed, indices, (3, 32, 32), f"ddpm{step}")
 
         arguments = (loaded.model, loaded.schedule, start, 4)
-        expected.append(ddpm_sample(*arguments, noise) if sampler == "ddpm" else ddim_sample(*arguments))
+        expected.append(ddpm_sample(*arguments, noise) if sampler == "ddpm" else ode_sample(*arguments, sampler))
     np.testing.assert_array_equal(images, to_uint8(torch.cat(expected)))
 
 

@@ -114,7 +114,19 @@ WRONG = [
     ("train.micro_batch", 5, ["train: micro_batch 5 does not divide batch_size 12", "choose a divisor"]),
     ("arms.under05.train", {"micro_batch": 5}, ["arms.under05.train: micro_batch 5", "choose a divisor"]),
     ("arms.under05.train", {"batch_size": "x"}, ["arms.under05.train.batch_size", "integer", "'x'"]),
-    ("diffusion.schedule", "cos", ["diffusion.schedule", "'cosine'", "'cos'"]),
+    ("diffusion.schedule", "cos", ["diffusion.schedule.cos: unknown key", "did you mean cosine?"]),
+    ("diffusion.schedule", {"flow": {"shift": 0}}, ["diffusion.schedule.flow.shift", "greater than 0"]),
+    ("diffusion.schedule", {"karras": {"min": 3, "max": 2}}, ["diffusion.schedule.karras: min 3", "raise max"]),
+    ("diffusion.predict", "eps", ["diffusion.predict.eps: unknown key", "did you mean epsilon?"]),
+    ("diffusion.loss_in", "x0", ["diffusion.loss_in", "'x_start'", "'x0'"]),
+    ("arms.under05.diffusion", {"predict": "noise"}, ["arms.under05.diffusion.predict.noise: unknown key"]),
+    ("arms.under05.diffusion", {"preict": "v"}, ["arms.under05.diffusion.preict: unknown key", "mean predict?"]),
+    ("arms.under05.diffusion", {"timesteps": 9}, ["arms.under05.diffusion.timesteps", "set diffusion.timesteps"]),
+    (
+        "arms.uni05.diffusion",
+        {"schedule": "flow"},
+        ["arms.matched05.match: uni05 has another diffusion.schedule", "match an arm with the same schedule"],
+    ),
     ("diffusion.timesteps", 1, ["diffusion.timesteps", "greater than or equal to 2"]),
     ("model", None, ["model: write keys and values", "None"]),
     ("model", {"unet": {"chanels": 32}}, ["model.unet.chanels: unknown key", "did you mean channels?"]),
@@ -589,6 +601,13 @@ def test_matched_run_contains_the_scheme_of_its_target(tmp_path):
         [],
         [("dataset", {"source": "folder", "path": "some/images", "image_size": 32})],
         [("train.micro_batch", 4), ("diffusion.schedule", "cosine"), ("model.dropout", 0.1)],
+        [
+            (
+                "diffusion",
+                {"schedule": {"flow": {"shift": 3}}, "predict": {"edm": {"data_std": 0.3}}, "loss_in": "x_start"},
+            )
+        ],
+        [("arms.uni05.diffusion", {"predict": "v"})],
     ],
 )
 def test_canonical_form_restores_the_run(tmp_path, arm, changes):
@@ -619,6 +638,10 @@ UNCHANGED = [
     ("compare", None),
     # The same settings, written in another way.
     ("diffusion", {"timesteps": 1000, "schedule": "linear"}),
+    ("diffusion", {"schedule": {"linear": {}}, "predict": "epsilon", "loss_in": "prediction"}),
+    ("arms.under05.diffusion", {"predict": {"epsilon": None}}),
+    ("model.learn_sigma", "auto"),
+    ("model.learn_sigma", True),
     ("train.learning_rate", 1e-4),
     ("train.learning_rate", "1e-4"),
     ("train.micro_batch", None),
@@ -656,6 +679,11 @@ SHARED = [
     ("model.dropout", 0.1),
     ("diffusion.timesteps", 500),
     ("diffusion.schedule", "cosine"),
+    ("diffusion.schedule", "flow"),
+    ("diffusion.predict", "v"),
+    ("diffusion.loss_in", "x_start"),
+    ("arms.under05.diffusion", {"predict": "x_start"}),
+    ("model.learn_sigma", False),
 ]
 OWN = [
     ("train.batch_size", 24),
@@ -867,8 +895,44 @@ def test_batch_size_of_an_arm_must_be_a_multiple_of_the_micro_batch_of_the_study
         ({"steps": 1001}, "use 1000"),
         ({"sampler": "ddpm", "steps": 1001}, "use 2 to 1000"),
         ({"sampler": "ddpm", "steps": 1}, "use 2 to 1000"),
+        ({"sampler": "heun", "steps": 333}, "use 334"),
     ],
 )
 def test_sampling_steps_fit_the_timesteps(tmp_path, sample, remedy):
     with pytest.raises(StudyError, match=f"sample: steps: .*: {remedy}$"):
         load(tmp_path, edited(("sample", sample)))
+
+
+def test_the_sampler_fits_the_path_of_every_arm(tmp_path):
+    flow = ("arms.under05.diffusion", {"schedule": "flow"})
+    assert load(tmp_path, edited(("sample", {"sampler": "dpm", "steps": 334}), flow)).sample.sampler == "dpm"
+    with pytest.raises(StudyError, match="sample: sampler: ddpm needs .*: use ddim, heun or dpm$"):
+        load(tmp_path, edited(("sample", {"sampler": "ddpm"}), flow))
+    with pytest.raises(StudyError, match="sample: steps: 1001 is not possible .*: use 1 to 1000$"):
+        load(tmp_path, edited(("sample.steps", 1001), ("diffusion.schedule", "flow")))
+    assert load(tmp_path, edited(("sample.steps", 333), ("diffusion.schedule", "flow"))).sample.steps == 333
+
+
+def test_an_arm_overrides_keys_of_diffusion_and_predicts_a_variance_only_where_there_is_a_bound(tmp_path):
+    study = load(tmp_path, edited(("arms.under05.diffusion", {"predict": "v"}), ("diffusion.schedule", "cosine")))
+    plain, changed = study.run("uni05"), study.run("under05")
+    assert changed.diffusion.predict.chosen == ("v", {}) and changed.diffusion.schedule == plain.diffusion.schedule
+    assert (plain.model.learn_sigma, changed.model.learn_sigma) == (True, False)
+    assert changed.diffusion.model_dump() == {
+        "timesteps": 1000, "schedule": "cosine", "predict": "v", "loss_in": "prediction"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "diffusion", [{"schedule": "flow"}, {"schedule": "karras"}, {"predict": "v"}, {"predict": "edm"}], ids=str
+)
+def test_a_learned_variance_without_a_bound_is_refused(tmp_path, diffusion):
+    with pytest.raises(StudyError, match="arms.under05: model: learn_sigma: true needs a variational bound.*: remove"):
+        load(tmp_path, edited(("model.learn_sigma", True), ("arms.under05.diffusion", diffusion)))
+
+
+def test_a_matched_run_knows_what_the_net_of_its_target_predicts(tmp_path):
+    study = load(tmp_path, edited(("arms.uni05.diffusion", {"predict": "v"})))
+    assert study.run("matched05").match_diffusion == study.run("uni05").diffusion
+    same = load(tmp_path, edited(("diffusion.predict", "v")))
+    assert same.run("matched05").match_diffusion is None

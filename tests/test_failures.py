@@ -46,6 +46,12 @@ def test_a_checkpoint_fails_if_it_is_worse_than_an_untrained_net(facts, samples,
     assert failure({"step": 9, "diverged": None, "mse": 0.5, "mse_images": 8} | facts, samples, NOISE) == expected
 
 
+@pytest.mark.parametrize(("untrained", "expected"), [(4.0, ""), (1.0, "collapsed at step 9 (mse 3.9, an untrained")])
+def test_the_mse_of_an_untrained_net_depends_on_what_the_net_predicts(untrained, expected):
+    facts = {"step": 9, "diverged": None, "mse": 3.9, "mse_images": 8000}
+    assert failure(facts, NOISE, NOISE, untrained)[: len(expected) or None] == expected
+
+
 def test_samples_may_differ_as_little_as_the_images_of_the_dataset():
     assert failure({"step": 9, "diverged": None, "mse": 0.5, "mse_images": 8}, ALMOST_EQUAL, ALMOST_EQUAL) == ""
 

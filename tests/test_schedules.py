@@ -48,7 +48,7 @@ def half_drawn(timesteps=1000):
 
 def drawn(arms, learned=(), schedule=LINEAR):
     """The six panels of curves, the two of shares, and the caption."""
-    figure = schedules._draw_figure("small", schedule, arms, list(learned))
+    figure = schedules._draw_figure("small", dict.fromkeys(arms, schedule), arms, list(learned))
     curves_, shares = figure.subfigs
     return curves_.axes, shares.axes, figure.get_supxlabel().replace("\n", " ")
 
@@ -135,7 +135,7 @@ def test_zeros_and_tails_of_any_depth_do_not_stretch_an_axis():
 def test_zeros_constants_and_large_weights_are_drawn(arms):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FigureCanvasAgg(schedules._draw_figure("small", LINEAR, arms, [])).draw()
+        FigureCanvasAgg(schedules._draw_figure("small", dict.fromkeys(arms, LINEAR), arms, [])).draw()
     for ax in drawn(arms)[0]:
         low, high = ax.get_ylim()
         assert low < high < 1e4
@@ -213,7 +213,8 @@ def test_caption_has_no_sentence_without_content():
 
 def test_the_title_names_the_study_and_the_legend_its_arms():
     cosine = NoiseSchedule(cosine_betas(50))
-    figure = schedules._draw_figure("large", cosine, tables("under05", "uniform", schedule=cosine), [])
+    arms = tables("under05", "uniform", schedule=cosine)
+    figure = schedules._draw_figure("large", dict.fromkeys(arms, cosine), arms, [])
     assert figure.get_suptitle() == "large: 50 timesteps"
     curves_, _ = figure.subfigs
     assert [text.get_text() for text in curves_.legends[0].get_texts()] == ["under05", "uniform"]
@@ -237,12 +238,12 @@ def test_runs_become_the_tables_of_their_arms(monkeypatch):
     monkeypatch.setattr(schedules, "_draw_figure", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(schedules, "save_figure", lambda *_: None)
     draw_schedules("small", runs({"a": "matched05", "b": "learned_density"}), [])
-    ((study, schedule, arms, learned),) = calls
+    ((study, noise_paths, arms, learned),) = calls
     assert study == "small" and list(arms) == ["a", "b"] and learned == ["b"]
     expected = tables("matched05")["matched05"]
     assert torch.equal(arms["a"].probabilities, expected.probabilities)
     assert torch.equal(arms["a"].mse_weight, expected.mse_weight)
-    assert torch.equal(schedule.snr, LINEAR.snr)
+    assert torch.equal(noise_paths["b"].snr, LINEAR.snr)
 
 
 def test_nothing_is_cut_off_at_the_edges(tmp_path):

@@ -150,6 +150,10 @@ def test_path_that_is_too_long(load, path):
         ({"timesteps": {"log_normal_sigma": {"mean": 100}}}, "is not finite at 1000 timesteps: use less extreme"),
         ({"timesteps": {"logit_normal": {"std": 1e-3}}, "match": "b"}, "is 0 at .*: widen the density"),
         ({"timesteps": {"speed": {"k": 1e-323}}, "importance_corrected": True}, "is 0 at 700 timesteps"),
+        (
+            {"diffusion": {"schedule": {"flow": {"shift": 1e15}}}},
+            "x_0 cannot be computed .* at t = .*d = a sigma - b alpha 0: use less extreme parameters",
+        ),
     ],
 )
 def test_density_that_is_useless(load, arm, part):

@@ -45,7 +45,10 @@ def test_published_recipes_are_complete(study):
         range(10_000, 100_001, 10_000)
     )
     assert run.model.dropout == 0 and run.model.learn_sigma and run.model.resblock_updown and run.model.scale_shift_norm
-    assert (run.diffusion.schedule, run.diffusion.timesteps) == ("linear", 1000) and run.train.learning_rate == 2e-5
+    assert (run.diffusion.schedule.chosen[0], run.diffusion.timesteps) == (
+        "linear",
+        1000,
+    ) and run.train.learning_rate == 2e-5
     assert (experiment.sample.sampler, experiment.sample.steps, experiment.sample.images) == ("ddim", 25, 10_000)
     assert experiment.evaluate.features == ("inception-v3-compat",) and len(experiment.seeds) == 3
     # The published arms have no moving average; otherwise they are equal to the others.

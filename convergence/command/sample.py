@@ -24,7 +24,7 @@ GRID_PIXELS = 64  # smaller images are enlarged to about this size
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="Directory for samples.npy and samples.png.")
 @click.option("--images", type=int, default=64, metavar="N", help="Number of images.")
-@click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), default="ddim", help="Sampler.")
+@click.option("--sampler", type=click.Choice(["ddim", "ddpm", "heun", "dpm"]), default="ddim", help="Sampler.")
 @click.option("--steps", type=int, default=25, metavar="N", help="Steps of the sampler.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the latents.")
 @click.option("--batch-size", type=int, metavar="N", show_default="what fits the GPU memory",
@@ -79,6 +79,7 @@ def main(
     from diffusion.checkpoints import preview, sample_checkpoint
     from diffusion.config import Sample, check_sampling_steps
     from diffusion.files import check_free_space, save_npy
+    from diffusion.gaussian import NoiseSchedule
     from diffusion.validation import first_mistake
 
     device = find_device(device, threads)
@@ -87,7 +88,7 @@ def main(
     loaded = _load(checkpoint, device, {name: value for name, value in layout.items() if value is not None})
     try:
         sample = Sample(**settings)
-        check_sampling_steps(sample, loaded.schedule.timesteps)
+        check_sampling_steps(sample, loaded.schedule.timesteps, isinstance(loaded.schedule, NoiseSchedule))
     except ValueError as error:
         raise InputError(first_mistake(error, Sample)) from None
 

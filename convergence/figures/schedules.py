@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from convergence.figures.style import STYLE, Style, draw_legend, line_style, save_figure, set_log_axis
-from diffusion.build import noise_schedule
+from diffusion.build import noise_schedule, run_tables
 from diffusion.config import RunConfig
-from diffusion.gaussian import NoiseSchedule
-from diffusion.schemes import Tables, scheme_tables
+from diffusion.paths import NoisePath
+from diffusion.schemes import Tables
 
 TENTHS = 10
 TIME = "t  (0: least noise)"
@@ -75,6 +75,8 @@ def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path])
     - The lower tables show the share of each tenth of the timesteps in the draws, and in the product of density and
       weight of the MSE.
 
+    The weights of the MSE are those of the squared error of epsilon, also if the net predicts something else.
+
     A learned density is drawn as it is at the start of training. Equal settings give files with equal bytes.
 
     Args:
@@ -82,15 +84,16 @@ def draw_schedules(study: str, runs: Mapping[str, RunConfig], paths: list[Path])
         runs: arm -> settings of its runs, in the order that fixes the styles of the arms.
         paths: files to write; the suffix chooses the format ("png", "svg", "pdf").
     """
-    # All arms of a study have the same noise schedule.
-    schedule = noise_schedule(next(iter(runs.values())).diffusion)
-    tables = {arm: scheme_tables(schedule, run.scheme, run.match) for arm, run in runs.items()}
+    noise_paths = {arm: noise_schedule(run.diffusion) for arm, run in runs.items()}
+    tables = {arm: run_tables(run, of_epsilon=True) for arm, run in runs.items()}
     learned = [arm for arm, run in runs.items() if run.scheme.timesteps.learned]
     with matplotlib.rc_context(STYLE):
-        save_figure(_draw_figure(study, schedule, tables, learned), paths)
+        save_figure(_draw_figure(study, noise_paths, tables, learned), paths)
 
 
-def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Tables], learned: list[str]) -> Figure:
+def _draw_figure(
+    study: str, noise_paths: Mapping[str, NoisePath], tables: Mapping[str, Tables], learned: list[str]
+) -> Figure:
     """Draws the densities and weights of the arms. The densities of the arms in `learned` change during training."""
     widths = np.linspace(*LINE_WIDTHS, len(tables))
     styles: dict[str, Style] = {
@@ -99,21 +102,22 @@ def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Table
     }
     arms = {arm: curves(table) for arm, table in tables.items()}
     caption = _caption(arms, learned)
+    timesteps = len(next(iter(arms.values())).draws)
     shares_inches = 0.9 + ARM_INCHES * len(arms)
     height = CURVES_INCHES + shares_inches + 0.6 + LINE_INCHES * caption.count("\n")
     figure = Figure((WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
-    figure.suptitle(f"{study}: {schedule.timesteps:,} timesteps", fontsize=12, weight="bold")
+    figure.suptitle(f"{study}: {timesteps:,} timesteps", fontsize=12, weight="bold")
     figure.supxlabel(caption, x=0.02, ha="left", fontsize=9, color="0.25")
     heights = (CURVES_INCHES, shares_inches)
     upper, lower = figure.subfigures(2, squeeze=False, height_ratios=heights)[:, 0]
-    _draw_curves(upper, schedule, arms, styles)
+    _draw_curves(upper, noise_paths, arms, styles)
     shares = {
         "Draws in each tenth of the timesteps, %": [tenths(c.draws) for c in arms.values()],
         "Expected MSE weight in each tenth, %": [tenths(c.product) for c in arms.values()],
     }
     left, right = lower.subplots(1, 2)
     for ax, (title, rows) in zip((left, right), shares.items(), strict=True):
-        _draw_shares(ax, np.array(rows), schedule.timesteps)
+        _draw_shares(ax, np.array(rows), timesteps)
         ax.set_title(title)
     left.set_yticks(np.arange(len(arms)) + 0.5, arms)
     right.set_yticks([])
@@ -121,27 +125,28 @@ def _draw_figure(study: str, schedule: NoiseSchedule, tables: Mapping[str, Table
 
 
 def _draw_curves(
-    figure: SubFigure, schedule: NoiseSchedule, arms: Mapping[str, Curves], styles: Mapping[str, Style]
+    figure: SubFigure, noise_paths: Mapping[str, NoisePath], arms: Mapping[str, Curves], styles: Mapping[str, Style]
 ) -> None:
     """Draws the legend and the six panels of curves: three against t, and three against log SNR."""
     handles = [Line2D([], [], label=arm, **styles[arm]) for arm in arms]
     draw_legend(figure, handles, WIDTH_INCHES - 1, "outside upper center")
 
-    log_snr = np.log(schedule.snr.numpy())
-    per_log_snr = 1 / (schedule.timesteps * np.abs(np.gradient(log_snr)))
-    panels: list[tuple[str, str, Callable[[Curves], np.ndarray]]] = [
-        ("How often t is drawn", "T p(t)   (uniform: 1)", lambda c: c.draws),
-        ("Weight of the MSE", "w(t)", lambda c: c.weight),
-        ("Expected weight of the MSE", "T p(t) w(t)", lambda c: c.product),
-        ("Draws per unit of log SNR", "p(t) / |d log SNR / dt|", lambda c: c.draws * per_log_snr),
-        (VB_TITLE, "v(t)   (log axis)", lambda c: c.vb_weight),
+    log_snr = {arm: np.log(noise_paths[arm].snr.numpy()) for arm in arms}
+    per_log_snr = {arm: 1 / (len(values) * np.abs(np.gradient(values))) for arm, values in log_snr.items()}
+    timesteps = {arm: np.arange(len(values)) for arm, values in log_snr.items()}
+    panels: list[tuple[str, str, Callable[[str, Curves], np.ndarray]]] = [
+        ("How often t is drawn", "T p(t)   (uniform: 1)", lambda arm, c: c.draws),
+        ("Weight of the MSE", "w(t)", lambda arm, c: c.weight),
+        ("Expected weight of the MSE", "T p(t) w(t)", lambda arm, c: c.product),
+        ("Draws per unit of log SNR", "p(t) / |d log SNR / dt|", lambda arm, c: c.draws * per_log_snr[arm]),
+        (VB_TITLE, "v(t)   (log axis)", lambda arm, c: c.vb_weight),
         ("Expected MSE weight per unit of log SNR", "p(t) w(t) / |d log SNR / dt|",
-         lambda c: c.product * per_log_snr),
+         lambda arm, c: c.product * per_log_snr[arm]),
     ]  # fmt: skip
     over_t, over_log_snr = figure.subplots(2, 3)
     for ax, (title, y_label, line_of) in zip((*over_t, *over_log_snr), panels, strict=True):
-        lines = {arm: line_of(c) for arm, c in arms.items()}
-        _draw_lines(ax, np.arange(schedule.timesteps) if ax in over_t else log_snr, lines, styles)
+        lines = {arm: line_of(arm, c) for arm, c in arms.items()}
+        _draw_lines(ax, timesteps if ax in over_t else log_snr, lines, styles)
         log_from = 0 if title == VB_TITLE else LOG_AXIS_FROM_RATIO
         scale, *limits = axis_limits(list(lines.values()), [c.draws for c in arms.values()], log_from)
         ax.set_ylim(*limits)  # before the scale: autoscaling to a deep tail would overflow
@@ -156,12 +161,14 @@ def _draw_curves(
         ax.invert_xaxis()
 
 
-def _draw_lines(ax: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray], styles: Mapping[str, Style]) -> None:
-    every = -(-len(x) // MARKERS_PER_LINE)
+def _draw_lines(
+    ax: Axes, x: Mapping[str, np.ndarray], lines: Mapping[str, np.ndarray], styles: Mapping[str, Style]
+) -> None:
     for index, (arm, y) in enumerate(lines.items()):
+        every = -(-len(y) // MARKERS_PER_LINE)
         # The markers of equal curves are next to each other.
         first = int(every * (index + 0.5) / len(lines))
-        ax.plot(x, y, markevery=(first, every), markeredgecolor="white", markeredgewidth=0.7, **styles[arm])
+        ax.plot(x[arm], y, markevery=(first, every), markeredgecolor="white", markeredgewidth=0.7, **styles[arm])
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines["top"].set_visible(False)

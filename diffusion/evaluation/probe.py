@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from diffusion.data.arrays import load_images, split
 from diffusion.data.batches import to_model_range
 from diffusion.errors import InputError
-from diffusion.gaussian import NoiseSchedule
 from diffusion.gradients import LossGradients
+from diffusion.paths import NoisePath
 from diffusion.progress import log_ready
 from diffusion.schemes import Tables
 from diffusion.streams import generator
@@ -114,7 +114,7 @@ def probe_images(directory: Path, held_out: int, count: int, batch_size: int, se
 
 def probe(
     model: nn.Module,
-    schedule: NoiseSchedule,
+    schedule: NoisePath,
     tables: Tables | None,
     images: np.ndarray,
     bins: int,
@@ -127,8 +127,8 @@ def probe(
 
     The metrics are:
 
-    - `mse`, `vb`: the unweighted terms of the loss, averaged over uniformly drawn timesteps. These values are
-      comparable between arms (training schemes).
+    - `mse`, `vb`: the mean squared error of epsilon, whatever the net predicts, and the unweighted vb term of the loss,
+      averaged over uniformly drawn timesteps. These values are comparable between arms (training schemes).
     - `gradient_squared_norm`, `gradient_variance`: see `GradientNoise`. The gradient is that of the training loss of
       the arm: the terms have the weights of the arm, and timesteps are drawn from the density of the arm, restricted to
       the bin.
@@ -140,8 +140,8 @@ def probe(
     Negative estimates of |g|^2 are kept, because only the mean of all estimates is unbiased.
 
     Args:
-        model: net that predicts epsilon. The net maps x_t [N, 3, H, W] and t [N] to [N, 3 or 6, H, W].
-        schedule: noise schedule.
+        model: net that maps x_t [N, 3, H, W] and t [N] to [N, 3 or 6, H, W].
+        schedule: path on which the net was trained, with what the net predicts.
         tables: density and loss weights of the arm. None if the density is learned: then only the losses are measured.
         images: images, uint8 [N, H, W, 3]. N is a multiple of batch_size, and at least 2 * batch_size.
         bins: number of bins of nearly equal width, at most the number of timesteps.
@@ -172,12 +172,18 @@ def probe(
         for batch in zip(*(tensor.split(batch_size) for tensor in (x_start_all, epsilon_all, t_all)), strict=True):
             yield tuple(part.to(device, non_blocking=True) for part in batch)
 
+    of_epsilon = torch.stack([schedule.epsilon_factor, torch.ones_like(schedule.epsilon_factor)]).float().to(device)
+
+    def losses(x_start: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """Returns the mse of epsilon and the vb of each image, [2, batch_size]."""
+        return compute.losses(x_start, epsilon, t) * of_epsilon[:, t]
+
     if tables is not None:
         tables = tables.to(torch.device(device))
     rows, bin_losses = [], []
     mean, mean_bias, second_moment = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for index, (first, end) in enumerate(itertools.pairwise(edges)):
-        uniform = [compute.losses(*batch).mean(1) for batch in batches(index, torch.ones(end - first))]
+        uniform = [losses(*batch).mean(1) for batch in batches(index, torch.ones(end - first))]
         mse, vb = torch.stack(uniform).double().mean(0).tolist()
         bin_losses.append((mse, vb))
         noise = UNKNOWN

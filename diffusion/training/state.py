@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.averages import RAW, Average, average_name, ema_decay
-from diffusion.build import build
+from diffusion.build import build, run_tables
 from diffusion.checkpoints import save_weights
 from diffusion.config import Initial, RunConfig, Train
 from diffusion.data.batches import Batches, random_flip, to_model_range
 from diffusion.errors import FileError
 from diffusion.files import atomic_write
-from diffusion.gaussian import NoiseSchedule
 from diffusion.gradients import LossGradients
-from diffusion.schemes import Tables, matched, scheme_tables
+from diffusion.paths import NoisePath
+from diffusion.schemes import Tables, matched
 from diffusion.streams import generator, stream_seed
 from diffusion.timesteps import LossHistory, draw_stratified, draw_timesteps
 from diffusion.training import parallel
@@ -30,8 +30,8 @@ from diffusion.training.adamw import AdamW
 NORMS = ("update_norm", "weight_norm")
 
 
-def untrained(config: Initial, seed: int) -> tuple[nn.Module, NoiseSchedule]:
-    """Returns the untrained net of a seed, on the CPU, and its noise schedule.
+def untrained(config: Initial, seed: int) -> tuple[nn.Module, NoisePath]:
+    """Returns the untrained net of a seed, on the CPU, and its path.
 
     Runs with the same seed and the same configuration of the net start from this net.
     """
@@ -73,7 +73,7 @@ class TrainState:
     def __init__(self, run: RunConfig, seed: int, device: torch.device | str):
         self.run, self.seed, self.device = run, seed, torch.device(device)
         model, self.schedule = untrained(run, seed)
-        tables = scheme_tables(self.schedule, run.scheme, run.match)
+        tables = run_tables(run)
         self.schedule = self.schedule.to(self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last).train()
         self.parameters: list[Tensor] = list(self.model.parameters())
@@ -258,8 +258,8 @@ def summary(path: Path, since: int = 0) -> dict[str, Any]:
 
     Returns:
         a dict with `step`, `diverged`, `sources`, `seconds`, `startup_seconds` and the norms (see `TrainState`), and
-        `mse`. `mse` is the unweighted mean squared error of epsilon, averaged over the steps after `since`. Norms and
-        `mse` are None if they are not finite.
+        `mse`. `mse` is the unweighted mean squared error of the prediction, averaged over the steps after `since`.
+        Norms and `mse` are None if they are not finite.
 
     Raises:
         FileError: if the file is damaged.
@@ -308,7 +308,7 @@ class Meter:
 
         Args:
             loss: weighted loss of each image, [B].
-            mse: unweighted mean squared error of epsilon of each image, [B].
+            mse: unweighted mean squared error of the prediction of each image, [B].
             vb: unweighted variational bound of each image, [B].
             quarter: index of the quarter of 0..T-1 that contains the timestep of each image, int64 [B] in 0..3.
         """

@@ -42,7 +42,7 @@ with job(snakemake):
         if output.samples:
             check_free_space(kept, sample.images * 3 * checkpoint.image_size**2)
         samples[file] = sample_checkpoint(checkpoint, sample, device)
-        reasons[file] = failure(provenance, samples[file], images)
+        reasons[file] = failure(provenance, samples[file], images, checkpoint.schedule.untrained_mse)
         del checkpoint  # the extractors need its memory
         torch.cuda.empty_cache()
     first = next(iter(samples.values()))

@@ -6,11 +6,11 @@ from convergence.jobs import job, job_device
 from convergence.provenance import check_images
 from convergence.rows import PROBE_COLUMNS, of_checkpoint, write_rows
 from convergence.schema import Probe
+from diffusion.build import run_tables
 from diffusion.checkpoints import load_checkpoint
 from diffusion.config import RunConfig
 from diffusion.evaluation.probe import diverged_rows, probe, probe_images
 from diffusion.files import read_json
-from diffusion.schemes import scheme_tables
 
 with job(snakemake):
     run = RunConfig.model_validate_json(snakemake.params.run)
@@ -23,7 +23,7 @@ with job(snakemake):
     provenance = read_json(Path(snakemake.input.provenance))
     if provenance["diverged"] is None:
         net = load_checkpoint(Path(snakemake.input.weights), device, provenance.get("sha256"))
-        tables = None if run.scheme.timesteps.learned else scheme_tables(net.schedule, run.scheme, run.match)
+        tables = None if run.scheme.timesteps.learned else run_tables(run)
         sizes = settings.bins, settings.batch_size
         rows = probe(net.model, net.schedule, tables, images, *sizes, seed, device, run.train.precision)
     else:
