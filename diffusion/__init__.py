@@ -18,6 +18,7 @@ _MODULES = {
     "ddim_sample": "sampling",
     "ddim_timesteps": "sampling",
     "ddpm_sample": "sampling",
+    "DiT": "nets.dit",
     "UNet": "nets.unet",
     "frechet_distance": "evaluation.metrics",
     "load_checkpoint": "checkpoints",

@@ -341,8 +341,10 @@ added to the activations before the norm."""
 
 
 class DiT(Section):
-    """The transformer DiT (Peebles & Xie 2023). The keys are the keyword arguments of `diffusion.nets.dit.DiT`. The
-    defaults are those of DiT-S/2."""
+    """The transformer DiT (Peebles & Xie 2023). The keys are the keyword arguments of `diffusion.nets.dit.DiT`.
+
+    The defaults are those of DiT-S/2.
+    """
 
     patch: PositiveInt = 2
     """Height and width of a patch in pixels, a divisor of the image size. Each patch is one token."""

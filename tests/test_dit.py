@@ -16,6 +16,8 @@ from diffusion.build import build_net
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint
 from diffusion.config import Diffusion, NamedNet, OpenMoji, RunConfig, Sample, Scheme, Train
 from diffusion.devices import compute_copy
+from diffusion.gaussian import NoiseSchedule, linear_betas
+from diffusion.gradients import LossGradients
 from diffusion.nets.dit import DiT
 from diffusion.training.segment import train_segment
 from diffusion.training.state import initial_weights, untrained
@@ -101,6 +103,28 @@ def test_a_training_step_reads_no_value_of_a_tensor(precision):
     y = net(torch.empty(2, 3, 12, 12, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"))
     gradients = torch.autograd.grad(y.sum(), list(net.parameters()))
     assert [g.shape for g in gradients] == [p.shape for p in net.parameters()]
+
+
+class Mine(nn.Module):
+    """A net of one's own, which does not convert its inputs to the dtype of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x) + self.time(t[:, None] / 1000)[..., None, None]))
+
+
+def test_a_net_of_ones_own_computes_bf16_under_autocast():
+    net, schedule = with_det(Mine()), NoiseSchedule(linear_betas(1000))
+    batch = images(), det("noise", (2, 3, 12, 12), 1.0), T, torch.ones(2), torch.ones(2)
+    (exact, terms), (low, low_terms) = (LossGradients(net, schedule, p)(*batch) for p in ("fp32", "bf16"))
+    torch.testing.assert_close(low_terms, terms, rtol=0.05, atol=0)
+    for g, expected in zip(low, exact, strict=True):
+        assert g.dtype == torch.float32 and not torch.equal(g, expected)
+        assert (g - expected).norm() < 0.05 * expected.norm()
 
 
 def run(precision: str = "fp32", **keys: object) -> RunConfig:
