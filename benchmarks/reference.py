@@ -47,7 +47,7 @@ def recipe(run: RunConfig) -> dict[str, Any]:
         "learn_sigma": True,
         "rescale_learned_sigmas": True,
         "diffusion_steps": run.diffusion.timesteps,
-        "noise_schedule": run.diffusion.schedule,
+        "noise_schedule": run.diffusion.schedule.chosen[0],
         "p2_gamma": 0.5,
         "p2_k": 1,
         "use_fp16": device() == "cuda",

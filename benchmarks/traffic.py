@@ -26,11 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.throughput import settings
-from diffusion.build import build_net, noise_schedule
+from diffusion.build import build_net, noise_schedule, run_tables
 from diffusion.config import RunConfig
 from diffusion.devices import CudaGraphed, compute_copy
 from diffusion.nets import kernels
-from diffusion.schemes import scheme_tables
 from diffusion.training import state as training_state
 from diffusion.training.state import TrainState, train_step
 
@@ -184,11 +183,11 @@ def convert(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Modul
 def fake_gpu(run: RunConfig) -> Iterator[Traffic]:
     """A context with fake CUDA tensors, and stand-ins for what needs a GPU or the contents of tensors."""
     schedule = noise_schedule(run.diffusion)
-    tables = scheme_tables(schedule, run.scheme, run.match)
+    tables = run_tables(run)
     traffic = Traffic()
     stand_ins = {
         "untrained": lambda config, seed: (build_net(config.dataset.image_size, config.model), schedule),
-        "scheme_tables": lambda *_: tables,
+        "run_tables": lambda *_: tables,
         "generator": lambda *_: Stream(),
     }
     with ExitStack() as stack:

@@ -93,7 +93,7 @@ def ode_sample(model: Denoiser, schedule: NoisePath, latents: Tensor, steps: int
         method: see `trajectory`.
 
     Returns:
-        images, [B, 3, H, W]; in [-1, 1] for DDIM and "dpm", whose last step returns the predicted x_0.
+        images in [-1, 1], [B, 3, H, W]: the x_0 that is predicted in the last step.
 
     Raises:
         ValueError: if the number of steps is not possible.
