@@ -206,7 +206,7 @@ def test_weights_of_papers_keep_their_objective_and_others_belong_to_the_space_o
 
 
 def test_matched_arms_have_equal_expected_weights_of_epsilon_whatever_their_nets_predict():
-    target, other = {"predict": "v", "loss_in": "x_start"}, {"predict": "x_start"}
+    target, other = {"predict": "v", "loss_in": "velocity"}, {"predict": "x_start"}
     scheme = Scheme(mse_weight="unweighted", timesteps="p2")
     matched = run_of({"timesteps": {"logit_normal": {"std": 2}}}, other, scheme, Diffusion(timesteps=50, **target))
     expected, found = (run_tables(run, of_epsilon=True) for run in (run_of(dict(scheme), target), matched))
