@@ -94,6 +94,8 @@ def judge(
         if average != (plan.ema or averages_in(every_average)[0])
     }
     rows = sensitivity(_of_candidate(pairs, plan), {name: _of_candidate(p, plan) for name, p in pairs_of.items()})
+    # Also of pairs in `also` with the same baseline, such as the arms at equal learning rates.
+    compared = [candidate for baseline, candidate in plan.pairs if baseline == plan.baseline]
     planned_probes = _planned(probes[probes["study"] == study], plan)
     return StudyVerdict(
         study,
@@ -106,7 +108,7 @@ def judge(
         comparisons=tuple(comparisons),
         costs=of_arms,
         sensitivity=rows,
-        mechanism=mechanisms(planned_probes, plan.baseline, plan.candidates, tables or {}),
+        mechanism=mechanisms(planned_probes, plan.baseline, compared, tables or {}),
         failed=failed_runs,
         warnings=(*warnings, *problems),
     )

@@ -44,8 +44,9 @@ def _draw(metrics: pd.DataFrame, widths: Mapping[tuple[str, str], float]) -> Fig
     ax = figure.subplots()
     styles = {arm: line_style(place) for place, arm in enumerate(dict.fromkeys(metrics["arm"]))}
     widths_of = {name: [widths[arm, name] for arm in styles] for name in averages_in(metrics)}
-    edge = max(map(max, widths_of.values())) or 1.0
-    ax.set_xlim(-0.05 * edge, 1.05 * edge)
+    known_widths = [width for of_arms in widths_of.values() for width in of_arms]
+    margin = 0.1 * (max(known_widths) - min(known_widths) or 1.0)
+    left, right = ax.set_xlim(min(known_widths) - margin, max(known_widths) + margin)
     ends, edges = {}, list(rows["value"])
     for place, (arm, style) in enumerate(styles.items()):
         of_arm = rows[rows["arm"] == arm].groupby("ema")["value"]
@@ -67,10 +68,12 @@ def _draw(metrics: pd.DataFrame, widths: Mapping[tuple[str, str], float]) -> Fig
         ax.set_ylim(min(edges) - margin, max(edges) + margin)
     label_ends(ax, ends, styles)
     tops = [float(np.mean(of_arms)) for of_arms in widths_of.values()]
-    for name, top, place in zip(widths_of, tops, spread((np.array(tops) / edge + 0.05) / 1.1, NAME_GAP), strict=True):
+    for name, top, place in zip(
+        widths_of, tops, spread((np.array(tops) - left) / (right - left), NAME_GAP), strict=True
+    ):
         ax.annotate(name, (top, 1), (place, 1.05), xycoords=("data", "axes fraction"), textcoords="axes fraction",
                     ha="center", fontsize=8, color="0.3", arrowprops={"arrowstyle": "-", "color": "0.8"})  # fmt: skip
-    for width in {width for of_arms in widths_of.values() for width in of_arms}:
+    for width in set(known_widths):
         ax.axvline(width, color="0.9", linewidth=0.8, zorder=0)
     ax.set_xlabel("relative width of the average of the weights at the last checkpoint")
     ax.set_ylabel(f"{metric_name(features, 'fd')}, step {last:,}\n← lower is better")
