@@ -40,6 +40,11 @@ class Settings(Diffusion):
     run_seed: Seed = 0
     """Seed of the training run. The latents (the initial noise x_T) depend on this seed."""
 
+    @property
+    def needed(self) -> dict[str, Any]:
+        """The settings that `load_published` needs; all nets of guided-diffusion predict epsilon."""
+        return self.model_dump(exclude_none=True, exclude={"predict", "loss_in"})
+
 
 def load_published(
     path: Path,
@@ -274,19 +279,25 @@ def write_published(path: Path, weights: Mapping[str, Tensor], config: Initial, 
         the settings in the settings file. If this file is missing, `load_published` needs these settings as arguments.
 
     Raises:
-        InputError: if the net is not a U-Net.
+        InputError: if the net is not a U-Net, or does not predict epsilon on a linear or cosine schedule.
     """
     if not isinstance(config.model, Model):
         raise InputError(
             f"the net is a {config.model.chosen[0]}, but only U-Nets have the layout of guided-diffusion: read the "
             "state dict in weights.safetensors instead"
         )
+    if not config.diffusion.has_bound:
+        raise InputError(
+            "the net does not predict epsilon on a linear or cosine schedule, as nets of guided-diffusion do: read the "
+            "state dict in weights.safetensors instead"
+        )
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     heads = config.model.model_dump(include={"head_channels", "heads"})
-    settings = Settings(image_size=config.dataset.image_size, run_seed=seed, **heads, **config.diffusion.model_dump())
+    path_of = config.diffusion.model_dump(include={"timesteps", "schedule"})
+    settings = Settings(image_size=config.dataset.image_size, run_seed=seed, **heads, **path_of)
     with atomic_write(path) as file:
         torch.save(plain, file)
-    content = settings.model_dump(exclude_none=True) | {"sha256": sha256(path)}
+    content = settings.needed | {"sha256": sha256(path)}
     with atomic_write(settings_file(path)) as file:
         file.write(json.dumps(content, indent=2).encode())
     return settings

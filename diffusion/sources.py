@@ -8,14 +8,17 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 MODULES = (
-    "averages", "gaussian", "timesteps", "losses", "schemes", "streams", "devices", "build", "gradients", "nets/*",
-    "data/arrays", "data/batches", "training/adamw", "training/parallel", "training/segment", "training/state",
+    "averages", "gaussian", "paths", "timesteps", "losses", "schemes", "streams", "devices", "build", "gradients",
+    "nets/*", "data/arrays", "data/batches", "training/adamw", "training/parallel", "training/segment", "training/state",
 )  # fmt: skip
 # The rest of these modules defines keys, whose values are part of a run's name: a new key does not change the hash.
 PARTS = {
-    "config": ("GROUP_NORM_GROUPS", "Density.learned", "Train.averages", "Scheme.corrected"),
+    "config": (
+        "GROUP_NORM_GROUPS", "Density.learned", "Diffusion.ancestral", "Diffusion.has_bound", "LearningRateDecay.steps",
+        "Model.chosen", "Train.averages", "Scheme.corrected",
+    ),
     "section": ("Choice.chosen",),
-}
+}  # fmt: skip
 
 
 @cache

@@ -251,7 +251,11 @@ TABLE = {
     "weights of others": (DRY_RUN, wrong_weights, ["bad.yaml", "evaluate.features", "mine.pth", "sha256"]),
     "unknown extractor": (DRY_RUN, study(evaluate={"features": ["vgg"]}), ["evaluate.features", "'vgg': choose from"]),
     # command line
-    "unknown study": ([*DRY_RUN[:-1], "experiments=opnmoji"], None, ["opnmoji.yaml", "choose from fashion_mnist"]),
+    "unknown study": (
+        [*DRY_RUN[:-1], "experiments=opnmoji"],
+        None,
+        ["opnmoji.yaml", "choose from fair16, fashion_mnist"],
+    ),
     "unknown option": ([*DRY_RUN[:-1], "experiment=bad"], None, ["--config experiment: unknown key"]),
     "tracking half": ([*DRY_RUN, "tracking=half"], study(), ["--config tracking=half", "tracking=off"]),
     "plan from nothing": (
@@ -293,7 +297,7 @@ TABLE = {
     "budget of nothing": (
         ["-m", "convergence", "budget", "opnmoji"],
         None,
-        ["opnmoji.yaml", "choose from fashion_mnist"],
+        ["opnmoji.yaml", "choose from fair16, fashion_mnist"],
     ),
     "orphans of a broken study": (["-m", "convergence", "orphans", "--remove"], text("name: [\n"), ["bad.yaml"]),
     "images of two sizes": (

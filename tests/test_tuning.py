@@ -215,7 +215,7 @@ def test_the_budget_of_trials_counts_their_runs(tmp_path, monkeypatch):
     cost = trial_budget(read(tmp_path, tune(until=256)), Rates(100, 10), 1)
     runs, checkpoints = 2 * 3 * 2, 2 * 3 * 2 * 2
     assert (cost.runs, cost.checkpoints, cost.images) == (runs, checkpoints, runs * 256 * 32)
-    assert (cost.samples, cost.jobs) == (checkpoints * 128, 2 * checkpoints + 1)
+    assert (cost.samples, cost.jobs) == (2 * checkpoints * 128, 2 * checkpoints + 1)  # two averages
     matched = read(tmp_path, lambda study: study["arms"].update(matched05={"match": "uni05"}))
     assert trial_budget(matched, Rates(100, 10), 1).runs == 18
 

@@ -32,7 +32,7 @@ def main(weights: Path, out: Path) -> None:
     checkpoint = load_run(weights, "cpu")
     assert checkpoint.config  # that of a run has one
     settings = write_published(out, checkpoint.model.state_dict(), checkpoint.config, checkpoint.seed)
-    options = [f"--{key.replace('_', '-')} {value}" for key, value in settings.model_dump(exclude_none=True).items()]
+    options = [f"--{key.replace('_', '-')} {value}" for key, value in settings.needed.items()]
     logger.info(
         "%s: its settings are in %s; without that file, sample it with\n  convergence sample %s --out samples %s",
         out, settings_file(out), shlex.quote(str(out)), " ".join(sorted(options)),
