@@ -9,7 +9,8 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 MODULES = (
     "averages", "gaussian", "paths", "timesteps", "losses", "schemes", "streams", "devices", "build", "gradients",
-    "nets/*", "data/arrays", "data/batches", "training/adamw", "training/parallel", "training/segment", "training/state",
+    "nets/*", "data/arrays", "data/batches", "training/adamw", "training/parallel", "training/segment",
+    "training/state",
 )  # fmt: skip
 # The rest of these modules defines keys, whose values are part of a run's name: a new key does not change the hash.
 PARTS = {
