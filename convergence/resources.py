@@ -100,7 +100,7 @@ def evaluate(experiment: Experiment, run: RunConfig, images: int, gpus: int) -> 
     """
     settings, threads = experiment.sample, run.train.threads
     size, batch = net_size(run.model, run.dataset.image_size), settings.batch_size or SAMPLE_BATCH
-    sampling = settings.steps * _seconds(size, settings.images, batch, threads, gpus, settings.precision == "fp32")
+    sampling = settings.calls * _seconds(size, settings.images, batch, threads, gpus, settings.precision == "fp32")
     total = settings.images + min(experiment.evaluate.reference_images or images, images)
     per_extractor = _feature_seconds(settings.images, threads, gpus) + PAIR_SECONDS * total**2
     memory = max(8 * size.parameters + _activations(size, batch, gpus), _features(total))

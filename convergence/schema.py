@@ -452,7 +452,18 @@ threads)."""
                 f"tune: {len(tune.grid)} keys are tuned: write one or two keys with a list of values each, such as "
                 "learning_rate: [1e-3, 2e-3]"
             )
+        if "batch_size" in tune.grid:
+            raise ValueError(
+                "tune.batch_size: trials are compared at equal training images, and other batch sizes have checkpoints "
+                "at other images: make a study of each batch size"
+            )
         for key in tune.grid:
+            targets = [arm.match for arm in self.arms.values() if arm.match]
+            if "." in key and any(number_at(self.run(target), key) is not None for target in targets):
+                raise ValueError(
+                    f"tune.{key}: {targets[0]} is matched by another arm, which would keep the untuned weights: remove "
+                    "the arm with match, or tune keys of train only"
+                )
             if all(number_at(self.run(arm), key) is None for arm in self.arms):
                 raise ValueError(
                     f"tune.{key}: no arm has a number at this key: tune a numeric key of train, such as learning_rate, "

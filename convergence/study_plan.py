@@ -6,6 +6,7 @@ evaluated.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -115,10 +116,12 @@ def plan_in_force(experiment: Experiment) -> StudyPlan | None:
         return plan
     if not path.exists():
         return plan.model_copy(update={"after_results": True})
-    try:
-        return StudyPlan.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise FileError(path, f"is not the plan of a study ({error.errors()[0]['msg']})") from None
+    recorded = _recorded(path)
+    if recorded.ema is None and experiment.evaluate.ema:
+        # The study measured the first average of each arm. The table now names averages.
+        first = average_name(experiment.run(recorded.baseline).train.averages[0])
+        return recorded.model_copy(update={"ema": first})
+    return recorded
 
 
 def record_plan(experiment: Experiment) -> None:
@@ -158,10 +161,28 @@ def _evaluation(experiment: Experiment) -> str:
 
 
 def _has_results(experiment: Experiment) -> bool:
-    """Returns whether a checkpoint is evaluated. Trials do not count, because the verdict does not use their seeds."""
+    """Returns whether a checkpoint is evaluated. Trials do not count, because the verdict does not use their seeds.
+
+    Seeds of a recorded plan always count, so that an edit of `tune.seeds` does not reopen the plan.
+    """
     trials = {f"seed{seed}" for seed in (experiment.tune.seeds if experiment.tune else ())}
+    path = layout.plan_path(experiment.name)
+    if trials and path.exists():
+        trials -= {f"seed{seed}" for seed in _recorded(path).seeds or ()}
     found = (layout.RESULTS / experiment.name).glob("*/seed*/step*/metrics.csv")
     return any(path.parents[1].name not in trials for path in found)
+
+
+def _recorded(path: Path) -> StudyPlan:
+    """Returns the plan in a file.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    try:
+        return StudyPlan.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise FileError(path, f"is not the plan of a study ({error.errors()[0]['msg']})") from None
 
 
 def _text(value: object) -> str:

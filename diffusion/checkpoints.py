@@ -88,10 +88,11 @@ def load_checkpoint(path: Path, device: torch.device | str, digest: str | None =
             about = json.loads((file.metadata() or {})["checkpoint"])
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config, seed, diverged = Initial.model_validate_json(about["config"]), int(about["seed"]), about["diverged"]
-        if not diverged:
-            check_finite(weights)
         with torch.device("meta"):
             model = build_net(config.dataset.image_size, config.model)
+        if not diverged:
+            indices = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+            check_finite({name: weight for name, weight in weights.items() if name not in indices})
         model = with_weights(model, weights, device)
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         missing = "it has no " if isinstance(error, KeyError) else ""
@@ -127,7 +128,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], device: torch.
         device: device of the returned net.
     """
     # Without `assign`, empty tensors are made first, for which torch imports sympy (0.5 s).
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    model.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()}, assign=True)
     return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -175,7 +176,6 @@ def _reporting(model: nn.Module, count: int, settings: Sample, device: torch.dev
     The function reports progress at each call of the model, because one batch may take minutes.
     """
     progress = Progress("samples", count)
-    calls = 2 * settings.steps - 1 if settings.sampler == "heun" else settings.steps
     done = 0.0
 
     def call(x: Tensor, t: Tensor) -> list[Tensor]:
@@ -186,7 +186,7 @@ def _reporting(model: nn.Module, count: int, settings: Sample, device: torch.dev
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         (output,) = graphed(x, t)
-        done += len(x) / calls
+        done += len(x) / settings.calls
         progress.update(done)
         log_ready()
         return output

@@ -562,7 +562,7 @@ class Scheme(Section):
     """Whether the timesteps of a batch are drawn at evenly spaced quantiles of the density, with one random offset \
 per batch. If false, timesteps are drawn independently."""
     mse_weight: Weight = Weight(unweighted=NoParameters())
-    """Weight of the mse term (mean squared error of the predicted noise), which trains the predicted mean."""
+    """Weight of the mse term (mean squared error of the prediction), which trains the predicted mean."""
     vb_weight: Weight = Weight(unweighted=NoParameters())
     """Weight of the vb term (variational bound), which trains the predicted variance."""
     importance_corrected: bool | None = None
@@ -598,6 +598,11 @@ with the same seed have the same latents in all arms and at all checkpoints. Run
     keep: bool = False
     """Whether the sampled images are kept on disk after evaluation. If the metrics change, images are sampled again, \
 even if the old images were kept."""
+
+    @property
+    def calls(self) -> int:
+        """Number of net evaluations per image. Heun's method evaluates the net twice per step, except in the last."""
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
 
 
 class Initial(Section):

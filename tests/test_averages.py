@@ -127,6 +127,18 @@ def test_the_plan_chooses_the_primary_average():
     table = averaged([0.9, 1.1])
     assert verdict_on(table, PLAN.model_copy(update={"ema": "power0.1"})).outcome == "slower"
     assert verdict_on(table, PLAN).outcome == "faster"  # by default the first one
+    missing = verdict_on(table, PLAN.model_copy(update={"ema": "raw"}))
+    assert missing.outcome is None and "raw, is not measured: add it to evaluate.ema" in " ".join(missing.warnings)
+
+
+def test_a_planned_average_without_influences_is_judged():
+    """Influences are known for the first measured average only."""
+    table = averaged([0.9, 1.1])
+    table["influences"] = pd.Series(
+        [np.zeros(4)] * (table["ema"] == "ema0.9").sum(), table.index[table["ema"] == "ema0.9"]
+    )
+    found = verdict_on(table, PLAN.model_copy(update={"ema": "power0.1"})).comparisons[0]
+    assert found.outcome == "slower" and np.isnan(found.noise.samples)
 
 
 def test_curves_with_averages_are_those_of_the_first_one():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from convergence.command.budget import Rates, budget
 from convergence.study_file import load_experiment
+from diffusion.averages import average_name
 from diffusion.build import build_net
 from diffusion.checkpoints import load_checkpoint, sample_checkpoint
 from diffusion.config import Diffusion, NamedNet, OpenMoji, RunConfig, Sample, Scheme, Train
@@ -40,6 +41,15 @@ def small(channels: int = 6) -> nn.Module:
 
 def images(size: int = 12) -> Tensor:
     return det("dit.x", (2, 3, size, size), 1.0)
+
+
+def test_a_predicted_variance_changes_no_other_initial_weight():
+    """So arms with and without it start from equal weights."""
+    torch.manual_seed(0)
+    one = DiT(image_size=12, **SMALL, learn_sigma=True).state_dict()
+    torch.manual_seed(0)
+    other = DiT(image_size=12, **SMALL, learn_sigma=False).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("final_layer.linear"))
 
 
 @pytest.mark.parametrize("channels", [3, 6])
@@ -124,7 +134,7 @@ def test_a_net_of_ones_own_computes_bf16_under_autocast():
     torch.testing.assert_close(low_terms, terms, rtol=0.05, atol=0)
     for g, expected in zip(low, exact, strict=True):
         assert g.dtype == torch.float32 and not torch.equal(g, expected)
-        assert (g - expected).norm() < 0.05 * expected.norm()
+        assert (g - expected).norm() < 0.1 * expected.norm()
 
 
 def run(precision: str = "fp32", **keys: object) -> RunConfig:
@@ -146,7 +156,7 @@ def test_training_lowers_the_loss_and_its_checkpoint_is_sampled(tmp_path, precis
     state = train_segment(settings, 0, image, None, tmp_path / "step100", 100, "cpu")
     assert state.rows[-1]["mse"] < 0.5 * state.rows[0]["mse"] and (state.rows[-1]["vb"] == 0) == (not learn_sigma)
     checkpoint = load_checkpoint(tmp_path / "step100/weights.safetensors", "cpu")
-    loaded, expected = checkpoint.model.state_dict(), state.ema_weights()
+    loaded, expected = checkpoint.model.state_dict(), state.averaged_weights()[average_name(settings.train.ema_decay)]
     assert isinstance(checkpoint.model, DiT) and loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in loaded)
     samples = sample_checkpoint(checkpoint, Sample(images=4, steps=10, precision=precision), "cpu")

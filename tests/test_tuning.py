@@ -170,6 +170,14 @@ def test_the_average_is_that_of_the_verdict_over_the_images_that_all_trials_cove
         (tune(**{"mse_weight.speed.lam": [0.6]}), ["tune.mse_weight.speed.lam", "no arm has a number"]),
         (tune(seeds=[4, 100]), ["tune.seeds: 4", "choose other seeds"]),
         (lambda study: study["compare"].update(planned_seeds=[0, 101]), ["tune.seeds: 101", "choose other seeds"]),
+        (tune(batch_size=[16, 32]), ["tune.batch_size", "equal training images"]),
+        (
+            lambda study: (
+                tune(**{"mse_weight.p2.gamma": [0.5, 1]})(study),
+                study["arms"].update(m={"match": "uni05"}),
+            ),
+            ["tune.mse_weight.p2.gamma: uni05 is matched", "keys of train only"],
+        ),
         (tune(until=300), ["tune.until: 300", "use 256"]),
         (lambda study: study.pop("compare"), ["tune: ", "add the section compare"]),
         (lambda study: study["arms"].update(uni05_tuned={}), ["arms.uni05: ", "uni05_tuned"]),
@@ -208,6 +216,17 @@ def test_trials_are_neither_orphans_nor_results_that_fix_the_plan(tmp_path, monk
     changed = read(tmp_path, lambda study: study["compare"].update(margin="5%"))
     assert plan_in_force(changed).margin == 5
     assert plan_in_force(changed.model_copy(update={"tune": None})).margin == 2
+
+
+def test_an_edit_of_the_trial_seeds_does_not_reopen_a_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = read(tmp_path)
+    record_plan(experiment)
+    *_, directory = next(iter(layout.checkpoints(experiment)))
+    directory.mkdir(parents=True)
+    (directory / "metrics.csv").touch()
+    edited = read(tmp_path, lambda study: (study.update(seeds=[7, 8]), study["tune"].update(seeds=[0, 1, 2, 3, 4])))
+    assert plan_in_force(edited) == current_plan(experiment) != current_plan(edited)
 
 
 def test_the_budget_of_trials_counts_their_runs(tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_figures_and_the_verdict_open(page, finished):
     page.get_by_text("Does under05 converge in fewer training images than uni05, by FD").wait_for()
     page.get_by_role("tab", name="Artifacts").click()
     names = [path.name for path in (finished / "reports/openmoji").glob("*.png")]
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         page.get_by_text(name, exact=True).first.click()
         assert shown_width(page) > 300

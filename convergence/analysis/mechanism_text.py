@@ -62,7 +62,9 @@ def _expected_gradient(found: Mechanism) -> str:
         return f"that of {baseline}" if np.isclose(factor, 1, rtol=1e-9) else f"{factor:.4g} times that of {baseline}"
 
     if np.isnan(found.scale):
-        return "The expected gradients cannot be compared, because a density is learned."
+        return (
+            "The expected gradients cannot be compared: a density is learned, or the nets have different predictions."
+        )
     if np.isnan(mse) and np.isnan(vb):
         return "The expected gradients of mse and vb differ from the baseline's by factors that depend on t."
     if np.isnan(mse):

@@ -20,9 +20,14 @@ def noise_of_samples(pairs: Pairs) -> float:
     The result is NaN if every pair has a failed run, or if a run has no column `influences` (an array [N] per row).
     """
     complete = [pair for pair, failed in zip(pairs.runs, pairs.failed, strict=True) if not failed.any()]
-    if not complete or not all("influences" in run for pair in complete for run in pair):
+    if not complete or not all(_has_influences(run) for pair in complete for run in pair):
         return np.nan
     return sampling_sd(np.array([[_on_levels(run, pairs) for run in pair] for pair in complete]), pairs.images)
+
+
+def _has_influences(run: pd.DataFrame) -> bool:
+    """Returns whether the influences of a run are known, which are those of the first measured average only."""
+    return "influences" in run and not any(isinstance(value, float) for value in run["influences"])
 
 
 def sampling_sd(influences: np.ndarray, images: np.ndarray) -> float:

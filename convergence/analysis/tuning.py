@@ -27,8 +27,8 @@ def trials_table(
 ) -> pd.DataFrame:
     """Returns a table with a row per trial and the columns `trial_columns(keys)`.
 
-    The column `average` is the primary metric averaged over the training images that all trials cover, as in the
-    verdict, and `level` is this average on the scale of the comparison, where lower is better. Both are NaN for a
+    The column `average` is the primary metric averaged over the training images that all trials of the arm cover, as in
+    the verdict, and `level` is this average on the scale of the comparison, where lower is better. Both are NaN for a
     failed trial, and `reason` states why. `best` marks the best values of each arm.
 
     Args:
@@ -42,16 +42,14 @@ def trials_table(
     rows = rows.assign(level=to_level(rows["value"], plan.metric, plan.scale))
     runs = {run: table.sort_values("images") for run, table in rows.groupby(["arm", "seed"], sort=False)}
     levels = {run: table[np.isfinite(table["level"])] for run, table in runs.items() if not failed(table).any()}
-    known = [table["images"] for table in levels.values() if len(table)]
-    first, last = (max(images.min() for images in known), min(images.max() for images in known)) if known else (0, 0)
-    grid = np.unique([first, last, *(image for images in known for image in images if first < image < last)])
+    grids = {arm: _common_images(levels, settings, arm) for arm in dict.fromkeys(arm for arm, _ in settings.values())}
     trials = []
     for (label, seed), table in runs.items():
         arm, values = settings[label]
         curve = levels.get((label, seed), table.iloc[:0])
         level = np.array(np.nan)
         if len(curve):
-            level = mean_over_images(np.interp(grid, curve["images"], curve["level"]), grid)
+            level = mean_over_images(np.interp(grids[arm], curve["images"], curve["level"]), grids[arm])
         reason = "" if len(curve) else table["reason"].iloc[-1]
         average = from_level(level, plan.metric, plan.scale)
         numbers = {"average": float(average), "level": float(level)}
@@ -59,6 +57,17 @@ def trials_table(
     table = pd.DataFrame(trials, columns=trial_columns(keys)[:-1])
     best = select(table, keys)
     return table.assign(best=[row.arm in best and best[row.arm] == _values(row, keys) for _, row in table.iterrows()])
+
+
+def _common_images(
+    levels: Mapping[tuple[str, int], pd.DataFrame], settings: Mapping[str, tuple[str, Mapping[str, float]]], arm: str
+) -> np.ndarray:
+    """Returns the training images [K] at which the trials of an arm are compared: those that all of them cover."""
+    known = [table["images"] for (label, _), table in levels.items() if settings[label][0] == arm and len(table)]
+    if not known:
+        return np.zeros(0)
+    first, last = max(images.min() for images in known), min(images.max() for images in known)
+    return np.unique([first, last, *(image for images in known for image in images if first < image < last)])
 
 
 def select(trials: pd.DataFrame, keys: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -77,6 +77,11 @@ def judge(
     runs = metrics[failed(metrics)][["arm", "seed", "reason"]].drop_duplicates()
     failed_runs = tuple(FailedRun(run.arm, int(run.seed), run.reason) for run in runs.itertuples())
     warnings = (*warnings, *_missing_values(metrics))
+    if plan and plan.ema and metrics.empty and not every_average.empty:
+        warnings = (
+            *warnings,
+            f"The planned average of the weights, {plan.ema}, is not measured: add it to evaluate.ema.",
+        )
     of_arms = tuple((costs or {}).values())
     if plan is None:
         return StudyVerdict(study, costs=of_arms, failed=failed_runs, warnings=warnings)

@@ -84,7 +84,7 @@ def save_study(text: str, path: Path, overwrite: bool) -> str:
     """Writes a study file, and returns a sentence about the file.
 
     Raises:
-        StudyError: another file exists and may not be overwritten.
+        StudyError: another file exists and may not be overwritten, or its study has results.
     """
     existing = path.read_text(encoding="utf-8") if path.exists() else None
     if existing == text:
@@ -93,6 +93,11 @@ def save_study(text: str, path: Path, overwrite: bool) -> str:
         raise StudyError(
             f"{path} differs from the study that these trials give, and is left as it is: add --overwrite to replace "
             "it, or move it away"
+        )
+    if existing is not None and any((layout.RESULTS / path.stem).glob("*/seed*/step*/metrics.csv")):
+        raise StudyError(
+            f"{layout.RESULTS / path.stem} has results of the present {path}, whose plan cannot change any more: move "
+            "this directory and the file away first"
         )
     with atomic_write(path) as file:
         file.write(text.encode())
@@ -129,8 +134,11 @@ def main(study: str, options: tuple[str, ...], cores: str, dry_run: bool, overwr
     \f
 
     Raises:
+        UsageError: `--config` is given.
         StudyError: there is nothing to tune, an arm fails at all values, or the file of the tuned study differs.
     """
+    if "--config" in options or "-C" in options:
+        raise click.UsageError("--config is set by this command: put the settings into the study file.")
     experiment = load_experiment(layout.study_file(Path(study).stem))
     name, keys = experiment.name, experiment.tuned_keys
     if not keys:

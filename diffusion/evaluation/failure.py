@@ -40,7 +40,7 @@ def failure(facts: Mapping[str, Any], samples: np.ndarray, images: np.ndarray, u
     if mse is not None:
         standard_error = math.sqrt(2 / (facts["mse_images"] * samples[0].size))
         if mse > untrained_mse * (1 + STANDARD_ERRORS * standard_error):
-            return f"collapsed at step {step} (mse {mse:.3g}, an untrained net has {untrained_mse:g})"
+            return f"collapsed at step {step} (mse {mse:.3g}, an untrained net has at most {untrained_mse:g})"
     deviation = _deviation(samples)
     if len(samples) > 1 and deviation < min(MIN_DEVIATION, _deviation(images) / 10):
         return f"collapsed at step {step} (samples differ by {deviation:.2g} grey levels)"

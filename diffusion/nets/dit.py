@@ -41,7 +41,6 @@ class DiT(nn.Module):
         self.t_embedder = nn.Sequential(OrderedDict(mlp=mlp))
         self.register_buffer("pos_embed", positions(image_size // patch, width)[None])
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-        self.final_layer = FinalLayer(width, patch**2 * (6 if learn_sigma else 3))
 
         # The published initial weights. The untrained net returns 0, and each of its blocks returns its input.
         for module in self.modules():
@@ -51,6 +50,8 @@ class DiT(nn.Module):
         for name, parameter in mlp.named_parameters():
             if name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
+        # Last, so that nets with and without a predicted variance draw equal weights elsewhere.
+        self.final_layer = FinalLayer(width, patch**2 * (6 if learn_sigma else 3))
         for part in [*self.blocks, self.final_layer]:
             zeroed(part.get_submodule("adaLN_modulation"))
         zeroed(self.final_layer.linear)

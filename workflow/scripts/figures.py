@@ -18,7 +18,8 @@ from diffusion.data.arrays import load_images
 
 with job(snakemake):
     study, output, params = snakemake.wildcards.study, snakemake.output, snakemake.params
-    metrics, verdict = of_average(read_table(snakemake.input.metrics)), read_verdict(snakemake.input.verdict)
+    verdict = read_verdict(snakemake.input.verdict)
+    metrics = of_average(read_table(snakemake.input.metrics), verdict.plan.ema if verdict.plan else None)
     external = [read_curves(Path(path), study) for path in snakemake.input.external]
     runs = {arm: RunConfig.model_validate_json(content) for arm, content in params.runs}
     fid_curves(

@@ -56,6 +56,11 @@ with job(snakemake):
     ]
     metrics["influences"] = pd.Series(influences, first.index)
     changes = plan_changes(plan, current) if plan and current else ()
-    tables = constant_tables(runs)
+    # Gradients of nets that predict different things, or of which one predicts a variance, are not comparable.
+    like = runs[plan.baseline] if plan else None
+    comparable = {
+        arm: run for arm, run in runs.items() if like and (run.diffusion, run.model) == (like.diffusion, like.model)
+    }
+    tables = constant_tables(comparable)
     verdict = judge(metrics, probes, study, plan, changes, costs(cost), tables=tables, warnings=warnings)
     write_verdict(verdict, Path(output.verdict).parent)
