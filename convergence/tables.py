@@ -25,10 +25,8 @@ from diffusion.files import atomic_write
 ALL = "all"  # timesteps of a probe that is not limited to a bin
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage"}
 SHARES = {"precision", "recall", "coverage", "memorised"}
-DIFFERENCES = SHARES | {
-    "kid",
-    "density",
-}  # can be 0 or negative: compared by differences; the others are compared by ratios
+# These can be 0 or negative, or are shares: compared by differences; the others are compared by ratios.
+DIFFERENCES = SHARES | {"kid", "density"}
 FEATURE_NAMES = {
     INCEPTION: "Inception-v3",
     LITE0: "EfficientNet-Lite0",

@@ -43,7 +43,8 @@ REFERENCES = {
     for e in EXPERIMENTS.values()
     for features in e.evaluate.features
 }
-# (study, directory of the arm) -> (experiment, run), also of trials. The untrained net has the run of the first arm that starts from it.
+# (study, directory of the arm) -> (experiment, run), also of trials. The untrained net has the run of the first arm that
+# starts from it.
 RUNS = {
     (e.name, directory): (e, run)
     for e in EXPERIMENTS.values()
